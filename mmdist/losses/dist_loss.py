@@ -1,0 +1,241 @@
+"""The loss of DIST: keep the teacher's relations, not its exact probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .relation import (
+    inter_class_correlation,
+    intra_class_correlation,
+    sum_over_processes,
+)
+
+ACTIVATIONS = {
+    'softmax': lambda logits: logits.softmax(dim=1),
+    'sigmoid': torch.sigmoid,
+    'identity': lambda logits: logits,
+}
+
+
+@MODELS.register_module()
+class DISTLoss(nn.Module):
+    r"""Loss of "Knowledge Distillation from A Stronger Teacher".
+
+    Source: Huang et al., NeurIPS 2022 (arXiv 2205.10536), equations 6 to 10.
+    With :math:`Y` the (rows, classes) matrix of the probabilities of
+    ``logits / tau``,
+
+    .. math::
+        \text{inter} &= 1 - \text{mean over rows of }
+            \rho(Y^s_{row, :}, Y^t_{row, :}) \\
+        \text{intra} &= 1 - \text{mean over classes of }
+            \rho(Y^s_{:, class}, Y^t_{:, class}) \\
+        \text{loss} &= \text{loss\_weight} \cdot \tau^2 \cdot
+            (\beta \cdot \text{inter} + \gamma \cdot \text{intra})
+
+    where :math:`\rho` is Pearson's correlation. A row is one instance: a pixel,
+    an anchor location, a proposal or a query. A row or class whose scores are
+    constant has no relation: its correlation is 0 and gives no gradient.
+
+    The loss is computed in fp32 (float64 logits in float64), also under
+    autocast. The teacher's logits get no gradient.
+
+    Args:
+        beta (float): Weight of the inter-class term. 0 leaves it out.
+        gamma (float): Weight of the intra-class term. 0 leaves it out.
+        tau (float): Temperature that divides the logits.
+        activation (str): How logits become probabilities: ``'softmax'`` over
+            the classes, ``'sigmoid'``, or ``'identity'`` for scores that are to
+            be compared as they are.
+        scale_by_tau (bool): Multiply by ``tau ** 2``, as the published code does
+            and the paper does not.
+        loss_weight (float): Weight of the loss.
+        sync (bool): Correlate over the rows of all processes, not only over
+            those of this one; the gradient is right for DDP, which averages
+            over processes. Every process must call the loss equally often, if
+            need be with no rows. Without ``torch.distributed`` it changes
+            nothing.
+        eps (float): Added to the product of the norms in a correlation.
+
+    Attributes:
+        inter_corr (Tensor): Mean inter-class correlation of the last call, a
+            detached 0-dim tensor on the device of the logits.
+        intra_corr (Tensor): The same for the intra-class correlation. Both are
+            0 where no row counted, and are known for a term of weight 0 too.
+
+    Raises:
+        ValueError: ``activation`` is unknown or ``tau`` is not positive.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 1.0,
+        activation: str = 'softmax',
+        scale_by_tau: bool = True,
+        loss_weight: float = 1.0,
+        sync: bool = False,
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f'DISTLoss does not know activation={activation!r}; choose one of '
+                f'{", ".join(map(repr, ACTIVATIONS))}.'
+            )
+        if not tau > 0:
+            raise ValueError(f'DISTLoss needs a temperature tau > 0, got tau={tau!r}.')
+        self.beta = beta
+        self.gamma = gamma
+        self.tau = tau
+        self.activation = activation
+        self.scale_by_tau = scale_by_tau
+        self.loss_weight = loss_weight
+        self.sync = sync
+        self.eps = eps
+        self.inter_corr: Tensor | None = None
+        self.intra_corr: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        return (
+            f'beta={self.beta}, gamma={self.gamma}, tau={self.tau}, '
+            f'activation={self.activation!r}, scale_by_tau={self.scale_by_tau}, '
+            f'loss_weight={self.loss_weight}, sync={self.sync}'
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student_logits (Tensor): Floating point, shape (rows, classes) or
+                (N, classes, *spatial); in the latter every position is a row.
+            teacher_logits (Tensor): The same shape.
+            mask (Tensor, optional): Bool, True where a row counts, shape
+                (rows,) or (N, *spatial). Other rows change nothing, whatever
+                they hold.
+
+        Returns:
+            Tensor: A 0-dim tensor in fp32 (float64 for float64 logits); 0 with
+                gradient 0 where no row counts.
+
+        Raises:
+            TypeError: Logits are not floating point or the mask is not bool.
+            ValueError: Shapes do not fit, or the teacher's logits hold NaN or
+                inf in rows that count (on a GPU, where nothing waits for the
+                device, the error may surface at a later operation).
+        """
+        check_inputs(student_logits, teacher_logits, mask)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            student, teacher = as_rows(student_logits), as_rows(teacher_logits.detach())
+            double = torch.float64 in (student.dtype, teacher.dtype)
+            dtype = torch.float64 if double else torch.float32
+            if mask is None:
+                weight = torch.ones_like(student[:, 0], dtype=dtype)
+            else:
+                weight = mask.reshape(-1).to(dtype)
+                # before any arithmetic: 0 * nan is nan, in the gradient as well
+                out = ~mask.reshape(-1, 1)
+                student = student.masked_fill(out, 0)
+                teacher = teacher.masked_fill(out, 0)
+            check_teacher(teacher)
+            activation = ACTIVATIONS[self.activation]
+            student = activation(student.to(dtype) / self.tau)
+            teacher = activation(teacher.to(dtype) / self.tau)
+            return self._loss(student, teacher, weight)
+
+    def _loss(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+        """Loss from scores of shape (rows, classes) and weights (rows,)."""
+        group = process_group() if self.sync else None
+        args = (student, teacher, weight, group, self.eps)
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and self.beta != 0):
+            inter_corr = inter_class_correlation(*args)
+        with torch.set_grad_enabled(grad and self.gamma != 0):
+            intra_corr = intra_class_correlation(*args)
+        self.inter_corr, self.intra_corr = inter_corr.detach(), intra_corr.detach()
+
+        loss = student.sum() * 0  # in the graph even if both terms are left out
+        if self.beta != 0:
+            loss = loss + self.beta * (1 - inter_corr)
+        if self.gamma != 0:
+            loss = loss + self.gamma * (1 - intra_corr)
+        any_row = sum_over_processes(weight.sum(), group) > 0
+        scale = self.tau**2 if self.scale_by_tau else 1.0
+        return loss * any_row * (self.loss_weight * scale)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """Reshape (N, classes, *spatial) to (N * prod(spatial), classes)."""
+    if logits.ndim == 2:
+        return logits
+    return logits.movedim(1, -1).flatten(0, -2)
+
+
+def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
+    """Stop with a sentence where the inputs of ``DISTLoss`` do not fit."""
+    for name, logits in (('student', student), ('teacher', teacher)):
+        if not logits.is_floating_point():
+            raise TypeError(
+                f'DISTLoss needs floating-point logits, but the {name} gave '
+                f'{logits.dtype}. Pass the raw scores of the classes, not labels.'
+            )
+    if student.ndim < 2:
+        raise ValueError(
+            'DISTLoss needs logits of shape (rows, classes) or (N, classes, *spatial), '
+            f'got {tuple(student.shape)}. Add the missing dimension.'
+        )
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f'The student gave logits of shape {tuple(student.shape)}, the teacher of '
+            f'{tuple(teacher.shape)}; DISTLoss needs them equal. Map the classes of the '
+            'teacher to those of the student and resize its output to the same size.'
+        )
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f'The mask of DISTLoss must be bool (True where a row counts), got '
+            f'{mask.dtype}. Pass a comparison, e.g. `labels != 255`.'
+        )
+    rows = (student.shape[0], *student.shape[2:])
+    if mask.shape not in (rows, (math.prod(rows),)):
+        raise ValueError(
+            f'The mask has shape {tuple(mask.shape)}, but logits of shape '
+            f'{tuple(student.shape)} need {rows}: one entry per row, none per class.'
+        )
+
+
+def check_teacher(logits: Tensor) -> None:
+    """Stop where a teacher gave NaN or inf; without waiting for a GPU."""
+    if logits.numel() == 0:
+        return
+    message = (
+        'The teacher gave logits with NaN or inf. Check its checkpoint and that its '
+        'data_preprocessor (mean, std, channel order) is the one it was trained with; '
+        'if it runs in fp16, run it in bf16 or fp32.'
+    )
+    # NaN and inf show in the extremes, which need one pass and no copy
+    finite = torch.stack(logits.aminmax()).isfinite().all()
+    if logits.is_cuda:
+        torch._assert_async(finite, message)
+    elif not finite:
+        raise ValueError(message)
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """The group of all processes, ``None`` where there is only one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return dist.group.WORLD if dist.get_world_size() > 1 else None

@@ -1,0 +1,181 @@
+"""Pearson correlation between the predictions of a student and a teacher.
+
+Source: Huang et al., "Knowledge Distillation from A Stronger Teacher",
+NeurIPS 2022 (arXiv 2205.10536), section 4, equations 6 to 9.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# A vector whose spread (the norm after centring) is at most this fraction of
+# its norm is constant to fp32 accuracy: the unit roundoff of fp32 is 6e-8, and
+# a probability and the mean of many carry a few of those, so what is left after
+# centring is rounding noise, whose direction means nothing. Its correlation is
+# defined as 0 with gradient 0. It also bounds the gradient of a correlation by
+# 1 / (MIN_SPREAD * norm); without it an all-zero student gets 1 / eps.
+MIN_SPREAD = 1e-6
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce that makes k processes one, under DDP's gradient averaging.
+
+    Every process computes the same loss from the summed statistics, so the
+    gradient of the sum is known without communication. DDP divides gradients
+    by the number of processes; the factor here undoes that.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.world_size = dist.get_world_size(group)
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.world_size, None
+
+
+def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum a tensor over the processes of a group.
+
+    Args:
+        tensor (Tensor): Any shape, the same on every process.
+        group (ProcessGroup, optional): ``None`` means this process only.
+
+    Returns:
+        Tensor: The sum. Its gradient is such that the average over the
+            processes of their parameter gradients (what DDP computes) is the
+            gradient of one process that holds all the data. Each process must
+            weigh the loss alike.
+    """
+    return tensor if group is None else _SumOverProcesses.apply(tensor, group)
+
+
+def pearson(
+    a: Tensor,
+    b: Tensor,
+    dim: int,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Pearson correlation of two matrices along one dimension.
+
+    It is ``sum(a * b) / (|a| * |b| + eps)`` after both were centred, as in the
+    published code. Where ``a`` or ``b`` is constant to fp32 accuracy (see
+    ``MIN_SPREAD``) the correlation is 0, and so is its gradient.
+
+    Args:
+        a (Tensor): Shape (rows, classes), floating point.
+        b (Tensor): Shape (rows, classes).
+        dim (int): The dimension that is correlated and disappears.
+        weight (Tensor, optional): 1 where an entry counts and 0 where it does
+            not, broadcastable to ``a``. Entries of weight 0 must be finite.
+        group (ProcessGroup, optional): Correlate over the entries of all
+            processes of this group. ``None`` means this process only.
+        eps (float): Added to the product of the norms.
+
+    Returns:
+        Tensor: Correlations, shape (classes,) for ``dim=0``, (rows,) for
+            ``dim=1``.
+    """
+    if weight is None:
+        weight = a.new_ones((1, 1))
+
+    def total(*terms: Tensor) -> Tensor:
+        sums = torch.stack([(weight * term).sum(dim) for term in terms])
+        return sum_over_processes(sums, group)
+
+    count, sum_a, sum_b = total(torch.ones_like(a), a, b)
+    mean_a, mean_b = sum_a / count.clamp(min=1), sum_b / count.clamp(min=1)
+    a, b = a - mean_a.unsqueeze(dim), b - mean_b.unsqueeze(dim)
+    cov, var_a, var_b = total(a * b, a * a, b * b)
+    return correlation(cov, var_a, var_b, count * mean_a**2, count * mean_b**2, eps)
+
+
+def correlation(
+    cov: Tensor,
+    var_a: Tensor,
+    var_b: Tensor,
+    mean_a: Tensor,
+    mean_b: Tensor,
+    eps: float,
+) -> Tensor:
+    """Correlation from centred sums, 0 without gradient for constant vectors.
+
+    Args:
+        cov (Tensor): Sums of the product of the centred entries, any shape.
+        var_a (Tensor): Sums of the squared centred entries of the first.
+        var_b (Tensor): The same of the second.
+        mean_a (Tensor): Squared norm that centring took from the first.
+        mean_b (Tensor): The same of the second.
+        eps (float): Added to the product of the norms.
+
+    Returns:
+        Tensor: Correlations in the shape of ``cov``.
+    """
+    # `<=`, so that a NaN of the student is passed on and not taken for constant
+    constant = (var_a <= MIN_SPREAD**2 * (var_a + mean_a)) | (
+        var_b <= MIN_SPREAD**2 * (var_b + mean_b)
+    )
+    norm_a = var_a.masked_fill(constant, 1).sqrt()
+    norm_b = var_b.masked_fill(constant, 1).sqrt()
+    return (cov / (norm_a * norm_b + eps)).masked_fill(constant, 0)
+
+
+def inter_class_correlation(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Mean over the rows of the correlation of their classes (equation 7).
+
+    Args:
+        student (Tensor): Scores of shape (rows, classes), floating point.
+        teacher (Tensor): Scores of the same shape.
+        weight (Tensor, optional): 1 where a row counts and 0 where it does
+            not, shape (rows,). Rows of weight 0 must be finite.
+        group (ProcessGroup, optional): Average over the rows of all processes
+            of this group. ``None`` means this process only.
+        eps (float): Added to the product of the norms.
+
+    Returns:
+        Tensor: A 0-dim tensor; 0 where no row counts.
+    """
+    rows = pearson(student, teacher, dim=1, eps=eps)
+    weight = torch.ones_like(rows) if weight is None else weight
+    total, count = sum_over_processes(
+        torch.stack([(weight * rows).sum(), weight.sum()]), group
+    )
+    return total / count.clamp(min=1)
+
+
+def intra_class_correlation(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Mean over the classes of the correlation of their rows (equation 9).
+
+    Args:
+        student (Tensor): Scores of shape (rows, classes), floating point.
+        teacher (Tensor): Scores of the same shape.
+        weight (Tensor, optional): 1 where a row counts and 0 where it does
+            not, shape (rows,). Rows of weight 0 must be finite.
+        group (ProcessGroup, optional): Correlate over the rows of all
+            processes of this group. ``None`` means this process only.
+        eps (float): Added to the product of the norms.
+
+    Returns:
+        Tensor: A 0-dim tensor; 0 where no row counts.
+    """
+    weight = None if weight is None else weight.unsqueeze(1)
+    return pearson(student, teacher, 0, weight, group, eps).mean()
