@@ -1,0 +1,8 @@
+"""The distiller and everything that it can compare."""
+
+from .comparison import Comparison, Pair
+from .dense_logits import DenseLogits
+from .distiller import build_distiller
+from .seg_logits import SegLogits
+
+__all__ = ['Comparison', 'DenseLogits', 'Pair', 'SegLogits', 'build_distiller']

@@ -1,0 +1,156 @@
+"""The base of everything that can be compared between a student and its teacher."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .step import Step
+
+
+@dataclass
+class Pair:
+    """One term of a comparison: what the loss is called with.
+
+    Attributes:
+        student: Logits, (rows, classes) or (N, classes, *spatial).
+        teacher: Logits of the same shape.
+        mask: True where a row counts, (rows,) or (N, *spatial); None counts all.
+        weight: Factor of this term.
+        name: The terms of one name are added up, and logged as one.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None = None
+    weight: float = 1.0
+    name: str = ''
+
+
+class Comparison(BaseModule):
+    """What of the student is compared with what of the teacher, in three steps.
+
+    A subclass says which modules it needs (:meth:`student_modules`), and how to
+    :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
+    and :meth:`pair` the two.
+
+    Args:
+        loss: Config of the loss, any module with a forward of (student logits, teacher
+            logits) or (student logits, teacher logits, mask). If it has no ``mask``, it
+            is called with the rows that count. Left out, it is ``mmdist.DISTLoss``
+            with the activation of the student's head.
+    """
+
+    def __init__(self, loss: dict | None = None) -> None:
+        super().__init__()
+        self._loss_cfg = dict(loss or dict(type='mmdist.DISTLoss'))
+
+    # ---- what a subclass fills in ------------------------------------------------
+
+    def activation(self, student: nn.Module) -> str:
+        """The default activation of DISTLoss, as the student's head has it."""
+        return 'softmax'
+
+    def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
+        """Modules of the student to record while it computes its own loss.
+
+        Raises:
+            ValueError: The student has no such module.
+        """
+        raise NotImplementedError
+
+    def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
+        """Modules of the teacher to record while its features are computed."""
+        return ()
+
+    def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Stop before the first step if the two cannot be compared.
+
+        Raises:
+            ValueError: It says what was looked for in the teacher.
+        """
+
+    def record(self, step: Step):
+        """The student's side, from the calls recorded in its own loss pass."""
+        raise NotImplementedError
+
+    def ask(self, step: Step, recorded):
+        """The teacher's side, by the cheapest forward that gives the counterpart."""
+        raise NotImplementedError
+
+    def pair(self, step: Step, recorded, asked) -> list[Pair]:
+        """Logits of both sides, rows in the same order, with the rows that count."""
+        raise NotImplementedError
+
+    # ---- the same for all --------------------------------------------------------
+
+    def bind(self, student: nn.Module) -> None:
+        """Check the student and build the loss for its activation."""
+        self.student_modules(student)
+        cfg = dict(self._loss_cfg)
+        if cfg['type'] in ('mmdist.DISTLoss', 'DISTLoss'):
+            cfg.setdefault('activation', self.activation(student))
+        self.loss = MODELS.build(cfg)
+        self._loss_takes_mask = (
+            'mask' in inspect.signature(self.loss.forward).parameters
+        )
+
+    def forward(self, step: Step, name: str) -> dict[str, Tensor]:
+        """Compute the distillation losses of one batch.
+
+        Args:
+            step: The batch, with the student's recorded calls and the teacher.
+            name: The entry's name in ``distill``.
+
+        Returns:
+            ``loss_<name>`` and, where the loss knows them, the mean correlations
+            ``<name>_inter`` and ``<name>_intra``, which mmengine logs and does not add.
+        """
+        recorded = self.record(step)
+        with torch.no_grad():
+            asked = self.ask(step, recorded)
+        terms: dict[str, list[Tensor]] = {}
+        for pair in self.pair(step, recorded, asked):
+            key = '_'.join(filter(None, (name, pair.name)))
+            loss = pair.weight * self._compute(pair)
+            terms.setdefault(f'loss_{key}', []).append(loss)
+            for relation in ('inter', 'intra'):
+                correlation = getattr(self.loss, f'{relation}_corr', None)
+                if correlation is not None:
+                    terms.setdefault(f'{key}_{relation}', []).append(correlation)
+        return {
+            key: sum(values) if key.startswith('loss_') else sum(values) / len(values)
+            for key, values in terms.items()
+        }
+
+    def _compute(self, pair: Pair) -> Tensor:
+        if pair.student.shape != pair.teacher.shape:
+            raise ValueError(
+                f'{type(self).__name__}: the student gives logits of shape '
+                f'{tuple(pair.student.shape)}, the teacher {tuple(pair.teacher.shape)}. '
+                'Take a teacher with the same strides and, per location, the same '
+                'anchors; classes are matched by name, see `class_map`.'
+            )
+        if self._loss_takes_mask:
+            return self.loss(pair.student, pair.teacher, mask=pair.mask)
+        student, teacher = rows(pair.student), rows(pair.teacher)
+        if pair.mask is not None:
+            student, teacher = (
+                student[pair.mask.flatten()],
+                teacher[pair.mask.flatten()],
+            )
+        if not len(student):  # the mean of nothing is NaN in most losses
+            return pair.student.sum() * 0
+        return self.loss(student, teacher)
+
+
+def rows(logits: Tensor) -> Tensor:
+    """(N, classes, *spatial) -> (N * prod(spatial), classes)."""
+    return logits.movedim(1, -1).flatten(0, -2)

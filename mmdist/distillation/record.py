@@ -1,0 +1,61 @@
+"""See what a module was called with and what it returned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class Call(NamedTuple):
+    """One call of a module's ``forward``."""
+
+    args: tuple
+    kwargs: dict
+    output: Any
+
+
+class Recorder:
+    """Records the calls of some modules inside a ``with`` block.
+
+    The instance's ``forward`` is swapped, because forward hooks do not fire where a
+    model calls ``head.forward(...)`` itself, as mmseg does.
+
+    Args:
+        modules: The modules to watch.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = list({id(m): m for m in modules}.values())
+        self._calls: dict[int, list[Call]] = defaultdict(list)
+
+    def calls(self, module: nn.Module) -> list[Call]:
+        """The calls of ``module``, in order; empty if it did not run."""
+        return self._calls[id(module)]
+
+    def __enter__(self) -> Recorder:
+        # A forward of the instance's own (activation checkpointing sets one) is
+        # wrapped and put back, not lost.
+        self._own = [vars(module).get('forward') for module in self._modules]
+        for module in self._modules:
+            module.forward = self._recording(module)
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        for module, own in zip(self._modules, self._own, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+    def _recording(self, module: nn.Module):
+        forward, calls = module.forward, self._calls[id(module)]
+
+        def record(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            calls.append(Call(args, kwargs, output))
+            return output
+
+        return record

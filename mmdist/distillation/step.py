@@ -1,0 +1,113 @@
+"""One training step as the comparisons see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from .record import Call, Recorder
+from .teacher import Teacher
+
+
+class Step:
+    """The batch, the student's recorded calls and the teacher, for one step.
+
+    What the teacher computes is computed at most once, whatever number of comparisons
+    asks for it, and nothing is kept after the step.
+
+    Args:
+        student: The distilled model.
+        teacher: Its teacher, loaded.
+        inputs: The student's batch after its data_preprocessor, (N, C, H, W).
+        data_samples: The N data samples of the batch.
+        recorder: The student's calls during its own loss.
+        teacher_modules: Modules of the teacher to record in :attr:`teacher_features`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        inputs: Tensor,
+        data_samples: Sequence[BaseDataElement],
+        recorder: Recorder,
+        teacher_modules: Sequence[nn.Module] = (),
+    ) -> None:
+        self.student = student
+        self.teacher = teacher.model
+        self.inputs = inputs
+        self.data_samples = data_samples
+        self.classes = teacher.classes
+        self._guest = teacher
+        self._recorder = recorder
+        self._teacher_recorder = Recorder(teacher_modules)
+
+    def calls(self, module: nn.Module) -> list[Call]:
+        """The student's calls of ``module`` in its own loss pass.
+
+        Raises:
+            RuntimeError: The module did not run.
+        """
+        calls = self._recorder.calls(module)
+        if not calls:
+            names = [name for name, m in self.student.named_modules() if m is module]
+            raise RuntimeError(
+                f'The student did not run its `{names[0]}` while it computed its loss, '
+                'so there is nothing to distil. Compare another module.'
+            )
+        return calls
+
+    def teacher_calls(self, module: nn.Module) -> list[Call]:
+        """The teacher's calls of ``module`` while its features were computed."""
+        _ = self.teacher_features
+        return self._teacher_recorder.calls(module)
+
+    @cached_property
+    def teacher_inputs(self) -> Tensor:
+        """The batch as the teacher's own data_preprocessor would have given it."""
+        return self._guest.renormalize(self.inputs, self.valid_sizes)
+
+    @cached_property
+    def teacher_features(self) -> Any:
+        """The teacher's ``extract_feat``, backbone and neck."""
+        with torch.no_grad(), self._teacher_recorder:
+            return self.teacher.extract_feat(self.teacher_inputs)
+
+    @cached_property
+    def valid_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of each image without its padding."""
+        full = tuple(self.inputs.shape[-2:])
+        return [
+            tuple(map(min, sample.metainfo.get('img_shape', full)[:2], full))
+            for sample in self.data_samples
+        ]
+
+    def valid_mask(self, height: int, width: int) -> Tensor | None:
+        """Where a map of the whole batch looks at an image, not at its padding.
+
+        Args:
+            height: Height of the map.
+            width: Width of the map.
+
+        Returns:
+            (N, height, width), True where the centre of a cell lies in the image; None
+            if no image is padded.
+        """
+        full_h, full_w = self.inputs.shape[-2:]
+        if all(size == (full_h, full_w) for size in self.valid_sizes):
+            return None
+        mask = self.inputs.new_zeros(
+            (len(self.inputs), height, width), dtype=torch.bool
+        )
+        for cells, (valid_h, valid_w) in zip(mask, self.valid_sizes, strict=True):
+            # The centre (i + 0.5) * stride < valid  <=>  i < valid / stride - 0.5.
+            rows = math.ceil(valid_h * height / full_h - 0.5)
+            columns = math.ceil(valid_w * width / full_w - 0.5)
+            cells[:rows, :columns] = True
+        return mask
