@@ -142,11 +142,11 @@ class DISTLoss(nn.Module):
             double = torch.float64 in (student.dtype, teacher.dtype)
             dtype = torch.float64 if double else torch.float32
             if mask is None:
-                weight = torch.ones_like(student[:, 0], dtype=dtype)
+                weight = student.new_ones(len(student), dtype=dtype)
             else:
                 weight = mask.reshape(-1).to(dtype)
                 # before any arithmetic: 0 * nan is nan, in the gradient as well
-                out = ~mask.reshape(-1, 1)
+                out = mask.logical_not().reshape(-1, 1)
                 student = student.masked_fill(out, 0)
                 teacher = teacher.masked_fill(out, 0)
             check_teacher(teacher)
@@ -199,8 +199,8 @@ def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f'The student gave logits of shape {tuple(student.shape)}, the teacher of '
-            f'{tuple(teacher.shape)}; DISTLoss needs them equal. Map the classes of the '
-            'teacher to those of the student and resize its output to the same size.'
+            f"{tuple(teacher.shape)}; DISTLoss needs them equal. Map the teacher's "
+            'classes to those of the student and resize its output to the same size.'
         )
     if mask is None:
         return

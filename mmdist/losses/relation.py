@@ -22,8 +22,8 @@ MIN_SPREAD = 1e-6
 class _SumOverProcesses(torch.autograd.Function):
     """All-reduce that makes k processes one, under DDP's gradient averaging.
 
-    Every process computes the same loss from the summed statistics, so the
-    gradient of the sum is known without communication. DDP divides gradients
+    Every process computes the same loss from the sums and nothing else, so the
+    gradient by the sums is known without communication. DDP divides gradients
     by the number of processes; the factor here undoes that.
     """
 
@@ -92,6 +92,10 @@ def pearson(
 
     count, sum_a, sum_b = total(torch.ones_like(a), a, b)
     mean_a, mean_b = sum_a / count.clamp(min=1), sum_b / count.clamp(min=1)
+    # The sums below do not change to first order with the means (centred entries
+    # sum to 0), so the means need no gradient; over processes they must have none,
+    # as each process sees only its own part of that 0.
+    mean_a, mean_b = mean_a.detach(), mean_b.detach()
     a, b = a - mean_a.unsqueeze(dim), b - mean_b.unsqueeze(dim)
     cov, var_a, var_b = total(a * b, a * a, b * b)
     return correlation(cov, var_a, var_b, count * mean_a**2, count * mean_b**2, eps)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr
+
+from mmdist.losses.relation import (
+    inter_class_correlation,
+    intra_class_correlation,
+    pearson,
+)
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(0)
+    a = rng.random((40, 7))
+    return a, a + rng.random((40, 7))
+
+
+@pytest.mark.parametrize('dim', [0, 1])
+def test_pearson_is_scipys(pair, dim):
+    a, b = pair
+    ours = pearson(torch.tensor(a), torch.tensor(b), dim, eps=0)
+    np.testing.assert_allclose(ours, pearsonr(a, b, axis=dim).statistic, atol=1e-12)
+
+
+def test_weight_removes_rows(pair):
+    a, b = pair
+    keep = np.arange(40) % 3 > 0
+    weight = torch.tensor(keep, dtype=torch.float64)
+    args = torch.tensor(a), torch.tensor(b), weight
+    inter = pearsonr(a[keep], b[keep], axis=1).statistic.mean()
+    intra = pearsonr(a[keep], b[keep], axis=0).statistic.mean()
+    assert inter_class_correlation(*args, eps=0).item() == pytest.approx(inter, 1e-12)
+    assert intra_class_correlation(*args, eps=0).item() == pytest.approx(intra, 1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('value', [0.0, 1.0, 1 / 3, 0.1, 1e-4, 1 / 1203, 123.456, -7.7])
+@pytest.mark.parametrize('shape', [(1, 1), (1, 9), (9, 1), (100_003, 3), (5, 1203)])
+def test_constant_has_no_relation(shape, value, dtype):
+    a = torch.full(shape, value, dtype=dtype, requires_grad=True)
+    b = torch.rand(shape, dtype=dtype)
+    for dim in (0, 1):
+        for x, y in ((a, b), (b, a)):
+            corr = pearson(x, y, dim)
+            assert (corr == 0).all()
+            (grad,) = torch.autograd.grad(corr.sum(), a)
+            assert (grad == 0).all()
+
+
+def test_relation_does_not_depend_on_scale():
+    """Classes that hardly ever occur still have one; only `eps` is absolute."""
+    rng = np.random.default_rng(0)
+    a, b = rng.random((2, 50, 3))
+    oracle = pearsonr(a, b, axis=0).statistic
+    for scale in (1e-3, 1e-6, 1e-9, 1e3, 1e6):
+        ours = pearson(
+            torch.tensor(a * scale, dtype=torch.float32),
+            torch.tensor(b).float(),
+            0,
+            eps=0,
+        )
+        np.testing.assert_allclose(ours, oracle, atol=1e-6)
