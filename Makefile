@@ -1,0 +1,52 @@
+# The two commands are `make quickstart` and `make test`; each builds what it needs.
+PYTHON ?= python3
+# upstream, or onedl (the maintained fork of the OpenMMLab libraries; the default on a
+# machine with an NVIDIA GPU)
+STACK ?= $(shell $(PYTHON) tools/make_env.py --which)
+VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
+PY := $(VENV)/bin/python
+
+.PHONY: help env check quickstart test test-all lint format bench clean distclean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make env         the environment in $(VENV); ten minutes or more, once'
+	@echo 'make quickstart  distil a small detector and a small segmentor, 10 minutes'
+	@echo 'make test        the quick tests;  make test-all: the slow ones too'
+	@echo 'make lint        ruff;  make format: let it mend what it can'
+	@echo 'make bench       timings and memory'
+	@echo 'make clean       what the tools leave behind;  make distclean: also the'
+	@echo '                 environments and work_dirs'
+
+env:
+	@$(PYTHON) tools/make_env.py --stack $(STACK)
+
+check: env
+	$(PY) tools/check_env.py
+
+quickstart: env
+	$(PY) tools/quickstart.py
+
+test: env
+	$(PY) -m pytest -m 'not slow and not gpu'
+
+test-all: env
+	$(PY) -m pytest
+
+lint: env
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: env
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: env
+	$(PY) benchmarks/run.py
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-onedl work_dirs

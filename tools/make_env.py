@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""Build the virtual environment of this checkout; `make env` calls it.
+
+    python3 tools/make_env.py [--stack upstream|onedl]
+
+Needs Python and a C++ compiler only. mmcv is compiled here, once, with its ops: ten
+minutes or more. Its wheel is kept in the user's cache under the version of torch it
+was built for. What is finished is recognised, so an interrupted run continues (the
+compilation too) and a second one ends at once. Environment variables:
+
+    PIP_*                 pip's own, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU wheels
+    MAX_JOBS              compilers that run side by side
+    FORCE_CUDA=1          build for CUDA although no GPU is in the machine
+    CUDA_VISIBLE_DEVICES= build for the CPU although a GPU is in the machine
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from check_env import RUN_OPS
+
+ROOT = Path(__file__).resolve().parent.parent
+# stack: requirements, environment, the distribution that holds mmcv's ops
+STACKS = {
+    'upstream': ('requirements.txt', '.venv', 'mmcv'),
+    'onedl': ('requirements-onedl.txt', '.venv-onedl', 'onedl-mmcv'),
+}
+STAMP = 'mmdist-env.txt'
+MIN_DISK_GB = 8
+
+
+class Stop(Exception):
+    """The environment cannot be built; the message says what to do."""
+
+
+def pins(requirements: str) -> dict[str, str]:
+    """The pinned versions in the text of a requirements file."""
+    return dict(re.findall(r'^([\w.-]+)==([\w.]+)', requirements, flags=re.M))
+
+
+def wants_cuda(environ: dict[str, str] = os.environ) -> bool:
+    """A GPU is in the machine and not hidden, or FORCE_CUDA asks for it."""
+    if environ.get('FORCE_CUDA') == '1':
+        return True
+    if environ.get('CUDA_VISIBLE_DEVICES', 'all') in ('', '-1'):
+        return False
+    try:
+        listed = subprocess.run(
+            ['nvidia-smi', '-L'],
+            env=dict(environ),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and 'GPU ' in listed.stdout
+
+
+def find_nvcc(environ: dict[str, str] = os.environ) -> str | None:
+    """The CUDA compiler, where torch will look for it too."""
+    home = environ.get('CUDA_HOME') or environ.get('CUDA_PATH')
+    if home and (Path(home) / 'bin/nvcc').exists():
+        return str(Path(home) / 'bin/nvcc')
+    found = shutil.which('nvcc', path=environ.get('PATH'))
+    return found or shutil.which('nvcc', path='/usr/local/cuda/bin')
+
+
+def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
+    """What stands in the way, before anything is downloaded or built."""
+    problems, packages = [], []
+    if sys.version_info < (3, 11):
+        problems.append(
+            f'The pinned versions need Python 3.11 or newer; this is '
+            f'{sys.version.split()[0]}. Name another: make env PYTHON=python3.11'
+        )
+    if not (venv / 'bin/pip').exists() and find_spec('ensurepip') is None:
+        packages.append('python3-venv')
+    if compiles:
+        if not shutil.which(os.environ.get('CXX', 'c++')):
+            packages.append('g++')
+        if not Path(sysconfig.get_paths()['include'], 'Python.h').exists():
+            packages.append('python3-dev')
+        free = shutil.disk_usage(venv.parent).free / 1e9
+        if free < MIN_DISK_GB:
+            problems.append(
+                f'{free:.0f} GB are free in {venv.parent}; '
+                f'torch and the build of mmcv need {MIN_DISK_GB}.'
+            )
+    if packages:
+        problems.append(
+            'Missing from the system: '
+            f'run `sudo apt-get install {" ".join(packages)}` (Debian, Ubuntu).'
+        )
+    if cuda and stack == 'upstream':
+        problems.append(
+            'There is a GPU, and mmcv 2.1.0 does not compile for CUDA with the torch '
+            'that is pinned (it does not from torch 2.9 and CUDA 13 on). Leave STACK '
+            'away (or STACK=onedl) for the maintained fork, which does; or build for '
+            'the CPU: CUDA_VISIBLE_DEVICES= make env STACK=upstream; or bring an '
+            'environment of your own and let tools/check_env.py look at it.'
+        )
+    elif cuda and compiles and not find_nvcc():
+        problems.append(
+            'There is a GPU but no CUDA compiler (nvcc) to build the ops of mmcv with. '
+            "Install the CUDA toolkit of torch's CUDA version and set CUDA_HOME, or "
+            'build for the CPU: CUDA_VISIBLE_DEVICES= make env'
+        )
+    return problems
+
+
+def check_toolkit(python: Path) -> None:
+    """nvcc and torch must agree on the major version of CUDA."""
+    wanted = ask(python, 'import torch; print(torch.version.cuda or "none")')
+    nvcc = find_nvcc()
+    shown = subprocess.run([nvcc, '--version'], capture_output=True, text=True).stdout
+    release = re.search(r'release ([\d.]+)', shown)
+    found = release[1] if release else 'unknown'
+    if wanted.split('.')[0] != found.split('.')[0]:
+        raise Stop(
+            f'torch was built for CUDA {wanted}, but {nvcc} is of CUDA {found}: the '
+            'major versions must agree. Install that toolkit and set CUDA_HOME, or '
+            'build for the CPU: CUDA_VISIBLE_DEVICES= make env'
+        )
+
+
+def ask(python: Path, code: str) -> str:
+    """What a line of Python prints in the environment; '' if it fails."""
+    run = subprocess.run([python, '-c', code], capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ''
+
+
+class Builder:
+    """The steps, each of which skips what is finished."""
+
+    def __init__(self, stack: str, cuda: bool) -> None:
+        requirements, venv, self.mmcv = STACKS[stack]
+        self.cuda = cuda
+        self.requirements = ROOT / requirements
+        self.pins = pins(self.requirements.read_text())
+        self.venv = ROOT / venv
+        self.python = self.venv / 'bin/python'
+        self.log = self.venv / 'make_env.log'
+        self.began = time.time()
+
+    def stamp(self) -> str:
+        """Changes with whatever a finished environment was made from."""
+        digest = hashlib.sha256(f'{self.cuda}'.encode())
+        # pyproject: a new dependency or build option needs a new install of mmdist
+        for path in (self.requirements, ROOT / 'pyproject.toml', ROOT / 'mmdist.pth'):
+            digest.update(path.read_bytes())
+        digest.update((ROOT / 'mmdist/_startup.py').read_bytes())
+        return digest.hexdigest()
+
+    def finished(self) -> bool:
+        stamp = self.venv / STAMP
+        return (
+            self.python.exists()
+            and stamp.exists()
+            and stamp.read_text() == self.stamp()
+        )
+
+    def build(self) -> None:
+        (self.venv / STAMP).unlink(missing_ok=True)
+        self.say(f'Building {self.venv.name} with {self.requirements.name}.')
+        self.step('virtual environment', '10 s', self.make_venv)
+        self.step('torch and build tools', '1 to 10 min, a download', self.add_torch)
+        ready = self.has_ops() or self.cached_wheel()
+        self.step('mmcv', '10 s' if ready else '10 min or more, once', self.add_mmcv)
+        self.step('the other libraries', '1 min', self.add_libraries)
+        self.step('mmdist (editable)', '5 s', self.add_mmdist)
+        self.step('check', '20 s', self.check)
+        (self.venv / STAMP).write_text(self.stamp())
+        self.say(f'{self.venv.name} is ready, after {clock(self.began)}.')
+
+    def say(self, text: str) -> None:
+        print(f'[env] {text}', flush=True)
+
+    def step(self, title: str, estimate: str, action) -> None:
+        self.say(f'{title} ({estimate}) ...')
+        began = time.time()
+        note = action()
+        self.say(f'{title}: {note or "done"}, {clock(began)}')
+
+    def run(self, *command, progress: str | None = None, **environ: str) -> None:
+        """Run a command into the log; its end is shown where it fails."""
+        with self.log.open('a') as log:
+            log.write(f'\n$ {" ".join(map(str, command))}\n')
+            log.flush()
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=ROOT,
+                env={**os.environ, **environ},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors='replace',
+            )
+            tail, shown, began = [], time.time(), time.time()
+            for line in process.stdout:
+                log.write(line)
+                tail = [*tail[-29:], line]
+                count = progress and re.match(progress, line.strip())
+                if count and time.time() - shown > 20:
+                    shown = time.time()
+                    self.say(f'    {count[1]} of {count[2]}, {clock(began)}')
+        if process.wait():
+            print(''.join(tail), file=sys.stderr)
+            raise Stop(f'This failed: {" ".join(map(str, command))} (log: {self.log})')
+
+    def pip(self, *arguments, **environ: str) -> None:
+        flags = ('--disable-pip-version-check', '--no-input')
+        self.run(self.python, '-m', 'pip', *arguments, *flags, **environ)
+
+    def make_venv(self) -> str | None:
+        if ask(self.python, 'import pip; print(1)') and not self.moved():
+            return 'was there'
+        # --clear: a torso, or one that was copied here from another place
+        self.venv.mkdir(exist_ok=True)
+        command = [sys.executable, '-m', 'venv', '--clear', str(self.venv)]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            raise Stop(f'This failed: {" ".join(command)}')
+        return None
+
+    def moved(self) -> bool:
+        return ask(self.python, 'import sys; print(sys.prefix)') != str(self.venv)
+
+    def add_torch(self) -> str | None:
+        names = ('setuptools', 'wheel', 'ninja', 'torch')
+        if ask(self.python, 'import torch; print(1)') and all(
+            self.version(name) == self.pins[name] for name in names
+        ):
+            return 'was there'
+        wanted = [f'{name}=={self.pins[name]}' for name in names]
+        self.pip('install', *wanted, '-c', self.requirements)
+        return None
+
+    def version(self, name: str) -> str:
+        code = f'from importlib.metadata import version; print(version({name!r}))'
+        return ask(self.python, code).split('+')[0]
+
+    def has_ops(self) -> bool:
+        if self.version(self.mmcv) != self.pins[self.mmcv]:
+            return False
+        return ask(self.python, f'{RUN_OPS}\nprint("fine")') == 'fine'
+
+    def wheels(self) -> Path:
+        """Where the wheels for this torch are kept; pip's cache ignores torch."""
+        cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+        torch = ask(self.python, 'import torch; print(torch.__version__)')
+        return cache / 'mmdist' / f'torch-{torch}-{"cuda" if self.cuda else "cpu"}'
+
+    def cached_wheel(self) -> Path | None:
+        tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+        name = f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}-{tag}-*.whl'
+        return next(iter(sorted(self.wheels().glob(name))), None)
+
+    def add_mmcv(self) -> str | None:
+        if self.has_ops():
+            return 'was there, with its ops'
+        engine = 'onedl-mmengine' if self.mmcv.startswith('onedl') else 'mmengine'
+        self.pip('install', f'{engine}=={self.pins[engine]}', '-c', self.requirements)
+        wheel = self.cached_wheel()
+        note = f'its wheel was at hand in {self.wheels()}'
+        if wheel is None:
+            wheel, note = self.compile_mmcv(), None
+        self.pip('install', '--force-reinstall', '--no-deps', wheel)
+        if not self.has_ops():
+            wheel.unlink()
+            raise Stop(
+                f'{wheel.name} was built, but its ops do not run: '
+                f'{self.python} tools/check_env.py says more. It is deleted; '
+                'the next `make env` compiles it again.'
+            )
+        return note
+
+    def compile_mmcv(self) -> Path:
+        if self.cuda:
+            check_toolkit(self.python)
+        version = self.pins[self.mmcv]
+        sources = self.venv / 'src'
+        tree = sources / f'{self.mmcv.replace("-", "_")}-{version}'
+        if not tree.exists():
+            build = ('--no-build-isolation', '--no-binary', ':all:', '--no-deps')
+            self.pip('download', *build, '-d', sources, f'{self.mmcv}=={version}')
+            shutil.unpack_archive(f'{tree}.tar.gz', f'{tree}.tmp')
+            mend_setup(Path(f'{tree}.tmp', tree.name, 'setup.py'))
+            Path(f'{tree}.tmp', tree.name).rename(tree)
+        # pip builds a directory in place, so ninja goes on where it was interrupted.
+        self.pip(
+            *('wheel', '-v', '--no-build-isolation', '--no-deps', '-w', sources, tree),
+            progress=r'\[(\d+)/(\d+)\]',
+            MMCV_WITH_OPS='1',
+            MAX_JOBS=os.environ.get('MAX_JOBS') or str(jobs()),
+            FORCE_CUDA='1' if self.cuda else '0',
+        )
+        built = next(sources.glob(f'{tree.name}-cp*.whl'))
+        self.wheels().mkdir(parents=True, exist_ok=True)
+        wheel = shutil.copy(built, self.wheels() / f'{built.name}.part')
+        wheel = Path(wheel).rename(self.wheels() / built.name)
+        shutil.rmtree(sources)
+        return wheel
+
+    def add_libraries(self) -> None:
+        # --no-build-isolation: the fork's libraries are source only and import torch
+        self.pip('install', '--no-build-isolation', '-r', self.requirements)
+        headless = f'opencv-python-headless=={self.pins["opencv-python-headless"]}'
+        self.pip('install', '--force-reinstall', '--no-deps', headless)
+
+    def add_mmdist(self) -> None:
+        flags = ('--no-deps', '--no-build-isolation')
+        self.pip('install', *flags, '-e', ROOT)
+
+    def check(self) -> None:
+        if subprocess.run([self.python, ROOT / 'tools/check_env.py']).returncode:
+            raise Stop('The environment is not complete: see the lines above.')
+
+
+def mend_setup(setup: Path) -> None:
+    """mmcv 2.1.0 reads its version through exec() and locals(), gone in Python 3.13."""
+    text = setup.read_text()
+    text = text.replace("version_file, 'exec'))", "version_file, 'exec'), globals())")
+    setup.write_text(text.replace("locals()['__version__']", '__version__'))
+
+
+def jobs() -> int:
+    """Compilers side by side: one for each core and each 2 GB of memory."""
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9
+    return max(1, min(os.cpu_count() or 1, int(memory / 2)))
+
+
+def clock(began: float) -> str:
+    seconds = round(time.time() - began)
+    return f'{seconds // 60} min {seconds % 60} s' if seconds > 59 else f'{seconds} s'
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--stack',
+        choices=STACKS,
+        help='upstream, or onedl, the maintained fork (the default on a GPU machine)',
+    )
+    parser.add_argument(
+        '--which', action='store_true', help='print the default stack and stop'
+    )
+    args = parser.parse_args()
+    cuda = wants_cuda()
+    stack = args.stack or ('onedl' if cuda else 'upstream')
+    if args.which:
+        print(stack)
+        return 0
+    builder = Builder(stack, cuda)
+    if builder.finished():
+        return 0
+    try:
+        compiles = not (builder.python.exists() and builder.has_ops())
+        problems = preflight(stack, cuda, compiles, builder.venv)
+        if problems:
+            raise Stop('\n  '.join(['Nothing was built.', *problems]))
+        if cuda:
+            builder.say(
+                'A GPU: the onedl fork is taken, since upstream mmcv does not compile '
+                'for CUDA 13. Nobody has run this build yet; tell us how it went.'
+            )
+        builder.build()
+    except Stop as stop:
+        print(f'[env] {stop}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            '\n[env] Interrupted. The next `make env` continues here.', file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
