@@ -3,6 +3,16 @@
 from .comparison import Comparison, Pair
 from .dense_logits import DenseLogits
 from .distiller import build_distiller
+from .query_logits import QueryLogits
+from .roi_logits import RoILogits
 from .seg_logits import SegLogits
 
-__all__ = ['Comparison', 'DenseLogits', 'Pair', 'SegLogits', 'build_distiller']
+__all__ = [
+    'Comparison',
+    'DenseLogits',
+    'Pair',
+    'QueryLogits',
+    'RoILogits',
+    'SegLogits',
+    'build_distiller',
+]

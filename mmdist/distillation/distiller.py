@@ -19,6 +19,8 @@ from .teacher import Teacher
 DEFAULT_COMPARISONS: dict[str, str] = {
     'EncoderDecoder': 'mmdist.SegLogits',
     'SingleStageDetector': 'mmdist.DenseLogits',
+    'TwoStageDetector': 'mmdist.RoILogits',
+    'DetectionTransformer': 'mmdist.QueryLogits',
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,11 +11,12 @@ from torch import nn
 
 
 class Call(NamedTuple):
-    """One call of a module's ``forward``."""
+    """One call of a module's ``forward``; ``index`` is its place among all recorded."""
 
     args: tuple
     kwargs: dict
     output: Any
+    index: int
 
 
 class Recorder:
@@ -30,6 +32,7 @@ class Recorder:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list({id(m): m for m in modules}.values())
         self._calls: dict[int, list[Call]] = defaultdict(list)
+        self._index = itertools.count()
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The calls of ``module``, in order; empty if it did not run."""
@@ -55,7 +58,7 @@ class Recorder:
 
         def record(*args, **kwargs):
             output = forward(*args, **kwargs)
-            calls.append(Call(args, kwargs, output))
+            calls.append(Call(args, kwargs, output, next(self._index)))
             return output
 
         return record

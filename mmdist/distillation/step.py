@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,7 @@ class Step:
         self._guest = teacher
         self._recorder = recorder
         self._teacher_recorder = Recorder(teacher_modules)
+        self._shared: dict[str, Any] = {}
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The student's calls of ``module`` in its own loss pass.
@@ -63,10 +64,26 @@ class Step:
             )
         return calls
 
+    def has_run(self, module: nn.Module) -> bool:
+        """Whether the student ran ``module`` in its own loss pass."""
+        return bool(self._recorder.calls(module))
+
     def teacher_calls(self, module: nn.Module) -> list[Call]:
         """The teacher's calls of ``module`` while its features were computed."""
         _ = self.teacher_features
         return self._teacher_recorder.calls(module)
+
+    def shared(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Compute something of the teacher for whoever asks first, and keep it.
+
+        Args:
+            key: Name of the result; the same for all that mean the same.
+            compute: Gives the result.
+        """
+        if key not in self._shared:
+            with torch.no_grad():
+                self._shared[key] = compute()
+        return self._shared[key]
 
     @cached_property
     def teacher_inputs(self) -> Tensor:

@@ -1,0 +1,184 @@
+"""Class logits of the proposals of a two-stage detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .comparison import Comparison, Pair
+from .step import Step
+
+
+class Proposals(NamedTuple):
+    """What one stage of the student's RoI head was given and what it said."""
+
+    stage: int
+    rois: Tensor  # (rois, 5), the image's index in the batch and the box
+    logits: Tensor  # (rois, classes + background), as the bbox head returned them
+
+
+@MODELS.register_module()
+class RoILogits(Comparison):
+    """Compare the class logits of the same proposals, background last.
+
+    The proposals are the student's, the very ones that it sampled for its own loss
+    (ground truth added included). They go through the teacher's extractor and bbox
+    head; neither its RPN nor any other part of its RoI head runs, but for the semantic
+    and the global context features that HTC and SCNet feed to their bbox heads.
+
+    A student that is a cascade gives one term per stage, ``loss_<name>_s0`` and so on,
+    with the weights of its own stages (``stage_loss_weights``).
+
+    Args:
+        loss: Config of the loss; ``mmdist.DISTLoss`` with softmax if left out.
+        stage: The stage of a cascade teacher to ask, an int (0 is published), or
+            ``'mean'``: the mean of the logits of all stages, as at inference, except
+            that each stage sees the same, unrefined proposals. Left out, it is the
+            stage with the number of the student's, so 0 for a student of one stage.
+        background: False leaves the background's column out; softmax is then over the
+            classes alone.
+    """
+
+    def __init__(
+        self,
+        loss: dict | None = None,
+        stage: int | str | None = None,
+        background: bool = True,
+    ) -> None:
+        super().__init__(loss)
+        if not (stage is None or stage == 'mean' or isinstance(stage, int)):
+            raise ValueError(f"`stage` is an int, 'mean' or None, got {stage!r}.")
+        self.stage = stage
+        self.background = background
+
+    def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
+        """The extractors and bbox heads of all stages."""
+        roi_head = self._roi_head(student)
+        return [
+            *_stages(roi_head.bbox_roi_extractor),
+            *_stages(roi_head.bbox_head),
+        ]
+
+    def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
+        """The teacher must be a two-stage detector with the wanted stage."""
+        num_stages = len(_stages(self._roi_head(teacher).bbox_head))
+        if isinstance(self.stage, int) and not -num_stages <= self.stage < num_stages:
+            raise ValueError(
+                f'RoILogits asks for stage={self.stage} of the teacher, but its '
+                f'{type(teacher).__name__} has {num_stages} stage(s). Give one of '
+                "0, 1, ..., or 'mean'."
+            )
+
+    def record(self, step: Step) -> list[Proposals]:
+        """The sampled proposals and their logits, for each stage that ran."""
+        roi_head = self._roi_head(step.student)
+        recorded = []
+        for stage, (extractor, head) in enumerate(
+            zip(
+                _stages(roi_head.bbox_roi_extractor),
+                _stages(roi_head.bbox_head),
+                strict=True,
+            )
+        ):
+            if stage > 0 and not step.has_run(head):
+                break  # a cascade stops where no proposal is left
+            # Samplers that look for hard examples call the head before the loss does.
+            said = step.calls(head)[-1]
+            given = [c for c in step.calls(extractor) if c.index < said.index][-1]
+            rois = given.args[1] if len(given.args) > 1 else given.kwargs['rois']
+            recorded.append(Proposals(stage, rois, said.output[0]))
+        return recorded
+
+    def ask(self, step: Step, recorded: list[Proposals]) -> list[Tensor]:
+        """The teacher's logits of the same proposals, (rois, classes + background)."""
+        roi_head, features = step.teacher.roi_head, step.teacher_features
+        context = {}
+        if getattr(roi_head, 'with_semantic', False):  # HTC, SCNet
+            context['semantic_feat'] = roi_head.semantic_head(features)[1]
+        if getattr(roi_head, 'with_glbctx', False):  # SCNet
+            context['glbctx_feat'] = roi_head.glbctx_head(features)[1]
+        if not isinstance(roi_head.bbox_head, nn.ModuleList):
+            return [
+                roi_head._bbox_forward(features, self._rois(step, p.rois), **context)[
+                    'cls_score'
+                ]
+                for p in recorded
+            ]
+        num_stages = len(roi_head.bbox_head)
+        asked = []
+        for proposals in recorded:
+            if self.stage == 'mean':
+                stages = range(num_stages)
+            elif self.stage is None:
+                stages = [min(proposals.stage, num_stages - 1)]
+            else:
+                stages = [self.stage]
+            rois = self._rois(step, proposals.rois)
+            scores = [
+                roi_head._bbox_forward(stage, features, rois, **context)['cls_score']
+                for stage in stages
+            ]
+            asked.append(torch.stack(scores).mean(0))
+        return asked
+
+    def pair(
+        self, step: Step, recorded: list[Proposals], asked: list[Tensor]
+    ) -> list[Pair]:
+        """One pair per stage of the student, a row per proposal."""
+        student_head = self._roi_head(step.student)
+        teacher_heads = _stages(step.teacher.roi_head.bbox_head)
+        cascade = isinstance(student_head.bbox_head, nn.ModuleList)
+        pairs = []
+        for (stage, _, student), teacher in zip(recorded, asked, strict=True):
+            student, teacher = step.classes.select(
+                _per_class(_stages(student_head.bbox_head)[stage], student),
+                _per_class(teacher_heads[-1], teacher),
+            )
+            if not self.background:
+                student, teacher = student[:, :-1], teacher[:, :-1]
+            weight = student_head.stage_loss_weights[stage] if cascade else 1.0
+            name = f's{stage}' if cascade else ''
+            pairs.append(Pair(student, teacher, None, weight, name))
+        return pairs
+
+    @staticmethod
+    def _rois(step: Step, rois: Tensor) -> Tensor:
+        """The proposals with indices of images in the teacher's batch.
+
+        TridentNet trains on one copy of the batch per branch, and tests on one copy.
+        """
+        num_images = len(step.teacher_features[0])
+        return torch.cat([rois[:, :1] % num_images, rois[:, 1:]], dim=1)
+
+    @staticmethod
+    def _roi_head(model: nn.Module) -> nn.Module:
+        roi_head = getattr(model, 'roi_head', None)
+        for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
+            if not hasattr(roi_head, part):
+                raise ValueError(
+                    f'RoILogits compares two-stage detectors. It looked for '
+                    f'`roi_head.{part}`, and {type(model).__name__} has none. Take a '
+                    'two-stage detector, or another comparison.'
+                )
+        return roi_head
+
+
+def _stages(module: nn.Module) -> Sequence[nn.Module]:
+    """The stages of a cascade; one stage otherwise."""
+    return module if isinstance(module, nn.ModuleList) else [module]
+
+
+def _per_class(head: nn.Module, logits: Tensor) -> Tensor:
+    """Logits whose softmax are the probabilities of the classes and the background."""
+    if hasattr(head, 'num_instance'):  # CrowdDet: several predictions per proposal
+        logits = logits.unflatten(1, (head.num_instance, -1)).flatten(0, 1)
+    if getattr(head, 'custom_activation', False):
+        # Seesaw loss: objectness comes apart. Log-probabilities are logits as well.
+        scores = head.loss_cls.get_activation(logits.float())
+        return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
+    return logits
