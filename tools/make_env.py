@@ -157,10 +157,14 @@ class Builder:
     def stamp(self) -> str:
         """Changes with whatever a finished environment was made from."""
         digest = hashlib.sha256(f'{self.cuda}'.encode())
-        # pyproject: a new dependency or build option needs a new install of mmdist
-        for path in (self.requirements, ROOT / 'pyproject.toml', ROOT / 'mmdist.pth'):
+        # pyproject and what lies in site-packages: they ask for a new install of mmdist
+        for path in (
+            self.requirements,
+            ROOT / 'pyproject.toml',
+            ROOT / 'mmdist.pth',
+            ROOT / '_mmdist_startup.py',
+        ):
             digest.update(path.read_bytes())
-        digest.update((ROOT / 'mmdist/_startup.py').read_bytes())
         return digest.hexdigest()
 
     def finished(self) -> bool:

@@ -1,0 +1,1 @@
+mmdist/_startup.py
