@@ -1,31 +1,64 @@
-"""Per-pixel class logits of segmentors (mmseg's encoder-decoders)."""
+"""Per-pixel class logits of segmentors (all of mmseg's)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.dist import get_rank
+from mmengine.logging import MessageHub
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
 from .comparison import Comparison, Pair
+from .seg_map import SegMap, draw_pixels
 from .step import Step
+
+# Which of several outputs of a head's forward predicts at inference. Names, so that
+# mmseg does not have to be installed.
+PREDICTING_OUTPUT: dict[str, int] = {
+    'DAHead': 0,  # position and channel attention together | each alone
+    'EncHead': 0,  # | the classes of the whole image
+    'DDRHead': 0,  # context | spatial branch
+    'PIDHead': 1,  # proportional | integral | derivative branch
+    'IterativeDecodeHead': -1,  # one per stage of K-Net
+}
+MASK_HEADS = ('MaskFormerHead', 'Mask2FormerHead')
+SAN_HEAD = 'SideAdapterCLIPHead'
 
 
 @MODELS.register_module()
 class SegLogits(Comparison):
-    """Compare the decode heads' logits, and those of the auxiliary heads.
+    """Compare the class logits of the head that predicts, and of auxiliary heads.
 
     A row is a pixel of the unresized logits (1/8 of the image, say), as published.
+
+    The head that predicts is the decode head; of a cascade the last one that gives a
+    map. PointRend's point head gives none: it trains on points that the student draws
+    for itself, so its coarse head is compared. Mask classification (MaskFormer,
+    Mask2Former, SAN) is compared by its class scores per pixel, those of inference;
+    with it, also a per-pixel head is compared by its probabilities, and
+    ``mmdist.DISTLoss`` gets ``activation='identity'`` unless it has one.
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if left out.
         aux_weight: Weight of the auxiliary heads, which are compared where both sides
-            have them; 0 leaves them out. The published code has 0.4.
-        ignore_mask: Leave out pixels whose label is the student's ``ignore_index`` and
+            have them, the deepest with the deepest; 0 leaves them out. The published
+            code has 0.4.
+        ignore_mask: Leave out pixels whose label is the head's ``ignore_index`` and
             padded pixels. The published code does not; False restores it.
+        resize: Whose size both maps are compared at: that of the 'smaller' one, of the
+            'student', the 'teacher' or the 'label'.
+        max_rows: Compare at most so many pixels of a batch and head, drawn anew in
+            every step; None takes all.
+        sampling: How they are drawn: 'uniform', or 'balanced', equally many of every
+            class that the teacher predicts, as far as there are.
+        seed: Seed of the drawing. With the iteration and the rank of the process it
+            decides which pixels are drawn, so a resumed run draws the same.
     """
 
     def __init__(
@@ -33,83 +66,305 @@ class SegLogits(Comparison):
         loss: dict | None = None,
         aux_weight: float = 0.4,
         ignore_mask: bool = True,
+        resize: str = 'smaller',
+        max_rows: int | None = None,
+        sampling: str = 'uniform',
+        seed: int = 0,
     ) -> None:
         super().__init__(loss)
+        if resize not in ('smaller', 'student', 'teacher', 'label'):
+            raise ValueError(
+                "`resize` of SegLogits is 'smaller', 'student', 'teacher' or 'label', "
+                f'got {resize!r}.'
+            )
+        if sampling not in ('uniform', 'balanced'):
+            raise ValueError(
+                f"`sampling` of SegLogits is 'uniform' or 'balanced', got {sampling!r}."
+            )
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(
+                '`max_rows` of SegLogits is a number of pixels or None, got '
+                f'{max_rows}.'
+            )
         self.aux_weight = aux_weight
         self.ignore_mask = ignore_mask
+        self.resize = resize
+        self.max_rows = max_rows
+        self.sampling = sampling
+        self.seed = seed
+        self._as_scores = False
+        self._steps = 0
 
     def activation(self, student: nn.Module) -> str:
-        """'sigmoid' for a single output channel, else 'softmax'."""
-        return 'sigmoid' if student.decode_head.out_channels == 1 else 'softmax'
+        """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
+        head = predicting_head(student)
+        if is_mask_head(head):
+            return 'identity'
+        return 'sigmoid' if head.out_channels == 1 else 'softmax'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
-        """The decode head and the auxiliary heads."""
-        return [head for _, head in self._heads(student)]
+        """The head that predicts and the auxiliary heads."""
+        return [predicting_head(student), *self._auxiliary_heads(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must be a segmentor with a decode head."""
-        self._heads(teacher)
+        """The teacher must be a segmentor; with masks, scores are compared."""
+        heads = [predicting_head(model) for model in (student, teacher)]
+        if any(map(is_mask_head, heads)):
+            if 'activation' not in self._loss_cfg and hasattr(self.loss, 'activation'):
+                self.loss.activation = 'identity'
+            self._as_scores = getattr(self.loss, 'activation', None) == 'identity'
 
-    def record(self, step: Step) -> list[Tensor]:
-        """The logits of each head, as it computed them for its own loss."""
+    def record(self, step: Step) -> list[SegMap]:
+        """The map of each head, as it computed it for its own loss."""
+        # A cascade runs a head once more for the next one; the first run is its own.
         return [
-            step.calls(head)[-1].output for head in self.student_modules(step.student)
+            self._map(step, head, step.calls(head)[0].output)
+            for head in self.student_modules(step.student)
         ]
 
-    def ask(self, step: Step, recorded: list[Tensor]) -> list[Tensor]:
-        """The teacher's logits of the same heads, from its features."""
-        return [
-            head.forward(step.teacher_features)
-            for _, head in self._heads(step.teacher)[: len(recorded)]
-        ]
+    def ask(self, step: Step, recorded: list[SegMap]) -> list[SegMap]:
+        """The teacher's maps of the same heads, from its features."""
+        head = predicting_head(step.teacher)
+        maps = [self._map(step, head, _decode(step, head))]
+        for _, teacher_head in self._auxiliary_pairs(step):
+            output = teacher_head.forward(step.teacher_features)
+            maps.append(self._map(step, teacher_head, output))
+        return maps
 
     def pair(
-        self, step: Step, recorded: list[Tensor], asked: list[Tensor]
+        self, step: Step, recorded: list[SegMap], asked: list[SegMap]
     ) -> list[Pair]:
-        """Logits of the same size, with the pixels that count."""
+        """Logits or scores at the same pixels, with those that count."""
+        heads = self.student_modules(step.student)
+        used = [heads[0], *(head for head, _ in self._auxiliary_pairs(step))]
+        generator = self._generator(step)
         pairs = []
-        names = [name for name, _ in self._heads(step.student)]
-        # zip: an auxiliary head that only one side has is left out.
-        for name, student, teacher in zip(names, recorded, asked, strict=False):
-            student, teacher = self._to_smaller(step, student, teacher)
-            student, teacher = step.classes.select(student, teacher)
-            mask = self._mask(step, student) if self.ignore_mask else None
-            weight = self.aux_weight if name else 1.0
-            pairs.append(Pair(student, teacher, mask, weight, name))
+        for head, teacher in zip(used, asked, strict=True):
+            student = recorded[heads.index(head)]
+            size = self._size(step, student, teacher)
+            mask = self._mask(step, head, size) if self.ignore_mask else None
+            if self.max_rows is None:
+                student, teacher = student.read(size), teacher.read(size)
+            else:
+                pixels, mask = draw_pixels(
+                    self.max_rows,
+                    step.inputs.new_ones((len(step.inputs), *size), dtype=torch.bool)
+                    if mask is None
+                    else mask,
+                    generator,
+                    _predicted(teacher, size) if self.sampling == 'balanced' else None,
+                )
+                student = student.read_at(pixels, size)
+                teacher = teacher.read_at(pixels, size)
+            student, teacher = step.classes.select(
+                student, _as_many_channels(student, teacher, self._as_scores)
+            )
+            self._leave_out_inter_class(student.shape[1])
+            if head is heads[0]:
+                pairs.append(Pair(student, teacher, mask))
+            else:
+                pairs.append(Pair(student, teacher, mask, self.aux_weight, 'aux'))
         return pairs
 
-    def _heads(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """(name of the term, head): the decode head as '', then the auxiliary ones."""
-        if not hasattr(model, 'decode_head'):
-            raise ValueError(
-                f'SegLogits compares segmentors, and {type(model).__name__} has no '
-                '`decode_head`. Take a segmentor of mmseg, or another comparison.'
-            )
-        heads = [('', model.decode_head)]
-        if self.aux_weight and model.with_auxiliary_head:
-            aux = model.auxiliary_head
-            aux = aux if isinstance(aux, nn.ModuleList) else [aux]
-            heads += [('aux', head) for head in aux]
-        return heads
+    def _auxiliary_heads(self, model: nn.Module) -> list[nn.Module]:
+        return auxiliary_heads(model) if self.aux_weight else []
+
+    def _auxiliary_pairs(self, step: Step) -> list[tuple[nn.Module, nn.Module]]:
+        """The auxiliary heads of student and teacher, the deepest with the deepest."""
+        student = self._auxiliary_heads(step.student)
+        return list(zip(student, self._auxiliary_heads(step.teacher), strict=False))
+
+    def _map(self, step: Step, head: nn.Module, output) -> SegMap:
+        """What the head predicts, from the output of its forward."""
+        queries = None
+        if _is(head, *MASK_HEADS):
+            classes, masks = output[0][-1], output[1][-1]
+        elif _is(head, SAN_HEAD):
+            masks, classes = output[0][-1], output[1][-1]
+        else:
+            masks, classes = output, None
+            if not isinstance(output, Tensor):
+                masks = output[_predicting_output(head, output)]
+        if classes is not None:
+            dtype = torch.promote_types(classes.dtype, torch.float32)
+            queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
+        return SegMap(masks, queries, self._as_scores, step.student.align_corners)
+
+    def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
+        if self.resize == 'label':
+            return tuple(step.data_samples[0].gt_sem_seg.data.shape[-2:])
+        if self.resize == 'smaller':
+            return min(student.size, teacher.size, key=lambda size: size[0] * size[1])
+        return student.size if self.resize == 'student' else teacher.size
 
     @staticmethod
-    def _to_smaller(step: Step, student: Tensor, teacher: Tensor) -> tuple:
-        """Resize the larger of the two maps to the smaller one."""
-        size = min(student.shape[-2:], teacher.shape[-2:])
-        resize = dict(
-            size=size, mode='bilinear', align_corners=step.student.align_corners
-        )
-        return tuple(
-            x if x.shape[-2:] == size else F.interpolate(x, **resize)
-            for x in (student, teacher)
-        )
-
-    @staticmethod
-    def _mask(step: Step, logits: Tensor) -> Tensor:
-        """(N, h, w), True where a pixel is labelled and not padding."""
-        size = logits.shape[-2:]
+    def _mask(step: Step, head: nn.Module, size: tuple[int, int]) -> Tensor:
+        """(N, height, width), True where a pixel is labelled and not padding."""
         labels = torch.stack([s.gt_sem_seg.data for s in step.data_samples])
         labels = F.interpolate(labels.float(), size=size, mode='nearest').squeeze(1)
-        mask = labels != step.student.decode_head.ignore_index
+        # None where the head's own loss ignores nothing
+        ignore = -1 if head.ignore_index is None else head.ignore_index
+        mask = labels != ignore
         valid = step.valid_mask(*size)
         return mask if valid is None else mask & valid
+
+    def _generator(self, step: Step) -> torch.Generator:
+        # Of the Runner; without one, the calls are counted.
+        iteration = MessageHub.get_current_instance().get_info('iter', self._steps)
+        self._steps += 1
+        seed = hash((self.seed, iteration, get_rank())) % 2**63
+        return torch.Generator(step.inputs.device).manual_seed(seed)
+
+    def _leave_out_inter_class(self, num_classes: int) -> None:
+        """Two classes have no relation but more or less; one has none at all."""
+        if num_classes <= 2 and getattr(self.loss, 'beta', 0):
+            self.loss.beta = 0.0
+            what = 'one channel' if num_classes == 1 else 'two classes'
+            value = 'undefined' if num_classes == 1 else '1 or -1, whatever they are'
+            warnings.warn(
+                f'SegLogits compares {what} per pixel: the inter-class correlation of '
+                f'such a row is {value}, and gives nothing to learn from. The term is '
+                'left out, as with `beta=0`; the intra-class term remains.',
+                stacklevel=2,
+            )
+
+
+# ---- heads -----------------------------------------------------------------------
+
+
+def predicting_head(model: nn.Module) -> nn.Module:
+    """The head whose per-pixel scores are the model's prediction.
+
+    Args:
+        model: A segmentor.
+
+    Returns:
+        The decode head; of a cascade the last that gives a map.
+
+    Raises:
+        ValueError: The model is no segmentor.
+    """
+    if not hasattr(model, 'decode_head'):
+        raise ValueError(
+            f'SegLogits compares segmentors, and {type(model).__name__} has no '
+            '`decode_head`. Take a segmentor of mmseg, or another comparison.'
+        )
+    if _is(model, 'DepthEstimator'):
+        raise ValueError(
+            f'SegLogits compares scores of classes, and {type(model).__name__} '
+            'estimates depth: it has one value per pixel and no classes. Take a '
+            'segmentor, or compare features with `mmdist.Features`.'
+        )
+    head = model.decode_head
+    if isinstance(head, nn.ModuleList):
+        head = [stage for stage in head if not _is(stage, 'PointHead')][-1]
+    return head
+
+
+def auxiliary_heads(model: nn.Module) -> list[nn.Module]:
+    """The auxiliary heads that predict the same classes, the deepest first.
+
+    Args:
+        model: A segmentor.
+
+    Returns:
+        The heads, by the depth of the features that they read; without heads for
+        something else, as STDC's for boundaries.
+    """
+    heads = getattr(model, 'auxiliary_head', None)
+    if heads is None:
+        return []
+    classes = predicting_head(model).num_classes
+    return sorted(
+        (
+            head
+            for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
+            if head.num_classes == classes and not _is(head, 'STDCHead')
+        ),
+        key=_depth,
+        reverse=True,
+    )
+
+
+def is_mask_head(head: nn.Module) -> bool:
+    """Whether a head predicts masks and the class of each, not a class per pixel."""
+    return _is(head, *MASK_HEADS, SAN_HEAD)
+
+
+def _is(module: nn.Module, *names: str) -> bool:
+    """Whether a module is of one of the classes, or of a subclass."""
+    return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def _depth(head: nn.Module) -> float:
+    """Index of the deepest feature that a head reads."""
+    index = head.in_index
+    indices = index if isinstance(index, Sequence) else [index]
+    return max(float('inf') if i < 0 else i for i in indices)
+
+
+def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
+    for cls in type(head).__mro__:
+        if cls.__name__ in PREDICTING_OUTPUT:
+            return PREDICTING_OUTPUT[cls.__name__]
+    name = type(head).__name__
+    raise ValueError(
+        f'{name} returns {len(outputs)} outputs, and SegLogits does not know which one '
+        'predicts at inference. Tell it its index: '
+        f"`mmdist.distillation.seg_logits.PREDICTING_OUTPUT['{name}'] = 0`."
+    )
+
+
+def _decode(step: Step, head: nn.Module):
+    """Output of the teacher's head, run as the model runs it at inference."""
+    model = step.teacher
+    if _is(head, SAN_HEAD):
+        inputs = images = step.teacher_inputs
+        if model.asymetric_input:
+            images = F.interpolate(
+                inputs, scale_factor=model.encoder_resolution, mode='bilinear'
+            )
+        features = model.extract_feat(images)
+        return head.forward([inputs, features, model.text_encoder()], [])
+    features = step.teacher_features
+    if _is(head, *MASK_HEADS):
+        full = tuple(step.inputs.shape[-2:])
+        samples = [
+            BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=full))
+            for size in step.valid_sizes
+        ]
+        return head.forward(features, samples)
+    if not isinstance(model.decode_head, nn.ModuleList):
+        return head.forward(features)
+    stages = iter(model.decode_head)
+    output = next(stages).forward(features)
+    for stage in stages:
+        if _is(stage, 'PointHead'):
+            break
+        output = stage.forward(features, output)
+    return output
+
+
+# ---- maps ------------------------------------------------------------------------
+
+
+def _predicted(teacher: SegMap, size: tuple[int, int]) -> Tensor:
+    """The teacher's class of each pixel, (N, *size), found at its own size."""
+    scores = teacher.read(teacher.size)
+    if scores.shape[1] == 1:
+        labels = scores > (0.5 if teacher.as_scores else 0)
+    else:
+        labels = scores.argmax(dim=1, keepdim=True)
+    return F.interpolate(labels.float(), size=size, mode='nearest').squeeze(1).long()
+
+
+def _as_many_channels(student: Tensor, teacher: Tensor, as_scores: bool) -> Tensor:
+    """A binary teacher's output as the student has it: one channel, or two."""
+    channels = (student.shape[1], teacher.shape[1])
+    if channels == (1, 2):
+        background, foreground = teacher.split(1, dim=1)
+        return foreground if as_scores else foreground - background
+    if channels == (2, 1):
+        background = 1 - teacher if as_scores else torch.zeros_like(teacher)
+        return torch.cat([background, teacher], dim=1)
+    return teacher
