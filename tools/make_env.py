@@ -137,7 +137,10 @@ def check_toolkit(python: Path) -> None:
 
 def ask(python: Path, code: str) -> str:
     """What a line of Python prints in the environment; '' if it fails."""
-    run = subprocess.run([python, '-c', code], capture_output=True, text=True)
+    try:
+        run = subprocess.run([python, '-c', code], capture_output=True, text=True)
+    except OSError:  # not there yet, or a link to a Python that is gone
+        return ''
     return run.stdout.strip() if run.returncode == 0 else ''
 
 
@@ -371,7 +374,7 @@ def main() -> int:
     if builder.finished():
         return 0
     try:
-        compiles = not (builder.python.exists() and builder.has_ops())
+        compiles = not builder.has_ops()
         problems = preflight(stack, cuda, compiles, builder.venv)
         if problems:
             raise Stop('\n  '.join(['Nothing was built.', *problems]))
