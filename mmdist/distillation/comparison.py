@@ -46,7 +46,12 @@ class Comparison(BaseModule):
             logits) or (student logits, teacher logits, mask). If it has no ``mask``, it
             is called with the rows that count. Left out, it is ``mmdist.DISTLoss``
             with the activation of the student's head.
+
+    Attributes:
+        families: The models that the comparison supports, for its messages.
     """
+
+    families = 'models that its docstring names'
 
     def __init__(self, loss: dict | None = None) -> None:
         super().__init__()
@@ -91,6 +96,14 @@ class Comparison(BaseModule):
 
     # ---- the same for all --------------------------------------------------------
 
+    def unsupported(self, model: nn.Module, looked_for: str) -> ValueError:
+        """The error for a model that has nothing to compare here."""
+        return ValueError(
+            f'{type(self).__name__} cannot compare a {type(model).__name__}: it looked '
+            f'for {looked_for}. It compares {self.families}. For any other model write '
+            'a comparison of your own, docs/own_comparison.md shows how.'
+        )
+
     def bind(self, student: nn.Module) -> None:
         """Check the student and build the loss for its activation."""
         self.student_modules(student)
@@ -134,7 +147,8 @@ class Comparison(BaseModule):
         if pair.student.shape != pair.teacher.shape:
             raise ValueError(
                 f'{type(self).__name__}: the student gives logits of shape '
-                f'{tuple(pair.student.shape)}, the teacher {tuple(pair.teacher.shape)}. '
+                f'{tuple(pair.student.shape)}, the teacher of '
+                f'{tuple(pair.teacher.shape)}. '
                 'Take a teacher with the same strides and, per location, the same '
                 'anchors; classes are matched by name, see `class_map`.'
             )

@@ -19,6 +19,7 @@ from .teacher import Teacher
 DEFAULT_COMPARISONS: dict[str, str] = {
     'EncoderDecoder': 'mmdist.SegLogits',
     'SingleStageDetector': 'mmdist.DenseLogits',
+    'SingleStageInstanceSegmentor': 'mmdist.DenseLogits',
     'TwoStageDetector': 'mmdist.RoILogits',
     'DetectionTransformer': 'mmdist.QueryLogits',
 }
@@ -76,9 +77,11 @@ def _default_comparison(student: nn.Module) -> dict:
         if cls.__name__ in DEFAULT_COMPARISONS:
             return dict(type=DEFAULT_COMPARISONS[cls.__name__])
     raise ValueError(
-        f'mmdist does not know what to compare for a {type(student).__name__}. It knows '
-        f'the families of {", ".join(DEFAULT_COMPARISONS)}; for another one give '
-        '`distill=dict(<name>=dict(type=...))` yourself.'
+        f'mmdist does not know what to compare for a {type(student).__name__}: neither '
+        'it nor a base class of it is among the supported families '
+        f'({", ".join(DEFAULT_COMPARISONS)}). Say what to compare, '
+        '`distill=dict(<name>=dict(type=...))`, if need be with a comparison of your '
+        'own, docs/own_comparison.md shows how.'
     )
 
 

@@ -44,6 +44,11 @@ class RoILogits(Comparison):
             classes alone.
     """
 
+    families = (
+        'the two-stage detectors of mmdet whose RoI head has an extractor and a bbox '
+        'head: Faster, Mask and Cascade R-CNN and what is derived from them'
+    )
+
     def __init__(
         self,
         loss: dict | None = None,
@@ -155,16 +160,17 @@ class RoILogits(Comparison):
         num_images = len(step.teacher_features[0])
         return torch.cat([rois[:, :1] % num_images, rois[:, 1:]], dim=1)
 
-    @staticmethod
-    def _roi_head(model: nn.Module) -> nn.Module:
+    def _roi_head(self, model: nn.Module) -> nn.Module:
         roi_head = getattr(model, 'roi_head', None)
         for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
             if not hasattr(roi_head, part):
-                raise ValueError(
-                    f'RoILogits compares two-stage detectors. It looked for '
-                    f'`roi_head.{part}`, and {type(model).__name__} has none. Take a '
-                    'two-stage detector, or another comparison.'
-                )
+                raise self.unsupported(model, f'its `roi_head.{part}`, in vain')
+        if 'SparseRoIHead' in [cls.__name__ for cls in type(roi_head).__mro__]:
+            raise self.unsupported(
+                model,
+                'proposals that both models can be asked about, but the bbox heads of '
+                'its SparseRoIHead also need the features of its own learnt proposals',
+            )
         return roi_head
 
 
