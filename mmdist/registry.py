@@ -3,7 +3,9 @@
 mmengine imports this module by itself when a config names a type ``mmdist.*``.
 """
 
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -11,4 +13,16 @@ MODELS = Registry(
     parent=MMENGINE_MODELS,
     scope='mmdist',
     locations=['mmdist.losses', 'mmdist.distillation'],
+)
+TASK_UTILS = Registry(
+    'task util',
+    parent=MMENGINE_TASK_UTILS,
+    scope='mmdist',
+    locations=['mmdist.distillation'],
+)
+DATASETS = Registry(
+    'dataset',
+    parent=MMENGINE_DATASETS,
+    scope='mmdist',
+    locations=['mmdist.datasets'],
 )
