@@ -208,7 +208,13 @@ class Builder:
             process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=ROOT,
-                env={**os.environ, **environ},
+                # torch finds ninja on the PATH; without it the build takes one core
+                # and starts from the beginning after an interruption
+                env={
+                    **os.environ,
+                    'PATH': f'{self.venv / "bin"}:{os.environ["PATH"]}',
+                    **environ,
+                },
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
