@@ -1,10 +1,11 @@
 """mmdist: DIST knowledge distillation for MMDetection and MMSegmentation."""
 
-from ._environment import allow_safe_loading, check_versions
+from ._environment import check_versions
+from ._startup import prepare_mmengine
 from .version import __version__
 
 check_versions()
-allow_safe_loading()
+prepare_mmengine()
 
 from .losses import DISTLoss  # noqa: E402  (a broken environment is reported first)
 

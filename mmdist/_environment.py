@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib.util
 
 import mmengine
-import numpy as np
-import torch
-from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
 MENDING = (
@@ -28,32 +25,3 @@ def check_versions() -> None:
         )
     if importlib.util.find_spec('mmcv._ext') is None:
         raise RuntimeError(f'mmcv is here without its compiled ops. {MENDING}')
-
-
-def allow_safe_loading() -> None:
-    """Let torch's safe loader (``weights_only=True``) read mmengine's checkpoints.
-
-    A checkpoint's message hub holds ``HistoryBuffer`` objects, which are numpy arrays
-    inside; without them torch >= 2.6 cannot resume a run of mmengine 0.10.
-    """
-    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4
-        return
-    reconstruct, scalar = _numpy_pickle_functions()
-    torch.serialization.add_safe_globals(
-        [
-            HistoryBuffer,
-            np.ndarray,
-            np.dtype,
-            # numpy 1 and 2 name the module of these two differently.
-            (reconstruct, 'numpy.core.multiarray._reconstruct'),
-            (reconstruct, 'numpy._core.multiarray._reconstruct'),
-            (scalar, 'numpy.core.multiarray.scalar'),
-            (scalar, 'numpy._core.multiarray.scalar'),
-            *(type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'),
-        ]
-    )
-
-
-def _numpy_pickle_functions() -> tuple:
-    """The two functions by which numpy pickles arrays and scalars."""
-    return np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]

@@ -1,56 +1,61 @@
-"""Makes ``mmdist::...`` config paths known to mmengine before mmdist is imported.
+"""Two things that mmengine lacks, put in place before mmdist is imported.
 
-mmengine resolves ``package::path`` through the table
+Config paths ``mmdist::...``: mmengine resolves ``package::path`` through the table
 ``mmengine.config.utils.MODULE2PACKAGE``. When a training script of mmdet or mmseg
-reads ``_base_ = 'mmdist::det/...'``, nothing has imported mmdist yet. So the wheel
-also installs this file as the top-level module ``_mmdist_startup``, and
+reads ``_base_ = 'mmdist::det/...'``, nothing has imported mmdist yet.
+
+Checkpoints: torch >= 2.6 reads only what is known to be harmless, and mmengine 0.10
+does not declare what its own checkpoints hold, so that neither resuming nor
+``init_detector`` reads them. A student's checkpoint must work where mmdist is not
+imported.
+
+So the wheel also installs this file as the top-level module ``_mmdist_startup``, and
 ``mmdist.pth`` imports it at each start of the interpreter. It must therefore stay
 cheap, use the standard library only, and never raise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
-_TABLE_MODULE = 'mmengine.config.utils'
 
+def prepare_mmengine() -> None:
+    """Complete each module of mmengine, at once or at the moment it gets loaded.
 
-def register_packages() -> None:
-    """Complete mmengine's table of packages that may stand before ``::``.
-
-    Completes it at once where mmengine's table is loaded, else at the moment it
-    gets loaded. Calling it again is harmless.
+    Calling it again is harmless.
     """
-    module = sys.modules.get(_TABLE_MODULE)
-    if module is not None and hasattr(module, 'MODULE2PACKAGE'):
-        _complete(module.MODULE2PACKAGE)
-    elif not any(type(f).__name__ == _TableFinder.__name__ for f in sys.meta_path):
-        sys.meta_path.insert(0, _TableFinder())
+    for name, complete in _COMPLETIONS.items():
+        if name in sys.modules:
+            complete(sys.modules[name])
+    if not any(type(f).__name__ == _Finder.__name__ for f in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
 
 
-class _TableFinder:
-    """A meta path finder that waits for mmengine's table, then steps aside."""
+class _Finder:
+    """A meta path finder that waits for the modules to complete."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != _TABLE_MODULE:
+        if name not in _COMPLETIONS or name in sys.modules:
             return None
-        from importlib.util import find_spec
+        from importlib.machinery import PathFinder
 
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            loader, exec_module = spec.loader, spec.loader.exec_module
+            exec_module = spec.loader.exec_module
 
             def exec_and_complete(module):
                 exec_module(module)
-                _complete(getattr(module, 'MODULE2PACKAGE', {}))
+                with contextlib.suppress(Exception):
+                    _COMPLETIONS[name](module)
 
-            loader.exec_module = exec_and_complete
+            spec.loader.exec_module = exec_and_complete
         return spec
 
 
-def _complete(table: dict[str, str]) -> None:
-    """Add mmdist, and mend the entries that another distribution provides."""
+def _complete_packages(utils) -> None:
+    """Add mmdist to the table, and mend entries that another distribution provides."""
+    table = utils.MODULE2PACKAGE
     # No distribution is called 'mmdist.registry', so mmengine takes the directory
     # of that module, where `.mim` lies, in an editable install too.
     table['mmdist'] = 'mmdist.registry'
@@ -81,5 +86,50 @@ def _is_known(package: str) -> bool:
         return _exists(package)
 
 
+def _allow_safe_loading(_) -> None:
+    """Declare what mmengine's checkpoints hold: logs, which are numpy arrays inside."""
+    import numpy as np
+    import torch
+    from mmengine.logging import HistoryBuffer
+
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+        return  # loads as mmengine expects
+    reconstruct = np.zeros(1).__reduce__()[0]
+    scalar = np.float64(0).__reduce__()[0]
+    torch.serialization.add_safe_globals(
+        [
+            HistoryBuffer,
+            (_history_method, 'builtins.getattr'),
+            np.ndarray,
+            np.dtype,
+            # numpy 1 and 2 name the module of these two differently.
+            (reconstruct, 'numpy.core.multiarray._reconstruct'),
+            (reconstruct, 'numpy._core.multiarray._reconstruct'),
+            (scalar, 'numpy.core.multiarray.scalar'),
+            (scalar, 'numpy._core.multiarray.scalar'),
+            *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},
+        ]
+    )
+
+
+def _history_method(owner: type, name: str) -> object:
+    """Stands for ``getattr`` in the safe loader, which must not have the real one.
+
+    A ``HistoryBuffer`` holds references to its own methods; nothing else is given out.
+    """
+    from pickle import UnpicklingError
+
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise UnpicklingError(f'{owner!r}.{name} is not to be had from a file')
+    return getattr(owner, name)
+
+
+_COMPLETIONS = {
+    'mmengine.config.utils': _complete_packages,
+    'mmengine.runner.checkpoint': _allow_safe_loading,
+}
+
 if __name__ == '_mmdist_startup':
-    register_packages()
+    prepare_mmengine()

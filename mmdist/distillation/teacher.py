@@ -200,7 +200,7 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
             f'the working directory, {os.getcwd()!r}.'
         ) from None
     except pickle.UnpicklingError as error:
-        if 'Weights only load failed' in str(error) and weights_only:
+        if weights_only and 'global' in str(error).lower():
             raise RuntimeError(
                 f"The teacher's checkpoint {path!r} holds objects that the safe loader "
                 'does not read: reading them could run code of its author. If you trust '
@@ -247,21 +247,30 @@ def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
     prefix = 'module.'  # saved from within DistributedDataParallel
     if state and all(key.startswith(prefix) for key in state):
         state = {key[len(prefix) :]: value for key, value in state.items()}
-    own = model.state_dict()
-    shapes = [
-        f'{key}: {tuple(state[key].shape)} in the file, {tuple(own[key].shape)} in the model'
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    misshaped = {line.partition(':')[0] for line in shapes}
-    rest = type(state)((k, v) for k, v in state.items() if k not in misshaped)
-    # load_state_dict runs the models' own conversions of older checkpoints.
-    found = model.load_state_dict(rest, strict=False)
-    missing = sorted(set(found.missing_keys) - misshaped)
+    missing, unexpected, errors = [], [], []
+    metadata = getattr(state, '_metadata', {})
+    state = dict(state)
+
+    def load(module: nn.Module, prefix: str = '') -> None:
+        # As torch's load_state_dict, which lists no keys once a shape is wrong. It runs
+        # the models' own conversions of older checkpoints.
+        module._load_from_state_dict(
+            state,
+            prefix,
+            metadata.get(prefix[:-1], {}),
+            True,
+            missing,
+            unexpected,
+            errors,
+        )
+        for name, child in module.named_children():
+            load(child, f'{prefix}{name}.')
+
+    load(model)
     problems = {
         'missing in the file': missing,
-        'in the file, but not in the model': sorted(found.unexpected_keys),
-        'of another shape': sorted(shapes),
+        'in the file, but not in the model': sorted(set(unexpected)),
+        'of another shape': [' '.join(error.split()) for error in errors],
     }
     if any(problems.values()):
         lines = [f"The weights in {path!r} do not fit the teacher's config."]

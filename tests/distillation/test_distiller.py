@@ -1,0 +1,273 @@
+"""A distilled model is the student in everything but its loss; the teacher is a guest."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.model import ExponentialMovingAverage
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+DISTILLED = """
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher=dict(config={config!r}, checkpoint={checkpoint!r}))
+"""
+
+
+@pytest.fixture(params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def config(family, request, tmp_path) -> Config:
+    """A distilled config; the teacher is the student's architecture with own weights."""
+    init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
+    student = tmp_path / 'student.py'
+    student.write_text(request.getfixturevalue(f'{family}_config'))
+    torch.manual_seed(1)
+    teacher = MODELS.build(Config.fromfile(student).model)
+    teacher.init_weights()
+    torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth')
+    path = tmp_path / 'distilled.py'
+    path.write_text(
+        DISTILLED.format(config=str(student), checkpoint=str(tmp_path / 'teacher.pth'))
+    )
+    return Config.fromfile(path)
+
+
+def build(config: Config, distilled: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = MODELS.build(config.model if distilled else config.model.student)
+    model.init_weights()
+    return model.train()
+
+
+def batch(config: Config) -> dict:
+    """One raw training batch of the config's own data set and pipeline."""
+    from mmengine.dataset import pseudo_collate
+    from mmengine.registry import DATASETS
+
+    dataset = DATASETS.build(copy.deepcopy(config.train_dataloader.dataset))
+    torch.manual_seed(0)
+    return pseudo_collate([dataset[0], dataset[1]])
+
+
+def losses_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
+    data = model.data_preprocessor(copy.deepcopy(data), True)
+    torch.manual_seed(seed)  # dropout
+    return model(**data, mode='loss')
+
+
+def total(value) -> torch.Tensor:
+    return sum(value) if isinstance(value, list) else value
+
+
+def test_it_is_the_student_in_everything_but_its_loss(config):
+    plain, model = build(config, distilled=False), build(config)
+    assert isinstance(model, type(plain))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for kind in ('named_parameters', 'named_buffers'):
+        theirs, ours = (dict(getattr(m, kind)()) for m in (plain, model))
+        assert list(theirs) == list(ours)
+        # building the teacher does not touch the student's random numbers
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    model.load_state_dict(plain.state_dict(), strict=True)
+    plain.load_state_dict(model.state_dict(), strict=True)
+
+    data = batch(config)
+    own, distilled = losses_of(plain, data), losses_of(model, data)
+    assert set(distilled) - set(own) >= {'loss_dist', 'dist_inter', 'dist_intra'}
+    for key in own:
+        torch.testing.assert_close(total(own[key]), total(distilled[key]))
+
+
+def test_predictions_are_the_students(config):
+    plain, model = build(config, distilled=False).eval(), build(config).eval()
+    data = batch(config)
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
+    results = [m.test_step(copy.deepcopy(data)) for m in (plain, model)]
+    for a, b in zip(*results, strict=True):
+        if 'pred_sem_seg' in a:
+            assert torch.equal(a.pred_sem_seg.data, b.pred_sem_seg.data)
+        else:
+            assert torch.equal(a.pred_instances.scores, b.pred_instances.scores)
+
+
+def test_the_teacher_is_a_guest(config):
+    model = build(config)
+    teacher = model.teacher.model
+    before = copy.deepcopy(teacher.state_dict())
+    assert not any(m is teacher for m in model.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.train()
+    assert not any(module.training for module in teacher.modules())
+    loss, _ = model.parse_losses(losses_of(model, batch(config)))
+    loss.backward()
+    optimizer.step()
+    assert all(p.grad is None for p in teacher.parameters())
+    after = teacher.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_term_reaches_the_backbone_and_changes_with_the_student(config):
+    model, data = build(config), batch(config)
+    losses = losses_of(model, data)
+    assert 0 < losses['loss_dist'] < 100
+    model.zero_grad()
+    losses['loss_dist'].backward()
+    assert (
+        model.backbone.conv1.weight.grad.abs().sum() > 0
+        if hasattr(model.backbone, 'conv1')
+        else any(p.grad.abs().sum() > 0 for p in model.backbone.parameters())
+    )
+    first = losses['loss_dist'].item()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    assert losses_of(model, data)['loss_dist'].item() != pytest.approx(first, rel=1e-3)
+
+
+def test_a_student_like_its_teacher_has_correlation_one(config):
+    model = build(config)
+    model.load_state_dict(model.teacher.model.state_dict())
+    model.eval()  # the teacher's batch norm is in eval too
+    losses = losses_of(model, batch(config))
+    assert losses['dist_inter'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['dist_intra'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['loss_dist'].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_inference_needs_no_teacher(config):
+    config.model.teacher = dict(config='nowhere.py', checkpoint='nowhere.pth')
+    model = MODELS.build(config.model)
+    model.eval()
+    model(torch.rand(1, 3, 96, 128), mode='tensor')
+    assert model.teacher.model is None
+
+
+def test_a_copy_for_ema_holds_no_second_teacher(config):
+    model = build(config)
+    ema = ExponentialMovingAverage(model)
+    assert list(ema.module.state_dict()) == list(model.state_dict())
+    assert ema.module.teacher is model.teacher
+
+
+def test_the_teacher_follows_the_students_type(config):
+    model = build(config).double()
+    assert {p.dtype for p in model.teacher.model.parameters()} == {torch.float64}
+
+
+def test_weights_of_another_architecture_stop_before_the_first_step(config):
+    config.model.teacher.config = (
+        'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+        if config.default_scope == 'mmdet'
+        else 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'
+    )
+    with pytest.raises(RuntimeError, match='do not fit the teacher'):
+        build(config)
+
+
+def test_an_entry_named_like_a_loss_of_the_student_replaces_nothing(config):
+    if config.default_scope != 'mmdet':
+        pytest.skip('only detectors have a loss_cls')
+    plain, data = build(config, distilled=False), batch(config)
+    config.model.distill = dict(cls=dict(type='mmdist.DenseLogits'))
+    losses = losses_of(build(config), data)
+    torch.testing.assert_close(
+        total(losses['loss_cls']), total(losses_of(plain, data)['loss_cls'])
+    )
+    assert losses['loss_cls_distill'] > 0
+
+
+@pytest.mark.parametrize('name', ['loss', 'my_loss', 'a.b', ''])
+def test_names_that_would_corrupt_the_losses_are_refused(config, name):
+    config.model.distill = {name: dict(type='mmdist.SegLogits')}
+    with pytest.raises(ValueError, match='`distill` has an entry'):
+        MODELS.build(config.model)
+
+
+def test_kl_and_dist_differ_by_one_line(config):
+    kind = 'DenseLogits' if config.default_scope == 'mmdet' else 'SegLogits'
+    config.model.distill = dict(
+        kl=dict(
+            type=f'mmdist.{kind}',
+            loss=dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=2),
+        )
+    )
+    model, data = build(config), batch(config)
+    losses = losses_of(model, data)
+    assert losses['loss_kl'] > 0
+    assert 'kl_inter' not in losses
+    model.load_state_dict(model.teacher.model.state_dict())
+    assert losses_of(model.eval(), data)['loss_kl'].item() == pytest.approx(0, abs=1e-5)
+
+
+def test_classes_of_the_runs_data_set_are_matched_by_name(config, monkeypatch):
+    """The teacher's classes in another order give what the same order gives."""
+    model, data = build(config).eval(), batch(config)
+    names = list(config.train_dataloader.dataset.metainfo.classes)
+    MessageHub.get_current_instance().update_info(
+        'dataset_meta', dict(classes=tuple(names))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(model.teacher, 'class_names', names)
+        expected = losses_of(model, data)
+    # permute the teacher's classes, and the last layer that predicts them
+    order = [2, 0, 1]
+    if config.default_scope == 'mmdet':
+        convs = [model.teacher.model.bbox_head.retina_cls]
+    else:
+        heads = (model.teacher.model.decode_head, model.teacher.model.auxiliary_head)
+        convs = [head.conv_seg for head in heads]
+    for conv in convs:
+        for p in conv.parameters():
+            p.data = p.unflatten(0, (-1, 3))[:, order].flatten(0, 1)
+    model.teacher.class_names = [names[i] for i in order]
+    model._classes_are_matched = False
+    losses = losses_of(model, data)
+    for key in ('loss_dist', 'dist_inter', 'dist_intra'):
+        torch.testing.assert_close(losses[key], expected[key])
+
+
+def test_classes_left_by_another_run_are_not_taken_for_the_students(config):
+    MessageHub.get_current_instance().update_info(
+        'dataset_meta', dict(classes=('x', 'y', 'z'))
+    )
+    losses_of(build(config), batch(config))
+
+
+def test_classes_that_do_not_match_stop_the_first_step(config):
+    model = build(config)
+    MessageHub.get_current_instance().update_info(
+        'dataset_meta', dict(classes=('x', 'y', 'z'))
+    )
+    with pytest.raises(ValueError, match='cannot be matched by name'):
+        losses_of(model, batch(config))
+
+
+def test_an_unknown_family_says_which_are_known():
+    init_default_scope('mmdet')
+    with pytest.raises(ValueError, match='does not know what to compare for a RPN'):
+        MODELS.build(
+            dict(
+                type='mmdist.Distiller',
+                student=Config.fromfile(_rpn_path()).model,
+                teacher=dict(config=_rpn_path()),
+            )
+        )
+
+
+def _rpn_path() -> str:
+    from mmengine.utils import get_installed_path
+
+    return f'{get_installed_path("mmdet")}/.mim/configs/rpn/rpn_r50_fpn_1x_coco.py'

@@ -1,0 +1,122 @@
+"""Training and testing from the command line, by our tools and by the libraries' own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import mmengine
+import mmseg
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+REPO = Path(__file__).parents[2]
+TOOLS = dict(
+    ours=REPO / 'tools',
+    det=Path(mmdet.__file__).parent / '.mim' / 'tools',
+    seg=Path(mmseg.__file__).parent / '.mim' / 'tools',
+)
+DISTILLED = """
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher=dict(config='student.py', checkpoint='teacher.pth'))
+"""
+
+
+def run(script: Path, *args, cwd: Path, ok: bool = True) -> str:
+    done = subprocess.run(
+        [sys.executable, script, *map(str, args)],
+        cwd=cwd,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope='module', params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope='module')
+def folder(family, tmp_path_factory, request) -> Path:
+    """A folder with a student, its config for distillation, and a teacher's weights."""
+    folder = tmp_path_factory.mktemp(family)
+    (folder / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
+    (folder / 'distilled.py').write_text(DISTILLED)
+    run(TOOLS['ours'] / 'train.py', 'student.py', cwd=folder)
+    last = (folder / 'work_dirs' / 'student' / 'last_checkpoint').read_text()
+    os.link(last, folder / 'teacher.pth')
+    return folder
+
+
+@pytest.mark.parametrize('tools', ['ours', 'its own'])
+def test_distilled_training_and_testing(family, folder, tools):
+    tools = TOOLS['ours' if tools == 'ours' else family]
+    work_dir = folder / f'work_{tools.parts[-3]}'
+    log = run(tools / 'train.py', 'distilled.py', '--work-dir', work_dir, cwd=folder)
+    for logged in ('loss_dist:', 'dist_inter:', 'dist_intra:'):
+        assert logged in log
+    checkpoint = (work_dir / 'last_checkpoint').read_text()
+
+    # Neither the teacher's weights nor its config are needed to test.
+    hidden = folder / 'hidden.pth'
+    (folder / 'teacher.pth').rename(hidden)
+    try:
+        log = run(
+            tools / 'test.py', 'distilled.py', checkpoint, '--cfg-options',
+            'model.teacher.config=nowhere.py', '--work-dir', work_dir, cwd=folder,
+        )  # fmt: skip
+        assert 'Load checkpoint' in log
+        log = run(
+            tools / 'train.py', 'distilled.py', '--work-dir', work_dir / 'no',
+            cwd=folder, ok=False,
+        )  # fmt: skip
+        assert "The teacher's checkpoint 'teacher.pth' does not exist" in log
+        assert 'Iter(train)' not in log
+    finally:
+        hidden.rename(folder / 'teacher.pth')
+
+    # What was trained is the plain student.
+    init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
+    plain = mmengine.registry.MODELS.build(Config.fromfile(folder / 'student.py').model)
+    state = torch.load(checkpoint, map_location='cpu')['state_dict']
+    plain.load_state_dict(state, strict=True)
+
+
+def test_the_apis_run_what_was_trained(family, folder):
+    image = torch.zeros(96, 128, 3, dtype=torch.uint8).numpy()
+    checkpoint = str(folder / 'teacher.pth')
+    if family == 'det':
+        from mmdet.apis import inference_detector, init_detector
+
+        model = init_detector(str(folder / 'student.py'), checkpoint, device='cpu')
+        assert 'pred_instances' in inference_detector(model, image)
+    else:
+        from mmseg.apis import inference_model, init_model
+
+        model = init_model(str(folder / 'student.py'), checkpoint, device='cpu')
+        assert 'pred_sem_seg' in inference_model(model, image)
+        # mmseg's API takes the distilled config as well
+        init_model(str(folder / 'distilled.py'), checkpoint, device='cpu')
+
+
+def test_resume_continues(family, folder):
+    work_dir = folder / 'resumed'
+    steps = {'det': 'train_cfg.max_epochs', 'seg': 'train_cfg.max_iters'}[family]
+    more = {'det': 3, 'seg': 6}[family]
+    run(TOOLS['ours'] / 'train.py', 'distilled.py', '--work-dir', work_dir, cwd=folder)
+    log = run(
+        TOOLS['ours'] / 'train.py', 'distilled.py', '--work-dir', work_dir, '--resume',
+        '--cfg-options', f'{steps}={more}', cwd=folder,
+    )  # fmt: skip
+    assert 'resumed epoch' in log or 'resumed from' in log.lower()
