@@ -1,0 +1,363 @@
+"""QueryLogits on the six DETR families, against a matching computed in numpy."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
+from scipy.special import expit, softmax
+from scipy.stats import pearsonr
+
+from mmdist.registry import MODELS
+
+FAMILIES = {
+    'detr': 'detr/detr_r50_8xb2-150e_coco',
+    'conditional': 'conditional_detr/conditional-detr_r50_8xb2-50e_coco',
+    'dab': 'dab_detr/dab-detr_r50_8xb2-50e_coco',
+    'deformable': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco',
+    'two-stage': 'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco',
+    'dino': 'dino/dino-4scale_r50_8xb2-12e_coco',
+    'ddq': 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco',
+}
+CLASSES = ('ant', 'bee', 'cow', 'dog', 'elk')
+
+
+@pytest.fixture(autouse=True)
+def det_scope():
+    init_default_scope('mmdet')
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
+
+
+def tiny(family: str, queries: int = 10, layers: int = 2, num_classes: int = 5) -> dict:
+    """The family's own config with a thin ResNet-18, few layers and few queries.
+
+    The width stays at 256, which mmdet hard-codes in some of the layers.
+    """
+
+    def shrink(cfg):
+        if isinstance(cfg, (list, tuple)):
+            return type(cfg)(map(shrink, cfg))
+        if not isinstance(cfg, dict):
+            return cfg
+        small = dict(
+            num_layers=layers,
+            num_queries=queries,
+            feedforward_channels=32,
+            num_dn_queries=4,
+            init_cfg=None,
+        )
+        return {key: small.get(key, shrink(value)) for key, value in cfg.items()}
+
+    path = f'mmdet::{FAMILIES[family]}.py'
+    cfg = shrink(Config.fromstring(f'_base_ = {path!r}', '.py').model.to_dict())
+    cfg['backbone'].update(depth=18, base_channels=8)
+    levels = len(cfg['backbone']['out_indices'])
+    cfg['neck']['in_channels'] = [16, 32, 64][-levels:]
+    cfg['bbox_head']['num_classes'] = num_classes
+    return cfg
+
+
+def build(student: dict, teacher: dict, distill: dict | None = None, **kwargs):
+    """A distilled model; both sides have random, but not degenerate, weights."""
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=student,
+            teacher=dict(config=teacher, allow_random=True, **kwargs),
+            distill=distill,
+        )
+    )
+    model.init_weights()
+    for side in (model, model.teacher.model):
+        # As initialised, all boxes lie on one another and all classes score 0.01.
+        for name, parameter in side.named_parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+            if 'cls' in name and name.endswith('bias'):
+                parameter.data.zero_()
+            elif 'query_embedding' in name:
+                parameter.data *= 10
+        # Without dropout, training and eval mode compute the same.
+        for module in side.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif isinstance(module, torch.nn.MultiheadAttention):
+                module.dropout = 0.0
+    return model.train()
+
+
+def batch(model) -> dict:
+    """Two images of different size, so that one of them is padded."""
+    rng = torch.Generator().manual_seed(0)
+    inputs, data_samples = [], []
+    for height, width in ((96, 128), (96, 100)):
+        inputs.append(torch.randint(0, 256, (3, height, width), generator=rng).byte())
+        corner = torch.rand(3, 2, generator=rng) * 50
+        size = 20 + 20 * torch.rand(3, 2, generator=rng)
+        sample = DetDataSample(metainfo=dict(img_shape=(height, width)))
+        sample.gt_instances = InstanceData(
+            bboxes=torch.cat([corner, corner + size], 1),
+            labels=torch.randint(0, 3, (3,), generator=rng),
+        )
+        data_samples.append(sample)
+    return model.data_preprocessor(
+        dict(inputs=inputs, data_samples=data_samples), training=True
+    )
+
+
+def step(model) -> tuple[dict, list]:
+    """One loss pass; its losses, and what the two heads returned, as numpy."""
+    data = batch(model)
+    raw = []
+    handle = model.bbox_head.register_forward_hook(lambda *args: raw.append(args[-1]))
+    losses = model(**data, mode='loss')
+    handle.remove()
+    guest = model.teacher
+    sizes = [sample.img_shape for sample in data['data_samples']]
+    with torch.no_grad():
+        raw.append(
+            guest.model(
+                guest.renormalize(data['inputs'], sizes),
+                data['data_samples'],
+                mode='tensor',
+            )
+        )
+    return losses, [tuple(x.detach().double().numpy() for x in pair) for pair in raw]
+
+
+# ---- the oracle: no code of mmdist or mmdet ----------------------------------------
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    centre, size = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([centre - size / 2, centre + size / 2], 1)
+
+
+def giou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = a[:, None], b[None]
+
+    def area(low, high):
+        return np.clip(high - low, 0, None).prod(-1)
+
+    both = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - both
+    hull = area(np.minimum(a[..., :2], b[..., :2]), np.maximum(a[..., 2:], b[..., 2:]))
+    return both / union - (hull - union) / hull
+
+
+def match(logits, boxes, teacher_logits, teacher_boxes, size, sigmoid):
+    """2 L1 of the class probabilities, 5 L1 of cx cy w h, 2 GIoU in pixels."""
+    p, q = (expit(x) if sigmoid else softmax(x, 1) for x in (logits, teacher_logits))
+    cls = np.abs(p[:, None] - q[None]).sum(-1)
+    l1 = np.abs(boxes[:, None] - teacher_boxes[None]).sum(-1)
+    scale = np.array([size[1], size[0]] * 2)
+    overlap = giou(corners(boxes) * scale, corners(teacher_boxes) * scale)
+    return linear_sum_assignment(2 * cls + 5 * l1 - 2 * overlap)
+
+
+def matching_queries(family: str, output: tuple, queries: int, cache: dict) -> list:
+    """Per image the (logits, boxes) of the last layer that count."""
+    logits, boxes = (x[-1] for x in output)
+    total = logits.shape[1]
+    images = []
+    for i in range(len(logits)):
+        end = total
+        if family == 'ddq' and total > queries:  # trained: [denoising|matching|dense]
+            end -= int(1.5 * queries)
+        keep = np.arange(end - queries, end)
+        if family == 'ddq':
+            heads = len(cache['distinct_query_mask'][-1]) // len(logits)
+            keep = keep[cache['distinct_query_mask'][-1][i * heads][0].numpy()]
+        images.append((logits[i, keep], boxes[i, keep]))
+    return images
+
+
+def expected(student: list, teacher: list, sigmoid: bool = True):
+    """(inter, intra) mean correlations over the matched rows of all images."""
+    rows = []
+    for (ls, bs), (lt, bt), size in zip(
+        student, teacher, ((96, 128), (96, 100)), strict=True
+    ):
+        of_student, of_teacher = match(ls, bs, lt, bt, size, sigmoid)
+        rows.append((ls[of_student], lt[of_teacher]))
+    s, t = (np.concatenate(side) for side in zip(*rows, strict=True))
+    s, t = (expit(x) if sigmoid else softmax(x, 1) for x in (s, t))
+    inter = np.mean([pearsonr(a, b)[0] for a, b in zip(s, t, strict=True)])
+    intra = np.mean([pearsonr(a, b)[0] for a, b in zip(s.T, t.T, strict=True)])
+    return inter, intra
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_rows_are_the_matched_queries(family):
+    model = build(tiny(family, queries=10), tiny(family, queries=7))
+    losses, (student, teacher) = step(model)
+    inter, intra = expected(
+        matching_queries(family, student, 10, getattr(model, 'cache_dict', {})),
+        matching_queries(
+            family, teacher, 7, getattr(model.teacher.model, 'cache_dict', {})
+        ),
+        sigmoid=family != 'detr',
+    )
+    assert losses['dist_inter'].item() == pytest.approx(inter, abs=1e-4)
+    assert losses['dist_intra'].item() == pytest.approx(intra, abs=1e-4)
+    assert losses['loss_dist'].item() == pytest.approx(2 - inter - intra, abs=2e-4)
+
+    before = {k: v.clone() for k, v in model.teacher.model.state_dict().items()}
+    losses['loss_dist'].backward()
+    assert model.backbone.layer4[0].conv1.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+    for key, value in model.teacher.model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_copy_of_the_student_correlates_perfectly(family):
+    # A small eps: some classes score nearly the same in all queries of a random model.
+    loss = dict(type='mmdist.DISTLoss', eps=1e-12)
+    distill = dict(dist=dict(type='mmdist.QueryLogits', loss=loss))
+    model = build(tiny(family), tiny(family), distill)
+    model.teacher.model.load_state_dict(model.state_dict())
+    losses, _ = step(model)
+    assert losses['dist_inter'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['dist_intra'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['loss_dist'].item() == pytest.approx(0, abs=2e-5)
+
+
+def test_every_layer_is_counted_from_the_last():
+    """The teacher's second and third layer are those of a student with two."""
+    student, teacher = tiny('dino', layers=2), tiny('dino', layers=3)
+    model = build(
+        student, teacher, dict(q=dict(type='mmdist.QueryLogits', layers='all'))
+    )
+    losses, (out_s, out_t) = step(model)
+    correlations = []
+    for layer in (-1, -2):
+        last = [
+            matching_queries('dino', tuple(x[layer:][:1] for x in out), 10, {})
+            for out in (out_s, out_t)
+        ]
+        correlations.append(expected(*last))
+    assert losses['loss_q'].item() == pytest.approx(
+        sum(2 - inter - intra for inter, intra in correlations), abs=4e-4
+    )
+    assert losses['q_inter'].item() == pytest.approx(
+        np.mean([inter for inter, _ in correlations]), abs=1e-4
+    )
+
+
+def test_min_score_leaves_out_unsure_queries_before_the_matching():
+    def distill(min_score):
+        return dict(q=dict(type='mmdist.QueryLogits', min_score=min_score))
+
+    _, (_, (logits, _)) = step(build(tiny('dab'), tiny('dab')))
+    scores = np.sort(expit(logits[-1]).max(-1).ravel())
+    threshold = float((scores[11] + scores[12]) / 2)  # 8 of 20 are left
+    model = build(tiny('dab'), tiny('dab'), distill(threshold))
+    losses, (student, teacher) = step(model)
+    keep = [(ls[None], bs[None]) for ls, bs in matching_queries('dab', teacher, 10, {})]
+    sure = [
+        (
+            ls[0][expit(ls[0]).max(1) >= threshold],
+            bs[0][expit(ls[0]).max(1) >= threshold],
+        )
+        for ls, bs in keep
+    ]
+    assert sum(len(ls) for ls, _ in sure) == 8
+    inter, intra = expected(matching_queries('dab', student, 10, {}), sure)
+    assert losses['q_inter'].item() == pytest.approx(inter, abs=1e-4)
+    assert losses['loss_q'].item() == pytest.approx(2 - inter - intra, abs=2e-4)
+
+    losses, _ = step(build(tiny('dab'), tiny('dab'), distill(0.999)))
+    assert losses['loss_q'].item() == 0  # nobody is that sure
+    losses['loss_q'].backward()
+
+
+def test_classes_are_matched_by_name_and_the_background_is_kept():
+    """A DETR of three classes learns from one of five, in another order."""
+    teacher = Config(
+        dict(
+            model=tiny('detr'),
+            train_dataloader=dict(dataset=dict(metainfo=dict(classes=CLASSES))),
+        )
+    )
+    model = build(tiny('detr', num_classes=3), teacher)
+    MessageHub.get_current_instance().update_info(
+        'dataset_meta', dict(classes=('dog', 'ant', 'cow'))
+    )
+    losses, (student, teacher) = step(model)
+    columns = [3, 0, 2, 5]  # the names in the teacher's order, then its background
+    inter, intra = expected(
+        matching_queries('detr', student, 10, {}),
+        [(ls[:, columns], bs) for ls, bs in matching_queries('detr', teacher, 10, {})],
+        sigmoid=False,
+    )
+    assert losses['dist_inter'].item() == pytest.approx(inter, abs=1e-4)
+    assert losses['dist_intra'].item() == pytest.approx(intra, abs=1e-4)
+
+
+def test_comparisons_share_one_run_of_the_teacher():
+    kl = dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=2)
+    model = build(
+        tiny('deformable'),
+        tiny('deformable'),
+        dict(
+            q=dict(type='mmdist.QueryLogits'),
+            all=dict(type='mmdist.QueryLogits', layers='all'),
+            kl=dict(type='mmdist.QueryLogits', loss=kl),
+        ),
+    )
+    calls = []
+    for name in ('backbone', 'encoder', 'decoder', 'bbox_head'):
+        getattr(model.teacher.model, name).register_forward_pre_hook(
+            lambda *_, name=name: calls.append(name)
+        )
+    losses = model(**batch(model), mode='loss')
+    # mmdet calls `bbox_head.forward`, which no hook sees
+    assert calls == ['backbone', 'encoder', 'decoder']
+    assert {'loss_q', 'loss_all', 'loss_kl'} <= losses.keys()
+    assert losses['loss_kl'].isfinite()
+
+
+def test_match_costs_of_ones_own():
+    """With the class alone as cost, boxes do not matter."""
+    cost = dict(type='mmdet.ClassificationCost')
+    distill = dict(q=dict(type='mmdist.QueryLogits', match_costs=[cost]))
+    model = build(tiny('detr'), tiny('detr'), distill)
+    losses, (student, teacher) = step(model)
+    rows = []
+    for (ls, _), (lt, _) in zip(
+        *(matching_queries('detr', out, 10, {}) for out in (student, teacher)),
+        strict=True,
+    ):
+        gain = softmax(ls, 1)[:, lt[:, :-1].argmax(1)]
+        of_student, of_teacher = linear_sum_assignment(gain, maximize=True)
+        rows += zip(softmax(ls, 1)[of_student], softmax(lt, 1)[of_teacher], strict=True)
+    assert losses['q_inter'].item() == pytest.approx(
+        np.mean([pearsonr(s, t)[0] for s, t in rows]), abs=1e-4
+    )
+
+
+def test_a_head_of_the_other_activation_is_refused():
+    with pytest.raises(ValueError, match=r'ConditionalDETR.*sigmoid.*DETR.*softmax'):
+        build(tiny('conditional'), tiny('detr'))
+
+
+def test_another_family_is_refused_at_build_time():
+    path = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
+    retinanet = Config.fromstring(f'_base_ = {path!r}', '.py').model.to_dict()
+    with pytest.raises(ValueError, match='compares DETRs, and RetinaNet'):
+        build(retinanet, tiny('detr'), dict(q=dict(type='mmdist.QueryLogits')))
+
+
+@pytest.mark.parametrize('option', [dict(layers='first'), dict(min_score=1.5)])
+def test_options_out_of_range(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        MODELS.build(dict(type='mmdist.QueryLogits', **option))
