@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mmdist.registry import MODELS
 
 from .step import Step
+from .teacher import Teacher
 
 
 @dataclass
@@ -104,8 +105,16 @@ class Comparison(BaseModule):
             'a comparison of your own, docs/own_comparison.md shows how.'
         )
 
-    def bind(self, student: nn.Module) -> None:
-        """Check the student and build the loss for its activation."""
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the student and build the loss for its activation.
+
+        Args:
+            student: The student, just built.
+            teacher: The teacher, neither built nor loaded.
+
+        Raises:
+            ValueError: The student has nothing to compare.
+        """
         self.student_modules(student)
         cfg = dict(self._loss_cfg)
         if cfg['type'] in ('mmdist.DISTLoss', 'DISTLoss'):
@@ -142,6 +151,13 @@ class Comparison(BaseModule):
             key: sum(values) if key.startswith('loss_') else sum(values) / len(values)
             for key, values in terms.items()
         }
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # The checkpoint of a plain student knows nothing of distillation: what is
+        # learned here (Features has convolutions) starts as it is.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _compute(self, pair: Pair) -> Tensor:
         if pair.student.shape != pair.teacher.shape:

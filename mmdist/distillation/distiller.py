@@ -61,7 +61,7 @@ def build_distiller(
         {name: MODELS.build(dict(cfg)) for name, cfg in distill.items()}
     )
     for comparison in comparisons.values():
-        comparison.bind(model)
+        comparison.bind(model, teacher)
     student_class = type(model)
     model.__class__ = type(
         f'Distilled{student_class.__name__}', (DistilledMixin, student_class), {}

@@ -87,6 +87,11 @@ class QueryLogits(Comparison):
             empty queries. 0 takes all.
     """
 
+    families = (
+        'the DETRs of mmdet with a fixed list of classes: what is derived from its '
+        '`DetectionTransformer`'
+    )
+
     def __init__(
         self,
         loss: dict | None = None,
@@ -200,18 +205,12 @@ class QueryLogits(Comparison):
         )
         return of_student, kept[of_kept]
 
-    @staticmethod
-    def _head(model: nn.Module) -> nn.Module:
+    def _head(self, model: nn.Module) -> nn.Module:
         if not hasattr(model, 'forward_transformer'):
-            raise ValueError(
-                f'QueryLogits compares DETRs, and {type(model).__name__} has no '
-                '`forward_transformer`. Take a detector derived from '
-                '`DetectionTransformer`, or another comparison.'
-            )
+            raise self.unsupported(model, 'a `forward_transformer`')
         if hasattr(model, 'language_model'):
-            raise ValueError(
-                f'QueryLogits compares class logits, and {type(model).__name__} scores '
-                'the words of a prompt. Take a DETR with a fixed list of classes.'
+            raise self.unsupported(
+                model, 'scores of classes, and found those of the words of a prompt'
             )
         return model.bbox_head
 

@@ -69,9 +69,23 @@ class Step:
         return bool(self._recorder.calls(module))
 
     def teacher_calls(self, module: nn.Module) -> list[Call]:
-        """The teacher's calls of ``module`` while its features were computed."""
-        _ = self.teacher_features
+        """The teacher's calls of ``module``, one of ``teacher_modules``.
+
+        It was called while the teacher's features were computed, or else is in the
+        rest of the teacher's forward pass, which then runs on these features.
+        """
+        features = self.teacher_features
+        if not self._teacher_recorder.calls(module):
+            self.shared('forward', lambda: self._teacher_forward(features))
         return self._teacher_recorder.calls(module)
+
+    def _teacher_forward(self, features: Any) -> None:
+        self.teacher.extract_feat = lambda *args, **kwargs: features
+        try:
+            with self._teacher_recorder:
+                self.teacher(self.teacher_inputs, self.data_samples, mode='tensor')
+        finally:
+            del self.teacher.extract_feat
 
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute something of the teacher for whoever asks first, and keep it.

@@ -64,6 +64,10 @@ class Teacher:
         if self.model is not None:
             self.model._apply(fn)
 
+    def build(self) -> nn.Module:
+        """A model of the teacher's config, without its weights; it is not kept."""
+        return _build(load_config(self.config), random=False)
+
     def load(self, student: nn.Module) -> None:
         """Build the teacher, load its weights strictly and freeze it.
 

@@ -353,7 +353,7 @@ def test_a_head_of_the_other_activation_is_refused():
 def test_another_family_is_refused_at_build_time():
     path = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
     retinanet = Config.fromstring(f'_base_ = {path!r}', '.py').model.to_dict()
-    with pytest.raises(ValueError, match='compares DETRs, and RetinaNet'):
+    with pytest.raises(ValueError, match='QueryLogits cannot compare a RetinaNet'):
         build(retinanet, tiny('detr'), dict(q=dict(type='mmdist.QueryLogits')))
 
 

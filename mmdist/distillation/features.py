@@ -1,0 +1,306 @@
+"""Feature maps of any module, the mimic of "DIST + mimic"."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .comparison import Comparison, Pair
+from .record import Recorder
+from .step import Step
+from .teacher import Teacher
+
+
+@MODELS.register_module()
+class Features(Comparison):
+    """Compare the maps that a module of either side returns, level by level.
+
+    As published for "DIST + mimic" (Huang et al., NeurIPS 2022, section 4.2): the mean
+    squared error on each level of the FPN, the student's maps going through 1x1
+    convolutions, ``dict(type='mmdist.Features', adapt=True)``. The terms of the levels
+    are summed.
+
+    The 1x1 convolutions are parameters of the student, ``distill.<name>.adapters``:
+    trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
+    They are made with the model, so the teacher's channels must be known by then: its
+    config is built (not its weights loaded) and run once on zeros, unless
+    ``teacher_channels`` says it. A config that cannot be built does not stop a test.
+
+    Args:
+        student: Path of the student's module, as in ``named_modules()``. It returns a
+            map, (N, C, h, w), or several in a tuple, list or dict.
+        teacher: Path of the teacher's module; the student's if left out.
+        loss: Config of the loss; ``torch.nn.MSELoss`` if left out. It is called with
+            two maps, (N, C, h, w) in fp32, and with the mask of the locations that are
+            not padding if it takes one.
+        adapt: A 1x1 convolution on the student's maps of the levels whose channels
+            differ (None), of every level (True), or of none (False).
+        levels: Indices of the student's maps to compare; all if left out.
+        teacher_levels: Indices of the teacher's maps; ``levels`` if left out.
+        teacher_channels: Channels of the teacher's maps that are compared, one number
+            or one per level.
+        weight: Factor of the loss.
+    """
+
+    families = (
+        'any model, by the path of a module that returns maps (N, C, h, w), such as '
+        '`neck` or `backbone`'
+    )
+
+    def __init__(
+        self,
+        student: str = 'neck',
+        teacher: str | None = None,
+        loss: dict | None = None,
+        adapt: bool | None = None,
+        levels: Sequence[int] | None = None,
+        teacher_levels: Sequence[int] | None = None,
+        teacher_channels: int | Sequence[int] | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss or dict(type='torch.nn.MSELoss'))
+        self.student = student
+        self.teacher = teacher or student
+        self.adapt = adapt
+        self.levels = levels
+        self.teacher_levels = levels if teacher_levels is None else teacher_levels
+        self.teacher_channels = teacher_channels
+        self.weight = weight
+        self.adapters: nn.ModuleList | None = None
+        self._not_adapted = ''  # why there are no adapters, if nobody knows
+
+    def activation(self, student: nn.Module) -> str:
+        """Features are no logits."""
+        return 'identity'
+
+    def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
+        """The student's module."""
+        return [self._module(student, self.student, 'student')]
+
+    def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
+        """The teacher's module."""
+        return [self._module(teacher, self.teacher, 'teacher')]
+
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the paths, build the loss and the adapters."""
+        super().bind(student, teacher)
+        if self.adapt is False:
+            return
+        channels = self._channels(
+            student, self.student_modules(student)[0], self.student, self.levels
+        )
+        if self.teacher_channels is None:
+            try:
+                teacher_model = teacher.build()
+            except Exception as error:  # whatever it is, a test must not need it
+                self._not_adapted = f'{type(error).__name__}: {error}'
+                return
+            teacher_channels = self._channels(
+                teacher_model,
+                self.teacher_modules(teacher_model)[0],
+                self.teacher,
+                self.teacher_levels,
+            )
+        elif isinstance(self.teacher_channels, int):
+            teacher_channels = [self.teacher_channels] * len(channels or ())
+        else:
+            teacher_channels = self.teacher_channels
+        if channels is None or teacher_channels is None:
+            return
+        self._check_number(len(channels), len(teacher_channels))
+        if self.adapt or channels != list(teacher_channels):
+            # Forked: the student's own weights are those it has without distillation.
+            with torch.random.fork_rng(devices=[]):
+                self.adapters = nn.ModuleList(
+                    nn.Conv2d(ours, theirs, 1)
+                    if self.adapt or ours != theirs
+                    else nn.Identity()
+                    for ours, theirs in zip(channels, teacher_channels, strict=True)
+                )
+
+    def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
+        """The teacher must have the module, and its channels be known."""
+        self._module(teacher, self.teacher, 'teacher')
+        if self._not_adapted:
+            raise RuntimeError(
+                'Features could not find out the channels of the maps, which decide on '
+                f'the 1x1 convolutions, when the model was built: {self._not_adapted}\n'
+                f"Mend that, or give `teacher_channels`, those of the teacher's "
+                f'`{self.teacher}`, or `adapt=False` for no convolution.'
+            )
+
+    def record(self, step: Step) -> list[Tensor]:
+        """The student's maps, as it computed them for its own loss."""
+        module = self._module(step.student, self.student, 'student')
+        return self._maps(step.calls(module), self.student, self.levels)
+
+    def ask(self, step: Step, recorded: list[Tensor]) -> list[Tensor]:
+        """The teacher's maps."""
+        module = self._module(step.teacher, self.teacher, 'teacher')
+        calls = step.teacher_calls(module)
+        if not calls:
+            raise RuntimeError(
+                f'The teacher did not run its `{self.teacher}` in a forward pass, so '
+                'there is nothing to compare. Take another module.'
+            )
+        return self._maps(calls, self.teacher, self.teacher_levels)
+
+    def pair(
+        self, step: Step, recorded: list[Tensor], asked: list[Tensor]
+    ) -> list[Pair]:
+        """One pair per level, of the student's size, the teacher's maps resized."""
+        self._check_number(len(recorded), len(asked))
+        pairs = []
+        for level, (student, teacher) in enumerate(zip(recorded, asked, strict=True)):
+            if self.adapters is not None:
+                student = self.adapters[level](student)
+            if student.size(1) != teacher.size(1):
+                raise ValueError(
+                    f"Features: map {level} of the student's `{self.student}` has "
+                    f"{student.size(1)} channels, that of the teacher's "
+                    f'`{self.teacher}` {teacher.size(1)}. Leave `adapt` and '
+                    '`teacher_channels` out, and 1x1 convolutions see to that.'
+                )
+            student, teacher = _at_least_fp32(student), _at_least_fp32(teacher)
+            size = student.shape[-2:]
+            if teacher.shape[-2:] != size:
+                # The teacher's, so that the gradient is that of the student's own map.
+                teacher = F.interpolate(teacher, size, mode='bilinear')
+            pairs.append(Pair(student, teacher, step.valid_mask(*size), self.weight))
+        return pairs
+
+    def _compute(self, pair: Pair) -> Tensor:
+        # Maps, not rows: a loss may look at their places.
+        mask = dict(mask=pair.mask) if self._loss_takes_mask else {}
+        with torch.autocast(pair.student.device.type, enabled=False):
+            return self.loss(pair.student, pair.teacher, **mask)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        if self._not_adapted:  # a test without the teacher's config
+            for key in [key for key in state_dict if key.startswith(prefix)]:
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _module(self, model: nn.Module, path: str, whose: str) -> nn.Module:
+        try:
+            return model.get_submodule(path)
+        except AttributeError:
+            paths = [name for name, _ in model.named_modules()]
+        close = difflib.get_close_matches(path, paths, n=3)
+        names = ' or '.join(map(repr, close))
+        top = ', '.join(name for name, _ in model.named_children())
+        raise ValueError(
+            f'Features: the {whose}, {type(model).__name__}, has no module {path!r}. '
+            + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
+        )
+
+    def _channels(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        path: str,
+        levels: Sequence[int] | None,
+    ) -> list[int] | None:
+        """Channels of the maps; None, with the reason kept, if it cannot be run."""
+        try:
+            calls = _dry_run(model, module)
+        except Exception as error:  # as above
+            self._not_adapted = (
+                f'{type(model).__name__} did not run on zeros, '
+                f'{type(error).__name__}: {error}'
+            )
+            return None
+        if not calls:
+            self._not_adapted = (
+                f'{type(model).__name__} did not run its `{path}` in a forward pass.'
+            )
+            return None
+        return [x.size(1) for x in self._maps(calls, path, levels)]
+
+    def _maps(
+        self, calls: Sequence, path: str, levels: Sequence[int] | None
+    ) -> list[Tensor]:
+        tensors = [x for call in calls for x in _tensors(call.output)]
+        maps = [x for x in tensors if x.ndim == 4]
+        if not maps:
+            raise ValueError(
+                f'Features compares maps, (N, C, h, w), and `{path}` returned '
+                f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Take another '
+                'module, `neck` or `backbone` say.'
+            )
+        num = len(maps)
+        if levels is not None and not all(-num <= level < num for level in levels):
+            raise ValueError(
+                f'Features: `levels` are {list(levels)}, but `{path}` returned '
+                f'{num} map(s), 0 to {num - 1}.'
+            )
+        return maps if levels is None else [maps[level] for level in levels]
+
+    def _check_number(self, student: int, teacher: int) -> None:
+        if student != teacher:
+            raise ValueError(
+                f"Features: {student} map(s) of the student's `{self.student}` are "
+                f"to be compared with {teacher} of the teacher's `{self.teacher}`. Choose as "
+                'many of either with `levels` and `teacher_levels`.'
+            )
+
+
+def _dry_run(model: nn.Module, module: nn.Module) -> list:
+    """The calls of ``module`` when ``model`` runs on a batch of zeros."""
+    reference = next(model.parameters())
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    was_training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        for size in (128, 512):  # some, as SSD, do without small images
+            shape = (size, size)
+            zeros = reference.new_zeros(1, 3 if mean is None else len(mean), *shape)
+            sample = BaseDataElement(
+                metainfo=dict(
+                    img_shape=shape,
+                    ori_shape=shape,
+                    pad_shape=shape,
+                    batch_input_shape=shape,
+                    scale_factor=(1.0, 1.0),
+                )
+            )
+            try:
+                with (
+                    torch.no_grad(),
+                    torch.random.fork_rng(devices=[]),
+                    Recorder([module]) as recorder,
+                ):
+                    model.extract_feat(zeros)
+                    if not recorder.calls(module):
+                        model(zeros, [sample], mode='tensor')
+                return recorder.calls(module)
+            except Exception:
+                if size == 512:
+                    raise
+    finally:
+        for m in was_training:
+            m.training = True
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
