@@ -18,6 +18,7 @@ from .teacher import Teacher
 # is in the table. Names, so that neither mmdet nor mmseg has to be installed.
 DEFAULT_COMPARISONS: dict[str, str] = {
     'EncoderDecoder': 'mmdist.SegLogits',
+    'MultimodalEncoderDecoder': 'mmdist.SegLogits',
     'SingleStageDetector': 'mmdist.DenseLogits',
     'SingleStageInstanceSegmentor': 'mmdist.DenseLogits',
     'TwoStageDetector': 'mmdist.RoILogits',
@@ -44,7 +45,9 @@ def build_distiller(
         distill: What to compare, a dict of name -> config of a comparison. Left out,
             it is chosen for the student's family and named ``dist``.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
-            set ``pretrained`` and ``train_cfg`` on whatever model they are given.
+            set ``pretrained`` and ``train_cfg`` on whatever model they are given. Only
+            a ``data_preprocessor``, which the Runner adds where the model has none,
+            does not replace that of ``student``.
 
     Returns:
         The student.
@@ -52,6 +55,8 @@ def build_distiller(
     Raises:
         ValueError: The student's family is not supported, or ``distill`` is malformed.
     """
+    if student.get('data_preprocessor') is not None:
+        student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
     if distill is None:
         distill = dict(dist=_default_comparison(model))
