@@ -1,0 +1,3 @@
+# As published: DIST and the FPN's levels.
+_base_ = './dist_retinanet_r50_fpn_retinanet-x101-64x4d_2x_coco.py'
+model = dict(distill=dict(mimic=dict(type='mmdist.Features', adapt=True)))
