@@ -19,6 +19,7 @@ from .teacher import Teacher
 DEFAULT_COMPARISONS: dict[str, str] = {
     'EncoderDecoder': 'mmdist.SegLogits',
     'MultimodalEncoderDecoder': 'mmdist.SegLogits',
+    'MaskFormer': 'mmdist.SegLogits',
     'SingleStageDetector': 'mmdist.DenseLogits',
     'SingleStageInstanceSegmentor': 'mmdist.DenseLogits',
     'TwoStageDetector': 'mmdist.RoILogits',

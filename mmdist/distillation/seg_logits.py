@@ -188,7 +188,8 @@ class SegLogits(Comparison):
         if classes is not None:
             dtype = torch.promote_types(classes.dtype, torch.float32)
             queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
-        return SegMap(masks, queries, self._as_scores, step.student.align_corners)
+        align_corners = getattr(step.student, 'align_corners', False)
+        return SegMap(masks, queries, self._as_scores, align_corners)
 
     def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
         if self.resize == 'label':
@@ -198,14 +199,16 @@ class SegLogits(Comparison):
         return student.size if self.resize == 'student' else teacher.size
 
     @staticmethod
-    def _mask(step: Step, head: nn.Module, size: tuple[int, int]) -> Tensor:
+    def _mask(step: Step, head: nn.Module, size: tuple[int, int]) -> Tensor | None:
         """(N, height, width), True where a pixel is labelled and not padding."""
+        valid = step.valid_mask(*size)
+        if not hasattr(head, 'ignore_index'):  # of mmdet, which labels no pixels
+            return valid
         labels = torch.stack([s.gt_sem_seg.data for s in step.data_samples])
         labels = F.interpolate(labels.float(), size=size, mode='nearest').squeeze(1)
         # None where the head's own loss ignores nothing
         ignore = -1 if head.ignore_index is None else head.ignore_index
         mask = labels != ignore
-        valid = step.valid_mask(*size)
         return mask if valid is None else mask & valid
 
     def _generator(self, step: Step) -> torch.Generator:
@@ -244,6 +247,8 @@ def predicting_head(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model is no segmentor.
     """
+    if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
+        return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
     if not hasattr(model, 'decode_head'):
         raise ValueError(
             f'SegLogits compares segmentors, and {type(model).__name__} has no '
