@@ -248,8 +248,8 @@ class Features(Comparison):
         if student != teacher:
             raise ValueError(
                 f"Features: {student} map(s) of the student's `{self.student}` are "
-                f"to be compared with {teacher} of the teacher's `{self.teacher}`. Choose as "
-                'many of either with `levels` and `teacher_levels`.'
+                f"to be compared with {teacher} of the teacher's `{self.teacher}`. "
+                'Choose as many of either with `levels` and `teacher_levels`.'
             )
 
 

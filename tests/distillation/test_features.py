@@ -1,0 +1,369 @@
+"""Features: maps of any module, with 1x1 convolutions that train with the student."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from mmengine.runner.checkpoint import load_state_dict
+from mmengine.structures import InstanceData
+from torch import nn
+
+from mmdist.registry import MODELS
+
+FEATURES = dict(type='mmdist.Features')
+
+
+@pytest.fixture
+def student(det_config, tmp_path) -> Config:
+    """A tiny RetinaNet; its FPN has 16 channels."""
+    init_default_scope('mmdet')
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
+    (tmp_path / 'student.py').write_text(det_config)
+    return Config.fromfile(tmp_path / 'student.py')
+
+
+@pytest.fixture
+def teacher(student) -> Config:
+    """The same with an FPN of 24 channels."""
+    config = copy.deepcopy(student)
+    config.model.neck.out_channels = 24
+    config.model.bbox_head.in_channels = 24
+    return config
+
+
+def build(student: Config, teacher: Config | None, init: bool = True, **distill):
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=student.model,
+            teacher=dict(config=teacher, allow_random=True),
+            distill=distill,
+        )
+    )
+    if init:
+        model.init_weights()
+    return model.train()
+
+
+def batch(model, sizes=((96, 128), (96, 100))) -> dict:
+    rng = torch.Generator().manual_seed(0)
+    inputs, data_samples = [], []
+    for height, width in sizes:
+        inputs.append(torch.randint(0, 256, (3, height, width), generator=rng).byte())
+        sample = DetDataSample(
+            metainfo=dict(img_shape=(height, width), scale_factor=(1, 1))
+        )
+        sample.gt_instances = InstanceData(
+            bboxes=torch.tensor([[10.0, 12.0, 60.0, 70.0]]), labels=torch.tensor([1])
+        )
+        data_samples.append(sample)
+    data = dict(inputs=inputs, data_samples=data_samples)
+    return model.data_preprocessor(data, training=True)
+
+
+def step(model, path: str = 'neck') -> tuple[dict, list]:
+    """One loss pass; its losses, and the maps of both sides in float64."""
+    data = batch(model)
+    maps = []
+    handle = model.get_submodule(path).register_forward_hook(
+        lambda *args: maps.append(args[-1])
+    )
+    losses = model(**data, mode='loss')
+    handle.remove()
+    sizes = [sample.img_shape for sample in data['data_samples']]
+    handle = model.teacher.model.get_submodule(path).register_forward_hook(
+        lambda *args: maps.append(args[-1])
+    )
+    with torch.no_grad():
+        inputs = model.teacher.renormalize(data['inputs'], sizes)
+        model.teacher.model.extract_feat(inputs)
+    handle.remove()
+    return losses, [[x.detach().double().numpy() for x in side] for side in maps]
+
+
+def test_published_mimic_is_the_mse_of_five_levels_through_1x1_convs(student, teacher):
+    model = build(student, teacher, mimic=FEATURES | dict(adapt=True))
+    losses, (ours, theirs) = step(model)
+    assert len(ours) == len(model.distill.mimic.adapters) == 5
+    expected = 0.0
+    for conv, s, t in zip(model.distill.mimic.adapters, ours, theirs, strict=True):
+        weight = conv.weight.detach().double().numpy()[:, :, 0, 0]
+        bias = conv.bias.detach().double().numpy()
+        adapted = np.einsum('oc,nchw->nohw', weight, s) + bias[:, None, None]
+        expected += ((adapted - t) ** 2).mean()
+    assert losses['loss_mimic'].item() == pytest.approx(expected, rel=1e-5)
+
+    losses['loss_mimic'].backward()
+    assert model.backbone.layer4[0].downsample[0].weight.grad.abs().sum() > 0
+    for conv in model.distill.mimic.adapters:
+        assert conv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in model.teacher.model.parameters())
+
+
+def test_equal_channels_need_no_convolution(student):
+    """And so the state dict is the plain student's, and a copy has no loss."""
+    model = build(student, student, mimic=FEATURES)
+    assert model.state_dict().keys() == MODELS.build(student.model).state_dict().keys()
+    model.teacher.model.load_state_dict(model.state_dict())
+    assert step(model)[0]['loss_mimic'].item() == pytest.approx(0, abs=1e-10)
+
+
+def test_only_the_levels_that_differ_are_adapted(student, teacher):
+    teacher.model.backbone.update(depth=50)
+    teacher.model.neck.in_channels = [32, 64, 128, 256]
+    mimic = FEATURES | dict(student='backbone')
+    model = build(student, teacher, mimic=mimic)
+    shapes = [tuple(conv.weight.shape[:2]) for conv in model.distill.mimic.adapters]
+    assert shapes == [(32, 8), (64, 16), (128, 32), (256, 64)]
+    same = FEATURES | dict(student='backbone', teacher_channels=[8, 64, 32, 64])
+    adapters = build(student, teacher, init=False, mimic=same).distill.mimic.adapters
+    assert [type(a) for a in adapters] == [
+        nn.Identity,
+        nn.Conv2d,
+        nn.Identity,
+        nn.Identity,
+    ]
+
+
+def test_the_teachers_map_is_resized_to_the_students(student):
+    """Half the size, bilinear: the mean of two by two."""
+    mimic = FEATURES | dict(levels=[1], teacher_levels=[0], weight=0.5)
+    model = build(student, student, mimic=mimic)
+    losses, (ours, theirs) = step(model)
+    n, c, h, w = ours[1].shape
+    halved = theirs[0].reshape(n, c, h, 2, w, 2).mean((3, 5))
+    expected = 0.5 * ((ours[1] - halved) ** 2).mean()
+    assert losses['loss_mimic'].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_any_loss_gets_the_maps(student, teacher):
+    """A loss of one's own sees places, and the mask of padding if it takes one."""
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, student, teacher, mask=None):
+            seen.append((student.shape, mask))
+            return (student - teacher).abs().mean()
+
+    MODELS.register_module(name='SpyLoss', module=Spy, force=True)
+    model = build(
+        student,
+        teacher,
+        spy=FEATURES | dict(loss=dict(type='mmdist.SpyLoss')),
+        mmdet=FEATURES | dict(loss=dict(type='mmdet.L1Loss')),
+        dist=FEATURES | dict(loss=dict(type='mmdist.DISTLoss')),
+    )
+    losses, _ = step(model)
+    shape, mask = seen[0]
+    assert shape == (2, 24, 12, 16)  # stride 8 of 96 x 128
+    # 100 of 128 pixels: the centres of 12.5 of 16 cells, so of 12
+    assert mask[0].all() and mask[1, :, :12].all() and not mask[1, :, 12:].any()
+    assert losses['loss_mmdet'].isfinite()
+    assert model.distill.dist.loss.activation == 'identity'
+    assert {'dist_inter', 'dist_intra'} <= losses.keys()
+
+
+def test_comparisons_share_the_teachers_backbone(student, teacher):
+    model = build(
+        student,
+        teacher,
+        mimic=FEATURES,
+        stages=FEATURES | dict(student='backbone'),
+        tower=FEATURES | dict(student='bbox_head.cls_convs.0'),
+        dist=dict(type='mmdist.DenseLogits'),
+    )
+    calls = []
+    for name in ('backbone', 'neck'):
+        model.teacher.model.get_submodule(name).register_forward_pre_hook(
+            lambda *_, name=name: calls.append(name)
+        )
+    losses = model(**batch(model), mode='loss')
+    assert calls == ['backbone', 'neck']
+    assert {'loss_mimic', 'loss_stages', 'loss_tower', 'loss_dist'} <= losses.keys()
+    assert 'extract_feat' not in vars(model.teacher.model)
+
+
+def test_a_module_of_the_head_is_run_by_the_teachers_own_forward(seg_config, tmp_path):
+    """mmseg: the bottleneck of a PSPNet, which its backbone and neck do not reach."""
+    init_default_scope('mmseg')
+    (tmp_path / 'student.py').write_text(seg_config)
+    config = Config.fromfile(tmp_path / 'student.py')
+    mimic = FEATURES | dict(student='decode_head.bottleneck')
+    model = build(config, config, mimic=mimic)
+    model.teacher.model.load_state_dict(model.state_dict())
+    model.eval()  # BN on statistics, as in the teacher
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 96, 128).long()))
+    data = model.data_preprocessor(
+        dict(inputs=[torch.zeros(3, 96, 128).byte()] * 2, data_samples=[sample] * 2),
+        training=True,
+    )
+    losses = model(**data, mode='loss')
+    assert losses['loss_mimic'].item() == pytest.approx(0, abs=1e-10)
+    losses['loss_mimic'].backward()
+
+
+def test_mse_is_computed_in_fp32_under_autocast(student, teacher):
+    model = build(student, teacher, mimic=FEATURES)
+    seen = []
+    model.distill.mimic.loss.register_forward_pre_hook(
+        lambda _, args: seen.extend(x.dtype for x in args)
+    )
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = model(**batch(model), mode='loss')
+    assert set(seen) == {torch.float32} and len(seen) == 10
+    assert losses['loss_mimic'].dtype == torch.float32
+
+
+def test_the_students_weights_do_not_depend_on_the_adapters(student, teacher):
+    torch.manual_seed(0)
+    plain = MODELS.build(student.model)
+    plain.init_weights()
+    state = build(student, teacher, mimic=FEATURES).state_dict()
+    for key, value in plain.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+# ---- checkpoints -------------------------------------------------------------------
+
+
+def test_a_published_student_loads_strictly(student, teacher):
+    """Its checkpoint has no adapters; those of the model stay as they are."""
+    model = build(student, teacher, mimic=FEATURES)
+    adapters = copy.deepcopy(model.distill.state_dict())
+    plain = MODELS.build(student.model).state_dict()
+    model.load_state_dict(plain, strict=True)
+    load_state_dict(model, plain, strict=True)  # mmengine has one of its own
+    for key, value in plain.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    for key, value in adapters.items():
+        assert torch.equal(model.distill.state_dict()[key], value), key
+
+
+def test_half_a_set_of_adapters_is_no_plain_student(student, teacher):
+    model = build(student, teacher, mimic=FEATURES)
+    state = model.state_dict()
+    del state['distill.mimic.adapters.3.bias']
+    with pytest.raises(RuntimeError, match=r'Missing.*adapters\.3\.bias'):
+        model.load_state_dict(state, strict=True)
+
+
+DISTILLED = """
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher=dict(config='teacher.py', allow_random=True),
+    distill=dict(mimic=dict(type='mmdist.Features')))
+train_cfg = dict(max_epochs=1, val_interval=10)
+work_dir = 'work'
+"""
+
+
+@pytest.fixture
+def distilled(student, teacher, tmp_path, monkeypatch) -> Path:
+    """A config that distils, in the working directory with its teacher."""
+    monkeypatch.chdir(tmp_path)
+    teacher.dump('teacher.py')
+    path = tmp_path / 'distilled.py'
+    path.write_text(DISTILLED)
+    return path
+
+
+def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(distilled):
+    config = Config.fromfile(distilled)
+    runner = Runner.from_cfg(config)
+    key = 'distill.mimic.adapters.0.weight'
+    before = runner.model.state_dict()[key].clone()
+    runner.train()
+    saved = torch.load('work/epoch_1.pth', weights_only=False)['state_dict']
+    assert torch.equal(saved[key], runner.model.state_dict()[key])
+    assert not torch.equal(saved[key], before)
+
+    config.train_cfg.max_epochs = 2
+    config.load_from, config.resume = 'work/epoch_1.pth', True
+    runner = Runner.from_cfg(config)
+    seen = []
+    runner.model.register_forward_pre_hook(
+        lambda model, _: seen.append(model.state_dict()[key].clone())
+    )
+    runner.train()
+    assert torch.equal(seen[0], saved[key])
+    assert not torch.equal(seen[-1], saved[key])
+
+    Path('teacher.py').unlink()
+    model = MODELS.build(config.model)
+    assert not [k for k in model.state_dict() if k.startswith('distill.')]
+    model.load_state_dict(saved, strict=True)
+    data = batch(model, sizes=((96, 128),) * 2)
+    assert len(model.eval()(**data, mode='predict')) == 2
+    with pytest.raises(FileNotFoundError):  # training does need it
+        model.train()(**data, mode='loss')
+
+
+# ---- errors ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(student='nek'), r"student, RetinaNet.*no module 'nek'.*mean 'neck'\?"),
+        (dict(teacher='backbone.layer5'), r'teacher, RetinaNet.*backbone\.layer4'),
+        (dict(student='zzz'), 'At its top it has .*backbone, neck, bbox_head'),
+        (dict(levels=[0, 5]), r'`levels` are \[0, 5\].*5 map\(s\), 0 to 4'),
+        (dict(levels=[0], teacher_levels=[0, 1]), r'1 map\(s\).*with 2'),
+        (dict(teacher_channels=[24, 24]), r'5 map\(s\).*with 2'),
+    ],
+)
+def test_mistakes_stop_at_build_time(student, teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(student, teacher, init=False, mimic=FEATURES | options)
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        (dict(adapt=False, teacher='nek'), ValueError, "teacher.*mean 'neck'"),
+        (
+            dict(student='bbox_head.cls_convs'),
+            RuntimeError,
+            '(?s)not run.*`adapt=False`',
+        ),
+    ],
+)
+def test_others_when_the_teacher_is_loaded(student, teacher, options, error, message):
+    model = build(student, teacher, init=False, mimic=FEATURES | options)
+    with pytest.raises(error, match=message):
+        model.init_weights()
+
+
+def test_channels_that_differ_are_named(student, teacher):
+    model = build(student, teacher, mimic=FEATURES | dict(adapt=False))
+    with pytest.raises(ValueError, match=r'map 0 .*16 channels.*24'):
+        model(**batch(model), mode='loss')
+
+
+def test_tokens_are_no_maps():
+    init_default_scope('mmdet')
+    model = Config.fromstring(
+        "_base_ = 'mmdet::detr/detr_r18_8xb2-500e_coco.py'", '.py'
+    ).model
+    model.backbone.init_cfg = None
+    config = Config(dict(model=model))
+    with pytest.raises(ValueError, match=r'compares maps.*`encoder` returned'):
+        build(config, config, init=False, mimic=FEATURES | dict(student='encoder'))
