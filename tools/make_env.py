@@ -37,6 +37,9 @@ STACKS = {
     'onedl': ('requirements-onedl.txt', '.venv-onedl', 'onedl-mmcv'),
 }
 STAMP = 'mmdist-env.txt'
+OPENCV_GUI = (
+    'import cv2, re; print(re.search(r"GUI: *(\\w+)", cv2.getBuildInformation())[1])'
+)
 MIN_DISK_GB = 8
 
 
@@ -183,6 +186,7 @@ class Builder:
         self.say(f'Building {self.venv.name} with {self.requirements.name}.')
         self.step('virtual environment', '10 s', self.make_venv)
         self.step('torch and build tools', '1 to 10 min, a download', self.add_torch)
+        self.step('mmengine and opencv', '30 s', self.add_mmengine)
         ready = self.has_ops() or self.cached_wheel()
         self.step('mmcv', '10 s' if ready else '10 min or more, once', self.add_mmcv)
         self.step('the other libraries', '1 min', self.add_libraries)
@@ -263,6 +267,21 @@ class Builder:
         code = f'from importlib.metadata import version; print(version({name!r}))'
         return ask(self.python, code).split('+')[0]
 
+    def add_mmengine(self) -> str | None:
+        engine = 'onedl-mmengine' if self.mmcv.startswith('onedl') else 'mmengine'
+        headless = 'opencv-python-headless'
+        if (
+            self.version(engine) == self.pins[engine]
+            and self.version(headless) == self.pins[headless]
+            and ask(self.python, OPENCV_GUI) == 'NONE'
+        ):
+            return 'was there'
+        self.pip('install', f'{engine}=={self.pins[engine]}', '-c', self.requirements)
+        # Over opencv-python, which mmengine names: without libGL it does not import.
+        pinned = f'{headless}=={self.pins[headless]}'
+        self.pip('install', '--force-reinstall', '--no-deps', pinned)
+        return None
+
     def has_ops(self) -> bool:
         if self.version(self.mmcv) != self.pins[self.mmcv]:
             return False
@@ -282,19 +301,15 @@ class Builder:
     def add_mmcv(self) -> str | None:
         if self.has_ops():
             return 'was there, with its ops'
-        engine = 'onedl-mmengine' if self.mmcv.startswith('onedl') else 'mmengine'
-        self.pip('install', f'{engine}=={self.pins[engine]}', '-c', self.requirements)
         wheel = self.cached_wheel()
         note = f'its wheel was at hand in {self.wheels()}'
         if wheel is None:
             wheel, note = self.compile_mmcv(), None
         self.pip('install', '--force-reinstall', '--no-deps', wheel)
         if not self.has_ops():
-            wheel.unlink()
             raise Stop(
-                f'{wheel.name} was built, but its ops do not run: '
-                f'{self.python} tools/check_env.py says more. It is deleted; '
-                'the next `make env` compiles it again.'
+                f'The ops of mmcv do not run: `{self.python} tools/check_env.py` says '
+                f'more. To compile them once more, delete {wheel}'
             )
         return note
 
@@ -328,8 +343,6 @@ class Builder:
     def add_libraries(self) -> None:
         # --no-build-isolation: the fork's libraries are source only and import torch
         self.pip('install', '--no-build-isolation', '-r', self.requirements)
-        headless = f'opencv-python-headless=={self.pins["opencv-python-headless"]}'
-        self.pip('install', '--force-reinstall', '--no-deps', headless)
 
     def add_mmdist(self) -> None:
         flags = ('--no-deps', '--no-build-isolation')
