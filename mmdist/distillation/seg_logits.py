@@ -61,6 +61,11 @@ class SegLogits(Comparison):
             decides which pixels are drawn, so a resumed run draws the same.
     """
 
+    families = (
+        'the segmentors of mmseg: heads that score the classes of each pixel, cascades '
+        "of them, and mask classification (MaskFormer, Mask2Former, SAN), mmdet's too"
+    )
+
     def __init__(
         self,
         loss: dict | None = None,
@@ -97,18 +102,18 @@ class SegLogits(Comparison):
 
     def activation(self, student: nn.Module) -> str:
         """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
-        head = predicting_head(student)
+        head = self._head(student)
         if is_mask_head(head):
             return 'identity'
         return 'sigmoid' if head.out_channels == 1 else 'softmax'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The head that predicts and the auxiliary heads."""
-        return [predicting_head(student), *self._auxiliary_heads(student)]
+        return [self._head(student), *self._auxiliary_heads(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a segmentor; with masks, scores are compared."""
-        heads = [predicting_head(model) for model in (student, teacher)]
+        heads = [self._head(model) for model in (student, teacher)]
         if any(map(is_mask_head, heads)):
             if 'activation' not in self._loss_cfg and hasattr(self.loss, 'activation'):
                 self.loss.activation = 'identity'
@@ -124,7 +129,7 @@ class SegLogits(Comparison):
 
     def ask(self, step: Step, recorded: list[SegMap]) -> list[SegMap]:
         """The teacher's maps of the same heads, from its features."""
-        head = predicting_head(step.teacher)
+        head = self._head(step.teacher)
         maps = [self._map(step, head, _decode(step, head))]
         for _, teacher_head in self._auxiliary_pairs(step):
             output = teacher_head.forward(step.teacher_features)
@@ -166,8 +171,34 @@ class SegLogits(Comparison):
                 pairs.append(Pair(student, teacher, mask, self.aux_weight, 'aux'))
         return pairs
 
+    def _head(self, model: nn.Module) -> nn.Module:
+        """The head that predicts: of a cascade the last that gives a map."""
+        if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
+            return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
+        if not hasattr(model, 'decode_head'):
+            raise self.unsupported(model, 'its `decode_head`, in vain')
+        if _is(model, 'DepthEstimator'):
+            raise self.unsupported(
+                model, 'scores of classes, and the model estimates depth, one value'
+            )
+        head = model.decode_head
+        if isinstance(head, nn.ModuleList):
+            head = [stage for stage in head if not _is(stage, 'PointHead')][-1]
+        return head
+
     def _auxiliary_heads(self, model: nn.Module) -> list[nn.Module]:
-        return auxiliary_heads(model) if self.aux_weight else []
+        """The auxiliary heads with the same classes, the deepest first."""
+        heads = getattr(model, 'auxiliary_head', None)
+        if heads is None or not self.aux_weight:
+            return []
+        classes = self._head(model).num_classes
+        heads = [
+            head
+            for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
+            # STDC has a head for boundaries.
+            if head.num_classes == classes and not _is(head, 'STDCHead')
+        ]
+        return sorted(heads, key=_depth, reverse=True)
 
     def _auxiliary_pairs(self, step: Step) -> list[tuple[nn.Module, nn.Module]]:
         """The auxiliary heads of student and teacher, the deepest with the deepest."""
@@ -233,62 +264,6 @@ class SegLogits(Comparison):
 
 
 # ---- heads -----------------------------------------------------------------------
-
-
-def predicting_head(model: nn.Module) -> nn.Module:
-    """The head whose per-pixel scores are the model's prediction.
-
-    Args:
-        model: A segmentor.
-
-    Returns:
-        The decode head; of a cascade the last that gives a map.
-
-    Raises:
-        ValueError: The model is no segmentor.
-    """
-    if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
-        return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
-    if not hasattr(model, 'decode_head'):
-        raise ValueError(
-            f'SegLogits compares segmentors, and {type(model).__name__} has no '
-            '`decode_head`. Take a segmentor of mmseg, or another comparison.'
-        )
-    if _is(model, 'DepthEstimator'):
-        raise ValueError(
-            f'SegLogits compares scores of classes, and {type(model).__name__} '
-            'estimates depth: it has one value per pixel and no classes. Take a '
-            'segmentor, or compare features with `mmdist.Features`.'
-        )
-    head = model.decode_head
-    if isinstance(head, nn.ModuleList):
-        head = [stage for stage in head if not _is(stage, 'PointHead')][-1]
-    return head
-
-
-def auxiliary_heads(model: nn.Module) -> list[nn.Module]:
-    """The auxiliary heads that predict the same classes, the deepest first.
-
-    Args:
-        model: A segmentor.
-
-    Returns:
-        The heads, by the depth of the features that they read; without heads for
-        something else, as STDC's for boundaries.
-    """
-    heads = getattr(model, 'auxiliary_head', None)
-    if heads is None:
-        return []
-    classes = predicting_head(model).num_classes
-    return sorted(
-        (
-            head
-            for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
-            if head.num_classes == classes and not _is(head, 'STDCHead')
-        ),
-        key=_depth,
-        reverse=True,
-    )
 
 
 def is_mask_head(head: nn.Module) -> bool:
