@@ -200,15 +200,16 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
             return CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"The teacher's checkpoint {path!r} does not exist. Relative paths count from "
-            f'the working directory, {os.getcwd()!r}.'
+            f'The checkpoint {path!r} does not exist. Relative paths count from the '
+            f'working directory, {os.getcwd()!r}.'
         ) from None
     except pickle.UnpicklingError as error:
         if weights_only and 'global' in str(error).lower():
             raise RuntimeError(
-                f"The teacher's checkpoint {path!r} holds objects that the safe loader "
-                'does not read: reading them could run code of its author. If you trust '
-                f'the file, set `teacher.weights_only=False`. The loader says: {error}'
+                f'The checkpoint {path!r} holds objects that the safe loader does not '
+                'read: reading them could run code of its author. If you trust the file, '
+                'set `teacher.weights_only=False` (a tool: --no-weights-only). The loader '
+                f'says: {error}'
             ) from error
         raise RuntimeError(_DAMAGED.format(path, error)) from error
     except (EOFError, RuntimeError) as error:
@@ -216,8 +217,8 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
 
 
 _DAMAGED = (
-    "The teacher's checkpoint {!r} cannot be read: it is damaged, cut off or no "
-    'checkpoint at all. Fetch it again. The loader says: {}'
+    'The checkpoint {!r} cannot be read: it is damaged, cut off or no checkpoint at '
+    'all. Fetch it again. The loader says: {}'
 )
 
 

@@ -1,0 +1,117 @@
+"""The exported student is the plain student's checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmdet.apis import inference_detector, init_detector
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'export_student.py'
+DISTILLED = """
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher=dict(config='student.py', allow_random=True),
+    distill=dict(mimic=dict(type='mmdist.Features', adapt=True)))
+custom_hooks = [dict(type='EMAHook', momentum=0.5)]
+train_cfg = dict(max_epochs=1, val_interval=10)
+work_dir = 'work'
+"""
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, det_config) -> Path:
+    """A student's config, and a checkpoint of it that was distilled with EMA."""
+    root = tmp_path_factory.mktemp('export')
+    (root / 'student.py').write_text(det_config)
+    (root / 'distilled.py').write_text(DISTILLED)
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        model = Runner.from_cfg(Config.fromfile('distilled.py')).train()
+        torch.save(model.state_dict(), 'unaveraged.pth')
+    finally:
+        os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def export(trained, monkeypatch, capsys):
+    """Run the tool in that directory; returns what it printed."""
+
+    def run(*args: str) -> str:
+        monkeypatch.chdir(trained)
+        monkeypatch.setattr(sys, 'argv', [str(TOOL), *args])
+        runpy.run_path(str(TOOL), run_name='__main__')
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_export_is_a_plain_student(trained, export):
+    output = export('work/epoch_1.pth', '--config', 'student.py')
+    assert '10 left out, loads strictly into student.py' in output
+    (file,) = trained.glob('work/epoch_1_student-*.pth')
+    digits = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    assert file.name == f'epoch_1_student-{digits}.pth'
+    exported = torch.load(file, weights_only=True)
+    assert exported.keys() == {'meta', 'state_dict'}
+    assert exported['meta']['dataset_meta']['classes'] == ('person', 'car', 'dog')
+    assert str(trained) not in repr(exported['meta'])
+
+    init_default_scope('mmdet')
+    model = MODELS.build(Config.fromfile(trained / 'student.py').model)
+    model.load_state_dict(exported['state_dict'], strict=True)
+
+    saved = torch.load(trained / 'work/epoch_1.pth', weights_only=False)
+    plain = {k for k in saved['state_dict'] if not k.startswith('distill.')}
+    assert exported['state_dict'].keys() == plain
+    # The averaged weights: EMAHook keeps the Runner's own as `ema_state_dict`.
+    key = 'bbox_head.retina_cls.weight'
+    unaveraged = torch.load(trained / 'unaveraged.pth')[key]
+    assert torch.equal(saved['ema_state_dict'][f'module.{key}'], unaveraged)
+    assert torch.equal(exported['state_dict'][key], saved['state_dict'][key])
+    assert not torch.equal(exported['state_dict'][key], unaveraged)
+
+
+def test_mmdets_own_api_runs_it(trained, export):
+    export('work/epoch_1.pth', '--out', 'published/retinanet.pth')
+    (file,) = trained.glob('published/retinanet-*.pth')
+    model = init_detector(str(trained / 'student.py'), str(file), device='cpu')
+    assert model.dataset_meta['classes'] == ('person', 'car', 'dog')
+    image = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    result = inference_detector(model, image)
+    assert result.pred_instances.bboxes.shape[1] == 4
+
+
+def test_the_distillation_config_serves_to_check_too(export):
+    output = export('work/epoch_1.pth', '--config', 'distilled.py')
+    assert 'loads strictly into distilled.py' in output
+
+
+def test_a_config_that_does_not_fit_is_an_error(trained, export, det_config):
+    (trained / 'other.py').write_text(
+        det_config.replace('out_channels=16', 'out_channels=8')
+    )
+    args = ('work/epoch_1.pth', '--config', 'other.py', '--out', 'other.pth')
+    with pytest.raises(RuntimeError, match='size mismatch'):
+        export(*args)
+    assert not list(trained.glob('other-*.pth'))
+
+
+def test_other_files_are_refused(trained, export):
+    torch.save(dict(weights={}), trained / 'odd.pth')
+    with pytest.raises(ValueError, match='no `state_dict`'):
+        export('odd.pth')
+    with pytest.raises(FileNotFoundError, match=r'epoch_2\.pth.*does not exist'):
+        export('epoch_2.pth')
