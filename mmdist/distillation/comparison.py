@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmdist.losses import DISTLoss
 from mmdist.registry import MODELS
 
 from .step import Step
@@ -91,7 +92,7 @@ class Comparison(BaseModule):
         """The teacher's side, by the cheapest forward that gives the counterpart."""
         raise NotImplementedError
 
-    def pair(self, step: Step, recorded, asked) -> list[Pair]:
+    def pair(self, step: Step, recorded, asked) -> Iterable[Pair]:
         """Logits of both sides, rows in the same order, with the rows that count."""
         raise NotImplementedError
 
@@ -136,10 +137,11 @@ class Comparison(BaseModule):
             ``<name>_inter`` and ``<name>_intra``, which mmengine logs and does not add.
         """
         recorded = self.record(step)
-        with torch.no_grad():
+        with step.teacher_running():
             asked = self.ask(step, recorded)
         terms: dict[str, list[Tensor]] = {}
         for pair in self.pair(step, recorded, asked):
+            self._leave_out_inter_class(pair.student.shape[1])
             key = '_'.join(filter(None, (name, pair.name)))
             loss = pair.weight * self._compute(pair)
             terms.setdefault(f'loss_{key}', []).append(loss)
@@ -158,6 +160,20 @@ class Comparison(BaseModule):
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _leave_out_inter_class(self, num_columns: int) -> None:
+        """Two classes have no relation but more or less; one has none at all."""
+        if num_columns <= 2 and isinstance(self.loss, DISTLoss) and self.loss.beta:
+            self.loss.beta = 0.0
+            what = 'one channel' if num_columns == 1 else 'two classes'
+            value = 'undefined' if num_columns == 1 else '1 or -1, whatever they are'
+            warnings.warn(
+                f'{type(self).__name__} compares {what} per row: the inter-class '
+                f'correlation of such a row is {value}, and gives nothing to learn '
+                'from. The term is left out, as with `beta=0`; the intra-class term '
+                'remains.',
+                stacklevel=2,
+            )
 
     def _compute(self, pair: Pair) -> Tensor:
         if pair.student.shape != pair.teacher.shape:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -164,7 +163,6 @@ class SegLogits(Comparison):
             student, teacher = step.classes.select(
                 student, _as_many_channels(student, teacher, self._as_scores)
             )
-            self._leave_out_inter_class(student.shape[1])
             if head is heads[0]:
                 pairs.append(Pair(student, teacher, mask))
             else:
@@ -248,19 +246,6 @@ class SegLogits(Comparison):
         self._steps += 1
         seed = hash((self.seed, iteration, get_rank())) % 2**63
         return torch.Generator(step.inputs.device).manual_seed(seed)
-
-    def _leave_out_inter_class(self, num_classes: int) -> None:
-        """Two classes have no relation but more or less; one has none at all."""
-        if num_classes <= 2 and getattr(self.loss, 'beta', 0):
-            self.loss.beta = 0.0
-            what = 'one channel' if num_classes == 1 else 'two classes'
-            value = 'undefined' if num_classes == 1 else '1 or -1, whatever they are'
-            warnings.warn(
-                f'SegLogits compares {what} per pixel: the inter-class correlation of '
-                f'such a row is {value}, and gives nothing to learn from. The term is '
-                'left out, as with `beta=0`; the intra-class term remains.',
-                stacklevel=2,
-            )
 
 
 # ---- heads -----------------------------------------------------------------------

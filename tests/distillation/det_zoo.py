@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import mmdet
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmdet.testing import demo_mm_inputs
+from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from torch import nn
 
 from mmdist.registry import MODELS
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
-CHANNELS = ('channels', 'embed_dim', 'num_feats', 'num_groups', 'hidden_dim', 'widen')
+CHANNELS = (
+    'channel',
+    'embed_dim',
+    'num_feats',
+    'num_groups',
+    'hidden_dim',
+    'inplanes',
+    'filters',
+)
+AT_MOST = {'num_queries': 30, 'num_proposals': 30, 'num': 64, 'num_points': 400}
+
+Sizes = tuple[tuple[int, int], ...]
+SIZES: Sizes = ((64, 64), (48, 64))
 
 
 def shrink(cfg, factor: int):
@@ -32,67 +45,148 @@ def shrink(cfg, factor: int):
         return cfg
     out = ConfigDict()
     for key, value in {**_default_channels(cfg.get('type')), **cfg}.items():
-        if key == 'pretrained' or (
-            key == 'init_cfg' and 'Pretrained' in str(value.get('type', ''))
-        ):
+        if key in ('pretrained', 'teacher_ckpt') or _is_pretrained(key, value):
             continue
-        is_channels = any(word in key for word in CHANNELS)
-        out[key] = (_divide if is_channels else shrink)(value, factor)
+        if key == 'widen_factor':
+            out[key] = value / factor
+        elif any(word in key for word in CHANNELS):
+            out[key] = _divide(value, factor)
+        elif key == 'depth' and value in (101, 152):
+            out[key] = 50
+        elif key == 'size':  # what BatchFixedSizePad pads to
+            out[key] = (128, 128)
+        elif isinstance(value, int) and value > AT_MOST.get(key, value):
+            out[key] = AT_MOST[key]
+        else:
+            # without launcher there is no process group
+            is_sync = value in ('SyncBN', 'MMSyncBN')
+            out[key] = 'BN' if is_sync else shrink(value, factor)
     return out
 
 
-def _default_channels(type_: str | type | None) -> dict:
-    """The numbers of channels that a module takes if its config does not say."""
-    cls = MMDET_MODELS.get(type_) if isinstance(type_, str) else type_
-    if not isinstance(cls, type):
-        return {}
-    return {
-        name: parameter.default
-        for parent in reversed(cls.__mro__)
-        for name, parameter in inspect.signature(parent.__init__).parameters.items()
-        if any(word in name for word in CHANNELS) and isinstance(parameter.default, int)
-    }
+def _is_pretrained(key: str, value) -> bool:
+    return key == 'init_cfg' and isinstance(value, dict) and 'checkpoint' in value
 
 
 def _divide(value, factor: int):
     if isinstance(value, (list, tuple)):
         return type(value)(_divide(x, factor) for x in value)
-    if isinstance(value, float):
-        return value / factor
+    if isinstance(value, dict):
+        return shrink(value, factor)
     # 3 is RGB, -1 and 1 are marks
     return max(value // factor, 1) if isinstance(value, int) and value > 3 else value
 
 
-def model_config(path: str, factor: int = 8) -> ConfigDict:
-    """The model of a config of the zoo, its channels divided by ``factor``."""
-    return shrink(Config.fromfile(CONFIGS / path).model, factor)
+def _default_channels(type_: str | type | None) -> dict:
+    """The numbers of channels that a module takes if its config does not say."""
+    cls = MMDET_MODELS.get(type_) if isinstance(type_, str) else type_
+    defaults = {}
+    for parent in cls.__mro__ if isinstance(cls, type) else ():
+        parameters = inspect.signature(parent.__init__).parameters
+        for name, parameter in parameters.items():
+            if any(word in name for word in CHANNELS) and name not in defaults:
+                defaults[name] = parameter.default
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            break  # what a parent takes cannot be said here
+    return {name: value for name, value in defaults.items() if isinstance(value, int)}
 
 
-def build_pair(student: str, teacher: str | None = None, distill: dict | None = None):
-    """A student of 1/8 of the channels, its random teacher of 1/4 of them."""
+def model_config(path: str, factor: int = 8, edit: Callable | None = None):
+    """The model of a config of the zoo, its channels divided by ``factor``.
+
+    Args:
+        path: Path within the zoo.
+        factor: What channels are divided by.
+        edit: Changes what shrinking cannot know, given the new model config, the
+            original one and the factor.
+    """
+    original = Config.fromfile(CONFIGS / path, import_custom_modules=False).model
+    cfg = shrink(original, factor)
+    if edit is not None:
+        edit(cfg, original, factor)
+    return cfg
+
+
+def build_pair(
+    student: str,
+    teacher: str | None = None,
+    distill: dict | None = None,
+    factors: tuple[int, int] = (8, 4),
+    edit: Callable | None = None,
+    sizes: Sizes = SIZES,
+) -> nn.Module:
+    """A student and a random teacher, of 1/8 and 1/4 of the channels."""
     register_all_modules()
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     torch.manual_seed(0)
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
-            student=model_config(student),
-            teacher=dict(config=model_config(teacher or student, 4), allow_random=True),
+            student=model_config(student, factors[0], edit),
+            teacher=dict(
+                config=model_config(teacher or student, factors[1], edit),
+                allow_random=True,
+            ),
             distill=distill,
         )
     )
     model.init_weights()
-    return model.train()
+    for side in (model, model.teacher.model):
+        _spread(side)
+        _calibrate(side, sizes)
+    model.train()
+    return model
 
 
-def batch(model: nn.Module, sizes=((64, 64), (48, 64)), num_classes: int = 3, **kwargs):
-    """Two images of noise with boxes, one of them padded, after preprocessing."""
+def _spread(model: nn.Module) -> None:
+    """Give the heads weights that tell one location from another.
+
+    Those that mmdet begins with are so small that all scores are the same in fp32.
+    """
+    for name, parameter in model.named_parameters():
+        if 'backbone' not in name and parameter.ndim > 1 and parameter.std() < 0.02:
+            nn.init.kaiming_normal_(parameter)
+
+
+def _calibrate(model: nn.Module, sizes: Sizes) -> None:
+    """Fill BN's running statistics: without, deep random networks vanish or explode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.eps]
+    momentum = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train().momentum = 1.0
+    with torch.no_grad():
+        model.extract_feat(batch(model, sizes)['inputs'])
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.momentum = value
+    model.eval()
+
+
+def batch(
+    model: nn.Module,
+    sizes: Sizes = SIZES,
+    num_classes: int = 3,
+    **kwargs,
+) -> dict:
+    """Images of noise with boxes, some of them padded, after preprocessing."""
+    shapes = [(3, *size) for size in sizes]
+    has_masks = (
+        model.with_mask
+        or hasattr(model, 'panoptic_head')
+        or hasattr(getattr(model, 'bbox_head', None), 'mask_head')  # RTMDet-Ins
+    )
+    kwargs.setdefault('with_mask', has_masks)
+    kwargs.setdefault('with_semantic', True)
     data = demo_mm_inputs(
-        batch_size=len(sizes),
-        image_shapes=[(3, *size) for size in sizes],
-        num_items=[4] * len(sizes),
-        **kwargs,
+        batch_size=len(sizes), image_shapes=shapes, num_items=[4] * len(sizes), **kwargs
     )
     for sample in data['data_samples']:
         sample.gt_instances.labels %= num_classes
+    if hasattr(model, 'roi_head') and not model.with_rpn:
+        proposals = demo_mm_proposals(shapes, 32)
+        for sample, given in zip(data['data_samples'], proposals, strict=True):
+            sample.proposals = given
+    # What a Runner tells the models that count epochs.
+    for key in ('iter', 'epoch'):
+        MessageHub.get_current_instance().update_info(key, 0)
     return model.data_preprocessor(data, training=True)

@@ -1,0 +1,332 @@
+"""One pair of every directory of mmdet's config zoo trains a step, or is refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from det_zoo import CONFIGS, SIZES, Sizes, batch, build_pair, shrink
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import nn
+
+from mmdist.distillation.distiller import _default_comparison
+from mmdist.registry import MODELS
+
+DIRECTORIES = sorted(path.name for path in CONFIGS.iterdir() if path.is_dir())
+# Parts of other configs.
+WITHOUT_MODEL = ('_base_', 'common')
+
+
+@dataclass
+class Case:
+    """How to make a directory's pair small.
+
+    Attributes:
+        config: The first of the directory if left out.
+        factors: What the channels of student and teacher are divided by.
+        sizes: Height and width of the images.
+        num_classes: Labels are below it.
+        edit: Changes the shrunk config, see ``model_config``.
+        prepare: Changes the batch.
+    """
+
+    config: str | None = None
+    factors: tuple[int, int] = (8, 4)
+    sizes: Sizes = SIZES
+    num_classes: int = 3
+    edit: Callable | None = None
+    prepare: Callable = field(default=lambda data: None)
+
+
+# ---- what shrinking cannot know --------------------------------------------------
+
+
+def keep_backbone(cfg, original, factor):
+    """The backbone has no number of channels to divide."""
+    cfg.backbone = shrink(original.backbone, 1)
+    cfg.neck.in_channels = original.neck.in_channels
+
+
+def take_resnet(cfg, original, factor):
+    """The backbone is of mmpretrain or timm; the detector around it is not."""
+    cfg.backbone = shrink(
+        dict(type='ResNet', depth=50, norm_cfg=dict(type='BN')), factor
+    )
+    cfg.neck.in_channels = [x // factor for x in (256, 512, 1024, 2048)]
+
+
+def keep_transformer(cfg, original, factor):
+    """The sine embedding of a box always has 512 channels."""
+    for key in ('encoder', 'decoder', 'positional_encoding', 'bbox_head', 'dn_cfg'):
+        if key in cfg:
+            cfg[key] = shrink(original[key], 1)
+    cfg.neck = shrink(original.neck, 1)
+    cfg.neck.in_channels = [x // factor for x in original.neck.in_channels]
+
+
+def count_mask_parameters(cfg, original, factor):
+    """CondInst says how many parameters its three dynamic layers have."""
+    hidden = cfg.mask_head.feat_channels
+    inputs = cfg.mask_head.mask_feature_head.out_channels + 2
+    cfg.bbox_head.num_params = (inputs + 1 + hidden + 1 + 1) * hidden + 1
+
+
+def color_similarity_by_hand(cfg, original, factor):
+    """BoxInst's data_preprocessor needs scikit-image."""
+    count_mask_parameters(cfg, original, factor)
+    cfg.data_preprocessor = dict(
+        type='DetDataPreprocessor',
+        mean=original.data_preprocessor.mean,
+        std=original.data_preprocessor.std,
+        pad_size_divisor=32,
+        pad_mask=True,
+    )
+
+
+def add_pairwise_masks(data):
+    for sample in data['data_samples']:
+        boxes = len(sample.gt_instances.bboxes)
+        height, width = sample.batch_input_shape
+        sample.gt_instances.pairwise_masks = torch.ones(
+            boxes, 8, height // 4, width // 4
+        )
+
+
+def own_roi_align(cfg, original, factor):
+    """CrowdDet asks for torchvision's."""
+    cfg.roi_head.bbox_roi_extractor.roi_layer.use_torchvision = False
+
+
+def few_proposals(cfg, original, factor):
+    """Its stage of ResNet on every proposal is of full width."""
+    cfg.train_cfg.rcnn.sampler.num = 4
+
+
+def own_teacher_from_the_zoo(cfg, original, factor):
+    """LD, itself a distillation, reads its teacher's config from a path."""
+    path = CONFIGS.parent / original.teacher_config
+    cfg.teacher_config = dict(model=shrink(Config.fromfile(path).model, factor))
+
+
+BIG, HUGE = ((128, 128), (96, 128)), ((256, 256), (256, 192))
+CASES = {
+    'boxinst': Case(edit=color_similarity_by_hand, prepare=add_pairwise_masks),
+    'bytetrack': Case(
+        'yolox_x_8xb4-amp-80e_crowdhuman-mot17halftrain_test-mot17halfval.py',
+        num_classes=1,
+    ),
+    'cascade_rpn': Case('cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py'),
+    'centripetalnet': Case(sizes=HUGE),
+    'condinst': Case(edit=count_mask_parameters),
+    'conditional_detr': Case(edit=keep_transformer),
+    'convnext': Case(edit=take_resnet),
+    'cornernet': Case(sizes=HUGE),
+    'crowddet': Case(edit=own_roi_align, num_classes=1),
+    'dcn': Case(sizes=BIG),
+    'ddod': Case(sizes=((384, 384), (384, 320))),
+    'deformable_detr': Case(edit=keep_transformer),
+    'dino': Case(edit=keep_transformer),
+    'efficientnet': Case(edit=keep_backbone),
+    'empirical_attention': Case(sizes=BIG),
+    'gcnet': Case('mask-rcnn_r50-gcb-r16-c3-c5_fpn_1x_coco.py'),
+    'gfl': Case(sizes=BIG),
+    'guided_anchoring': Case('ga-retinanet_r50-caffe_fpn_1x_coco.py'),
+    'hrnet': Case('faster-rcnn_hrnetv2p-w32-1x_coco.py', factors=(4, 2)),
+    'htc': Case('htc_r50_fpn_1x_coco.py'),
+    'ld': Case('ld_r50-gflv1-r101_fpn_1x_coco.py', edit=own_teacher_from_the_zoo),
+    'libra_rcnn': Case('libra-faster-rcnn_r50_fpn_1x_coco.py'),
+    'pascal_voc': Case('faster-rcnn_r50_fpn_1x_voc0712.py'),
+    'pvt': Case('retinanet_pvt-t_fpn_1x_coco.py'),
+    'regnet': Case('retinanet_regnetx-800MF_fpn_1x_coco.py', edit=keep_backbone),
+    'res2net': Case(factors=(4, 2)),
+    'rtmdet': Case('rtmdet_tiny_8xb32-300e_coco.py'),
+    'sort': Case(num_classes=1),
+    'ssd': Case(factors=(1, 1), sizes=((300, 300),)),
+    'strongsort': Case(
+        'yolox_x_8xb4-80e_crowdhuman-mot17halftrain_test-mot17halfval.py',
+        num_classes=1,
+    ),
+    'timm_example': Case(edit=take_resnet),
+    'tridentnet': Case(factors=(1, 1), sizes=((64, 64),), edit=few_proposals),
+    'wider_face': Case(num_classes=1),
+    'yolact': Case(sizes=((64, 64), (64, 64))),
+    'yolo': Case('yolov3_mobilenetv2_8xb24-320-300e_coco.py', edit=keep_backbone),
+    'yolox': Case('yolox_tiny_8xb8-300e_coco.py'),
+}
+# Families that share a directory with another one.
+MORE = {
+    'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py': Case(),
+    'centernet/centernet_r18_8xb16-crop512-140e_coco.py': Case(),
+    'crowddet/crowddet-rcnn_refine_r50_fpn_8xb2-30e_crowdhuman.py': Case(
+        edit=own_roi_align, num_classes=1
+    ),
+    'faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco.py': Case(
+        factors=(1, 1), sizes=((64, 64),), edit=few_proposals
+    ),
+    'faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py': Case(),
+    'fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py': Case(),
+    'guided_anchoring/ga-faster-rcnn_r50_fpn_1x_coco.py': Case(),
+    'guided_anchoring/ga-rpn_r50_fpn_1x_coco.py': Case(),
+    'libra_rcnn/libra-retinanet_r50_fpn_1x_coco.py': Case(),
+    'pisa/retinanet-r50_fpn_pisa_1x_coco.py': Case(),
+    'rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py': Case(sizes=((64, 64), (64, 64))),
+    'sabl/sabl-retinanet_r50_fpn_1x_coco.py': Case(),
+    'seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py': Case(),
+    'solo/solo_r50_fpn_1x_coco.py': Case(),
+    'solo/decoupled-solo_r50_fpn_1x_coco.py': Case(),
+}
+
+
+# ---- refusals --------------------------------------------------------------------
+
+TRACKER = 'mmdist does not know what to compare for a {}.*SingleStageDetector.*own_comp'
+PROMPT = 'cannot compare a {}.*own_comparison.md|{} scores the words of a prompt'
+LEARNT_PROPOSALS = 'RoILogits cannot compare a {}.*features of its own learnt proposals'
+# A pattern of each message.
+REFUSED = {
+    'deepsort': TRACKER,
+    'glip': PROMPT,
+    'grounding_dino': PROMPT,
+    'mask2former_vis': TRACKER,
+    'masktrack_rcnn': TRACKER,
+    'misc': TRACKER,  # wrappers of Detectron2
+    'mm_grounding_dino': PROMPT,
+    'ocsort': TRACKER,
+    'qdtrack': TRACKER,
+    'queryinst': LEARNT_PROPOSALS,
+    'reid': TRACKER,
+    'soft_teacher': TRACKER,
+    'sparse_rcnn': LEARNT_PROPOSALS,
+}
+# They need detectron2, lap, mmpretrain or transformers: the bare class is refused.
+NOT_BUILT_HERE = {
+    'deepsort',
+    'glip',
+    'grounding_dino',
+    'misc',
+    'mm_grounding_dino',
+    'ocsort',
+    'reid',
+}
+
+
+# ---- a step ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fast_on_small_tensors():
+    """More threads wait for each other; denormals are slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def carafe_on_cpu(monkeypatch):
+    """mmcv has CARAFE for CUDA only; here is the same in torch."""
+
+    def carafe(features, masks, kernel_size, group_size, scale_factor):
+        (n, c, h, w), k = features.shape, kernel_size
+        patches = F.unfold(features, k, padding=k // 2).view(n, c * k * k, h, w)
+        patches = F.interpolate(patches, scale_factor=scale_factor, mode='nearest')
+        masks = masks.view(n, group_size, 1, k * k, *masks.shape[-2:])
+        patches = patches.view(n, group_size, -1, k * k, *masks.shape[-2:])
+        return (patches * masks).sum(3).flatten(1, 2)
+
+    monkeypatch.setattr(sys.modules['mmcv.ops.carafe'], 'carafe', carafe)
+
+
+def take_a_step(path: str, case: Case) -> None:
+    model = build_pair(path, factors=case.factors, edit=case.edit, sizes=case.sizes)
+    teacher = model.teacher.model
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    data = batch(model, case.sizes, case.num_classes)
+    case.prepare(data)
+    losses = model(**data, mode='loss')
+
+    terms = [losses[key] for key in losses if key.startswith('loss_dist')]
+    assert terms and all(term.isfinite() for term in terms)
+    for relation, counts in (('inter', model.distill['dist'].loss.beta), ('intra', 1)):
+        values = [v for k, v in losses.items() if re.match(f'dist.*_{relation}', k)]
+        assert len(values) == len(terms)
+        assert not counts or all(value != 0 for value in values), 'a constant'
+    torch.stack(terms).sum().backward()
+    norms = [p.grad.norm() for p in model.backbone.parameters() if p.grad is not None]
+    assert torch.stack(norms).isfinite().all()
+    assert torch.stack(norms).norm() > 1e-4
+    assert all(p.grad is None for p in teacher.parameters())
+
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    for key, value in teacher.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def first_config(directory: str) -> str:
+    return min(path.name for path in (CONFIGS / directory).glob('*.py'))
+
+
+@pytest.mark.usefixtures('carafe_on_cpu')
+@pytest.mark.parametrize(
+    'directory', [d for d in DIRECTORIES if d not in {*REFUSED, *WITHOUT_MODEL}]
+)
+def test_a_pair_of_each_directory_trains_a_step(directory):
+    case = CASES.get(directory, Case())
+    take_a_step(f'{directory}/{case.config or first_config(directory)}', case)
+
+
+@pytest.mark.parametrize('path', MORE)
+def test_a_pair_of_further_families_trains_a_step(path):
+    take_a_step(path, MORE[path])
+
+
+def bare(cfg) -> nn.Module:
+    """An instance that was not initialised, with the attributes that are looked at."""
+    model = MMDET_MODELS.get(cfg.type)
+    model = model.__new__(model)
+    if isinstance(model, nn.Module):  # mmpretrain's stand-in is not
+        nn.Module.__init__(model)
+    if 'bbox_head' in cfg:
+        model.bbox_head = bare(cfg.bbox_head)
+    if 'language_model' in cfg:
+        model.language_model = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize('directory', REFUSED)
+def test_a_refusal_names_the_family_and_what_to_do(directory):
+    register_all_modules()
+    path = f'{directory}/{first_config(directory)}'
+    cfg = Config.fromfile(CONFIGS / path, import_custom_modules=False).model
+    message = REFUSED[directory].replace('{}', cfg.type)
+    with pytest.raises(ValueError, match=f'(?s){message}'):
+        if directory in NOT_BUILT_HERE:
+            model = bare(cfg)
+            MODELS.build(_default_comparison(model)).bind(model, None)
+        else:
+            build_pair(path)
+
+
+@pytest.mark.parametrize('directory', WITHOUT_MODEL)
+def test_the_other_directories_hold_no_model(directory):
+    for path in (CONFIGS / directory).glob('*.py'):
+        assert 'model' not in Config.fromfile(path)
+
+
+def test_the_docs_count_what_is_supported():
+    text = (Path(__file__).parents[2] / 'docs' / 'detectors.md').read_text()
+    models = [d for d in DIRECTORIES if d not in WITHOUT_MODEL]
+    supported = len(models) - len(REFUSED)
+    assert f'{supported} of {len(models)} directories' in text
+    for directory in REFUSED:
+        assert f'`{directory}`' in text
