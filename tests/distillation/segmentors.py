@@ -102,6 +102,7 @@ def distilled(student: dict, teacher: dict, checkpoint=None, **comparison) -> nn
         checkpoint: The teacher's weights; None takes random ones.
         comparison: Arguments of SegLogits.
     """
+    torch.manual_seed(0)
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
@@ -112,7 +113,6 @@ def distilled(student: dict, teacher: dict, checkpoint=None, **comparison) -> nn
             distill=dict(dist=dict(type='mmdist.SegLogits', **comparison)),
         )
     )
-    torch.manual_seed(0)
     model.init_weights()
     calibrate(model.teacher.model)
     return model.train()

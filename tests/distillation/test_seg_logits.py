@@ -1,0 +1,682 @@
+"""Both terms from the raw outputs of both models, in numpy; masks, sizes, samples."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmengine.logging import MessageHub
+from mmengine.registry import init_default_scope
+from scipy.special import softmax
+from scipy.stats import chisquare, pearsonr
+from segmentors import distilled, make_batch, zoo_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdist.distillation.seg_map import SegMap, draw_pixels
+from mmdist.registry import MODELS
+
+SIZE, VALID = (64, 96), (48, 56)  # of the batch, and of its second image
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    init_default_scope('mmseg')
+
+
+@pytest.fixture
+def pspnet() -> dict:
+    """The student, logits at 1/8 of the image."""
+    return zoo_model('pspnet/pspnet_r18-d8')
+
+
+@pytest.fixture
+def upernet() -> dict:
+    """A teacher with logits at 1/4, its auxiliary head at 1/16."""
+    return zoo_model('upernet/upernet_r50')
+
+
+@pytest.fixture
+def mask2former() -> dict:
+    return zoo_model('mask2former/mask2former_r50_8xb2-90k')
+
+
+# ---- the oracle ------------------------------------------------------------------
+
+
+def raw_outputs(model: nn.Module, data: dict, seed: int = 0) -> tuple:
+    """What the plain student computes in training: decode head, auxiliary head."""
+    plain = MODELS.build(model.plain)
+    plain.load_state_dict(model.state_dict())
+    plain.train()
+    with torch.no_grad():
+        torch.manual_seed(seed)  # of the dropout
+        features = plain.extract_feat(data['inputs'])
+        heads = [plain.decode_head]
+        if plain.with_auxiliary_head:
+            heads.append(plain.auxiliary_head)
+        return tuple(head(features).double().numpy() for head in heads)
+
+
+def bilinear(x: np.ndarray, size: tuple[int, int], align_corners: bool) -> np.ndarray:
+    """Resize (N, C, h, w), one axis after the other."""
+    for axis, new in zip((2, 3), size, strict=True):
+        old = x.shape[axis]
+        if align_corners:
+            at = np.arange(new) * (old - 1) / (new - 1)
+        else:
+            at = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+        low = np.minimum(at.astype(int), old - 2)
+        share = (at - low).reshape([-1 if i == axis else 1 for i in range(4)])
+        x = x.take(low, axis) * (1 - share) + x.take(low + 1, axis) * share
+    return x
+
+
+def rows_that_count(x: np.ndarray, data: dict | None) -> np.ndarray:
+    """(N, C, h, w) -> (rows, C), without void and padded pixels."""
+    _, c, h, w = x.shape
+    rows = x.transpose(0, 2, 3, 1)
+    if data is None:
+        return rows.reshape(-1, c)
+    height, width = data['inputs'].shape[-2:]
+    i, j = np.arange(h) * height // h, np.arange(w) * width // w
+    keep = []
+    for sample in data['data_samples']:
+        label = sample.gt_sem_seg.data[0].numpy()[np.ix_(i, j)]
+        valid_h, valid_w = sample.img_shape
+        inside = np.ix_(
+            (np.arange(h) + 0.5) * height / h < valid_h,
+            (np.arange(w) + 0.5) * width / w < valid_w,
+        )
+        valid = np.zeros((h, w), bool)
+        valid[inside] = True
+        keep.append((label != 255) & valid)
+    return rows[np.stack(keep)]
+
+
+def dist_loss(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
+    """1 - mean correlation over rows, and over columns, of probabilities."""
+    return tuple(
+        1 - np.mean([pearsonr(s, t).statistic for s, t in zip(a, b, strict=True)])
+        for a, b in ((student, teacher), (student.T, teacher.T))
+    )
+
+
+def loss_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    return model.loss(data['inputs'], copy.deepcopy(data['data_samples']))
+
+
+def pair_of(model: nn.Module, data: dict):
+    """What the loss of the only comparison is called with."""
+    seen = []
+    model.distill.dist._compute = lambda pair: seen.append(pair) or pair.student.sum()
+    loss_of(model, data)
+    (pair,) = seen
+    return pair
+
+
+def make_pair(student: dict, teacher: dict, **comparison) -> nn.Module:
+    model = distilled(student, teacher, **comparison)
+    model.plain = student
+    # The logits of a random model are nearly equal, or enormous.
+    for segmentor in (model, model.teacher.model):
+        scale_logits(segmentor)
+    return model.train()
+
+
+def scale_logits(segmentor: nn.Module, std: float = 2.0) -> None:
+    layers = [
+        module
+        for name, module in segmentor.named_modules()
+        if name.endswith(('conv_seg', 'cls_embed'))
+    ]
+
+    def scale(layer, _, output):
+        factor = std / output.std()
+        for parameter in layer.parameters():
+            parameter.mul_(factor)
+
+    hooks = [layer.register_forward_hook(scale) for layer in layers]
+    data = make_batch(segmentor.num_classes)
+    with torch.no_grad():
+        segmentor.eval().encode_decode(
+            data['inputs'], [s.metainfo for s in data['data_samples']]
+        )
+        features = segmentor.extract_feat(data['inputs'])
+        if segmentor.with_auxiliary_head and not isinstance(
+            segmentor.auxiliary_head, nn.ModuleList
+        ):
+            segmentor.auxiliary_head(features)
+    for hook in hooks:
+        hook.remove()
+
+
+# ---- per-pixel heads -------------------------------------------------------------
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('ignore_mask', [True, False])
+def test_both_terms_from_raw_outputs(pspnet, upernet, align_corners, ignore_mask):
+    pspnet.decode_head.align_corners = align_corners
+    model = make_pair(pspnet, upernet, ignore_mask=ignore_mask)
+    data = make_batch(19, SIZE, VALID)
+    raw = raw_outputs(model, data)
+    losses = loss_of(model, data)
+
+    teacher = model.teacher.model
+    with torch.no_grad():
+        features = teacher.extract_feat(data['inputs'])
+        raw_teacher = (teacher.decode_head(features), teacher.auxiliary_head(features))
+    for suffix, weight, ours, theirs, size in zip(
+        ('', '_aux'), (1, 0.4), raw, raw_teacher, ((8, 12), (4, 6)), strict=True
+    ):
+        theirs = theirs.double().numpy()
+        assert ours.shape[2:] != theirs.shape[2:]
+        both = [
+            softmax(
+                rows_that_count(
+                    bilinear(x, size, align_corners) if x.shape[2:] != size else x,
+                    data if ignore_mask else None,
+                ),
+                axis=1,
+            )
+            for x in (ours, theirs)
+        ]
+        inter, intra = dist_loss(*both)
+        assert losses[f'loss_dist{suffix}'].item() == pytest.approx(
+            weight * (inter + intra), rel=1e-4
+        )
+        assert losses[f'dist{suffix}_inter'].item() == pytest.approx(
+            1 - inter, abs=1e-4
+        )
+        assert losses[f'dist{suffix}_intra'].item() == pytest.approx(
+            1 - intra, abs=1e-4
+        )
+
+
+def test_images_without_a_label_give_zero(pspnet, upernet):
+    model = make_pair(pspnet, upernet)
+    data = make_batch(19)
+    for sample in data['data_samples']:
+        sample.gt_sem_seg.data.fill_(255)
+    losses = loss_of(model, data)
+    assert losses['loss_dist'] == 0
+    assert losses['loss_dist_aux'] == 0
+    (losses['loss_dist'] + losses['loss_dist_aux']).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize('ignore_index', [0, None])
+def test_the_heads_own_ignore_index(pspnet, ignore_index):
+    pspnet.decode_head.ignore_index = ignore_index
+    model = distilled(pspnet, pspnet)
+    step = make_step(make_batch(19))
+    mask = model.distill.dist._mask(step, model.decode_head, (64, 64))
+    labels = torch.cat([s.gt_sem_seg.data for s in step.data_samples])
+    expected = (
+        torch.ones_like(labels, dtype=bool) if ignore_index is None else labels != 0
+    )
+    assert torch.equal(mask, expected)
+
+
+def make_step(data: dict):
+    from mmdist.distillation.step import Step
+
+    step = Step.__new__(Step)
+    step.inputs, step.data_samples = data['inputs'], data['data_samples']
+    return step
+
+
+@pytest.mark.parametrize(
+    ('resize', 'size'),
+    [
+        ('smaller', (8, 12)),
+        ('student', (8, 12)),
+        ('teacher', (16, 24)),
+        ('label', SIZE),
+    ],
+)
+def test_whose_size_is_compared(pspnet, upernet, resize, size, monkeypatch):
+    model = make_pair(pspnet, upernet, resize=resize, aux_weight=0)
+    shapes = []
+    monkeypatch.setattr(
+        type(model.distill.dist),
+        '_compute',
+        lambda self, p: shapes.append(p) or p.student,
+    )
+    loss_of(model, make_batch(19, SIZE))
+    (pair,) = shapes
+    assert pair.student.shape == pair.teacher.shape == (2, 19, *size)
+    assert pair.mask.shape == (2, *size)
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'expected'),
+    [
+        ((8, 40), (9, 20), (9, 20)),  # not the one whose height is smaller
+        ((40, 8), (20, 9), (20, 9)),
+        ((8, 8), (16, 16), (8, 8)),
+        ((6, 8), (8, 6), (6, 8)),  # as many pixels: the student's
+    ],
+)
+def test_the_smaller_map_is_the_one_with_fewer_pixels(
+    pspnet, student, teacher, expected
+):
+    comparison = distilled(pspnet, pspnet).distill.dist
+    maps = [SegMap(torch.zeros(1, 2, *size)) for size in (student, teacher)]
+    assert comparison._size(None, *maps) == expected
+
+
+def test_the_classes_are_matched_by_name(pspnet):
+    names, more = ('sky', 'road', 'tree'), ('tree', 'car', 'sky', 'road', 'dog')
+    student, teacher = copy.deepcopy(pspnet), copy.deepcopy(pspnet)
+    for head in ('decode_head', 'auxiliary_head'):
+        student[head].num_classes, teacher[head].num_classes = 3, 5
+    dataset = dict(type='BaseSegDataset', metainfo=dict(classes=more))
+    config = Config(dict(model=teacher, train_dataloader=dict(dataset=dataset)))
+    model = make_pair(student, config)
+    MessageHub.get_current_instance().update_info('dataset_meta', dict(classes=names))
+    data = make_batch(3)
+    (raw, _), losses = raw_outputs(model, data), loss_of(model, data)
+    with torch.no_grad():
+        theirs = model.teacher.model(data['inputs']).double().numpy()[:, [2, 3, 0]]
+    both = [softmax(rows_that_count(x, data), axis=1) for x in (raw, theirs)]
+    assert losses['loss_dist'].item() == pytest.approx(sum(dist_loss(*both)), rel=1e-4)
+
+
+def test_autocast_does_not_reach_the_loss(pspnet, mask2former):
+    model = make_pair(pspnet, mask2former, resize='label', max_rows=500)
+    with torch.autocast('cpu', torch.bfloat16):
+        losses = loss_of(model, make_batch(19))
+    assert losses['loss_dist'].dtype == torch.float32
+    assert losses['loss_dist'].isfinite()
+
+
+# ---- which head, which output ----------------------------------------------------
+
+
+def test_the_coarse_head_of_pointrend_is_compared(pspnet):
+    pointrend = zoo_model('point_rend/pointrend_r50')
+    model = make_pair(pointrend, pspnet)
+    comparison = model.distill.dist
+    assert comparison.student_modules(model) == [model.decode_head[0]]
+    loss_of(model, make_batch(19))['loss_dist'].backward()
+    assert model.decode_head[0].conv_seg.weight.grad.abs().sum() > 0
+    assert model.decode_head[1].fc_seg.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ('name', 'predicts', 'others'),
+    [
+        ('danet/danet_r50', 'conv_seg', ('pam_conv_seg', 'cam_conv_seg')),
+        ('encnet/encnet_r50', 'conv_seg', ('se_layer',)),
+        ('pidnet/pidnet-s', 'conv_seg', ('p_cls_seg', 'd_cls_seg')),
+        ('ddrnet/ddrnet_23-slim', 'conv_seg', ('aux_cls_seg',)),
+    ],
+)
+def test_only_the_output_that_predicts_is_compared(pspnet, name, predicts, others):
+    width = 1 if name.startswith(('pidnet', 'ddrnet')) else 1 / 8
+    model = make_pair(zoo_model(name, width), pspnet, aux_weight=0)
+    loss_of(model, make_batch(19, void=False))['loss_dist'].backward()
+    head = model.decode_head
+    assert getattr(head, predicts).weight.grad.abs().sum() > 0
+    for other in others:
+        assert getattr(head, other).weight.grad is None
+
+
+def test_a_head_with_unknown_outputs_is_an_error(pspnet):
+    from mmseg.models.decode_heads import PSPHead
+    from mmseg.registry import MODELS as MMSEG_MODELS
+
+    @MMSEG_MODELS.register_module(force=True)
+    class TwinHead(PSPHead):
+        def forward(self, inputs):
+            return super().forward(inputs), None
+
+        def loss_by_feat(self, outputs, samples):
+            return super().loss_by_feat(outputs[0], samples)
+
+    pspnet.decode_head.type = 'TwinHead'
+    model = distilled(pspnet, zoo_model('pspnet/pspnet_r18-d8'))
+    with pytest.raises(ValueError, match='TwinHead returns 2 outputs'):
+        loss_of(model, make_batch(19))
+
+
+def test_a_model_without_a_decode_head_is_an_error(pspnet):
+    retinanet = Config.fromstring(
+        "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'", '.py'
+    )
+    retinanet.model.backbone.init_cfg = None
+    with pytest.raises(ValueError, match='SegLogits cannot compare a RetinaNet'):
+        distilled(pspnet, retinanet)
+
+
+def test_auxiliary_heads_are_paired_the_deepest_first(pspnet):
+    stdc = zoo_model('stdc/stdc1_4xb12')
+    model = make_pair(stdc, zoo_model('bisenetv1/bisenetv1_r18-d32_4xb4-160k_city'))
+    comparison = model.distill.dist
+    # STDC's third head is for boundaries.
+    assert comparison._auxiliary_heads(model) == list(model.auxiliary_head[:2])
+    assert [h.in_index for h in comparison._auxiliary_heads(model)] == [2, 1]
+    theirs = comparison._auxiliary_heads(model.teacher.model)
+    assert [h.in_index for h in theirs] == [2, 1]
+
+    model = make_pair(stdc, pspnet)  # two heads, and one
+    loss_of(model, make_batch(19))['loss_dist_aux'].backward()
+    deep, shallow, boundary = model.auxiliary_head
+    assert deep.conv_seg.weight.grad.abs().sum() > 0
+    assert shallow.conv_seg.weight.grad is None
+    assert boundary.conv_seg.weight.grad is None
+
+
+@pytest.mark.parametrize('without', ['teacher', 'weight'])
+def test_auxiliary_heads_that_one_side_lacks_are_left_out(pspnet, without):
+    teacher = copy.deepcopy(pspnet)
+    if without == 'teacher':
+        del teacher['auxiliary_head']
+    model = distilled(pspnet, teacher, aux_weight=0 if without == 'weight' else 0.4)
+    losses = loss_of(model, make_batch(19))
+    assert 'loss_dist' in losses
+    assert not any('dist_aux' in key for key in losses)
+
+
+# ---- mask classification ---------------------------------------------------------
+
+
+def scores_of(model: nn.Module, data: dict) -> np.ndarray:
+    """Class scores per pixel as mmseg's inference gives them, (N, C, height, width)."""
+    size = tuple(data['inputs'].shape[-2:])
+    metas = [dict(img_shape=size, pad_shape=size) for _ in data['inputs']]
+    with torch.no_grad():
+        features = model.extract_feat(data['inputs'])
+        return model.decode_head.predict(features, metas, None).double().numpy()
+
+
+@pytest.mark.parametrize('teacher', ['mask2former', 'maskformer'])
+@pytest.mark.parametrize('student', ['deeplabv3_r18-d8', 'segformer_mit-b0'])
+def test_per_pixel_student_of_a_mask_classification_teacher(student, teacher):
+    student = zoo_model(
+        f'{student.split("_")[0]}/{student}', 1 if 'mit' in student else 1 / 8
+    )
+    teacher = zoo_model(f'{teacher}/{teacher}_r50')
+    classes = teacher.decode_head.num_classes
+    student.decode_head.num_classes = classes
+    student.pop('auxiliary_head', None)
+    model = make_pair(student, teacher, resize='label')
+    data = make_batch(classes)
+    (raw,), losses = raw_outputs(model, data), loss_of(model, data)
+    raw = bilinear(raw, (64, 64), student.decode_head.align_corners)
+    ours = softmax(rows_that_count(raw, data), axis=1)
+    theirs = rows_that_count(scores_of(model.teacher.model, data), data)
+    expected = sum(dist_loss(ours, theirs))
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+    losses['loss_dist'].backward()
+    assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
+
+
+def test_mask_classification_student_of_a_per_pixel_teacher(mask2former, pspnet):
+    model = make_pair(mask2former, pspnet, resize='label')
+    data = make_batch(19)
+    plain = MODELS.build(mask2former)
+    plain.load_state_dict(model.state_dict())
+    ours = rows_that_count(scores_of(plain.train(), data), data)
+    with torch.no_grad():
+        raw = model.teacher.model(data['inputs']).double().numpy()
+    theirs = softmax(rows_that_count(bilinear(raw, (64, 64), False), data), axis=1)
+    losses = loss_of(model, data)
+    expected = sum(dist_loss(ours, theirs))
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+    losses['loss_dist'].backward()
+    head = model.decode_head
+    for module in (head.cls_embed, head.mask_embed):  # the classes, and the masks
+        assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_another_loss_gets_logits_whose_softmax_are_the_scores(pspnet, mask2former):
+    kl = dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=1)
+    model = make_pair(pspnet, mask2former, resize='label', loss=kl)
+    data = make_batch(19)
+    (raw, _), losses = raw_outputs(model, data), loss_of(model, data)
+    ours = softmax(rows_that_count(bilinear(raw, (64, 64), False), data), axis=1)
+    theirs = rows_that_count(scores_of(model.teacher.model, data), data)
+    theirs /= theirs.sum(axis=1, keepdims=True)
+    expected = np.mean(theirs * np.log(theirs / ours))
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+
+
+# ---- two classes -----------------------------------------------------------------
+
+
+def binary(channels: int) -> dict:
+    model = zoo_model('pspnet/pspnet_r18-d8')
+    for head in (model.decode_head, model.auxiliary_head):
+        head.update(num_classes=2, out_channels=channels)
+        head.loss_decode.use_sigmoid = channels == 1
+    return model
+
+
+@pytest.mark.parametrize('ours', [1, 2])
+@pytest.mark.parametrize('theirs', [1, 2])
+def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
+    model = make_pair(binary(ours), binary(theirs), aux_weight=0)
+    data = make_batch(2)
+    (raw, _) = raw_outputs(model, data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        losses = [loss_of(model, data) for _ in range(2)]
+    said = [str(w.message) for w in caught if 'inter-class' in str(w.message)]
+    assert len(said) == 1
+    assert ('one channel' if ours == 1 else 'two classes') in said[0]
+    with torch.no_grad():
+        raw_teacher = model.teacher.model(data['inputs']).double().numpy()
+    foreground = [
+        1 / (1 + np.exp(-x[:, 0])) if x.shape[1] == 1 else softmax(x, axis=1)[:, 1]
+        for x in (rows_that_count(raw, data), rows_that_count(raw_teacher, data))
+    ]
+    # The background is 1 - foreground: the same correlation.
+    expected = 1 - pearsonr(*foreground).statistic
+    assert losses[0]['loss_dist'].item() == pytest.approx(expected, rel=1e-4)
+    losses[0]['loss_dist'].backward()
+    assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
+
+
+# ---- samples of pixels -----------------------------------------------------------
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('size', [(11, 7), (33, 50), (5, 20), (5, 7)])
+@pytest.mark.parametrize('masks', [False, True])
+def test_a_pixel_alone_is_what_it_is_in_the_whole_map(align_corners, size, masks):
+    maps = torch.randn(2, 4, 11, 7, dtype=torch.float64, generator=generator())
+    queries = torch.rand(2, 4, 3, dtype=torch.float64) if masks else None
+    seg_map = SegMap(maps, queries, masks, align_corners)
+    whole = F.interpolate(maps, size, mode='bilinear', align_corners=align_corners)
+    if masks:
+        whole = torch.stack(
+            [
+                (q.T @ m.sigmoid().flatten(1))
+                for q, m in zip(queries, whole, strict=True)
+            ]
+        ).unflatten(2, size)
+    pixels = [torch.tensor([0, 5, size[0] * size[1] - 1]), torch.tensor([3])]
+    expected = torch.cat(
+        [w.flatten(1)[:, i].T for w, i in zip(whole, pixels, strict=True)]
+    )
+    torch.testing.assert_close(seg_map.read_at(pixels, size), expected)
+
+
+def test_uniform_samples_are_uniform_over_what_counts():
+    mask = torch.rand(2, 10, 12, generator=generator()) > 0.3
+    counts, draws = torch.zeros(2, 120), generator()
+    for _ in range(2000):
+        pixels, may = draw_pixels(20, mask, draws)
+        assert may.all()
+        assert sum(map(len, pixels)) == 20
+        for n, index in enumerate(pixels):
+            counts[n] += torch.bincount(index, minlength=120)
+    counts, mask = counts.flatten(), mask.flatten()
+    assert counts[~mask].sum() == 0
+    assert chisquare(counts[mask].numpy()).pvalue > 0.01
+
+
+def test_balanced_samples_have_as_many_of_every_class():
+    labels = torch.zeros(2, 50, 60, dtype=torch.long)
+    labels[0, :10] = 1
+    labels[1, :1] = 2  # 60 of 6000 pixels, 2 of 100 in a uniform sample
+    labels[1, 1, :2] = 3  # 2 pixels, and none that counts
+    mask = labels != 3
+    drawn, draws = torch.zeros(4), generator()
+    for _ in range(200):
+        pixels, _ = draw_pixels(60, mask, draws, labels)
+        for label, index in zip(labels, pixels, strict=True):
+            drawn += torch.bincount(label.flatten()[index], minlength=4)
+    share = drawn / drawn.sum()
+    assert share[3] == 0
+    # Without replacement, so a little less of the smallest class.
+    np.testing.assert_allclose(share[:3], 1 / 3, atol=0.08)
+
+
+def test_too_few_pixels_are_filled_up_with_some_that_do_not_count():
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 0, :3] = True
+    pixels, may = draw_pixels(8, mask, generator())
+    assert sum(map(len, pixels)) == len(may) == 8
+    assert may.sum() == 3
+    assert {0, 1, 2} <= set(pixels[0].tolist())
+    pixels, may = draw_pixels(100, mask, generator())
+    assert len(may) == 32
+
+
+@pytest.mark.parametrize('teacher', ['upernet', 'mask2former'])
+def test_a_sample_of_all_pixels_is_no_sample(pspnet, teacher, request):
+    teacher = request.getfixturevalue(teacher)
+    model = make_pair(pspnet, teacher, resize='label')
+    data = make_batch(19, SIZE, VALID)
+    results = []
+    for max_rows in (None, 10**6):
+        model.distill.dist.max_rows = max_rows
+        losses = loss_of(model, data)
+        model.zero_grad()
+        losses['loss_dist'].backward()
+        results.append((losses['loss_dist'], model.decode_head.conv_seg.weight.grad))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('sampling', ['uniform', 'balanced'])
+def test_the_sample_depends_on_seed_and_iteration_only(pspnet, upernet, sampling):
+    def draw(iteration: int, seed: int = 0) -> torch.Tensor:
+        model = make_pair(
+            pspnet, upernet, max_rows=5, sampling=sampling, seed=seed, aux_weight=0
+        )
+        hub = MessageHub.get_current_instance()
+        hub.update_info('iter', iteration)
+        try:
+            return pair_of(model, make_batch(19)).teacher
+        finally:
+            hub.pop_info('iter')
+
+    first = draw(3)
+    assert first.shape == (5, 19)
+    assert torch.equal(first, draw(3))
+    assert not torch.equal(first, draw(4))
+    assert not torch.equal(first, draw(3, seed=1))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation gave, backward included."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize('teacher', ['upernet', 'mask2former'])
+def test_sampled_rows_do_not_cost_a_map_of_the_labels_size(pspnet, teacher, request):
+    teacher = request.getfixturevalue(teacher)
+    data = make_batch(19, (256, 256))
+    model = make_pair(
+        pspnet, teacher, resize='label', max_rows=1000, sampling='balanced'
+    )
+    comparison = model.distill.dist
+    seen = {}
+    pair = comparison.pair
+
+    def watched(step, recorded, asked):
+        recorded[0].maps = recorded[0].maps.detach().requires_grad_()
+        with LargestTensor() as largest:
+            pairs = pair(step, recorded, asked)
+            comparison._compute(pairs[0]).backward()
+        assert recorded[0].maps.grad.abs().sum() > 0
+        seen['largest'] = largest.numel
+        return pairs
+
+    comparison.pair = watched
+    loss_of(model, data)
+    full = 2 * 19 * 256 * 256
+    # the teacher's classes of its own pixels, 1/4 and 100 masks: not one map of the
+    # labels' size, of which the comparison would make several
+    assert seen['largest'] < full / 2
+
+
+# ---- inference -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('mode', ['whole', 'slide', 'tta'])
+def test_inference_is_the_students_own(pspnet, upernet, mode):
+    if mode == 'slide':
+        pspnet.test_cfg = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
+    distiller = dict(
+        type='mmdist.Distiller',
+        student=pspnet,
+        # neither needs to exist
+        teacher=dict(config='nowhere.py', checkpoint='nowhere.pth'),
+    )
+    models = [MODELS.build(cfg) for cfg in (pspnet, distiller)]
+    models[0].init_weights()
+    scale_logits(models[0])
+    models[1].load_state_dict(models[0].state_dict())
+    if mode == 'tta':
+        models = [MODELS.build(dict(type='SegTTAModel', module=m)) for m in models]
+    predictions = [model.eval().test_step(raw_images(mode)) for model in models]
+    plain, ours = (p[0].pred_sem_seg.data for p in predictions)
+    assert torch.equal(plain, ours)
+    assert len(plain.unique()) > 1
+
+
+def raw_images(mode: str) -> dict:
+    """One image as a loader gives it, or that and its mirror image for TTA."""
+    data = make_batch(19)
+    image = torch.randint(256, (3, *SIZE), generator=generator()).byte()
+    samples = []
+    for flip in (False, True):
+        sample = copy.deepcopy(data['data_samples'][0])
+        sample.set_metainfo(
+            dict(
+                ori_shape=SIZE, img_shape=SIZE, pad_shape=SIZE, flip=flip,
+                flip_direction='horizontal', img_path='1.png',
+            )
+        )  # fmt: skip
+        samples.append(sample)
+    if mode != 'tta':
+        return dict(inputs=[image], data_samples=samples[:1])
+    return dict(
+        inputs=[[image], [image.flip(-1)]],
+        data_samples=[samples[:1], samples[1:]],
+    )
