@@ -16,8 +16,8 @@ def check_versions() -> None:
     """Stop with a sentence where a library is too old or was built without ops.
 
     Raises:
-        RuntimeError: mmengine is older than 0.10 or mmcv lacks its compiled ops. (Not an
-            ImportError: the registries of mmengine swallow those.)
+        RuntimeError: mmengine is older than 0.10 or mmcv lacks its compiled ops. (Not
+            an ImportError: the registries of mmengine swallow those.)
     """
     if digit_version(mmengine.__version__) < digit_version('0.10.0'):
         raise RuntimeError(

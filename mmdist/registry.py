@@ -4,6 +4,7 @@ mmengine imports this module by itself when a config names a type ``mmdist.*``.
 """
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
 from mmengine.registry import Registry
@@ -25,4 +26,7 @@ DATASETS = Registry(
     parent=MMENGINE_DATASETS,
     scope='mmdist',
     locations=['mmdist.datasets'],
+)
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmdist', locations=['mmdist.hooks']
 )

@@ -54,14 +54,15 @@ def main() -> None:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
             raise SystemExit(
-                '--show and --show-dir need `default_hooks.visualization` in the config.'
+                '--show and --show-dir need `default_hooks.visualization` in the '
+                'config.'
             )
         hook.update(draw=True, show=args.show)
         if args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
     if args.tta:
         if 'tta_model' not in cfg:
-            raise SystemExit('--tta needs `tta_model` and `tta_pipeline` in the config.')
+            raise SystemExit('--tta needs `tta_model` and `tta_pipeline` in it.')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model

@@ -1,4 +1,4 @@
-"""The distiller: the student's own class, with a loss that also looks at the teacher."""
+"""The distiller: the student's own class, with a loss that sees the teacher too."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def _check_names(distill: dict) -> None:
     for name in distill:
         if not name.isidentifier() or 'loss' in name:
             raise ValueError(
-                f'`distill` has an entry {name!r}. Names are identifiers without "loss" '
-                'in them: they become the keys loss_<name> (added to the total) and '
-                '<name>_inter, <name>_intra (only logged).'
+                f'`distill` has an entry {name!r}. Names are identifiers without '
+                '"loss" in them: they become the keys loss_<name> (added to the '
+                'total) and <name>_inter, <name>_intra (only logged).'
             )
 
 
@@ -106,6 +106,7 @@ class DistilledMixin:
 
     teacher: Teacher
     distill: nn.ModuleDict
+    distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
     _teacher_is_checked = False
     _classes_are_matched = False
 
@@ -128,6 +129,8 @@ class DistilledMixin:
             The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
             ``<name>_intra`` of each entry of ``distill`` added.
         """
+        if self.distill_factor == 0:
+            return super().loss(inputs, data_samples, **kwargs)
         self._load_teacher()
         self._match_classes()
         comparisons: dict[str, Comparison] = dict(self.distill.items())
@@ -148,6 +151,8 @@ class DistilledMixin:
         )
         for name, comparison in comparisons.items():
             for key, value in comparison(step, name).items():
+                if key.startswith('loss_'):
+                    value = self.distill_factor * value
                 # `distill=dict(cls=...)` must not replace the detector's loss_cls.
                 losses[f'{key}_distill' if key in losses else key] = value
         return losses

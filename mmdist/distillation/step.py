@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +49,10 @@ class Step:
         self._recorder = recorder
         self._teacher_recorder = Recorder(teacher_modules)
         self._shared: dict[str, Any] = {}
+
+    def teacher_running(self) -> AbstractContextManager:
+        """The context in which a comparison asks the teacher."""
+        return self._guest.running()
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The student's calls of ``module`` in its own loss pass.
@@ -95,7 +100,7 @@ class Step:
             compute: Gives the result.
         """
         if key not in self._shared:
-            with torch.no_grad():
+            with self._guest.running():
                 self._shared[key] = compute()
         return self._shared[key]
 
@@ -107,7 +112,7 @@ class Step:
     @cached_property
     def teacher_features(self) -> Any:
         """The teacher's ``extract_feat``, backbone and neck."""
-        with torch.no_grad(), self._teacher_recorder:
+        with self._guest.running(), self._teacher_recorder:
             return self.teacher.extract_feat(self.teacher_inputs)
 
     @cached_property

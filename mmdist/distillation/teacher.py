@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
+
+_HALF_PRECISION = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
 class Teacher:
@@ -36,6 +38,13 @@ class Teacher:
             the two name the same thing differently.
         weights_only: False lets the checkpoint run code while it is read; for files of
             trusted origin that the safe loader refuses.
+        dtype: 'bf16' or 'fp16' keeps the weights in half precision, half the memory,
+            and runs the teacher under autocast of that type.
+        channels_last: Keep the weights in the memory format channels_last.
+        compile: Compile the backbone and the neck with torch.compile.
+
+    Raises:
+        ValueError: ``dtype`` is neither of the two.
     """
 
     def __init__(
@@ -45,12 +54,23 @@ class Teacher:
         allow_random: bool = False,
         class_map: Mapping[str, str] | None = None,
         weights_only: bool = True,
+        dtype: str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
     ) -> None:
+        if dtype not in (None, *_HALF_PRECISION):
+            raise ValueError(
+                f'`teacher.dtype` is one of {list(_HALF_PRECISION)} or None, '
+                f'got {dtype!r}.'
+            )
         self.config = config
         self.checkpoint = checkpoint
         self.allow_random = allow_random
         self.class_map = class_map
         self.weights_only = weights_only
+        self.dtype = _HALF_PRECISION.get(dtype)
+        self.channels_last = channels_last
+        self.compile = compile
         self.model: nn.Module | None = None
         self.class_names: Sequence[str] | None = None
         self.classes = ClassMatch()
@@ -97,11 +117,27 @@ class Teacher:
                 _class_names_of_checkpoint(checkpoint) or self.class_names
             )
         model.requires_grad_(False).eval()
-        model.to(next(student.parameters()).device)
+        model.to(next(student.parameters()).device, self.dtype)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if self.compile:
+            for part in ('backbone', 'neck'):
+                if hasattr(model, part):
+                    getattr(model, part).compile()
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
         self.model = model
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Whatever the teacher computes is computed within: no gradient, its dtype."""
+        device = next(self.model.parameters()).device.type
+        half = (
+            nullcontext() if self.dtype is None else torch.autocast(device, self.dtype)
+        )
+        with torch.no_grad(), half:
+            yield
 
     def match_classes(self, student_classes: Sequence[str] | None) -> None:
         """Find the teacher's column of each of the student's classes.
@@ -207,9 +243,9 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
         if weights_only and 'global' in str(error).lower():
             raise RuntimeError(
                 f'The checkpoint {path!r} holds objects that the safe loader does not '
-                'read: reading them could run code of its author. If you trust the file, '
-                'set `teacher.weights_only=False` (a tool: --no-weights-only). The loader '
-                f'says: {error}'
+                'read: reading them could run code of its author. If you trust the '
+                'file, set `teacher.weights_only=False` (a tool: --no-weights-only). '
+                f'The loader says: {error}'
             ) from error
         raise RuntimeError(_DAMAGED.format(path, error)) from error
     except (EOFError, RuntimeError) as error:
@@ -285,8 +321,8 @@ def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
                 lines += [f'    {key}' for key in keys[:10]]
                 lines += [f'    ... and {len(keys) - 10} more'] * (len(keys) > 10)
         lines.append(
-            'Check that `teacher.config` is the very config this checkpoint was trained '
-            'with (backbone, depth, neck, number of classes).'
+            'Check that `teacher.config` is the very config this checkpoint was '
+            'trained with (backbone, depth, neck, number of classes).'
         )
         raise RuntimeError('\n'.join(lines))
 
@@ -356,7 +392,7 @@ def _mean_std(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _swaps_channels(preprocessor: nn.Module) -> bool:
-    """Whether images are turned from BGR to RGB; mmdet and mmseg name it differently."""
+    """Whether images are turned from BGR to RGB, by either library's name for it."""
     return bool(
         getattr(preprocessor, '_channel_conversion', False)
         or getattr(preprocessor, 'channel_conversion', False)
@@ -433,8 +469,8 @@ def match_classes(
     )
     if unknown:
         raise ValueError(
-            f'`teacher.class_map` maps names of the student to names of the teacher, but '
-            f'neither has {unknown}.\nStudent: {student}\nTeacher: {teacher}'
+            f'`teacher.class_map` maps names of the student to names of the teacher, '
+            f'but neither has {unknown}.\nStudent: {student}\nTeacher: {teacher}'
         )
     wanted = [(class_map or {}).get(name, name) for name in student]
     if wanted == teacher:
@@ -451,8 +487,8 @@ def match_classes(
         'The classes of student and teacher cannot be matched by name.\n'
         f'Student ({len(student)}): {student}\nTeacher ({len(teacher)}): {teacher}\n'
         f'Only the student has {sorted(set(wanted) - set(teacher))}, only the teacher '
-        f'{sorted(set(teacher) - set(wanted))}. If they are the same under other names, '
-        "say so: `teacher.class_map=dict(<student's name>=<teacher's name>, ...)`."
+        f'{sorted(set(teacher) - set(wanted))}. If they are the same under other '
+        "names, say so: `teacher.class_map=dict(<student's>=<teacher's>, ...)`."
     )
 
 

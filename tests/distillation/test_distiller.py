@@ -1,4 +1,4 @@
-"""A distilled model is the student in everything but its loss; the teacher is a guest."""
+"""A distilled model is the student but for its loss; the teacher is a guest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def family(request) -> str:
 
 @pytest.fixture
 def config(family, request, tmp_path) -> Config:
-    """A distilled config; the teacher is the student's architecture with own weights."""
+    """A distilled config; the teacher is of the student's architecture."""
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
     student = tmp_path / 'student.py'
     student.write_text(request.getfixturevalue(f'{family}_config'))

@@ -1,0 +1,75 @@
+"""The weight of distillation over the course of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from mmdist.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DistillScheduleHook(Hook):
+    """Ramps the weight of all distillation losses, or stops them.
+
+    The weight is a function of the time alone, so a resumed run goes on where it was.
+    While it is 0 the teacher does not run at all.
+
+    Example:
+        Up over the first 1,000 iterations, and no distillation from 30,000 on::
+
+            custom_hooks = [dict(type='mmdist.DistillScheduleHook',
+                                 points=[(0, 0.0), (1000, 1.0)], stop=30000)]
+
+    Args:
+        points: (time, factor) pairs in the order of time; linear between them, constant
+            before the first and after the last. The factor multiplies each comparison's
+            own weight.
+        stop: The time from which on the factor is 0; None never stops.
+        by_epoch: Times are epochs, fractions of one included; else iterations.
+
+    Raises:
+        ValueError: Times are not in order, or a factor is negative.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[tuple[float, float]] = ((0, 1.0),),
+        stop: float | None = None,
+        by_epoch: bool = False,
+    ) -> None:
+        times, factors = zip(*points, strict=True)
+        if list(times) != sorted(set(times)) or min(factors) < 0:
+            raise ValueError(
+                '`points` are (time, factor) pairs with growing times and factors of '
+                f'at least 0, got {list(points)}.'
+            )
+        self.times, self.factors = times, factors
+        self.stop = stop
+        self.by_epoch = by_epoch
+
+    def factor_at(self, time: float) -> float:
+        """The factor at a time, in iterations or epochs."""
+        if self.stop is not None and time >= self.stop:
+            return 0.0
+        return float(np.interp(time, self.times, self.factors))
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        """Set the factor of the coming iteration, and log it."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not hasattr(model, 'distill_factor'):
+            raise TypeError(
+                'DistillScheduleHook schedules a model of type `mmdist.Distiller`, but '
+                f'`model` is a {type(model).__name__}. Remove the hook or distil.'
+            )
+        time = runner.iter
+        if self.by_epoch:
+            time /= len(runner.train_dataloader)
+        model.distill_factor = self.factor_at(time)
+        runner.message_hub.update_scalar('train/distill_factor', model.distill_factor)

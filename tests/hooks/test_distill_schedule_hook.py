@@ -1,0 +1,95 @@
+"""The schedule through the real Runner: the weight, and when the teacher runs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmdist.hooks import DistillScheduleHook
+
+
+def test_the_factor_is_linear_between_the_points_and_zero_after_the_stop():
+    hook = DistillScheduleHook(points=[(2, 0.5), (6, 1.0)], stop=8)
+    factors = [hook.factor_at(t) for t in (0, 2, 3, 6, 7.9, 8, 100)]
+    np.testing.assert_allclose(factors, [0.5, 0.5, 0.625, 1, 1, 0, 0])
+
+
+@pytest.mark.parametrize('points', [[(5, 1.0), (2, 0.0)], [(0, -1.0)]])
+def test_points_out_of_order_or_negative_are_refused(points):
+    with pytest.raises(ValueError, match='growing times'):
+        DistillScheduleHook(points=points)
+
+
+@HOOKS.register_module()
+class _WatchHook(Hook):
+    """Notes, for each iteration, the distillation loss and whether the teacher ran."""
+
+    def __init__(self) -> None:
+        self.seen = []
+
+    def before_train(self, runner) -> None:
+        self.calls = []
+        runner.model.teacher.model.backbone.register_forward_hook(
+            lambda *_: self.calls.append(1)
+        )
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.append((outputs.get('loss_dist'), len(self.calls)))
+        self.calls.clear()
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'factors'),
+    [
+        (dict(points=[(0, 0.0), (2, 1.0)]), [0, 0.5, 1, 1]),
+        (dict(stop=1, by_epoch=True), [1, 1, 0, 0]),
+    ],
+)
+def test_the_runner_follows_the_schedule(
+    det_config, tmp_path, monkeypatch, schedule, factors
+):
+    (tmp_path / 'student.py').write_text(det_config)
+    (tmp_path / 'distilled.py').write_text(
+        "_base_ = './student.py'\n"
+        "model = dict(_delete_=True, type='mmdist.Distiller', student=_base_.model,\n"
+        "    teacher=dict(config='student.py', allow_random=True))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile('distilled.py')
+    cfg.work_dir = str(tmp_path)
+    cfg.optim_wrapper.optimizer.lr = 0.0  # the loss changes by the factor alone
+    cfg.train_dataloader.sampler.shuffle = False
+    cfg.train_dataloader.dataset.pipeline[2].prob = 0.0
+    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg.pop(key)
+    cfg.custom_hooks = [
+        dict(type='mmdist.DistillScheduleHook', **schedule),
+        dict(type='_WatchHook'),
+    ]
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    (watch,) = (hook for hook in runner.hooks if isinstance(hook, _WatchHook))
+    full = {}  # each of the two batches has its own loss at factor 1
+    for i, (factor, (loss, calls)) in enumerate(zip(factors, watch.seen, strict=True)):
+        assert calls == (factor > 0)
+        assert (loss is None) == (factor == 0)
+        if factor:
+            full.setdefault(i % 2, []).append(float(loss) / factor)
+    for values in full.values():
+        torch.testing.assert_close(values, values[:1] * len(values), rtol=1e-4, atol=0)
+
+
+def test_it_refuses_a_model_that_is_not_distilled(det_config, tmp_path):
+    path = tmp_path / 'student.py'
+    path.write_text(
+        det_config + "\ncustom_hooks = [dict(type='mmdist.DistillScheduleHook')]"
+    )
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(tmp_path)
+    with pytest.raises(TypeError, match='not distil|Distiller'):
+        Runner.from_cfg(cfg).train()
