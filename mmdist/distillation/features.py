@@ -30,9 +30,10 @@ class Features(Comparison):
 
     The 1x1 convolutions are parameters of the student, ``distill.<name>.adapters``:
     trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
-    They are made with the model, so the teacher's channels must be known by then: its
-    config is built (not its weights loaded) and run once on zeros, unless
-    ``teacher_channels`` says it. A config that cannot be built does not stop a test.
+    They are made with the model, so the channels must be known by then: the student,
+    and the teacher as its config has it, without its weights, are run once on zeros,
+    unless ``student_channels`` and ``teacher_channels`` tell. A config that cannot be
+    built stops the training, not a test.
 
     Args:
         student: Path of the student's module, as in ``named_modules()``. It returns a
@@ -45,8 +46,9 @@ class Features(Comparison):
             differ (None), of every level (True), or of none (False).
         levels: Indices of the student's maps to compare; all if left out.
         teacher_levels: Indices of the teacher's maps; ``levels`` if left out.
-        teacher_channels: Channels of the teacher's maps that are compared, one number
-            or one per level.
+        student_channels: Channels of the student's maps that are compared, per level.
+        teacher_channels: Channels of the teacher's maps that are compared, per level,
+            or one number for all.
         weight: Factor of the loss.
     """
 
@@ -63,6 +65,7 @@ class Features(Comparison):
         adapt: bool | None = None,
         levels: Sequence[int] | None = None,
         teacher_levels: Sequence[int] | None = None,
+        student_channels: Sequence[int] | None = None,
         teacher_channels: int | Sequence[int] | None = None,
         weight: float = 1.0,
     ) -> None:
@@ -72,6 +75,7 @@ class Features(Comparison):
         self.adapt = adapt
         self.levels = levels
         self.teacher_levels = levels if teacher_levels is None else teacher_levels
+        self.student_channels = student_channels
         self.teacher_channels = teacher_channels
         self.weight = weight
         self.adapters: nn.ModuleList | None = None
@@ -94,36 +98,23 @@ class Features(Comparison):
         super().bind(student, teacher)
         if self.adapt is False:
             return
-        channels = self._channels(
-            student, self.student_modules(student)[0], self.student, self.levels
-        )
-        if self.teacher_channels is None:
-            try:
-                teacher_model = teacher.build()
-            except Exception as error:  # whatever it is, a test must not need it
-                self._not_adapted = f'{type(error).__name__}: {error}'
-                return
-            teacher_channels = self._channels(
-                teacher_model,
-                self.teacher_modules(teacher_model)[0],
-                self.teacher,
-                self.teacher_levels,
-            )
-        elif isinstance(self.teacher_channels, int):
-            teacher_channels = [self.teacher_channels] * len(channels or ())
-        else:
-            teacher_channels = self.teacher_channels
-        if channels is None or teacher_channels is None:
+        ours, theirs = self.student_channels, self.teacher_channels
+        if ours is None:
+            module = self.student_modules(student)[0]
+            ours = self._channels(student, module, self.student, self.levels)
+        if theirs is None:
+            theirs = self._teacher_channels(teacher)
+        if ours is None or theirs is None:
             return
-        self._check_number(len(channels), len(teacher_channels))
-        if self.adapt or channels != list(teacher_channels):
+        if isinstance(theirs, int):
+            theirs = [theirs] * len(ours)
+        self._check_number(len(ours), len(theirs))
+        if self.adapt or list(ours) != list(theirs):
             # Forked: the student's own weights are those it has without distillation.
             with torch.random.fork_rng(devices=[]):
                 self.adapters = nn.ModuleList(
-                    nn.Conv2d(ours, theirs, 1)
-                    if self.adapt or ours != theirs
-                    else nn.Identity()
-                    for ours, theirs in zip(channels, teacher_channels, strict=True)
+                    nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
+                    for s, t in zip(ours, theirs, strict=True)
                 )
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -133,7 +124,8 @@ class Features(Comparison):
             raise RuntimeError(
                 'Features could not find out the channels of the maps, which decide on '
                 f'the 1x1 convolutions, when the model was built: {self._not_adapted}\n'
-                f"Mend that, or give `teacher_channels`, those of the teacher's "
+                f"Mend that, or give `student_channels` of the student's "
+                f"`{self.student}` and `teacher_channels` of the teacher's "
                 f'`{self.teacher}`, or `adapt=False` for no convolution.'
             )
 
@@ -201,6 +193,15 @@ class Features(Comparison):
             f'Features: the {whose}, {type(model).__name__}, has no module {path!r}. '
             + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
         )
+
+    def _teacher_channels(self, teacher: Teacher) -> list[int] | None:
+        try:
+            model = teacher.build()
+        except Exception as error:  # whatever it is, a test must not need the teacher
+            self._not_adapted = f'{type(error).__name__}: {error}'
+            return None
+        module = self.teacher_modules(model)[0]
+        return self._channels(model, module, self.teacher, self.teacher_levels)
 
     def _channels(
         self,

@@ -126,14 +126,11 @@ def test_only_the_levels_that_differ_are_adapted(student, teacher):
     model = build(student, teacher, mimic=mimic)
     shapes = [tuple(conv.weight.shape[:2]) for conv in model.distill.mimic.adapters]
     assert shapes == [(32, 8), (64, 16), (128, 32), (256, 64)]
-    same = FEATURES | dict(student='backbone', teacher_channels=[8, 64, 32, 64])
-    adapters = build(student, teacher, init=False, mimic=same).distill.mimic.adapters
-    assert [type(a) for a in adapters] == [
-        nn.Identity,
-        nn.Conv2d,
-        nn.Identity,
-        nn.Identity,
-    ]
+    told = FEATURES | dict(
+        student='backbone', student_channels=[8, 16, 32], teacher_channels=[8, 64, 32]
+    )
+    adapters = build(student, teacher, init=False, mimic=told).distill.mimic.adapters
+    assert [type(a) for a in adapters] == [nn.Identity, nn.Conv2d, nn.Identity]
 
 
 def test_the_teachers_map_is_resized_to_the_students(student):

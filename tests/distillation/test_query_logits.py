@@ -361,3 +361,19 @@ def test_another_family_is_refused_at_build_time():
 def test_options_out_of_range(option):
     with pytest.raises(ValueError, match=next(iter(option))):
         MODELS.build(dict(type='mmdist.QueryLogits', **option))
+
+
+def test_a_detector_that_reads_prompts_is_refused():
+    """Grounding DINO, told by its language model; it takes BERT to build one."""
+    model = MODELS.build(tiny('dino'))
+    model.language_model = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r'DINO.*words of a prompt'):
+        MODELS.build(dict(type='mmdist.QueryLogits')).student_modules(model)
+
+
+def test_half_precision():
+    model = build(tiny('dino'), tiny('dino'))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        losses = model(**batch(model), mode='loss')
+    assert losses['loss_dist'].dtype == torch.float32
+    assert 0 < losses['loss_dist'].item() < 4
