@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from det_zoo import batch, build_pair
+from scipy.stats import pearsonr
+from torch import nn
+
+FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+CASCADE = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
+CASCADE_MASK = 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'
+OHEM = 'faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py'
+HTC = 'htc/htc_r50_fpn_1x_coco.py'
+SEESAW = 'seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py'
+RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
+
+# Where all classes are about as likely, the default eps shows in the fifth digit.
+EXACT = dict(type='mmdist.DISTLoss', eps=0)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(1, keepdims=True))
+    return exp / exp.sum(1, keepdims=True)
+
+
+def dist(student: np.ndarray, teacher: np.ndarray) -> float:
+    """The published loss, term by term."""
+    inter = np.mean([pearsonr(s, t)[0] for s, t in zip(student, teacher, strict=True)])
+    intra = np.mean(
+        [pearsonr(s, t)[0] for s, t in zip(student.T, teacher.T, strict=True)]
+    )
+    return (1 - inter) + (1 - intra)
+
+
+def roi(**kwargs) -> dict:
+    return dict(dist=dict(type='mmdist.RoILogits', **kwargs))
+
+
+class Seen:
+    """What modules were given and returned, by hooks of torch's own."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self.inputs = {name: [] for name in modules}
+        self.outputs = {name: [] for name in modules}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(self._see, name))
+
+    def _see(self, name, module, args, output):
+        self.inputs[name].append(args)
+        self.outputs[name].append(output)
+
+
+def numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def teacher_logits(teacher, features, rois, stage) -> np.ndarray:
+    """The extractor and the bbox head of a cascade's stage."""
+    extractor = teacher.roi_head.bbox_roi_extractor[stage]
+    head = teacher.roi_head.bbox_head[stage]
+    with torch.no_grad():
+        return numpy(head(extractor(features[:4], rois))[0])
+
+
+@pytest.mark.parametrize('background', [True, False])
+@pytest.mark.parametrize('stage', [None, 0, 2, 'mean'])
+def test_rows_against_numpy(stage, background):
+    model = build_pair(FASTER, CASCADE, roi(stage=stage, background=background))
+    seen = Seen(
+        extractor=model.roi_head.bbox_roi_extractor, head=model.roi_head.bbox_head
+    )
+    data = batch(model)
+    losses = model(**data, mode='loss')
+
+    ((_, rois),) = seen.inputs['extractor']
+    boxes = torch.cat([s.gt_instances.bboxes for s in data['data_samples']])
+    assert set(map(tuple, boxes.tolist())) <= set(map(tuple, rois[:, 1:].tolist()))
+    teacher = model.teacher.model
+    with torch.no_grad():
+        features = teacher.extract_feat(data['inputs'])
+    stages = {None: [0], 'mean': [0, 1, 2]}.get(stage, [stage])
+    of_teacher = np.mean(
+        [teacher_logits(teacher, features, rois, s) for s in stages], axis=0
+    )
+    of_student = numpy(seen.outputs['head'][0][0])
+    assert of_student.shape == of_teacher.shape == (len(rois), 81)
+    columns = slice(None) if background else slice(0, 80)
+    expected = dist(softmax(of_student[:, columns]), softmax(of_teacher[:, columns]))
+    assert losses['loss_dist'].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_copy_of_the_student_follows_it_perfectly():
+    model = build_pair(FASTER, distill=roi(loss=EXACT), factors=(8, 8))
+    # BN is frozen (norm_eval) and nothing is dropped, so train() equals eval().
+    model.teacher.model.load_state_dict(model.state_dict())
+    losses = model(**batch(model), mode='loss')
+    assert losses['dist_inter'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['dist_intra'].item() == pytest.approx(1, abs=1e-5)
+    assert losses['loss_dist'].item() == pytest.approx(0, abs=2e-5)
+
+
+def test_a_cascade_student_gives_a_term_per_stage_with_the_weights_of_its_stages():
+    model = build_pair(CASCADE, distill=roi())
+    head, stages = model.roi_head, range(3)
+    seen = Seen(
+        **{f'extractor{i}': head.bbox_roi_extractor[i] for i in stages},
+        **{f'head{i}': head.bbox_head[i] for i in stages},
+    )
+    data = batch(model)
+    losses = model(**data, mode='loss')
+    with torch.no_grad():
+        features = model.teacher.model.extract_feat(data['inputs'])
+    for stage, weight in zip(stages, (1, 0.5, 0.25), strict=True):
+        rois = seen.inputs[f'extractor{stage}'][0][1]
+        of_student = numpy(seen.outputs[f'head{stage}'][0][0])
+        of_teacher = teacher_logits(model.teacher.model, features, rois, stage)
+        expected = weight * dist(softmax(of_student), softmax(of_teacher))
+        assert losses[f'loss_dist_s{stage}'].item() == pytest.approx(expected, abs=1e-4)
+        assert f'dist_s{stage}_inter' in losses
+
+
+def test_a_cascade_student_uses_the_last_stages_of_a_shorter_teacher():
+    model = build_pair(CASCADE, FASTER, roi())
+    seen = Seen(head=model.teacher.model.roi_head.bbox_head)
+    losses = model(**batch(model), mode='loss')
+    assert len(seen.outputs['head']) == 3
+    assert {'loss_dist_s0', 'loss_dist_s1', 'loss_dist_s2'} <= losses.keys()
+
+
+def test_samplers_that_call_the_head_do_not_change_the_rows():
+    """OHEM asks the bbox head about all proposals before it samples."""
+    model = build_pair(OHEM, FASTER, roi())
+    seen = Seen(
+        head=model.roi_head.bbox_head, asked=model.teacher.model.roi_head.bbox_head
+    )
+    model.roi_head.bbox_sampler.num = 4  # so that there is something to choose
+    model(**batch(model), mode='loss')
+    assert len(seen.outputs['head']) > 1
+    assert len(seen.outputs['asked']) == 1
+    assert len(seen.outputs['asked'][0][0]) == len(seen.outputs['head'][-1][0])
+
+
+def test_a_mask_head_that_shares_the_extractor_does_not_change_the_rows():
+    model = build_pair(CASCADE_MASK, CASCADE, roi())
+    head = model.roi_head
+    head.mask_roi_extractor = head.bbox_roi_extractor
+    for mask_head in head.mask_head:  # the boxes' features are 7 x 7, not 14 x 14
+        mask_head.roi_feat_size = (7, 7)
+    for config in head.train_cfg:
+        config.mask_size = 14
+    extractor = head.bbox_roi_extractor[0]
+    seen = Seen(
+        extractor=extractor, asked=model.teacher.model.roi_head.bbox_roi_extractor[0]
+    )
+    model(**batch(model), mode='loss')
+    given, of_masks = (args[1] for args in seen.inputs['extractor'])
+    assert len(of_masks) < len(given)
+    assert torch.equal(seen.inputs['asked'][0][1], given)
+
+
+def test_nothing_else_of_the_teacher_runs():
+    model = build_pair(FASTER, CASCADE_MASK, roi())
+    teacher = model.teacher.model
+    seen = Seen(
+        backbone=teacher.backbone,
+        neck=teacher.neck,
+        rpn=teacher.rpn_head,
+        stage0=teacher.roi_head.bbox_head[0],
+        stage1=teacher.roi_head.bbox_head[1],
+        mask0=teacher.roi_head.mask_head[0],
+    )
+    model(**batch(model), mode='loss')
+    calls = {name: len(outputs) for name, outputs in seen.outputs.items()}
+    assert calls == dict(backbone=1, neck=1, rpn=0, stage0=1, stage1=0, mask0=0)
+
+
+def test_comparisons_share_one_teacher_forward():
+    distill = roi()
+    distill['rpn'] = dict(type='mmdist.DenseLogits', student='rpn_head')
+    model = build_pair(FASTER, CASCADE, distill)
+    teacher = model.teacher.model
+    seen = Seen(backbone=teacher.backbone, neck=teacher.neck, rpn=teacher.rpn_head)
+    losses = model(**batch(model), mode='loss')
+    calls = {name: len(outputs) for name, outputs in seen.outputs.items()}
+    assert calls == dict(backbone=1, neck=1, rpn=1)
+    assert losses['loss_dist'] > 0 and losses['loss_rpn'] > 0
+
+
+def test_the_semantic_features_of_htc_reach_its_bbox_head():
+    model = build_pair(HTC, distill=roi())
+    teacher = model.teacher.model
+    head = teacher.roi_head
+    seen = Seen(semantic=head.semantic_head, head=head.bbox_head[0])
+    given = Seen(extractor=model.roi_head.bbox_roi_extractor[0])
+    data = batch(model)
+    model(**data, mode='loss')
+    assert len(seen.outputs['semantic']) == 1
+
+    rois = given.inputs['extractor'][0][1]
+    with torch.no_grad():
+        features = teacher.extract_feat(data['inputs'])
+        boxes = head.bbox_roi_extractor[0](features[:4], rois)
+        semantic = head.semantic_head(features)[1]
+        semantic = head.semantic_roi_extractor([semantic], rois)
+    expected = boxes + nn.functional.adaptive_avg_pool2d(semantic, boxes.shape[-2:])
+    torch.testing.assert_close(seen.inputs['head'][0][0], expected)
+
+
+def test_seesaw_loss_is_compared_by_its_probabilities():
+    """Its head has C + 2 columns: the classes, and objectness as two."""
+    model = build_pair(SEESAW, distill=roi(loss=EXACT))
+    seen = Seen(
+        student=model.roi_head.bbox_head, teacher=model.teacher.model.roi_head.bbox_head
+    )
+    losses = model(**batch(model), mode='loss')
+
+    def probabilities(logits):
+        classes, objectness = softmax(logits[:, :-2]), softmax(logits[:, -2:])
+        return np.concatenate([classes * objectness[:, :1], objectness[:, 1:]], 1)
+
+    student, teacher = (
+        probabilities(numpy(seen.outputs[side][0][0]))
+        for side in ('student', 'teacher')
+    )
+    assert student.shape[1] == 1203 + 1
+    expected = dist(student, teacher)
+    assert losses['loss_dist'].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_proposals_give_a_loss_of_zero():
+    model = build_pair(FASTER, CASCADE, roi())
+    # As in an image without objects whose proposals are all ignored.
+    model.roi_head.bbox_sampler.num = 0
+    model.roi_head.bbox_sampler.add_gt_as_proposals = False
+    losses = model(**batch(model), mode='loss')
+    assert losses['loss_dist'].item() == 0
+    losses['loss_dist'].backward()
+
+
+def test_a_stage_that_the_teacher_does_not_have():
+    with pytest.raises(ValueError, match=r'stage=3 of the teacher.*CascadeRCNN has 3'):
+        build_pair(FASTER, CASCADE, roi(stage=3))
+    with pytest.raises(ValueError, match=r'stage=1 of the teacher.*FasterRCNN has 1'):
+        build_pair(FASTER, FASTER, roi(stage=1))
+    with pytest.raises(ValueError, match="`stage` is an int, 'mean' or None"):
+        build_pair(FASTER, CASCADE, roi(stage='last'))
+
+
+def test_models_without_proposals_are_refused_by_name():
+    with pytest.raises(
+        ValueError,
+        match=r'cannot compare a RetinaNet: it looked for its `roi_head\.bbox_roi_',
+    ):
+        build_pair(RETINANET, FASTER, roi())
+    with pytest.raises(ValueError, match='cannot compare a RetinaNet'):
+        build_pair(FASTER, RETINANET, roi())
