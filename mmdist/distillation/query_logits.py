@@ -236,7 +236,8 @@ def _queries(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Que
     end = logits.size(2)
     if model.training:
         end -= cache.get('num_dense_queries', 0)
-    matching = slice(end - model.num_queries, end)
+    patterns = getattr(model, 'num_patterns', 0) or 1  # DAB-DETR: content queries
+    matching = slice(end - model.num_queries * patterns, end)
     distinct = cache.get('distinct_query_mask', [])  # of DDQ, from its second layer on
     layers = []
     for layer in range(len(logits)):

@@ -253,6 +253,18 @@ def test_every_layer_is_counted_from_the_last():
     )
 
 
+def test_all_patterns_of_a_dab_detr_count():
+    model = build({**tiny('dab'), 'num_patterns': 2}, tiny('dab'))
+    losses, (student, teacher) = step(model)
+    assert student[0].shape[2] == 20
+    inter, intra = expected(
+        matching_queries('dab', student, 20, {}),
+        matching_queries('dab', teacher, 10, {}),
+    )
+    assert losses['dist_inter'].item() == pytest.approx(inter, abs=1e-4)
+    assert losses['dist_intra'].item() == pytest.approx(intra, abs=1e-4)
+
+
 def test_min_score_leaves_out_unsure_queries_before_the_matching():
     def distill(min_score):
         return dict(q=dict(type='mmdist.QueryLogits', min_score=min_score))
