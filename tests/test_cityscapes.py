@@ -20,21 +20,26 @@ TOOLS = dict(ours=REPO / 'tools', mmseg=Path(mmseg.__file__).parent / '.mim' / '
 HEIGHT, WIDTH = 128, 256  # instead of 1024 x 2048
 
 # Nothing but sizes, times and what there is not: GPUs and the network.
-OPTIONS = """
-train_dataloader.dataset.pipeline.2.scale=(256,128)
-train_dataloader.dataset.pipeline.3.crop_size=(64,128)
-val_dataloader.dataset.pipeline.1.scale=(256,128)
-model.student.data_preprocessor.size=(64,128)
-train_cfg.max_iters=2 train_cfg.val_interval=2
-default_hooks.logger.interval=1 default_hooks.checkpoint.interval=2
-train_dataloader.num_workers=0 train_dataloader.persistent_workers=False
-val_dataloader.num_workers=0 val_dataloader.persistent_workers=False
-model.student.backbone.norm_cfg.type=BN
-model.student.decode_head.norm_cfg.type=BN
-model.student.auxiliary_head.norm_cfg.type=BN
-model.student.pretrained=None
-model.teacher.checkpoint=None model.teacher.allow_random=True
-""".split()
+OPTIONS = [
+    'train_dataloader.dataset.pipeline.2.scale=(256,128)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(64,128)',
+    'val_dataloader.dataset.pipeline.1.scale=(256,128)',
+    'model.student.data_preprocessor.size=(64,128)',
+    'train_cfg.max_iters=2',
+    'train_cfg.val_interval=2',
+    'default_hooks.logger.interval=1',
+    'default_hooks.checkpoint.interval=2',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'model.student.backbone.norm_cfg.type=BN',
+    'model.student.decode_head.norm_cfg.type=BN',
+    'model.student.auxiliary_head.norm_cfg.type=BN',
+    'model.student.pretrained=None',
+    'model.teacher.checkpoint=None',
+    'model.teacher.allow_random=True',
+]
 
 
 @pytest.fixture(scope='module')
