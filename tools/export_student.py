@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from mmengine.registry import DefaultScope
 
-from mmdist.distillation.teacher import load_checkpoint, load_config
+from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.distillation.teacher import load_config
 from mmdist.registry import MODELS
 
 PREFIX = 'distill.'

@@ -130,7 +130,13 @@ class DistilledMixin:
             ``<name>_intra`` of each entry of ``distill`` added.
         """
         if self.distill_factor == 0:
-            return super().loss(inputs, data_samples, **kwargs)
+            losses = super().loss(inputs, data_samples, **kwargs)
+            for name, comparison in self.distill.items():
+                # DDP stops at parameters that take no part in a step.
+                for parameter in comparison.parameters():
+                    zero = 0 * parameter.sum()
+                    losses[f'loss_{name}'] = losses.get(f'loss_{name}', 0) + zero
+            return losses
         self._load_teacher()
         self._match_classes()
         comparisons: dict[str, Comparison] = dict(self.distill.items())

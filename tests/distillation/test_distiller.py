@@ -281,3 +281,19 @@ def test_classes_that_do_not_match_stop_the_first_step(config):
     )
     with pytest.raises(ValueError, match='cannot be matched by name'):
         losses_of(model, batch(config))
+
+
+@pytest.mark.parametrize('options', [dict(dtype='bf16'), dict(channels_last=True)])
+def test_options_of_the_teacher_change_little(config, options):
+    data = batch(config)
+    expected = losses_of(build(config), data)
+    config.model.teacher.update(options)
+    model = build(config)
+    losses = losses_of(model, data)
+    assert losses['loss_dist'].dtype == torch.float32
+    torch.testing.assert_close(
+        losses['loss_dist'], expected['loss_dist'], rtol=0.05, atol=0.05
+    )
+    if 'dtype' in options:  # the weights themselves take half the memory
+        weights = model.teacher.model.parameters()
+        assert {p.dtype for p in weights} == {torch.bfloat16}

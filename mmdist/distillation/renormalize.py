@@ -1,0 +1,82 @@
+"""Images from the student's normalisation to the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Renormalize:
+    """Maps a batch from the student's normalisation to the teacher's.
+
+    Both are affine per channel, so the map is one affine step (after a swap of the
+    channels where one wants RGB and the other BGR); the padding is filled again with
+    the teacher's value.
+
+    Args:
+        student: The student's data_preprocessor.
+        teacher: The teacher's data_preprocessor.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
+        mean_s, std_s = _mean_std(student)
+        mean_t, std_t = _mean_std(teacher)
+        self.flip = _swaps_channels(student) != _swaps_channels(teacher)
+        if self.flip:
+            mean_s, std_s = mean_s.flip(0), std_s.flip(0)
+        self.scale = (std_s / std_t).float()
+        self.shift = ((mean_s - mean_t) / std_t).float()
+        self.fill = _pad_value(teacher)
+        self.refill = self.fill != _pad_value(student)
+        self.rescale = not (
+            torch.all(self.scale == 1).item() and torch.all(self.shift == 0).item()
+        )
+
+    def __call__(
+        self, inputs: Tensor, valid_sizes: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Map a batch.
+
+        Args:
+            inputs: (N, C, H, W), normalised and padded as the student's.
+            valid_sizes: Height and width of each image without padding.
+
+        Returns:
+            (N, C, H, W), as the teacher's data_preprocessor would have given it;
+            ``inputs`` itself where the two agree.
+        """
+        outputs = inputs.flip(1) if self.flip else inputs
+        if self.rescale:
+            self.scale, self.shift = (
+                t.to(inputs.device) for t in (self.scale, self.shift)
+            )
+            outputs = outputs * self.scale + self.shift
+        if self.rescale or self.refill:
+            if outputs is inputs:
+                outputs = inputs.clone()
+            for image, (height, width) in zip(outputs, valid_sizes, strict=True):
+                image[:, height:] = self.fill
+                image[:, :, width:] = self.fill
+        return outputs
+
+
+def _mean_std(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, each (C, 1, 1), in float64 on the CPU."""
+    if getattr(preprocessor, 'mean', None) is None:
+        return torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double()
+    return preprocessor.mean.double().cpu(), preprocessor.std.double().cpu()
+
+
+def _swaps_channels(preprocessor: nn.Module) -> bool:
+    """Whether images are turned from BGR to RGB, by either library's name for it."""
+    return bool(
+        getattr(preprocessor, '_channel_conversion', False)
+        or getattr(preprocessor, 'channel_conversion', False)
+    )
+
+
+def _pad_value(preprocessor: nn.Module) -> float:
+    """The value of padded pixels; mmdet and mmseg name it differently."""
+    return getattr(preprocessor, 'pad_value', getattr(preprocessor, 'pad_val', 0))
