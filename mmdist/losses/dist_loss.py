@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
+from . import fused
 from .relation import (
+    check_teacher,
+    compute_dtype,
     inter_class_correlation,
     intra_class_correlation,
     sum_over_processes,
@@ -137,43 +140,57 @@ class DISTLoss(nn.Module):
                 device, the error may surface at a later operation).
         """
         check_inputs(student_logits, teacher_logits, mask)
-        with torch.autocast(student_logits.device.type, enabled=False):
-            student, teacher = as_rows(student_logits), as_rows(teacher_logits.detach())
-            double = torch.float64 in (student.dtype, teacher.dtype)
-            dtype = torch.float64 if double else torch.float32
-            if mask is None:
-                weight = student.new_ones(len(student), dtype=dtype)
-            else:
-                weight = mask.reshape(-1).to(dtype)
-                # before any arithmetic: 0 * nan is nan, in the gradient as well
-                out = mask.logical_not().reshape(-1, 1)
-                student = student.masked_fill(out, 0)
-                teacher = teacher.masked_fill(out, 0)
-            check_teacher(teacher)
-            activation = ACTIVATIONS[self.activation]
-            student = activation(student.to(dtype) / self.tau)
-            teacher = activation(teacher.to(dtype) / self.tau)
-            return self._loss(student, teacher, weight)
-
-    def _loss(self, student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
-        """Loss from scores of shape (rows, classes) and weights (rows,)."""
         group = process_group() if self.sync else None
-        args = (student, teacher, weight, group, self.eps)
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and self.beta != 0):
-            inter_corr = inter_class_correlation(*args)
-        with torch.set_grad_enabled(grad and self.gamma != 0):
-            intra_corr = intra_class_correlation(*args)
-        self.inter_corr, self.intra_corr = inter_corr.detach(), intra_corr.detach()
+        with torch.autocast(student_logits.device.type, enabled=False):
+            fast = fused.supports(student_logits, teacher_logits)
+            inter_corr, intra_corr = (fused.correlations if fast else correlations)(
+                student_logits,
+                teacher_logits,
+                mask,
+                self.activation,
+                self.tau,
+                self.eps,
+                group,
+            )
+            dtype = compute_dtype(student_logits, teacher_logits)
+            self.inter_corr = inter_corr.detach().to(dtype)
+            self.intra_corr = intra_corr.detach().to(dtype)
 
-        loss = student.sum() * 0  # in the graph even if both terms are left out
-        if self.beta != 0:
-            loss = loss + self.beta * (1 - inter_corr)
-        if self.gamma != 0:
-            loss = loss + self.gamma * (1 - intra_corr)
-        any_row = sum_over_processes(weight.sum(), group) > 0
-        scale = self.tau**2 if self.scale_by_tau else 1.0
-        return loss * any_row * (self.loss_weight * scale)
+            scale = self.loss_weight * (self.tau**2 if self.scale_by_tau else 1.0)
+            scale = scale * any_row(student_logits, mask, group)
+            terms = ((self.beta, inter_corr), (self.gamma, intra_corr))
+            # with both terms left out the loss is 0, and still in the graph
+            terms = [term for term in terms if term[0] != 0] or terms
+            loss = sum(weight * scale * (1 - corr) for weight, corr in terms)
+            return loss.to(dtype)
+
+
+def correlations(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    tau: float,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """The plain path: what ``fused.correlations`` computes, as the paper writes it."""
+    student, teacher = as_rows(student), as_rows(teacher.detach())
+    dtype = compute_dtype(student, teacher)
+    weight = None
+    if mask is not None:
+        weight = mask.reshape(-1).to(dtype)
+        # before any arithmetic: 0 * nan is nan, in the gradient as well
+        out = mask.logical_not().reshape(-1, 1)
+        student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
+    check_teacher(teacher)
+    student, teacher = (
+        ACTIVATIONS[activation](logits.to(dtype) / tau) for logits in (student, teacher)
+    )
+    return (
+        inter_class_correlation(student, teacher, weight, group, eps),
+        intra_class_correlation(student, teacher, weight, group, eps),
+    )
 
 
 def as_rows(logits: Tensor) -> Tensor:
@@ -181,6 +198,20 @@ def as_rows(logits: Tensor) -> Tensor:
     if logits.ndim == 2:
         return logits
     return logits.movedim(1, -1).flatten(0, -2)
+
+
+def any_row(
+    logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
+) -> Tensor | bool:
+    """Whether any row counts; a tensor where only the device knows."""
+    if mask is not None:
+        rows = mask.sum()
+    else:
+        rows = logits.shape[0] * math.prod(logits.shape[2:])
+        if group is None:
+            return rows > 0
+        rows = torch.full((), rows, device=logits.device)
+    return sum_over_processes(rows, group) > 0
 
 
 def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
@@ -215,23 +246,6 @@ def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
             f'The mask has shape {tuple(mask.shape)}, but logits of shape '
             f'{tuple(student.shape)} need {rows}: one entry per row, none per class.'
         )
-
-
-def check_teacher(logits: Tensor) -> None:
-    """Stop where a teacher gave NaN or inf; without waiting for a GPU."""
-    if logits.numel() == 0:
-        return
-    message = (
-        'The teacher gave logits with NaN or inf. Check its checkpoint and that its '
-        'data_preprocessor (mean, std, channel order) is the one it was trained with; '
-        'if it runs in fp16, run it in bf16 or fp32.'
-    )
-    # NaN and inf show in the extremes, which need one pass and no copy
-    finite = torch.stack(logits.aminmax()).isfinite().all()
-    if logits.is_cuda:
-        torch._assert_async(finite, message)
-    elif not finite:
-        raise ValueError(message)
 
 
 def process_group() -> dist.ProcessGroup | None:

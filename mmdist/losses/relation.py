@@ -30,7 +30,7 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.world_size = dist.get_world_size(group)
-        total = tensor.clone()
+        total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
@@ -52,7 +52,10 @@ def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tenso
             gradient of one process that holds all the data. Each process must
             weigh the loss alike.
     """
-    return tensor if group is None else _SumOverProcesses.apply(tensor, group)
+    if group is None:
+        return tensor
+    # in float64 whatever the processes compute in, so that they agree
+    return _SumOverProcesses.apply(tensor.double(), group).to(tensor.dtype)
 
 
 def pearson(
@@ -97,7 +100,7 @@ def pearson(
     # as each process sees only its own part of that 0.
     mean_a, mean_b = mean_a.detach(), mean_b.detach()
     a, b = a - mean_a.unsqueeze(dim), b - mean_b.unsqueeze(dim)
-    cov, var_a, var_b = total(a * b, a * a, b * b)
+    var_a, cov, var_b = total(a * a, a * b, b * b)
     return correlation(cov, var_a, var_b, count * mean_a**2, count * mean_b**2, eps)
 
 
@@ -122,13 +125,25 @@ def correlation(
     Returns:
         Tensor: Correlations in the shape of ``cov``.
     """
-    # `<=`, so that a NaN of the student is passed on and not taken for constant
-    constant = (var_a <= MIN_SPREAD**2 * (var_a + mean_a)) | (
-        var_b <= MIN_SPREAD**2 * (var_b + mean_b)
-    )
+    constant = is_constant(var_a, mean_a) | is_constant(var_b, mean_b)
     norm_a = var_a.masked_fill(constant, 1).sqrt()
     norm_b = var_b.masked_fill(constant, 1).sqrt()
     return (cov / (norm_a * norm_b + eps)).masked_fill(constant, 0)
+
+
+def is_constant(var: Tensor, mean: Tensor) -> Tensor:
+    """Where a vector is constant to fp32 accuracy.
+
+    Args:
+        var (Tensor): Sums of the squared centred entries, any shape.
+        mean (Tensor): Squared norm that centring took; what is left of a
+            constant is so little that this is its squared norm.
+
+    Returns:
+        Tensor: Bool, in the shape of ``var``.
+    """
+    # `<=`: a NaN of the student is passed on and not taken for a constant
+    return var <= MIN_SPREAD**2 * mean
 
 
 def inter_class_correlation(
@@ -183,3 +198,26 @@ def intra_class_correlation(
     """
     weight = None if weight is None else weight.unsqueeze(1)
     return pearson(student, teacher, 0, weight, group, eps).mean()
+
+
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """What logits are computed in: float64 where one is, else fp32."""
+    double = torch.float64 in (student.dtype, teacher.dtype)
+    return torch.float64 if double else torch.float32
+
+
+def check_teacher(logits: Tensor) -> None:
+    """Stop where a teacher gave NaN or inf; without waiting for a GPU."""
+    if logits.numel() == 0:
+        return
+    message = (
+        'The teacher gave logits with NaN or inf. Check its checkpoint and that its '
+        'data_preprocessor (mean, std, channel order) is the one it was trained with; '
+        'if it runs in fp16, run it in bf16 or fp32.'
+    )
+    # NaN and inf show in the extremes, which need one pass and no copy
+    finite = torch.stack(logits.aminmax()).isfinite().all()
+    if logits.is_cuda:
+        torch._assert_async(finite, message)
+    elif not finite:
+        raise ValueError(message)

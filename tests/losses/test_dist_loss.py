@@ -12,7 +12,7 @@ from scipy.stats import pearsonr
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import textbook
-from mmdist.losses import DISTLoss
+from mmdist.losses import DISTLoss, fused
 from mmdist.registry import MODELS
 
 SHAPES = [(12, 5), (2, 5, 6), (2, 4, 3, 2), (1, 3, 2, 2, 2)]
@@ -26,6 +26,17 @@ SETTINGS = [
     dict(beta=0.0),
     dict(gamma=0.0, tau=2.0),
 ]
+
+
+@pytest.fixture(autouse=True, params=['plain', 'fast', 'fast in many tiles'])
+def path(request, monkeypatch):
+    """Every test runs on each of the ways in which the loss is computed."""
+    if request.param == 'plain':
+        monkeypatch.setattr(fused, 'supports', lambda *_: False)
+    elif request.param == 'fast in many tiles':
+        monkeypatch.setattr(fused, 'MIN_TILE', 40)
+        monkeypatch.setattr(fused, 'MAX_TILE', 40)
+    return request.param
 
 
 def logits(shape, seed=0, scale=2.0):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdist.losses import DISTLoss
+from mmdist.losses import DISTLoss, fused
 
 CLASSES = 6
 
@@ -43,6 +43,8 @@ def run(rank, world_size, port, case, kwargs, results):
     dist.init_process_group(
         'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=world_size
     )
+    if rank == 0:  # the two ways of computing the loss exchange the same sums
+        fused.supports = lambda *_: False
     model = DistributedDataParallel(make_model())
     images, teacher, mask = make_batch(rank, case)
     loss = DISTLoss(sync=True, **kwargs)
