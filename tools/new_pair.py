@@ -1,0 +1,273 @@
+"""Check that a teacher fits a student, and write the config of the pair.
+
+    python tools/new_pair.py \
+        --student mmdet::retinanet/retinanet_r50_fpn_2x_coco.py \
+        --teacher mmdet::retinanet/retinanet_x101-64x4d_fpn_1x_coco.py --out my_pair.py
+
+Both are built with random weights and take one training step on random images: no
+data, no checkpoint and no GPU is needed. What training would refuse is refused here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmengine.utils import get_installed_path
+from torch import Tensor, nn
+
+from mmdist.distillation.classes import class_names_of_config
+from mmdist.distillation.distiller import DEFAULT_COMPARISONS
+from mmdist.distillation.record import Recorder
+from mmdist.distillation.teacher import load_config, without_pretrained
+from mmdist.registry import MODELS
+
+SIZE = (256, 320)  # height, width of the random images
+TEMPLATE = """\
+_base_ = {student!r}
+model = dict(
+    _delete_=True,
+    type='mmdist.Distiller',
+    student=_base_.model,
+    teacher=dict(
+        config={teacher!r},
+        checkpoint={checkpoint!r},
+    ),
+)
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--student', required=True, help='`pkg::path`, or a path')
+    parser.add_argument('--teacher', required=True, help='`pkg::path`, or a path')
+    parser.add_argument(
+        '--checkpoint',
+        help="the teacher's weights, path or URL; of a `pkg::path` those that the "
+        'library publishes, if left out',
+    )
+    parser.add_argument('--out', help='where the config goes; printed if left out')
+    return parser.parse_args()
+
+
+def published_checkpoint(config: str) -> str:
+    """The URL that the library's metafile lists for a config.
+
+    Raises:
+        ValueError: The config is not the library's, or it has no weights.
+    """
+    if '::' in config:
+        package, path = _get_package_and_cfg_path(config)
+        try:
+            meta = _get_cfg_metainfo(get_installed_path(package), path)
+        except ValueError:  # it lists all the configs that there are
+            meta = {}
+        if 'Weights' in meta:
+            return meta['Weights']
+    raise ValueError(
+        f'No published weights are known for {config!r}. Give --checkpoint, a path or '
+        'a URL, or take a teacher that its library has weights for.'
+    )
+
+
+def build_pair(model: dict, scope: str) -> nn.Module:
+    """Build a distilled model with random weights on both sides.
+
+    Args:
+        model: Config of the model, of type ``mmdist.Distiller``.
+        scope: Default scope of the student's config.
+
+    Returns:
+        The model, ready for a step on the CPU.
+    """
+    model = without_pretrained(model)
+    model.teacher.update(checkpoint=None, allow_random=True)
+    if model.student.data_preprocessor.get('size') is not None:
+        model.student.data_preprocessor.size = SIZE
+    with DefaultScope.overwrite_default_scope(scope):
+        pair = revert_sync_batchnorm(MODELS.build(model))
+        pair.init_weights()
+    return pair.train()
+
+
+def run_step(
+    model: nn.Module, classes: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, ...]]]]:
+    """One training step on random images, backward included.
+
+    Args:
+        model: The distilled model.
+        classes: The student's class names.
+
+    Returns:
+        The losses as they are logged, and of each comparison the shapes of what the
+        loss was given.
+    """
+    message_hub = MessageHub.get_current_instance()
+    message_hub.update_info('dataset_meta', dict(classes=classes))
+    for key in ('iter', 'epoch'):  # some heads count
+        message_hub.update_info(key, 0)
+    data = model.data_preprocessor(_random_batch(model, len(classes)), training=True)
+    comparisons = dict(model.distill.items())
+    with Recorder([c.loss for c in comparisons.values()]) as recorder:
+        total, losses = model.parse_losses(model.loss(**data))
+    total.backward()
+    if not torch.isfinite(total):
+        raise ValueError(f'A loss is not finite: {losses}')
+    shapes = {
+        name: [tuple(call.args[0].shape) for call in recorder.calls(c.loss)]
+        for name, c in comparisons.items()
+    }
+    return losses, shapes
+
+
+def _random_batch(model: nn.Module, num_classes: int) -> dict:
+    """Two images of noise with labels, as a data loader gives them."""
+    if not hasattr(model, 'decode_head'):
+        from mmdet.testing import demo_mm_inputs
+
+        return demo_mm_inputs(
+            image_shapes=[(3, *SIZE)] * 2,
+            num_items=[4, 4],
+            num_classes=num_classes,
+            with_mask=getattr(model, 'with_mask', False),
+            with_semantic=getattr(model.roi_head, 'with_semantic', False)
+            if hasattr(model, 'roi_head')
+            else False,
+        )
+    from mmseg.structures import SegDataSample
+
+    rng = np.random.default_rng(0)
+    samples = []
+    for _ in range(2):
+        labels = rng.integers(0, num_classes, (8, 8)).repeat(SIZE[0] // 8, 0)
+        labels = torch.from_numpy(labels.repeat(SIZE[1] // 8, 1))[None]
+        sample = SegDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE))
+        sample.gt_sem_seg = PixelData(data=labels)
+        sample.gt_edge_map = PixelData(data=labels % 2)  # PIDNet's
+        samples.append(sample)
+    images = [
+        torch.from_numpy(rng.integers(0, 256, (3, *SIZE), dtype=np.uint8))
+        for _ in samples
+    ]
+    return dict(inputs=images, data_samples=samples)
+
+
+def findings(
+    model: nn.Module,
+    classes: Sequence[str],
+    losses: dict[str, Tensor],
+    shapes: dict[str, list[tuple[int, ...]]],
+) -> dict[str, str]:
+    """What the check found, a line each."""
+    teacher, comparison = model.teacher, model.distill['dist']
+    family = next(
+        cls.__name__
+        for cls in type(model).__mro__
+        if cls.__name__ in DEFAULT_COMPARISONS
+    )
+    lines = {
+        'student': _describe(model),
+        'teacher': _describe(teacher.model),
+        'family': f'{family}, compared by {type(comparison).__name__} with '
+        f'{type(comparison.loss).__name__}, {comparison.loss.activation}',
+        'shapes': ', '.join(
+            'x'.join(map(str, shape[1:]))
+            if len(shape) > 2
+            else f'{shape[0]} rows of {shape[1]}'
+            for shape in shapes['dist']
+        ),
+    }
+    strides = [round(SIZE[0] / shape[-2]) for shape in shapes['dist'] if len(shape) > 2]
+    if strides:
+        lines['strides'] = ', '.join(map(str, strides))
+    match = teacher.classes
+    lines['classes'] = f'{len(classes)}, ' + (
+        'the same in the same order'
+        if match.teacher is None
+        else f'{len(match.teacher)} of them matched by name with the '
+        f"teacher's {match.num_teacher}"
+    )
+    renormalize = teacher.renormalize
+    done = [
+        what
+        for what, needed in {
+            'channels swapped': renormalize.flip,
+            'mean and std changed': renormalize.rescale,
+            'padding refilled': renormalize.refill,
+        }.items()
+        if needed
+    ]
+    lines['preprocessing'] = (
+        f'for the teacher: {", ".join(done)}' if done else 'the same'
+    )
+    lines['first step'] = ', '.join(
+        f'{key} {value.item():.3g}' for key, value in losses.items() if 'loss' in key
+    )
+    return lines
+
+
+def _describe(model: nn.Module) -> str:
+    parts = [model.backbone]
+    for head in ('decode_head', 'bbox_head', 'roi_head', 'mask_head'):
+        if isinstance(getattr(model, head, None), nn.Module):
+            parts.append(getattr(model, head))
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    names = [type(part).__name__ for part in parts]
+    return f'{type(model).__name__} of {", ".join(names)}; {millions:.1f} M parameters'
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings('ignore')
+    MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
+    logging.getLogger('mmengine').setLevel(logging.ERROR)
+    try:
+        checkpoint = args.checkpoint or published_checkpoint(args.teacher)
+        student = load_config(args.student)
+        classes = class_names_of_config(student)
+        if classes is None:
+            raise ValueError(f'{args.student!r} has no data set with class names.')
+        model = build_pair(
+            Config(
+                dict(
+                    type='mmdist.Distiller',
+                    student=student.model,
+                    teacher=dict(config=args.teacher),
+                )
+            )._cfg_dict,
+            student.get('default_scope'),
+        )
+        losses, shapes = run_step(model, classes)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f'This pair does not work.\n{error}') from None
+    for key, value in findings(model, classes, losses, shapes).items():
+        print(f'{key:14} {value}')
+    print(f'{"checkpoint":14} {checkpoint}')
+    base = args.student
+    if '::' not in base:
+        base = os.path.relpath(base, Path(args.out or 'config.py').parent)
+    text = TEMPLATE.format(student=base, teacher=args.teacher, checkpoint=checkpoint)
+    if args.out is None:
+        print(f'\n{text}', end='')
+    else:
+        Path(args.out).write_text(text)
+        print(f'{"written":14} {args.out}')
+
+
+if __name__ == '__main__':
+    main()
