@@ -60,15 +60,13 @@ def make_batch(
     num_classes: int,
     size: tuple[int, int] = (64, 64),
     valid: tuple[int, int] | None = None,
-    void: bool = True,
 ) -> dict:
-    """Two images as mmseg's data_preprocessor gives them.
+    """Two images as mmseg's data_preprocessor gives them, the top of each void.
 
     Args:
         num_classes: Number of classes of the labels.
         size: Height and width of the batch.
         valid: Height and width of the second image without its padding.
-        void: Label the top of the images 255.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 3, *size, generator=generator)
@@ -78,8 +76,7 @@ def make_batch(
             num_classes, (size[0] // 8, size[1] // 8), generator=generator
         )
         labels = cells.repeat_interleave(8, 0).repeat_interleave(8, 1)[None]
-        if void:
-            labels[:, :8] = 255
+        labels[:, :8] = 255
         labels[:, shape[0] :] = 255
         labels[:, :, shape[1] :] = 255
         image[:, shape[0] :] = 0
