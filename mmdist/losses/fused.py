@@ -36,7 +36,6 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .relation import check_teacher, compute_dtype, is_constant, sum_over_processes
 
@@ -137,8 +136,13 @@ class _Correlations(torch.autograd.Function):
         return row_total / count, class_corr.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_inter, grad_intra):
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            raise NotImplementedError(
+                'On a CPU DISTLoss can be differentiated once only. Leave out '
+                '`create_graph=True`, or take this loss out of what is differentiated '
+                'twice.'
+            )
         student, teacher, mask = ctx.saved_tensors
         rows, class_factors, count, activation, tau, group = ctx.saved
         # by the derivative of `logits / tau`, and as `sum_over_processes` does

@@ -1,0 +1,198 @@
+"""The fast path and the plain one against the textbook formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import textbook
+from mmdist.losses import DISTLoss, fused
+
+# (N, classes, *spatial); large enough for several tiles each
+SHAPES = [(2, 19, 96, 128), (1, 720, 20, 40), (3000, 81), (40, 16, 7, 7)]
+
+
+def prediction(name, shape):
+    """Student's and teacher's logits in fp32, correlated at about 0.7."""
+    g = torch.Generator().manual_seed(0)
+    x, noise = torch.randn((2, *shape), generator=g)
+    y = 0.7 * x + 0.7 * noise
+    bias = torch.linspace(0, 1, shape[1]).view(-1, *[1] * (len(shape) - 2))
+    if name == 'nearly one-hot':
+        return 30 * x, 30 * y
+    if name == 'saturated':
+        return 1000 * x, 1000 * y
+    if name == 'nearly uniform':
+        return 1e-2 * x, 1e-2 * y
+    if name == 'more nearly uniform':
+        return 1e-4 * x, 1e-4 * y
+    if name == 'as initialised':  # RetinaNet's prior: all scores near 0.01
+        return 0.1 * x - 4.6, 0.1 * y - 4.6
+    if name == 'the same in every row':
+        return 1e-3 * x + 5 * bias, 1e-3 * y + 5 * bias
+    if name == 'classes that never occur':
+        return x - 40 * bias, y - 40 * bias
+    if name == 'classes that never occur at all':
+        return x - 80 * (bias > 0.5), y - 200 * (bias > 0.5)
+    if name == 'background':
+        return x + 8 * (bias == 0), y + 8 * (bias == 0)
+    return x, y
+
+
+NAMES = [
+    'ordinary',
+    'nearly one-hot',
+    'saturated',
+    'nearly uniform',
+    'more nearly uniform',
+    'as initialised',
+    'the same in every row',
+    'classes that never occur',
+    'classes that never occur at all',
+    'background',
+]
+
+
+def run(loss, student, teacher, *args):
+    student = student.detach().requires_grad_()
+    value = loss(student, teacher, *args)
+    value.backward()
+    return value.detach(), student.grad
+
+
+def assert_close(ours, oracle, value_tol=1e-5, grad_tol=1e-4):
+    assert ((ours[0] - oracle[0]) / oracle[0]).abs() < value_tol
+    assert (ours[1] - oracle[1]).norm() < grad_tol * oracle[1].norm()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(fused, 'MIN_TILE', 2**12)
+
+
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('name', NAMES)
+def test_fast_path_is_exact(small_tiles, name, shape, activation):
+    student, teacher = prediction(name, shape)
+    loss = DISTLoss(activation=activation)
+    assert fused.supports(student, teacher)
+    oracle = run(
+        lambda s, t: textbook.dist_loss(s, t, activation),
+        student.double(),
+        teacher.double(),
+    )
+    assert_close(run(loss, student, teacher), oracle)
+
+
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize(
+    'name', [n for n in NAMES if n not in ('more nearly uniform', NAMES[6])]
+)
+def test_plain_path_is_exact(monkeypatch, name, shape, activation):
+    """It is all fp32, so where fp32 rounds a spread away it has no digits."""
+    monkeypatch.setattr(fused, 'supports', lambda *_: False)
+    student, teacher = prediction(name, shape)
+    oracle = run(
+        lambda s, t: textbook.dist_loss(s, t, activation),
+        student.double(),
+        teacher.double(),
+    )
+    assert_close(run(DISTLoss(activation=activation), student, teacher), oracle)
+
+
+def layouts(x):
+    """The same values laid out otherwise in memory."""
+    big = x.new_zeros((x.shape[0], x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 3))
+    big[:, 1:, 1:-1, 2:-1] = x
+    return {
+        'contiguous': x,
+        'channels last': x.contiguous(memory_format=torch.channels_last),
+        'a part of a larger one': big[:, 1:, 1:-1, 2:-1],
+        'transposed': x.transpose(2, 3).contiguous().transpose(2, 3),
+        'classes first': x.transpose(0, 1).contiguous().transpose(0, 1),
+    }
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
+def test_layout_does_not_matter(small_tiles, activation, masked):
+    student, teacher = prediction('ordinary', (2, 19, 24, 32))
+    mask = torch.rand((2, 24, 32)) < 0.5
+    mask[0, :20] = False  # whole tiles without a row
+    mask = mask if masked else None
+    loss = DISTLoss(activation=activation, tau=2.0)
+    oracle = run(loss, student.double(), teacher.double(), mask)
+    for s in layouts(student).values():
+        for t in layouts(teacher).values():
+            assert_close(run(loss, s, t, mask), oracle, 1e-6, 1e-6)
+
+
+def test_gradient_keeps_the_layout():
+    student, teacher = prediction('ordinary', (2, 19, 24, 32))
+    student = student.contiguous(memory_format=torch.channels_last)
+    assert student.stride() == run(DISTLoss(), student, teacher)[1].stride()
+
+
+def test_expanded_logits():
+    student, teacher = prediction('ordinary', (1, 19, 24, 32))
+    oracle = run(DISTLoss(), student.repeat(3, 1, 1, 1), teacher.repeat(3, 1, 1, 1))
+    ours = run(DISTLoss(), student.expand(3, -1, -1, -1), teacher.expand(3, -1, -1, -1))
+    assert_close(ours, oracle, 1e-7, 1e-7)
+
+
+@pytest.mark.parametrize('dtypes', [(torch.float32, torch.float64), (torch.half,) * 2])
+def test_mixed_precision(small_tiles, dtypes):
+    student, teacher = prediction('ordinary', (2, 19, 24, 32))
+    student, teacher = student.to(dtypes[0]), teacher.to(dtypes[1])
+    oracle = run(DISTLoss(), student.double(), teacher.double())
+    ours = run(DISTLoss(), student, teacher)
+    assert ours[1].dtype == dtypes[0]
+    assert_close(ours, oracle, 1e-6, 1e-6 if dtypes[0] != torch.half else 5e-2)
+
+
+def test_graph_can_be_retained_but_not_created():
+    student, teacher = prediction('ordinary', (2, 19, 24, 32))
+    student.requires_grad_()
+    value = DISTLoss()(student, teacher)
+    (first,) = torch.autograd.grad(value, student, retain_graph=True)
+    (second,) = torch.autograd.grad(value, student, retain_graph=True)
+    assert torch.equal(first, second)
+    with pytest.raises(NotImplementedError, match='create_graph'):
+        torch.autograd.grad(value, student, create_graph=True)
+
+
+def test_logits_changed_in_place_are_noticed():
+    student, teacher = (x.requires_grad_() for x in prediction('ordinary', (64, 9)))
+    logits = student * 1
+    value = DISTLoss()(logits, teacher)
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        value.backward()
+
+
+def test_nothing_large_is_kept():
+    student, teacher = prediction('ordinary', (4, 19, 128, 256))
+    student.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x) or x, lambda x: x
+    ):
+        value = DISTLoss()(student, teacher)
+    storages = {x.untyped_storage().data_ptr() for x in (student, teacher)}
+    others = [x for x in kept if x.untyped_storage().data_ptr() not in storages]
+    assert sum(x.numel() for x in others) < 0.01 * student.numel()
+    rows = [x for row in saved_rows(value) for x in row]
+    assert sum(x.numel() for x in rows) == 2 * student.numel() // 19
+
+
+def saved_rows(value):
+    """Per-row factors that the fast path holds for its backward pass."""
+    stack = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if hasattr(node, 'saved'):
+            return node.saved[0]
+        stack += [f for f, _ in node.next_functions if f is not None]
+    raise AssertionError('the fast path was not taken')
