@@ -22,6 +22,7 @@ DEFAULT_COMPARISONS: dict[str, str] = {
     'MaskFormer': 'mmdist.SegLogits',
     'SingleStageDetector': 'mmdist.DenseLogits',
     'SingleStageInstanceSegmentor': 'mmdist.DenseLogits',
+    'SparseRCNN': 'mmdist.QueryLogits',
     'TwoStageDetector': 'mmdist.RoILogits',
     'DetectionTransformer': 'mmdist.QueryLogits',
 }

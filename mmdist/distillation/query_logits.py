@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS, TASK_UTILS
 
+from . import sparse_queries
 from .comparison import Comparison, Pair
 from .step import Step
 
@@ -71,7 +72,8 @@ class QueryLogits(Comparison):
     So, per image, they are assigned to one another by Hungarian matching on class and
     box, as a DETR is matched with the ground truth (Carion et al., ECCV 2020, equation
     1). A row is such a pair. Denoising queries, auxiliary dense queries and, for DDQ,
-    those that are not distinct are left out.
+    those that are not distinct are left out. The proposals of Sparse R-CNN and
+    QueryInst are queries as well, and each stage of their cascade is a decoder layer.
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if left out.
@@ -89,7 +91,7 @@ class QueryLogits(Comparison):
 
     families = (
         'the DETRs of mmdet with a fixed list of classes: what is derived from its '
-        '`DetectionTransformer`'
+        '`DetectionTransformer`, and Sparse R-CNN and QueryInst'
     )
 
     def __init__(
@@ -118,7 +120,12 @@ class QueryLogits(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The head on the decoder."""
-        return [self._head(student)]
+        head = self._head(student)
+        return (
+            sparse_queries.modules(student)
+            if sparse_queries.is_sparse(student)
+            else [head]
+        )
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a DETR whose head has the student's activation."""
@@ -134,6 +141,8 @@ class QueryLogits(Comparison):
 
     def record(self, step: Step) -> Queries:
         """The student's matching queries, from its own loss pass."""
+        if sparse_queries.is_sparse(step.student):
+            return sparse_queries.record(step)
         output = step.calls(self._head(step.student))[-1].output
         return _queries(step.student, output, step)
 
@@ -141,6 +150,8 @@ class QueryLogits(Comparison):
         """The teacher's queries: its transformer and head on its features."""
 
         def run() -> Queries:
+            if sparse_queries.is_sparse(step.teacher):
+                return sparse_queries.ask(step)
             head_inputs = step.teacher.forward_transformer(
                 step.teacher_features, step.data_samples
             )
@@ -206,17 +217,28 @@ class QueryLogits(Comparison):
         return of_student, kept[of_kept]
 
     def _head(self, model: nn.Module) -> nn.Module:
+        if sparse_queries.is_sparse(model):
+            return _last_head(model)
         if not hasattr(model, 'forward_transformer'):
             raise self.unsupported(model, 'a `forward_transformer`')
         if hasattr(model, 'language_model'):
             raise self.unsupported(
                 model, 'scores of classes, and found those of the words of a prompt'
             )
-        return model.bbox_head
+        return _last_head(model)
+
+
+def _last_head(model: nn.Module) -> nn.Module:
+    """The head of the last decoder layer or stage."""
+    return (
+        model.roi_head.bbox_head[-1]
+        if sparse_queries.is_sparse(model)
+        else model.bbox_head
+    )
 
 
 def _uses_sigmoid(model: nn.Module) -> bool:
-    return model.bbox_head.loss_cls.use_sigmoid
+    return _last_head(model).loss_cls.use_sigmoid
 
 
 def _queries(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmdist.registry import MODELS
 
 from .comparison import Comparison, Pair
+from .sparse_queries import is_sparse
 from .step import Step
 
 
@@ -165,11 +166,12 @@ class RoILogits(Comparison):
         for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
             if not hasattr(roi_head, part):
                 raise self.unsupported(model, f'its `roi_head.{part}`, in vain')
-        if 'SparseRoIHead' in [cls.__name__ for cls in type(roi_head).__mro__]:
+        if is_sparse(model):
             raise self.unsupported(
                 model,
                 'proposals that both models can be asked about, but the bbox heads of '
-                'its SparseRoIHead also need the features of its own learnt proposals',
+                'its SparseRoIHead also need the features of its own learnt proposals '
+                '(mmdist.QueryLogits compares it)',
             )
         return roi_head
 

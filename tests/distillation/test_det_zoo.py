@@ -189,7 +189,6 @@ MORE = {
 
 TRACKER = 'mmdist does not know what to compare for a {}.*SingleStageDetector.*own_comp'
 PROMPT = 'cannot compare a {}.*own_comparison.md|{} scores the words of a prompt'
-LEARNT_PROPOSALS = 'RoILogits cannot compare a {}.*features of its own learnt proposals'
 # A pattern of each message.
 REFUSED = {
     'deepsort': TRACKER,
@@ -201,10 +200,8 @@ REFUSED = {
     'mm_grounding_dino': PROMPT,
     'ocsort': TRACKER,
     'qdtrack': TRACKER,
-    'queryinst': LEARNT_PROPOSALS,
     'reid': TRACKER,
     'soft_teacher': TRACKER,
-    'sparse_rcnn': LEARNT_PROPOSALS,
 }
 # They need detectron2, lap, mmpretrain or transformers: the bare class is refused.
 NOT_BUILT_HERE = {

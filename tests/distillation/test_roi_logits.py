@@ -257,3 +257,12 @@ def test_models_without_proposals_are_refused_by_name():
         build_pair(RETINANET, FASTER, roi())
     with pytest.raises(ValueError, match='cannot compare a RetinaNet'):
         build_pair(FASTER, RETINANET, roi())
+
+
+def test_learnt_proposals_are_refused_by_name():
+    sparse = 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py'
+    with pytest.raises(
+        ValueError,
+        match=r'compare a SparseRCNN.*own learnt proposals \(mmdist.QueryLogits comp',
+    ):
+        build_pair(sparse, distill=roi())
