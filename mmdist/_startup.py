@@ -56,16 +56,16 @@ class _Finder:
 def _complete_packages(utils) -> None:
     """Add mmdist to the table, and mend entries that another distribution provides."""
     table = utils.MODULE2PACKAGE
-    # No distribution is called 'mmdist.registry', so mmengine takes the directory
-    # of that module, where `.mim` lies, in an editable install too.
-    table['mmdist'] = 'mmdist.registry'
+    # No distribution is called 'mmdist.version', so mmengine takes the directory of
+    # that module, where `.mim` lies, in an editable install too.
+    table['mmdist'] = 'mmdist.version'
     for module, package in table.items():
         # The onedl fork and bare checkouts provide `mmseg` without a distribution
         # 'mmsegmentation'; mmengine then finds no config, and mmengine.hub would
-        # install upstream over the fork. The module's directory serves there too.
+        # install upstream over the fork. All these libraries have a version.py.
         try:
             if '.' not in package and _exists(module) and not _is_known(package):
-                table[module] = f'{module}.registry'
+                table[module] = f'{module}.version'
         except Exception:  # an oddly installed package is none of our business
             continue
 

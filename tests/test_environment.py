@@ -54,7 +54,7 @@ MODULES = {
     'mmseg/apis.py': 'import ftfy, regex',
     'mmengine/__init__.py': '',
     'mmengine/config/__init__.py': '',
-    'mmengine/config/utils.py': 'MODULE2PACKAGE = {"mmdist": "mmdist.registry"}',
+    'mmengine/config/utils.py': 'MODULE2PACKAGE = {"mmdist": "mmdist.version"}',
 }
 FORK = {
     'mmengine': 'onedl-mmengine',

@@ -186,8 +186,8 @@ def test_fork_provides_mmseg_under_another_distribution(wheel, tmp_path):
     code = 'from mmengine.config.utils import MODULE2PACKAGE as t; print(t)'
     assert eval(run(python, '-c', code, cwd=tmp_path)) == {
         'mmdet': 'mmdet',
-        'mmseg': 'mmseg.registry',
+        'mmseg': 'mmseg.version',
         'mmpretrain': 'mmpretrain',
         'mmaction': 'mmaction2',
-        'mmdist': 'mmdist.registry',
+        'mmdist': 'mmdist.version',
     }
