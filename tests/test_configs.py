@@ -226,9 +226,6 @@ def test_one_training_step_at_full_size(path):
     for name in model.distill:
         assert losses[f'loss_{name}'] > 0
         assert shapes[name]
-    # What was compared reached the student's backbone.
-    gradients = [p.grad for p in model.backbone.parameters() if p.grad is not None]
-    assert any(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 USER_CONFIG = """\

@@ -228,7 +228,8 @@ def _describe(model: nn.Module) -> str:
             parts.append(getattr(model, head))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     names = [type(part).__name__ for part in parts]
-    return f'{type(model).__name__} of {", ".join(names)}; {millions:.1f} M parameters'
+    name = type(model).__name__.removeprefix('Distilled')
+    return f'{name} of {", ".join(names)}; {millions:.1f} M parameters'
 
 
 def main() -> None:

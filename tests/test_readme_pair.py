@@ -1,0 +1,92 @@
+"""The section "Your own pair" of the README, executed as it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a test cannot have: the network, and the time for images of full size.
+SMALL = (
+    'model.teacher.checkpoint=teacher.pth',
+    'model.student.backbone.init_cfg=None',
+    'train_dataloader.dataset.pipeline.2.scale=(128,96)',
+    'val_dataloader.dataset.pipeline.1.scale=(128,96)',
+    'train_cfg.max_epochs=1',
+    'default_hooks.logger.interval=1',
+)
+
+
+@pytest.fixture(scope='module')
+def section() -> str:
+    text = (ROOT / 'README.md').read_text()
+    return re.search(r'^## Your own pair\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
+
+
+def blocks(section: str, language: str) -> list[str]:
+    return re.findall(rf'^```{language}\n(.*?)^```', section, re.M | re.S)
+
+
+@pytest.fixture
+def folder(coco_root, tmp_path) -> Path:
+    """A directory with data/coco in it, four images instead of 118,000."""
+    data = tmp_path / 'data' / 'coco'
+    (data / 'annotations').mkdir(parents=True)
+    names = CocoDataset.METAINFO['classes']
+    content = json.loads((coco_root / 'train.json').read_text())
+    ids = {c['id']: names.index(c['name']) + 1 for c in content['categories']}
+    content['categories'] = [dict(id=i + 1, name=name) for i, name in enumerate(names)]
+    for annotation in content['annotations']:
+        annotation['category_id'] = ids[annotation['category_id']]
+    for part in ('train2017', 'val2017'):
+        (data / part).symlink_to(coco_root / 'images')
+        (data / 'annotations' / f'instances_{part}.json').write_text(
+            json.dumps(content)
+        )
+    return tmp_path
+
+
+def test_as_written(section, folder):
+    (config,) = blocks(section, 'python')
+    (folder / 'my_pair.py').write_text(config)
+    assert len(config.splitlines()) <= 12
+
+    # A teacher of its very config; its weights are random.
+    teacher = Config.fromfile(folder / 'my_pair.py').model.teacher
+    assert teacher.checkpoint.startswith('https://')
+    teacher_config = Config.fromstring(f'_base_ = {teacher.config!r}', '.py')
+    teacher_config.model.backbone.init_cfg = None
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(teacher_config.model)
+    torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'teacher.pth')
+
+    commands = '\n'.join(blocks(section, 'shell')).splitlines()
+    assert 'python tools/train.py my_pair.py' in commands
+    for command in commands:
+        program, script, *args = shlex.split(command)
+        assert program == 'python' and (ROOT / script).exists()
+        if script == 'tools/train.py':
+            args += ['--cfg-options', *SMALL]
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *args],
+            cwd=folder,
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    log = next((folder / 'work_dirs' / 'my_pair').glob('*/*.log')).read_text()
+    assert len(re.findall(r'Epoch\(train\).*loss_dist: [\d.]+', log)) == 2
+    assert 'Epoch(val) [1]' in log
+    assert (folder / 'work_dirs' / 'my_pair' / 'epoch_1.pth').exists()
