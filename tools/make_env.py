@@ -163,12 +163,12 @@ class Builder:
     def stamp(self) -> str:
         """Changes with whatever a finished environment was made from."""
         digest = hashlib.sha256(f'{self.cuda}'.encode())
-        # pyproject and what lies in site-packages: they ask for a new install of mmdist
+        # what lies in site-packages asks for a new install of mmdist
         for path in (
             self.requirements,
-            ROOT / 'pyproject.toml',
             ROOT / 'mmdist.pth',
-            ROOT / '_mmdist_startup.py',
+            ROOT / 'mmdist/_startup.py',
+            ROOT / 'mmdist/version.py',
         ):
             digest.update(path.read_bytes())
         return digest.hexdigest()
