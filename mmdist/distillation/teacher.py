@@ -121,9 +121,11 @@ class Teacher:
             load_strictly(model, checkpoint, self.checkpoint)
             self.class_names = class_names_of_checkpoint(checkpoint) or self.class_names
         model.requires_grad_(False).eval()
-        model.to(next(student.parameters()).device, self.dtype)
+        model.to(next(student.parameters()).device)
+        # LD's own `to` takes a device alone.
+        nn.Module.to(model, self.dtype)
         if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+            nn.Module.to(model, memory_format=torch.channels_last)
         if self.compile:
             for part in ('backbone', 'neck'):
                 if hasattr(model, part):

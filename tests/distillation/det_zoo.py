@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mmdet
 import torch
+from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 from mmdet.utils import register_all_modules
@@ -146,6 +147,9 @@ def _spread(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if 'backbone' not in name and parameter.ndim > 1 and parameter.std() < 0.02:
             nn.init.kaiming_normal_(parameter)
+    for module in model.modules():
+        if isinstance(module, TridentConv):  # mmdet never initialises it
+            nn.init.kaiming_normal_(module.weight)
 
 
 def _calibrate(model: nn.Module, sizes: Sizes) -> None:

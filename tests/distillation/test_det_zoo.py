@@ -257,7 +257,7 @@ def take_a_step(path: str, case: Case) -> None:
     for relation, counts in (('inter', model.distill['dist'].loss.beta), ('intra', 1)):
         values = [v for k, v in losses.items() if re.match(f'dist.*_{relation}', k)]
         assert len(values) == len(terms)
-        assert not counts or all(value != 0 for value in values), 'a constant'
+        assert not counts or all(value != 0 for value in values), losses
     torch.stack(terms).sum().backward()
     norms = [p.grad.norm() for p in model.backbone.parameters() if p.grad is not None]
     assert torch.stack(norms).isfinite().all()
