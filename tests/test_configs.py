@@ -6,12 +6,14 @@ import re
 import runpy
 import subprocess
 import sys
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DefaultScope
 from mmengine.utils import get_installed_path
 from torch import nn
@@ -55,8 +57,7 @@ def load(path: str | Path) -> Config:
 def in_library(config: str) -> list[dict]:
     """The metafile's entries of `mmdet::x/y.py`."""
     module, path = config.split('::')
-    package = {'mmdet': 'mmdet', 'mmseg': 'mmsegmentation'}[module]
-    return listed(package)[f'configs/{path}']
+    return listed(MODULE2PACKAGE[module])[f'configs/{path}']
 
 
 def zoo() -> list[dict]:
@@ -91,7 +92,7 @@ def test_loads_dumps_and_builds(path, tmp_path, uninitialized):
     assert Config.fromfile(tmp_path / 'dumped.py')._cfg_dict == config._cfg_dict
 
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        model = MODELS.build(config.model)
+        model = MODELS.build(deepcopy(config.model))  # models write into it
     if config.model.type == 'mmdist.Distiller':
         assert type(model).__name__.startswith('Distilled')
         assert type(model.teacher.build()).__name__
