@@ -96,8 +96,9 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     """
     model = without_pretrained(model)
     model.teacher.update(checkpoint=None, allow_random=True)
-    if model.student.data_preprocessor.get('size') is not None:
-        model.student.data_preprocessor.size = SIZE
+    preprocessor = model.student.get('data_preprocessor') or {}
+    if preprocessor.get('size') is not None:
+        preprocessor['size'] = SIZE
     with DefaultScope.overwrite_default_scope(scope):
         pair = revert_sync_batchnorm(MODELS.build(model))
         pair.init_weights()
@@ -243,6 +244,8 @@ def main() -> None:
         classes = class_names_of_config(student)
         if classes is None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
+        if 'data_preprocessor' in student:  # as the Runner does
+            student.model.setdefault('data_preprocessor', student.data_preprocessor)
         model = build_pair(
             Config(
                 dict(
@@ -254,7 +257,7 @@ def main() -> None:
             student.get('default_scope'),
         )
         losses, shapes = run_step(model, classes)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f'This pair does not work.\n{error}') from None
     for key, value in findings(model, classes, losses, shapes).items():
         print(f'{key:14} {value}')
