@@ -153,7 +153,8 @@ class DenseLogits(Comparison):
         pairs = []
         for student, teacher in zip(students, teachers, strict=True):
             mask = step.valid_mask(*student.shape[-2:]) if self.ignore_mask else None
-            if not student.shape[2] == teacher.shape[2] == 1:  # an RPN knows no classes
+            # Two RPNs know no classes, so there is nothing to match.
+            if not student_head.num_classes == teacher_head.num_classes == 1:
                 student, teacher = step.classes.select(student, teacher, dim=2)
             if self.anchors == 'joint':
                 if softmax and student.shape[1] > 1:

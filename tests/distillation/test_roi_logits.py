@@ -5,8 +5,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair
+from det_zoo import batch, build_pair, model_config
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
 from scipy.stats import pearsonr
+from test_det_zoo import few_proposals
 from torch import nn
 
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -15,6 +19,7 @@ CASCADE_MASK = 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'
 OHEM = 'faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py'
 HTC = 'htc/htc_r50_fpn_1x_coco.py'
 SEESAW = 'seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py'
+TRIDENT = 'tridentnet/tridentnet_r50-caffe_1x_coco.py'
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 
 # Where all classes are about as likely, the default eps shows in the fifth digit.
@@ -266,3 +271,66 @@ def test_learnt_proposals_are_refused_by_name():
         match=r'compare a SparseRCNN.*own learnt proposals \(mmdist.QueryLogits comp',
     ):
         build_pair(sparse, distill=roi())
+
+
+def test_the_one_branch_of_a_trident_teacher_is_asked_about_all_of_the_student():
+    """The student trains on one copy of the batch per branch; rois count through."""
+    sizes = ((64, 64), (64, 64))
+    model = build_pair(
+        TRIDENT, distill=roi(), factors=(1, 1), edit=few_proposals, sizes=sizes
+    )
+    seen = Seen(
+        given=model.roi_head.bbox_roi_extractor,
+        asked=model.teacher.model.roi_head.bbox_roi_extractor,
+    )
+    model(**batch(model, sizes), mode='loss')
+    (given,), (asked,) = ([args[1] for args in x] for x in seen.inputs.values())
+    assert set(given[:, 0].tolist()) == {0, 1, 2, 3, 4, 5}
+    assert asked[:, 0].tolist() == [i % 2 for i in given[:, 0].tolist()]
+    assert torch.equal(asked[:, 1:], given[:, 1:])
+
+
+def test_a_runner_trains_it_and_its_checkpoint_is_the_students(
+    coco_root, det_config, tmp_path
+):
+    config = Config.fromstring(det_config, '.py')
+    config.work_dir = str(tmp_path)
+    config.train_cfg.max_epochs = 1
+
+    def model(path, factor):
+        model = model_config(path, factor)
+        heads = model.roi_head.bbox_head
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.num_classes = 3
+        return model
+
+    student = model(FASTER, 8)
+    classes = ('dog', 'person', 'car')  # of the teacher, in an order of its own
+    dataset = dict(type='CocoDataset', metainfo=dict(classes=classes))
+    teacher = Config(
+        dict(
+            default_scope='mmdet',
+            model=model(CASCADE, 4),
+            train_dataloader=dict(dataset=dataset),
+        )
+    )
+    teacher.dump(tmp_path / 'teacher.py')
+    config.model = dict(
+        type='mmdist.Distiller',
+        student=student,
+        teacher=dict(config=str(tmp_path / 'teacher.py'), allow_random=True),
+        distill=dict(
+            cls=dict(type='mmdist.RoILogits', stage='mean'),
+            rpn=dict(type='mmdist.DenseLogits', student='rpn_head'),
+        ),
+    )
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert runner.model.teacher.classes.teacher == [1, 2, 0]
+    logged = runner.message_hub.log_scalars
+    for key in ('loss_cls_distill', 'cls_inter', 'loss_rpn', 'rpn_intra'):
+        assert np.isfinite(logged[f'train/{key}'].data[0]).all()
+
+    plain = MODELS.build(student)
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    plain.load_state_dict(checkpoint['state_dict'])
