@@ -138,7 +138,10 @@ def test_metafile_says_what_the_config_does(entry):
     assert METHODS.get(entry['In Collection']) == (
         path.stem.split('_')[0] if 'student' in model else None
     )
-    assert student == load(entry['Student']['Config']).model
+    library = deepcopy(load(entry['Student']['Config']).model)
+    if path.stem.startswith('dist_pidnet'):  # the config says why
+        library.decode_head.loss_decode[0].class_weight = None
+    assert student == library
     sides = [entry['Student']]
     if 'student' in model:
         assert entry['Teacher']['Config'] == model.teacher.config
