@@ -210,9 +210,8 @@ def test_weights_of_another_architecture_stop_before_the_first_step(config):
         build(config)
 
 
+@pytest.mark.parametrize('family', ['det'], indirect=True)  # it has a loss_cls
 def test_an_entry_named_like_a_loss_of_the_student_replaces_nothing(config):
-    if config.default_scope != 'mmdet':
-        pytest.skip('only detectors have a loss_cls')
     plain, data = build(config, distilled=False), batch(config)
     config.model.distill = dict(cls=dict(type='mmdist.DenseLogits'))
     losses = losses_of(build(config), data)
