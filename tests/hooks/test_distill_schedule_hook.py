@@ -91,5 +91,5 @@ def test_it_refuses_a_model_that_is_not_distilled(det_config, tmp_path):
     )
     cfg = Config.fromfile(path)
     cfg.work_dir = str(tmp_path)
-    with pytest.raises(TypeError, match=r'schedules a model of type `mmdist\.Distiller`'):
+    with pytest.raises(TypeError, match=r'type `mmdist\.Distiller`, but'):
         Runner.from_cfg(cfg).train()
