@@ -28,10 +28,10 @@ quickstart: env
 	$(PY) tools/quickstart.py
 
 test: env
-	$(PY) -m pytest -m 'not slow and not gpu'
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
 
 test-all: env
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: env
 	$(PY) -m ruff check .

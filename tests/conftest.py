@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+
+# One thread each: small tensors gain nothing by more, and tests run side by side. Set
+# before numpy and torch are loaded, and handed down to the processes that tests start.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import cv2
 import numpy as np
