@@ -73,7 +73,7 @@ def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
         path: Where it came from, for the message.
 
     Raises:
-        RuntimeError: It lists up to ten keys of each sort.
+        RuntimeError: It lists up to ten keys of each sort. Or a weight is not finite.
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.'  # saved from within DistributedDataParallel
@@ -116,3 +116,14 @@ def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
             'trained with (backbone, depth, neck, number of classes).'
         )
         raise RuntimeError('\n'.join(lines))
+    broken = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if broken:
+        raise RuntimeError(
+            f'The weights in {path!r} are broken: {len(broken)} of them hold NaN or '
+            f'infinite values ({", ".join(broken[:10])}). Its training diverged; take '
+            'an earlier checkpoint of it.'
+        )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmengine.model import BaseModule
@@ -195,6 +196,47 @@ class Comparison(BaseModule):
         if not len(student):  # the mean of nothing is NaN in most losses
             return pair.student.sum() * 0
         return self.loss(student, teacher)
+
+
+def build_comparison(name: str, cfg: dict) -> Comparison:
+    """Build an entry of ``distill``.
+
+    Args:
+        name: The entry's name.
+        cfg: Its config, with a ``type``.
+
+    Raises:
+        ValueError: There is no such kind, or it has no such argument.
+    """
+    kinds = sorted(
+        f'mmdist.{key}'
+        for key, cls in MODELS.module_dict.items()
+        if inspect.isclass(cls) and issubclass(cls, Comparison)
+    )
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    with MODELS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(kind) if isinstance(kind, str) else kind
+    if not (inspect.isclass(cls) and issubclass(cls, Comparison)):
+        raise ValueError(
+            f'`distill.{name}` says what to compare by its `type`, but there is no '
+            f'{kind!r} that compares.{_did_you_mean(str(kind).split(".")[-1], kinds)} '
+            f'mmdist has {", ".join(kinds)}; for one of your own see `custom_imports` '
+            'and docs/own_comparison.md.'
+        )
+    takes = inspect.signature(cls).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        for key in cfg.keys() - takes.keys() - {'type', '_scope_'}:
+            raise ValueError(
+                f'`distill.{name}`: {cls.__name__} has no argument {key!r}.'
+                f'{_did_you_mean(key, takes)} It takes {", ".join(takes)}.'
+            )
+    return MODELS.build(dict(cfg))
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    bare = {name.rsplit('.')[-1]: name for name in known}
+    close = difflib.get_close_matches(word, bare, n=1)
+    return f' Did you mean {bare[close[0]]!r}?' if close else ''
 
 
 def rows(logits: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .comparison import Comparison
+from .comparison import Comparison, build_comparison
 from .record import Recorder
 from .step import Step
 from .teacher import Teacher
@@ -65,7 +65,7 @@ def build_distiller(
     _check_names(distill)
     teacher = Teacher(**teacher)
     comparisons = nn.ModuleDict(
-        {name: MODELS.build(dict(cfg)) for name, cfg in distill.items()}
+        {name: build_comparison(name, cfg) for name, cfg in distill.items()}
     )
     for comparison in comparisons.values():
         comparison.bind(model, teacher)

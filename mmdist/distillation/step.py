@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .record import Call, Recorder
 from .teacher import Teacher
@@ -62,12 +63,22 @@ class Step:
         """
         calls = self._recorder.calls(module)
         if not calls:
-            names = [name for name, m in self.student.named_modules() if m is module]
             raise RuntimeError(
-                f'The student did not run its `{names[0]}` while it computed its loss, '
-                'so there is nothing to distil. Compare another module.'
+                f'The student did not run its `{self._name(module)}` while it computed '
+                'its loss, so there is nothing to distil. Compare another module.'
+            )
+        if torch.is_grad_enabled() and _lost_gradient(module, calls):
+            raise RuntimeError(
+                'What the student returned from its '
+                f'`{self._name(module)}` carries no gradient, so there is nothing '
+                'to learn. It runs within activation checkpointing (`with_cp` or '
+                '`activation_checkpointing`): compare the module around it, or turn '
+                'the checkpointing off there.'
             )
         return calls
+
+    def _name(self, module: nn.Module) -> str:
+        return next(n for n, m in self.student.named_modules() if m is module)
 
     def has_run(self, module: nn.Module) -> bool:
         """Whether the student ran ``module`` in its own loss pass."""
@@ -147,3 +158,15 @@ class Step:
             columns = math.ceil(valid_w * width / full_w - 0.5)
             cells[:rows, :columns] = True
         return mask
+
+
+def _lost_gradient(module: nn.Module, calls: list[Call]) -> bool:
+    """Whether a module that is trained returned tensors that cannot train it."""
+    if not any(p.requires_grad for p in module.parameters()):
+        return False
+    outputs = [
+        x
+        for x in tree_leaves([call.output for call in calls])
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    return bool(outputs) and not any(x.requires_grad for x in outputs)

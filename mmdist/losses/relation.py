@@ -211,9 +211,9 @@ def check_teacher(logits: Tensor) -> None:
     if logits.numel() == 0:
         return
     message = (
-        'The teacher gave logits with NaN or inf. Check its checkpoint and that its '
-        'data_preprocessor (mean, std, channel order) is the one it was trained with; '
-        'if it runs in fp16, run it in bf16 or fp32.'
+        'The teacher gave logits with NaN or inf. Check that the images hold none, its '
+        'checkpoint, and that its data_preprocessor (mean, std, channel order) is the '
+        'one it was trained with; if it runs in fp16, run it in bf16 or fp32.'
     )
     # NaN and inf show in the extremes, which need one pass and no copy
     finite = torch.stack(logits.aminmax()).isfinite().all()
