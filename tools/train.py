@@ -6,10 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-import mmdist  # noqa: F401  (checks the environment, lets torch resume safely)
+from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,6 +62,36 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def earlier_run(cfg: Config) -> tuple[str, dict] | None:
+    """What to resume from, if that is wanted; nothing of another run is mixed in."""
+    if cfg.get('resume') and cfg.get('load_from'):
+        found = cfg.load_from, load_checkpoint(cfg.load_from)
+    else:
+        found = last_whole_checkpoint(cfg.work_dir)
+    if not cfg.get('resume'):
+        if found:
+            refuse_other_config(cfg, *reversed(found))
+        return None
+    if found:
+        path, checkpoint = found
+        cfg.load_from = path
+        # The data come in an order that hangs on the seed, and the Runner makes the
+        # loader before it reads the seed of the checkpoint.
+        if cfg.get('randomness', {}).get('seed') is None:
+            cfg.merge_from_dict({'randomness.seed': checkpoint['meta']['seed']})
+    return found
+
+
+def use_cpus(cfg: Config) -> None:
+    """Let several processes train without a GPU; mmengine's launchers want one each."""
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,  # as mmengine has it without a wrapper's config
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    ) | dict(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
+
+
 def main() -> None:
     args = parse_args()
     cfg = load_config(args)
@@ -75,7 +108,19 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    Runner.from_cfg(cfg).train()
+    hooks = cfg.get('custom_hooks') or []
+    if all(hook.get('type') != 'mmdist.IterSeedHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='mmdist.IterSeedHook')]
+    found = earlier_run(cfg)
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        use_cpus(cfg)
+    runner = Runner.from_cfg(cfg)
+    if found:
+        wrapped = is_model_wrapper(runner.model)
+        model = runner.model.module if wrapped else runner.model
+        check_fits(model, *reversed(found))
+    del found
+    runner.train()
 
 
 if __name__ == '__main__':

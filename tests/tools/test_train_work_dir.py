@@ -1,0 +1,79 @@
+"""`tools/train.py` in a work_dir where another run has been."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+SPEC = importlib.util.spec_from_file_location(
+    'tools_train', Path(__file__).parents[2] / 'tools' / 'train.py'
+)
+tools_train = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tools_train)
+
+CONFIG = """
+_base_ = './student.py'
+train_cfg = dict(max_iters=3)
+val_dataloader = None
+val_cfg = None
+val_evaluator = None
+randomness = dict(seed=None)
+"""
+
+
+@pytest.fixture(scope='module')
+def run(seg_config, tmp_path_factory):
+    """Calls tools/train.py in a copy of a folder in which it has trained."""
+    folder = tmp_path_factory.mktemp('trained')
+    (folder / 'student.py').write_text(seg_config)
+    (folder / 'config.py').write_text(CONFIG)
+
+    def run(work_dir: Path, *args: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            argv = ['train.py', str(folder / 'config.py'), '--work-dir', str(work_dir)]
+            patch.setattr('sys.argv', [*argv, *args])
+            patch.setenv('LOCAL_RANK', '0')
+            tools_train.main()
+
+    run(folder / 'work')
+    run.trained = folder / 'work'
+    return run
+
+
+@pytest.fixture
+def work_dir(run, tmp_path) -> Path:
+    return shutil.copytree(run.trained, tmp_path / 'work')
+
+
+def log_of(work_dir: Path) -> str:
+    """The log of the last run."""
+    return max(work_dir.glob('*/*.log'), key=lambda x: x.stat().st_mtime).read_text()
+
+
+def test_another_config_does_not_overwrite_the_checkpoints(run, work_dir):
+    before = (work_dir / 'iter_3.pth').stat().st_mtime
+    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+        run(work_dir, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
+    assert (work_dir / 'iter_3.pth').stat().st_mtime == before
+    run(work_dir)  # the same config may be run again, as ever
+
+
+def test_another_model_does_not_resume(run, work_dir):
+    options = ['model.decode_head.channels=8', 'train_cfg.max_iters=5']
+    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+        run(work_dir, '--resume', '--cfg-options', *options)
+
+
+def test_resume_takes_the_last_whole_checkpoint_and_its_seed(run, work_dir):
+    seed = torch.load(work_dir / 'iter_2.pth')['meta']['seed']
+    last = work_dir / 'iter_3.pth'
+    last.write_bytes(last.read_bytes()[:-300])
+    run(work_dir, '--resume')
+    log = log_of(work_dir)
+    assert 'resumed epoch: 0, iter: 2' in log
+    assert f'seed={seed}' in log
+    assert torch.load(last)['meta']['seed'] == seed  # whole again
