@@ -1,0 +1,54 @@
+"""Distilled configs that are quick to train, and Runners that are watched."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from mmengine.config import Config
+from watch import WatchHook
+
+DISTILLED = """
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher=dict(config={student!r}, allow_random=True))
+custom_hooks = [dict(type='WatchHook')]
+val_dataloader = None
+val_cfg = None
+val_evaluator = None
+"""
+
+
+@pytest.fixture(scope='module')
+def make_config(det_config, seg_config, tmp_path_factory):
+    """Makes a distilled config of a family: its path, to be changed by options."""
+    folder = tmp_path_factory.mktemp('configs')
+    paths = {}
+    for family, text in dict(det=det_config, seg=seg_config).items():
+        (folder / family).mkdir()
+        student = folder / family / 'student.py'
+        student.write_text(text)
+        paths[family] = folder / family / 'distilled.py'
+        paths[family].write_text(DISTILLED.format(student=str(student)))
+
+    def make(family: str, work_dir, **options) -> Config:
+        cfg = Config.fromfile(paths[family])
+        cfg.work_dir = os.fspath(work_dir)
+        cfg.merge_from_dict(options)
+        return cfg
+
+    return make
+
+
+@pytest.fixture(scope='module')
+def train():
+    """Trains and returns the Runner and what the WatchHook saw."""
+    from mmengine.runner import Runner
+
+    def train(cfg: Config) -> tuple[Runner, WatchHook]:
+        runner = Runner.from_cfg(cfg)
+        runner.train()
+        return runner, next(h for h in runner.hooks if isinstance(h, WatchHook))
+
+    return train

@@ -1,0 +1,221 @@
+"""Bad input: each row of docs/reliability.md that no other test holds."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import Runner
+from watch import WatchHook, in_processes
+
+from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.work_dir import last_whole_checkpoint
+
+SCOPES = dict(det='mmdet', seg='mmseg')
+KINDS = dict(det='DenseLogits', seg='SegLogits')
+
+
+@pytest.fixture(params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
+def build(cfg: Config):
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    return model.train()
+
+
+def batch(cfg: Config, size: int = 2) -> dict:
+    init_default_scope(cfg.default_scope)
+    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    return pseudo_collate([dataset[i] for i in range(size)])
+
+
+def losses_of(model, data: dict) -> dict:
+    losses = model(**model.data_preprocessor(data, True), mode='loss')
+    return {k: sum(v) if isinstance(v, list) else v for k, v in losses.items()}
+
+
+def assert_trains(model, data: dict) -> dict:
+    """Losses and gradients of a step are finite."""
+    losses = losses_of(model, data)
+    assert all(value.isfinite().all() for value in losses.values()), losses
+    sum(v for k, v in losses.items() if 'loss' in k).backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert all(grad.isfinite().all() for grad in grads)
+    return losses
+
+
+# ---- the config ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('path', ['nowhere.py', 'mmdet::retinanet/nowhere.py'])
+def test_a_teacher_config_that_does_not_exist(make_config, tmp_path, path):
+    cfg = make_config('det', tmp_path)
+    cfg.model.teacher.config = path
+    with pytest.raises(FileNotFoundError, match=r'nowhere\.py'):
+        build(cfg)
+
+
+@pytest.mark.parametrize(
+    ('entry', 'message'),
+    [
+        (dict(type='mmdist.SegLogit'), r"Did you mean 'mmdist\.SegLogits'\?"),
+        (dict(type='DenseLogits'), r"no 'DenseLogits' .*mean 'mmdist\.DenseLogits'\?"),
+        (dict(type='mmdist.Attention'), r"no 'mmdist\.Attention' .* mmdist has "),
+        (dict(type='mmdist.DISTLoss'), r"no 'mmdist\.DISTLoss' that compares"),
+        (dict(loss=dict(type='mmdist.DISTLoss')), r'`distill\.dist` says what .* None'),
+        ('mmdist.SegLogits', r'`distill\.dist` says what to compare by its `type`'),
+        (
+            dict(type='mmdist.SegLogits', max_row=3),
+            r"SegLogits has no argument 'max_row'\. Did you mean 'max_rows'\? It takes",
+        ),
+    ],
+)
+def test_an_entry_of_distill_that_is_wrong(make_config, tmp_path, entry, message):
+    cfg = make_config('seg', tmp_path)
+    cfg.model.distill = dict(dist=entry)
+    with pytest.raises(ValueError, match=message):
+        build(cfg)
+
+
+# ---- the teacher ---------------------------------------------------------------------
+
+
+def test_a_teacher_with_nan_in_its_weights(make_config, tmp_path, family):
+    cfg = make_config(family, tmp_path)
+    init_default_scope(SCOPES[family])
+    state = MODELS.build(cfg.model.student).state_dict()
+    state['backbone.layer1.0.conv1.weight'][0, 0] = float('nan')
+    cfg.model.teacher.checkpoint = str(tmp_path / 'teacher.pth')
+    torch.save(dict(state_dict=state), tmp_path / 'teacher.pth')
+    with pytest.raises(RuntimeError, match=r'NaN or infinite .*layer1\.0\.conv1'):
+        build(cfg)
+
+
+@pytest.mark.parametrize('whose', ['images', 'teacher', 'student'])
+def test_nan_is_not_hidden(make_config, tmp_path, family, whose):
+    """Whatever the losses mask and clamp."""
+    cfg = make_config(family, tmp_path)
+    model, data = build(cfg), batch(cfg)
+    if whose == 'images':
+        data['inputs'] = [x.float() for x in data['inputs']]
+        data['inputs'][0][0, 50, 60] = float('nan')
+    else:  # a teacher that overflows, in half precision for instance
+        broken = model if whose == 'student' else model.teacher.model
+        head = broken.bbox_head if family == 'det' else broken.decode_head
+        next(head.parameters()).data.fill_(float('nan'))
+    if whose == 'student':
+        assert losses_of(model, data)['loss_dist'].isnan()
+        return
+    with pytest.raises(ValueError, match=r'teacher gave .* NaN or inf.*images'):
+        losses_of(model, data)
+
+
+def test_the_hook_of_mmdet_stops_at_nan(make_config, tmp_path):
+    """It serves segmentors as well."""
+    cfg = make_config(
+        'seg', tmp_path,
+        custom_hooks=[dict(type='mmdet.CheckInvalidLossHook', interval=1)],
+    )  # fmt: skip
+    cfg.optim_wrapper.optimizer.lr = float('nan')
+    with pytest.raises(AssertionError):
+        Runner.from_cfg(cfg).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'loss become infinite or NaN!' in log
+
+
+# ---- images and labels ---------------------------------------------------------------
+
+
+def test_images_without_ground_truth(make_config, tmp_path, family):
+    """A detector learns from its teacher there; void pixels are left out."""
+    cfg = make_config(family, tmp_path)
+    data = batch(cfg)
+    for sample in data['data_samples']:
+        if family == 'det':
+            sample.gt_instances = sample.gt_instances[:0]
+        else:
+            sample.gt_sem_seg.data.fill_(255)
+    losses = assert_trains(build(cfg), data)
+    assert (losses['loss_dist'] > 0) == (family == 'det')
+
+
+def test_images_smaller_than_the_stride(make_config, tmp_path, family):
+    options = (
+        {} if family == 'det' else {'model.student.data_preprocessor.size': (7, 5)}
+    )
+    cfg = make_config(family, tmp_path, **options)
+    cfg.train_dataloader.dataset.pipeline.insert(
+        2, dict(type='Resize', scale=(5, 7), keep_ratio=False)
+    )
+    data = batch(cfg)
+    assert data['inputs'][0].shape[-2:] == (7, 5)
+    assert_trains(build(cfg), data)
+
+
+def test_a_batch_of_one_with_batch_norm(make_config, tmp_path):
+    """PSPNet pools to a single value, which batch norm cannot train on: its own error.
+
+    The teacher is in eval, and a student without such a layer trains.
+    """
+    cfg = make_config('seg', tmp_path)
+    data = batch(cfg, size=1)
+    for config in (cfg.model, cfg.model.student):
+        init_default_scope('mmseg')
+        model = MODELS.build(config).train()
+        with pytest.raises(ValueError, match='more than 1 value per channel'):
+            losses_of(model, dict(data))
+    student = cfg.model.student
+    student.decode_head.update(type='FCNHead', num_convs=1)
+    student.decode_head.pop('pool_scales')
+    assert_trains(build(cfg), dict(data))
+    det = make_config('det', tmp_path)
+    assert_trains(build(det), batch(det, size=1))
+
+
+# ---- files ---------------------------------------------------------------------------
+
+
+def test_a_work_dir_that_is_not_writable(make_config, tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(OSError, match=r'file/work'):
+        Runner.from_cfg(make_config('seg', tmp_path / 'file' / 'work'))
+
+
+def train_until_the_disk_is_full(cfg: Config) -> str:
+    def fill(runner, _):
+        if runner.iter == 2:  # of the checkpoint after the next iteration, half fits
+            size = (Path(cfg.work_dir) / 'iter_2.pth').stat().st_size // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    WatchHook.after = fill
+    try:
+        Runner.from_cfg(cfg).train()
+    except OSError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    return message
+
+
+def test_a_disk_that_is_full(make_config, tmp_path):
+    """The training stops with the system's word for it, and can be resumed."""
+    cfg = make_config('seg', tmp_path / 'work')
+    (message,) = in_processes(train_until_the_disk_is_full, cfg, folder=tmp_path)
+    assert 'too large' in message  # of a real disk: no space left on device
+    assert (tmp_path / 'work' / 'iter_4.pth').exists()
+    path, checkpoint = last_whole_checkpoint(tmp_path / 'work')
+    assert path.endswith('iter_2.pth')
+    assert checkpoint['meta']['iter'] == 2
+    with pytest.raises(RuntimeError, match=r"iter_4\.pth' cannot be read: .* cut off"):
+        load_checkpoint(str(tmp_path / 'work' / 'iter_4.pth'))
