@@ -31,7 +31,13 @@ which then goes through the derivative of the activation.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,9 +46,10 @@ from torch import Tensor
 from .relation import check_teacher, compute_dtype, is_constant, sum_over_processes
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
-# it leaves the cache; 1/32 of the logits keeps its five copies a small part of the
-# memory.
-MIN_TILE, MAX_TILE = 2**17, 2**19
+# it leaves the cache. Between the two, all threads together take less memory than
+# the gradient does later.
+MIN_TILE, MAX_TILE = 100_000, 400_000
+MAX_THREADS = 8  # beyond that the calls, one at a time in Python, cost more
 
 # A spread (norm after centring / norm) at which fp32 still gives five digits of it.
 FLAT = 1e-2
@@ -97,15 +104,15 @@ class _Correlations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, mask, activation, tau, eps, group):
         dtype = compute_dtype(student, teacher)
-        parts = tiles(student)
-        rows, classes, counts = [], [], []
-        row_total = torch.zeros((), dtype=torch.float64)
-        for image, part in parts:
+        # the scores of so few logits can be kept
+        keep_scores = student.numel() <= 2 * MIN_TILE
+
+        def sums_of_tile(place: tuple[int, slice]) -> _Tile:
+            image, part = place
             keep = tile_mask(mask, image, part)
             count = part.stop - part.start if keep is None else int(keep.sum())
             if count == 0:
-                rows.append(None)
-                continue
+                return _Tile(0)
             s, t = (tile(x, image, part, keep) for x in (student, teacher))
             if not math.isfinite(t.sum(dtype=dtype)):
                 check_teacher(t)
@@ -116,22 +123,24 @@ class _Correlations(torch.autograd.Function):
                 if not (is_flat(row_sums, len(p)) or is_flat(class_sums, count)):
                     break
             corr, u, v, _ = correlation(row_sums, len(p), eps)
-            row_total += (corr if keep is None else corr * keep).sum()
-            # the scores of a single tile are small enough to be kept
-            rows.append((u, v, p, q) if len(parts) == 1 else (u, v))
-            classes.append(class_sums.double())
-            counts.append(count)
+            corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
+            kept = (p, q) if keep_scores else ()
+            return _Tile(count, corr, class_sums.double(), (u, v, *kept))
 
+        done = in_threads(sums_of_tile, tiles(student))
+        some = [x for x in done if x.count > 0]
         # the same exchanges in the same order as the plain path, which another
         # process may take
-        row_total, count = sum_over_processes(
-            torch.stack([row_total, row_total.new_tensor(sum(counts))]), group
-        )
+        counts = torch.tensor([x.count for x in some], dtype=torch.float64)
+        row_total = torch.stack([x.corr for x in some] or [counts.sum()]).sum()
+        total = torch.stack([row_total, counts.sum()])
+        row_total, count = sum_over_processes(total, group)
         count = count.clamp(min=1)
-        class_sums = combine(counts, classes, student.shape[1], group)
+        class_sums = combine(counts, [x.class_sums for x in some], student, group)
         class_corr, *class_factors = correlation(class_sums, count, eps)
         ctx.save_for_backward(student, teacher, mask)
-        ctx.saved = rows, torch.stack(class_factors), count, activation, tau, group
+        ctx.tiles = [x.saved for x in done]
+        ctx.settings = torch.stack(class_factors), count, activation, tau, group
         ctx.set_materialize_grads(False)
         return row_total / count, class_corr.mean()
 
@@ -144,36 +153,93 @@ class _Correlations(torch.autograd.Function):
                 'twice.'
             )
         student, teacher, mask = ctx.saved_tensors
-        rows, class_factors, count, activation, tau, group = ctx.saved
+        class_factors, count, activation, tau, group = ctx.settings
         # by the derivative of `logits / tau`, and as `sum_over_processes` does
         scale = (1 if group is None else dist.get_world_size(group)) / tau
         row_scale = 0.0 if grad_inter is None else float(grad_inter * scale / count)
         class_scale = 0.0 if grad_intra is None else float(grad_intra * scale)
         class_factors = class_factors * (class_scale / student.shape[1])
         grad = torch.empty_like(student)
-        for (image, part), row in zip(tiles(student), rows, strict=True):
-            if row is None:  # no row of the tile counts
+
+        def gradient_of_tile(place: tuple[int, slice], saved: tuple[Tensor, ...]):
+            image, part = place
+            if not saved:  # no row of the tile counts
                 grad[image, :, part] = 0
-                continue
-            keep = tile_mask(mask, image, part)
-            u_row, v_row, *kept = row
-            p, q = kept or (
-                scores(tile(x, image, part, keep), activation, tau, u_row.dtype)
-                for x in (student, teacher)
-            )
-            u_row, v_row = u_row * row_scale, v_row * row_scale
-            w_row = v_row * row_mean(p, activation) - u_row * row_mean(q, activation)
-            u_class, v_class, w_class = class_factors.to(p.dtype).unsqueeze(-1)
-            g = (u_class + u_row).mul_(q)
-            g.sub_((v_class + v_row).mul_(p))
-            g.add_(w_class + w_row)
-            if activation == 'softmax':
-                g.mul_(p)
-                g.addcmul_(p, g.sum(0), value=-1)
-            elif activation == 'sigmoid':
-                g = torch.ops.aten.sigmoid_backward(g, p)
-            grad[image, :, part] = g if keep is None else g.mul_(keep)
+                return
+            u, v, *kept = saved
+            dtype = u.dtype
+            u, v = u * row_scale, v * row_scale
+            u_class, v_class, w_class = class_factors.to(dtype).unsqueeze(-1)
+            # in smaller steps, since the gradient takes memory as well
+            for piece in pieces(part, 1 if kept else 5):
+                keep = tile_mask(mask, image, piece)
+                here = slice(piece.start - part.start, piece.stop - part.start)
+                if kept:
+                    p, q = (x[:, here] for x in kept)
+                else:
+                    p, q = (
+                        scores(tile(x, image, piece, keep), activation, tau, dtype)
+                        for x in (student, teacher)
+                    )
+                u_row, v_row = u[here], v[here]
+                w_row = v_row * row_mean(p, activation)
+                w_row -= u_row * row_mean(q, activation)
+                g = (u_class + u_row).mul_(q)
+                spare = None if kept else q
+                g.sub_(torch.add(v_class, v_row, out=spare).mul_(p))
+                g.add_(torch.add(w_class, w_row, out=spare))
+                if activation == 'softmax':
+                    g.mul_(p)
+                    g.addcmul_(p, g.sum(0), value=-1)
+                elif activation == 'sigmoid':
+                    g = torch.ops.aten.sigmoid_backward(g, p)
+                grad[image, :, piece] = g if keep is None else g.mul_(keep)
+
+        in_threads(gradient_of_tile, tiles(student), ctx.tiles)
         return grad, None, None, None, None, None, None
+
+
+class _Tile(NamedTuple):
+    count: int  # rows that count
+    corr: Tensor | None = None  # sum of their correlations
+    class_sums: Tensor | None = None
+    saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
+
+
+def in_threads(function: Callable, places: Sequence, *args: Sequence) -> list:
+    """Map a function over tiles, as many at once as PyTorch uses threads.
+
+    A tile is too small to share: its dozens of operations would wait for the slowest
+    thread at the end of each.
+    """
+    threads = min(torch.get_num_threads(), MAX_THREADS)
+    if threads == 1 or len(places) == 1:
+        return [function(*x) for x in zip(places, *args, strict=True)]
+    # a thread lets go of its last call a moment after the result is out; what the
+    # function refers to, such as the gradient, must be free before
+    functions = [torch.no_grad()(function)]
+    pool = _pool(os.getpid(), threads)
+    try:
+        return list(pool.map(lambda *x: functions[0](*x), places, *args))
+    finally:
+        functions.clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
+    """Threads in which PyTorch uses one core; its own number stays as it is."""
+    ready = threading.Barrier(threads + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, 'mmdist')
+    for _ in range(threads):
+        pool.submit(start)
+    ready.wait()
+    torch.set_num_threads(torch.get_num_threads())  # of threads that start later
+    return pool
 
 
 def by_image(logits: Tensor) -> Tensor:
@@ -190,13 +256,18 @@ def by_image(logits: Tensor) -> Tensor:
 def tiles(logits: Tensor) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
-    size = min(max(logits.numel() // 32, MIN_TILE), MAX_TILE)
-    step = math.ceil(positions / math.ceil(positions * classes / size))
-    return [
-        (image, slice(start, min(start + step, positions)))
-        for image in range(images)
-        for start in range(0, positions, step)
-    ]
+    threads = min(torch.get_num_threads(), MAX_THREADS)
+    size = min(max(logits.numel() // (8 * threads), MIN_TILE), MAX_TILE)
+    number = math.ceil(positions * classes / size)
+    whole = slice(0, positions)
+    return [(image, p) for image in range(images) for p in pieces(whole, number)]
+
+
+def pieces(part: slice, number: int) -> list[slice]:
+    """At most so many parts of about the same length."""
+    step = math.ceil((part.stop - part.start) / number)
+    starts = range(part.start, part.stop, step)
+    return [slice(start, min(start + step, part.stop)) for start in starts]
 
 
 def tile_mask(mask: Tensor | None, image: int, part: slice) -> Tensor | None:
@@ -292,26 +363,27 @@ def correlation(
 
 
 def combine(
-    counts: list[int],
+    counts: Tensor,
     sums: list[Tensor],
-    num_classes: int,
+    student: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Sums of the classes over all tiles (and processes).
 
     Args:
-        counts (list[int]): Rows of each tile that count.
+        counts (Tensor): Rows of each tile that count, float64, shape (tiles,).
         sums (list[Tensor]): Theirs, float64, shape (5, classes).
-        num_classes (int): Number of classes, should there be no tile.
+        student (Tensor): The logits, for the number of classes.
         group (ProcessGroup, optional): As in ``correlations``.
 
     Returns:
         Tensor: Shape (5, classes).
     """
-    if not sums:
-        sums, counts = [torch.zeros((5, num_classes), dtype=torch.float64)], [0]
-    sums = torch.stack(sums)
-    counts = torch.tensor(counts, dtype=torch.float64).view(-1, 1, 1)
+    counts = counts.view(-1, 1, 1)
+    if sums:
+        sums = torch.stack(sums)
+    else:
+        sums = counts.new_zeros((0, 5, student.shape[1]))
     means = sums[:, 3:]
     total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
     total = sum_over_processes(total, group)

@@ -65,6 +65,15 @@ def assert_close(ours, oracle, value_tol=1e-5, grad_tol=1e-4):
     assert (ours[1] - oracle[1]).norm() < grad_tol * oracle[1].norm()
 
 
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(fused, 'MIN_TILE', 2**12)
@@ -135,6 +144,18 @@ def test_gradient_keeps_the_layout():
     assert student.stride() == run(DISTLoss(), student, teacher)[1].stride()
 
 
+def test_gradient_is_not_copied(small_tiles):
+    """Autograd copies a gradient that somebody else still refers to."""
+    student, teacher = prediction('ordinary', (2, 19, 96, 128))
+    student.requires_grad_()
+    given = []
+    student.register_hook(lambda grad: given.append(grad.data_ptr()))
+    for _ in range(10):
+        DISTLoss()(student, teacher).backward()
+        assert student.grad.data_ptr() == given[-1]
+        student.grad = None
+
+
 def test_expanded_logits():
     student, teacher = prediction('ordinary', (1, 19, 24, 32))
     oracle = run(DISTLoss(), student.repeat(3, 1, 1, 1), teacher.repeat(3, 1, 1, 1))
@@ -161,6 +182,27 @@ def test_graph_can_be_retained_but_not_created():
     assert torch.equal(first, second)
     with pytest.raises(NotImplementedError, match='create_graph'):
         torch.autograd.grad(value, student, create_graph=True)
+
+
+def test_same_result_every_time_whatever_the_threads(threads):
+    student, teacher = prediction('ordinary', (2, 19, 96, 128))
+    results = []
+    for number in (1, 2, 4, 2):
+        torch.set_num_threads(number)
+        results += [run(DISTLoss(), student, teacher) for _ in range(2)]
+    torch.set_num_threads(threads)
+    for value, grad in results[1:]:
+        assert value == pytest.approx(results[0][0].item(), rel=1e-7)
+        torch.testing.assert_close(grad, results[0][1], rtol=1e-4, atol=1e-10)
+    for one, two in zip(results[::2], results[1::2], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_bad_teacher_is_named_from_every_thread(small_tiles):
+    student, teacher = prediction('ordinary', (2, 19, 96, 128))
+    teacher[1, 5, 90, 100] = float('nan')
+    with pytest.raises(ValueError, match='teacher'):
+        DISTLoss()(student, teacher)
 
 
 def test_logits_changed_in_place_are_noticed():
@@ -192,7 +234,7 @@ def saved_rows(value):
     stack = [value.grad_fn]
     while stack:
         node = stack.pop()
-        if hasattr(node, 'saved'):
-            return node.saved[0]
+        if hasattr(node, 'tiles'):
+            return node.tiles
         stack += [f for f, _ in node.next_functions if f is not None]
     raise AssertionError('the fast path was not taken')
