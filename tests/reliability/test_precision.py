@@ -1,0 +1,140 @@
+"""Mixed precision, EMA, activation checkpointing and torch.compile."""
+
+from __future__ import annotations
+
+import functools
+import gc
+
+import pytest
+import torch
+from mmengine.hooks import EMAHook
+from mmengine.optim.optimizer import amp_optimizer_wrapper
+from mmengine.runner import Runner
+from watch import WatchHook, student
+
+
+@pytest.fixture
+def after(monkeypatch):
+    return lambda function: monkeypatch.setattr(WatchHook, 'after', function)
+
+
+@pytest.fixture
+def amp_on_cpu(monkeypatch):
+    """mmengine's AmpOptimWrapper asks for a GPU; torch's autocast and scaler do not."""
+    monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
+    scaler = functools.partial(torch.amp.GradScaler, 'cpu')
+    monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', scaler)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='replaces the scaler of GPUs')
+@pytest.mark.parametrize('family', ['det', 'seg'])
+def test_mixed_precision(make_config, train, tmp_path, after, amp_on_cpu, family):
+    """The loss is in fp32, and a step that the scaler skips corrupts nothing."""
+    after(
+        lambda runner, outputs: (
+            outputs['loss_dist'].dtype,
+            runner.optim_wrapper.loss_scaler.get_scale(),
+            [p.detach().clone() for p in student(runner).parameters()],
+        )
+    )
+    wrapper = dict(
+        type='AmpOptimWrapper',
+        dtype='bfloat16',
+        # the first step overflows and is skipped, the following are taken
+        loss_scale=dict(init_scale=2.0**127, backoff_factor=2.0**-120),
+    )
+    _, watch = train(make_config(family, tmp_path, optim_wrapper=wrapper))
+    (dtype, scale, first), (_, _, second), *_ = watch.seen
+    assert dtype == torch.float32
+    assert scale == 2.0**7
+    assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for losses in watch.losses.values():
+        assert all(abs(value) < float('inf') for value in losses.values()), losses
+        for relation in ('inter', 'intra'):
+            assert -1.01 <= losses[f'dist_{relation}'] <= 1.01
+
+
+def test_ema_keeps_evaluates_and_saves_the_student_alone(
+    make_config, tmp_path, det_config, monkeypatch
+):
+    """Three models are alive, not four: the student, its average and the teacher."""
+    cfg = make_config('det', tmp_path)
+    for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
+        cfg[key] = {
+            key: value
+            for key, value in type(cfg).fromstring(det_config, '.py')[key].items()
+        }
+    cfg.train_cfg.val_interval = 1
+    cfg.train_cfg.max_epochs = 1
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=0.5))
+    evaluated = []
+    monkeypatch.setattr(
+        WatchHook, 'before_val_iter',
+        lambda self, runner, **_: evaluated.append(weight(runner).clone()),
+    )  # fmt: skip
+
+    def weight(runner) -> torch.Tensor:
+        return student(runner).bbox_head.retina_cls.weight.detach()
+
+    gc.collect()
+    before = count('RetinaNet')
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    gc.collect()
+    assert count('RetinaNet') - before == 3
+    average = next(h for h in runner.hooks if isinstance(h, EMAHook)).ema_model.module
+    model = student(runner)
+    assert average.teacher is model.teacher
+    assert average.state_dict().keys() == model.state_dict().keys()
+
+    saved = torch.load(tmp_path / 'epoch_1.pth')
+    teachers = {id(x) for x in model.teacher.model.parameters()}
+    assert not teachers & {id(x) for x in average.parameters()}
+    assert saved['state_dict'].keys() == model.state_dict().keys()
+    assert len(saved['ema_state_dict']) == len(model.state_dict()) + 1  # its steps
+    ema_weight = average.bbox_head.retina_cls.weight
+    assert torch.equal(saved['state_dict']['bbox_head.retina_cls.weight'], ema_weight)
+    assert evaluated
+    assert all(torch.equal(x, ema_weight) for x in evaluated)
+    assert not torch.equal(weight(runner), ema_weight)
+
+
+def count(name: str) -> int:
+    """Models of a class, distilled or not, that are alive."""
+    return sum(
+        any(cls.__name__ == name for cls in type(x).__mro__) for x in gc.get_objects()
+    )
+
+
+@pytest.fixture(scope='module')
+def plain_losses(make_config, train, tmp_path_factory) -> dict:
+    return train(make_config('seg', tmp_path_factory.mktemp('plain')))[1].losses
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'model.student.backbone.with_cp': True},
+        {'activation_checkpointing': ['backbone.layer2', 'decode_head.conv_seg']},
+        # dynamo alone, 30 seconds: compiling in earnest is the same to the distiller,
+        # but takes minutes
+        pytest.param({'compile': dict(backend='eager')}, marks=pytest.mark.slow),
+    ],
+    ids=['with_cp', 'activation_checkpointing', 'compile'],
+)
+def test_it_changes_no_loss(make_config, train, tmp_path, plain_losses, options):
+    _, watch = train(make_config('seg', tmp_path, **options))
+    assert watch.losses.keys() == plain_losses.keys()
+    for i, losses in watch.losses.items():
+        assert losses == pytest.approx(plain_losses[i], rel=1e-3, abs=1e-4)
+
+
+def test_a_map_within_activation_checkpointing_is_refused(make_config, tmp_path):
+    """It has no gradient there, and nothing would be learned."""
+    cfg = make_config('seg', tmp_path)
+    cfg.model.student.backbone.with_cp = True
+    cfg.model.distill = dict(
+        inner=dict(type='mmdist.Features', student='backbone.layer2.1.conv1')
+    )
+    with pytest.raises(RuntimeError, match=r'layer2\.1\.conv1` carries no gradient'):
+        Runner.from_cfg(cfg).train()
