@@ -1,0 +1,185 @@
+"""Training in two processes: DistributedDataParallel over gloo, by the real Runner."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import convert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
+from watch import WatchHook, in_processes, student
+
+REPO = Path(__file__).parents[2]
+# mmengine passes device_ids, which is wrong on CPUs
+WRAPPER = dict(
+    type='MMDistributedDataParallel',
+    device_ids=None,
+    broadcast_buffers=False,
+    find_unused_parameters=False,
+)
+
+
+def train_and_tell(cfg: Config) -> dict:
+    """In each process: train, and tell what DDP was given and what came out."""
+    WatchHook.after = lambda runner, _: (
+        next(student(runner).parameters()).detach().clone(),
+        next(student(runner).decode_head.parameters()).detach().clone(),
+    )
+    calls = []
+    runner = Runner.from_cfg(cfg)
+    model = student(runner)
+    load = model.teacher.load
+
+    def load_and_watch(*args):
+        load(*args)
+        if not calls:
+            backbone = model.teacher.model.backbone
+            backbone.register_forward_hook(lambda *_: calls.append(runner.iter))
+            calls.append('loaded')
+
+    model.teacher.load = load_and_watch
+    runner.train()
+    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    ddp = runner.model._get_ddp_logging_data()
+    return dict(
+        weights={k: v.clone() for k, v in model.state_dict().items()},
+        buffers=[name for name, _ in model.named_buffers()],
+        losses=watch.losses,
+        after_each=watch.seen,
+        teacher_ran_at=calls[1:],
+        ddp_tensors=ddp['num_parameter_tensors'],
+        ddp_bytes=ddp['total_parameter_size_bytes'],
+        ddp_buffers=len(runner.model.modules_buffers),
+        own_tensors=sum(p.requires_grad for p in model.parameters()),
+        own_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
+        own_buffers=len(list(model.buffers())),
+        teacher_tensors=len(list(model.teacher.model.parameters())),
+    )
+
+
+def train_in_two(make_config, tmp_path, **options) -> list[dict]:
+    cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
+    results = in_processes(train_and_tell, cfg, world_size=2, folder=tmp_path)
+    assert all(isinstance(result, dict) for result in results), results
+    first, second = results
+    # the processes saw different images, and ended with the same weights
+    assert first['losses'] != second['losses']
+    for name in first['weights'].keys() - set(first['buffers']):
+        # (buffers are each process's own, or broadcast when the next step begins)
+        assert torch.equal(first['weights'][name], second['weights'][name]), name
+    # DDP knows the student's tensors, and not one of the teacher's
+    for result in results:
+        assert result['teacher_tensors'] > 0
+        for what in ('tensors', 'bytes', 'buffers'):
+            assert result[f'ddp_{what}'] == result[f'own_{what}']
+    # the checkpoint holds what each process has
+    (path,) = (tmp_path / 'work').glob('iter_4.pth')
+    saved = torch.load(path)['state_dict']
+    assert saved.keys() == first['weights'].keys()
+    assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
+    return results
+
+
+@pytest.mark.parametrize('find_unused', [False, True])
+def test_processes_end_with_the_same_weights(make_config, tmp_path, find_unused):
+    """And with buffers broadcast, or not, which is mmengine's default."""
+    wrapper = dict(
+        WRAPPER, find_unused_parameters=find_unused, broadcast_buffers=find_unused
+    )
+    for result in train_in_two(make_config, tmp_path, model_wrapper_cfg=wrapper):
+        assert result['teacher_ran_at'] == [0, 1, 2, 3]
+        assert all(losses['loss_dist'] > 0 for losses in result['losses'].values())
+
+
+def test_adapters_train_and_the_schedule_stops_the_teacher(make_config, tmp_path):
+    """After the stop the adapters take no part in the loss; DDP must not stop."""
+    results = train_in_two(
+        make_config,
+        tmp_path,
+        model_wrapper_cfg=WRAPPER,
+        **{
+            'model.distill': dict(
+                dist=dict(type='mmdist.SegLogits'),
+                mimic=dict(type='mmdist.Features', student='backbone', adapt=True),
+            ),
+            'custom_hooks': [
+                dict(type='WatchHook'),
+                dict(type='mmdist.DistillScheduleHook', stop=2),
+            ],
+        },
+    )
+    for result in results:
+        assert any(name.startswith('distill.mimic') for name in result['weights'])
+        assert result['teacher_ran_at'] == [0, 1]
+        losses = [result['losses'][i]['loss_mimic'] for i in range(4)]
+        assert losses[0] > 0
+        assert losses[2:] == [0, 0]
+
+
+def test_gradients_are_accumulated(make_config, tmp_path):
+    results = train_in_two(
+        make_config,
+        tmp_path,
+        model_wrapper_cfg=WRAPPER,
+        **{'optim_wrapper.accumulative_counts': 2},
+    )
+    for result in results:
+        assert result['teacher_ran_at'] == [0, 1, 2, 3]
+    first = [backbone for backbone, _ in results[0]['after_each']]
+    assert torch.equal(first[1], first[2])  # no step after the third batch
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[2], first[3])
+
+
+def test_sync_batch_norm_is_the_students_alone(make_config, tmp_path):
+    """It runs on GPUs only; on a CPU it is seen where mmengine puts it."""
+    cfg = make_config('seg', tmp_path)
+    init_default_scope('mmseg')
+    theirs = copy.deepcopy(cfg.model.student)
+    for part in ('backbone', 'decode_head', 'auxiliary_head'):
+        theirs[part].norm_cfg = dict(type='SyncBN')  # the teacher's config has it
+    cfg.model.teacher.config = theirs
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    model = convert_sync_batchnorm(model, 'torch')  # as with `sync_bn = 'torch'`
+    ours, theirs = (
+        sum(isinstance(m, torch.nn.SyncBatchNorm) for m in part.modules())
+        for part in (model, model.teacher.model)
+    )
+    assert ours > 0
+    assert theirs == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='trains on CPUs over gloo')
+def test_dist_train_script(make_config, tmp_path):
+    """`tools/dist_train.sh CONFIG 2` on a machine without GPUs; 30 seconds alone."""
+    cfg = make_config('seg', tmp_path / 'work', custom_hooks=[])
+    cfg.dump(tmp_path / 'distilled.py')
+    bin_dir = Path(sys.executable).parent
+    assert shutil.which('torchrun', path=bin_dir)
+    done = subprocess.run(
+        ['bash', REPO / 'tools' / 'dist_train.sh', tmp_path / 'distilled.py', '2'],
+        env=dict(
+            os.environ,
+            PATH=f'{bin_dir}:{os.environ["PATH"]}',
+            PORT='29617',
+            OMP_NUM_THREADS='1',
+        ),
+        capture_output=True,
+        text=True,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    assert 'Distributed training: True' in output
+    assert 'GPU number: 2' in output  # mmengine's word for processes
+    assert 'loss_dist' in output
+    assert (tmp_path / 'work' / 'iter_4.pth').exists()
