@@ -55,12 +55,12 @@ def split_digits(
 
 def make_background(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """Return a (height, width, 3) float image of noise at several scales."""
-    image = np.full((height, width, 3), rng.uniform(60, 195, 3))
+    image = np.full((height, width, 3), rng.uniform(30, 120, 3))
     for cell in (48, 24, 12, 6, 3):
         shape = (height // cell + 2, width // cell + 2)
         noise = rng.normal(size=(*shape, 1)) + 0.5 * rng.normal(size=(*shape, 3))
         noise = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
-        image += rng.uniform(4, 16) * noise
+        image += rng.uniform(3, 12) * noise
     return np.clip(image, 0, 255)
 
 
@@ -126,11 +126,10 @@ def make_scene(
         placed.append(
             {'index': index, 'label': int(labels[index]), 'ink': ink, 'rle': rle}
         )
-        # Lighter or darker than what lies under it, by at least `contrast`.
+        # Lighter than what lies under it, by at least `contrast`.
         under = np.average(image.reshape(-1, 3), axis=0, weights=ink.ravel())
         step = rng.uniform(args.contrast, 2 * args.contrast)
-        darker = under.mean() > (195 if rng.random() < 0.5 else 60)
-        colour = under + (-step if darker else step) + rng.normal(0, 10, 3)
+        colour = under + step + rng.normal(0, 15, 3)
         image = image * (1 - ink[..., None]) + colour * ink[..., None]
     image = cv2.GaussianBlur(image, (3, 3), 0.6)
     image += rng.normal(0, args.noise, image.shape)
@@ -227,14 +226,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=('WIDTH', 'HEIGHT'),
         help='size of a scene in pixels (default: 128 96)',
     )
-    add('--min-digits', 3, 'fewest digits in a scene')
-    add('--max-digits', 7, 'most digits in a scene')
-    add('--min-size', 22.0, 'about the smallest height of a digit, in pixels')
-    add('--max-size', 48.0, 'about the largest height of a digit, in pixels')
-    add('--max-angle', 20.0, 'rotation to either side, in degrees')
+    add('--min-digits', 2, 'fewest digits in a scene')
+    add('--max-digits', 6, 'most digits in a scene')
+    add('--min-size', 30.0, 'about the smallest height of a digit, in pixels')
+    add('--max-size', 50.0, 'about the largest height of a digit, in pixels')
+    add('--max-angle', 15.0, 'rotation to either side, in degrees')
     add('--max-overlap', 0.15, 'largest IoU of two boxes in a scene')
-    add('--contrast', 45.0, 'least difference of ink and background, of 255')
-    add('--noise', 8.0, 'standard deviation of the pixel noise, of 255')
+    add('--contrast', 70.0, 'least difference of ink and background, of 255')
+    add('--noise', 5.0, 'standard deviation of the pixel noise, of 255')
     add('--seed', 0, 'seed of the split and of the scenes')
     args = parser.parse_args(argv)
     if args.train_few > args.train:

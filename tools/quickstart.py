@@ -1,0 +1,375 @@
+"""Distil a small detector and a small segmentor, from nothing, in minutes.
+
+Makes scenes of digits, then trains for detection and for segmentation a teacher, a
+student alone, a student with KL and a student with DIST, each by `tools/train.py` from
+a config of `configs/*/quickstart`. The two tasks run side by side. Writes report.md
+and report.png. A part that is finished is skipped when this is run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import make_digits
+import numpy as np
+from mmengine.config import Config
+
+from mmdist.distillation.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK_DIR = Path('work_dirs/quickstart')
+PARTS = ('teacher', 'student alone', 'student + KL', 'student + DIST')
+COLOURS = ('0.6', 'tab:blue', 'tab:orange', 'tab:green')
+
+
+@dataclass
+class Task:
+    """One of the two tasks: its four configs and how it is scored."""
+
+    name: str
+    configs: tuple[str, ...]  # one per part
+    metric: str  # in the log
+    label: str
+    scale: float  # from the log to percent
+    smoke: dict  # settings of a dry run
+
+    def config(self, part: str) -> Path:
+        name = self.configs[PARTS.index(part)]
+        return ROOT / 'configs' / self.name / 'quickstart' / f'{name}.py'
+
+    def folder(self, part: str, seed: int) -> Path:
+        # The students of all seeds share a teacher.
+        suffix = f'_seed{seed}' if seed and part != 'teacher' else ''
+        return WORK_DIR / f'{self.config(part).stem}{suffix}'
+
+
+TASKS = (
+    Task(
+        'det',
+        (
+            'retinanet_w32_digits',
+            'retinanet_w16_digits',
+            'kl_retinanet_w32-w16_digits',
+            'dist_retinanet_w32-w16_digits',
+        ),
+        'coco/bbox_mAP',
+        'AP',
+        100,
+        {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1},
+    ),
+    Task(
+        'seg',
+        (
+            'deeplabv3_w24_digits',
+            'deeplabv3_w8_digits',
+            'kl_deeplabv3_w24-w8_digits',
+            'dist_deeplabv3_w24-w8_digits',
+        ),
+        'mIoU',
+        'mIoU',
+        1,
+        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
+    ),
+)
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The scalars that the run in a work dir has logged so far."""
+    logs = list(folder.glob('*/vis_data/scalars.json'))
+    lines = logs[0].read_text().splitlines() if logs else []
+    return [json.loads(line) for line in lines if line.endswith('}')]
+
+
+def fingerprint(task: Task, part: str, options: dict) -> str:
+    """Hash of all that a result depends on: settings, data, and the teacher's."""
+    text = Config.fromfile(task.config(part)).pretty_text + repr(
+        sorted(options.items())
+    )
+    text += Path('data/digits/digits.json').read_text()
+    if part not in ('teacher', 'student alone'):
+        text += json.loads(metrics_file(task, 'teacher', 0).read_text())['fingerprint']
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def metrics_file(task: Task, part: str, seed: int) -> Path:
+    """The file that says a part is finished, and what came out."""
+    return task.folder(part, seed) / 'metrics.json'
+
+
+def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterator:
+    """Train one part in a process of its own; yields while that runs."""
+    options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
+    folder, done = task.folder(part, seed), metrics_file(task, part, seed)
+    title = f'[{task.name}] {part:14}' + (f' seed {seed}' if seed else '')
+    mark = fingerprint(task, part, options)
+    if done.exists() and json.loads(done.read_text())['fingerprint'] == mark:
+        print(f'{title} finished before: {folder}', flush=True)
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # what was interrupted, or is outdated
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py')]
+    command += [str(task.config(part)), '--work-dir', str(folder), '--cfg-options']
+    command += [f'{key}={value}' for key, value in options.items()]
+    threads = str(max(1, (os.cpu_count() or 1) // len(TASKS)))
+    began = time.time()
+    log_file = folder / 'train.log'
+    with log_file.open('w') as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': threads},
+        )
+        try:
+            shown = 0
+            while True:
+                running = process.poll() is None
+                scores = [e for e in read_log(folder) if task.metric in e]
+                for entry in scores[shown:]:
+                    print(
+                        f'[{time.time() - start:4.0f} s] {title} '
+                        f'step {entry["step"]:4}  '
+                        f'{task.label} {task.scale * entry[task.metric]:5.1f}',
+                        flush=True,
+                    )
+                shown = len(scores)
+                if not running:
+                    break
+                yield
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        tail = '\n'.join(log_file.read_text().splitlines()[-15:])
+        raise SystemExit(
+            f'{tail}\n{title} stopped with exit status {process.returncode}; all of '
+            f'its output is in {log_file}. What is finished is kept: run this again.'
+        )
+    entries = read_log(folder)
+    state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
+    result = {
+        'fingerprint': mark,
+        # mmdet logs no AP where nothing at all was detected.
+        'score': task.scale * scores[-1][task.metric] if scores else 0.0,
+        'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
+        'parameters': sum(
+            v.numel()
+            for k, v in state.items()
+            if not k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+        ),
+        'seconds': time.time() - began,
+    }
+    for relation in ('inter', 'intra'):
+        values = [e[f'dist_{relation}'] for e in entries if f'dist_{relation}' in e]
+        result[relation] = values[-1] if values else None
+    done.write_text(json.dumps(result))
+
+
+def lane(task: Task, seeds: list[int], smoke: bool, start: float) -> Iterator:
+    """The parts of one task, one after the other."""
+    yield from train(task, 'teacher', 0, smoke, start)
+    for seed in seeds:
+        for part in PARTS[1:]:
+            yield from train(task, part, seed, smoke, start)
+
+
+def results(task: Task, part: str, seeds: list[int]) -> list[dict]:
+    """What came out of a part, one dict per seed; a teacher has one seed."""
+    seeds = [0] if part == 'teacher' else seeds
+    return [json.loads(metrics_file(task, part, s).read_text()) for s in seeds]
+
+
+def make_table(seeds: list[int]) -> str:
+    """The results as a table in Markdown."""
+    spread = ', mean ± std over seeds' if len(seeds) > 1 else ''
+    lines = [
+        f'|     | model          | parameters | AP / mIoU{spread} | inter | intra |',
+        '|-----|----------------|-----------:|----------:|------:|------:|',
+    ]
+    for task in TASKS:
+        for part in PARTS:
+            runs = results(task, part, seeds)
+            scores = [run['score'] for run in runs]
+            score = f'{np.mean(scores):.1f}'
+            if len(scores) > 1:
+                score += f' ± {np.std(scores, ddof=1):.1f}'
+            relations = [
+                f'{np.mean([run[r] for run in runs]):.3f}'
+                if runs[0][r] is not None
+                else '-'
+                for r in ('inter', 'intra')
+            ]
+            lines.append(
+                f'| {task.name} | {part:14} | {runs[0]["parameters"]:10,} '
+                f'| {task.label} {score} | {relations[0]:>5} | {relations[1]:>5} |'
+            )
+    return '\n'.join(lines)
+
+
+def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
+    """The predictions of a student, by the library's own API and the plain config."""
+    config = str(task.config('student alone'))
+    checkpoint = str(task.folder(part, seed) / 'last.pth')
+    if task.name == 'det':
+        from mmdet.apis import inference_detector, init_detector
+
+        model = init_detector(config, checkpoint, device='cpu')
+        found = [inference_detector(model, image).pred_instances for image in images]
+        return [
+            [(b.tolist(), int(c)) for b, c in zip(p.bboxes, p.labels, strict=True)]
+            for p in (p[p.scores > 0.3] for p in found)
+        ]
+    from mmseg.apis import inference_model, init_model
+
+    model = init_model(config, checkpoint, device='cpu')
+    return [
+        inference_model(model, image).pred_sem_seg.data[0].numpy() for image in images
+    ]
+
+
+def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
+    """Draw the validation curves, and val images with truth and predictions."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import cv2
+    import matplotlib.pyplot as plt
+    from mmengine.registry import DefaultScope
+
+    names = [f'{i:06d}.png' for i in range(num_images)]
+    images = [f'data/digits/img_dir/val/{name}' for name in names]
+    coco = json.loads(Path('data/digits/annotations/val.json').read_text())
+    boxes = [[] for _ in names]
+    for a in coco['annotations']:
+        if a['image_id'] < num_images:
+            x, y, w, h = a['bbox']
+            boxes[a['image_id']].append(([x, y, x + w, y + h], a['category_id'] - 1))
+    maps = [
+        cv2.imread(f'data/digits/ann_dir/val/{n}', cv2.IMREAD_UNCHANGED) for n in names
+    ]
+    truth = {'det': boxes, 'seg': maps}
+
+    figure = plt.figure(figsize=(15, 12), layout='constrained')
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
+    for axes, task in zip(top.subplots(1, 2), TASKS, strict=True):
+        for part, colour in zip(PARTS, COLOURS, strict=True):
+            curve = results(task, part, [seed])[0]['curve'] or [(1, 0)]
+            steps, scores = np.array(curve, float).T
+            axes.plot(steps / steps[-1], scores, 'o-', color=colour, label=part)
+        title = (
+            'Detection, RetinaNet' if task.name == 'det' else 'Segmentation, DeepLabV3'
+        )
+        axes.set(
+            title=title, xlabel='share of the schedule', ylabel=f'val {task.label}'
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    palette = plt.get_cmap('tab10')
+    columns = bottom.subfigures(1, 2)
+    for column, task in zip(columns, TASKS, strict=True):
+        with DefaultScope.overwrite_default_scope('mmdet'):
+            shown = [truth[task.name]]
+            shown += [predict(task, p, seed, images) for p in (PARTS[1], PARTS[3])]
+        grid = column.subplots(num_images, 3)
+        for axes, title in zip(
+            grid[0], ('ground truth', PARTS[1], PARTS[3]), strict=True
+        ):
+            axes.set_title(title)
+        for j, predictions in enumerate(shown):
+            for i, prediction in enumerate(predictions):
+                axes = grid[i, j]
+                axes.axis('off')
+                axes.imshow(cv2.imread(images[i])[..., ::-1])
+                if task.name == 'seg':
+                    overlay = palette(np.clip(prediction.astype(int) - 1, 0, 9))
+                    overlay[..., 3] = (prediction > 0) * 0.85
+                    overlay[prediction == 255] = (1, 1, 1, 0.6)
+                    axes.imshow(overlay)
+                    continue
+                for (x1, y1, x2, y2), label in prediction:
+                    colour = palette(label)
+                    axes.add_patch(
+                        plt.Rectangle(
+                            (x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=2
+                        )
+                    )
+                    axes.text(
+                        x1,
+                        y1,
+                        str(label),
+                        color='white',
+                        fontsize=9,
+                        bbox={'facecolor': colour, 'edgecolor': 'none', 'pad': 1},
+                    )
+    figure.savefig(file, dpi=80)
+
+
+def demo_command(task: Task, seed: int) -> str:
+    """The command that runs the distilled student on an image."""
+    call = 'mmdet.apis', 'DetInferencer'
+    if task.name == 'seg':
+        call = 'mmseg.apis', 'MMSegInferencer'
+    config = os.path.relpath(task.config('student alone'))
+    checkpoint = task.folder('student + DIST', seed) / 'last.pth'
+    image = 'data/digits/img_dir/val/000000.png'
+    return (
+        f'{os.path.relpath(sys.executable)} -c "from {call[0]} import {call[1]}; '
+        f"{call[1]}('{config}', '{checkpoint}', device='cpu')"
+        f"('{image}', out_dir='{WORK_DIR}/demo')\""
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        '--seeds', type=int, nargs='+', default=[0], help='of the students (default: 0)'
+    )
+    parser.add_argument(
+        '--smoke',
+        action='store_true',
+        help='a dry run: few scenes, hardly any training',
+    )
+    args = parser.parse_args()
+    start = time.time()
+    make_digits.main(
+        ['--train', '16', '--train-few', '16', '--val', '8'] if args.smoke else []
+    )
+    lanes = [lane(task, args.seeds, args.smoke, start) for task in TASKS]
+    try:
+        while lanes:
+            lanes = [one for one in lanes if next(one, lanes) is not lanes]
+            time.sleep(0.2)
+    finally:
+        for one in lanes:
+            one.close()  # ends its process
+
+    table = make_table(args.seeds)
+    draw_report(args.seeds[0], WORK_DIR / 'report.png')
+    commands = '\n\n'.join(demo_command(task, args.seeds[0]) for task in TASKS)
+    note = (
+        'inter and intra: the mean correlations with the teacher, as last logged in\n'
+        'training. The teachers train on all scenes of `train`, the students on its\n'
+        'first ones (`train-few`), alone or distilled.'
+    )
+    (WORK_DIR / 'report.md').write_text(
+        f'# Quickstart\n\n{table}\n\n{note}\n\n![curves and val images](report.png)\n\n'
+        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
+    )
+    print(f'\n{table}\n\n{note}\n\nReport: {WORK_DIR}/report.md and report.png')
+    print(f'The distilled students on an image:\n\n{commands}\n')
+    print(f'{time.time() - start:.0f} s')
+
+
+if __name__ == '__main__':
+    main()
