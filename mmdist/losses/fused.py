@@ -127,7 +127,8 @@ class _Correlations(torch.autograd.Function):
             kept = (p, q) if keep_scores else ()
             return _Tile(count, corr, class_sums.double(), (u, v, *kept))
 
-        done = in_threads(sums_of_tile, tiles(student))
+        places = tiles(student)
+        done = in_threads(sums_of_tile, places)
         some = [x for x in done if x.count > 0]
         # the same exchanges in the same order as the plain path, which another
         # process may take
@@ -139,7 +140,7 @@ class _Correlations(torch.autograd.Function):
         class_sums = combine(counts, [x.class_sums for x in some], student, group)
         class_corr, *class_factors = correlation(class_sums, count, eps)
         ctx.save_for_backward(student, teacher, mask)
-        ctx.tiles = [x.saved for x in done]
+        ctx.tiles = places, [x.saved for x in done]
         ctx.settings = torch.stack(class_factors), count, activation, tau, group
         ctx.set_materialize_grads(False)
         return row_total / count, class_corr.mean()
@@ -195,7 +196,7 @@ class _Correlations(torch.autograd.Function):
                     g = torch.ops.aten.sigmoid_backward(g, p)
                 grad[image, :, piece] = g if keep is None else g.mul_(keep)
 
-        in_threads(gradient_of_tile, tiles(student), ctx.tiles)
+        in_threads(gradient_of_tile, *ctx.tiles)
         return grad, None, None, None, None, None, None
 
 
@@ -247,8 +248,8 @@ def by_image(logits: Tensor) -> Tensor:
     if logits.ndim == 2:
         return logits.t().unsqueeze(0)
     images, classes = logits.shape[:2]
-    if images > 1 and logits[0].numel() < MIN_TILE:
-        # many small images: a tile for each would be all overhead
+    if images > 1 and logits[0].numel() < MIN_TILE // 8:
+        # small images: a tile for each would be all overhead
         return logits.movedim(1, -1).reshape(-1, classes).t().unsqueeze(0)
     return logits.reshape(images, classes, -1)
 

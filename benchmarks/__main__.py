@@ -1,0 +1,88 @@
+"""`python -m benchmarks`: measure, print, and write docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+from benchmarks import loss, measure, step
+
+PAGE = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
+INTRODUCTION = """# Benchmarks
+
+Written by `make bench` (`python -m benchmarks`). Contestants run in turns in one
+process; times are medians. Compare the ratios, not the times, across machines. A goal
+that was not reached says **missed**.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'parts',
+        nargs='*',
+        default=['loss', 'growth', 'step'],
+        help='loss, growth, step; the other parts of the page stay as they are',
+    )
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument(
+        '--seconds', type=float, default=10, help='time to spend on each comparison'
+    )
+    parser.add_argument('--output', type=Path, default=PAGE)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    measured = {
+        'loss': lambda: loss.speed(args.seconds),
+        'growth': lambda: loss.growth(
+            args.seconds / 5, args.output.with_name('benchmarks_growth.png')
+        ),
+        'step': lambda: step.steps(args.seconds),
+    }
+    titles = {
+        'loss': f'## The loss alone\n\n{LOSS}',
+        'growth': f'## Growth\n\n{GROWTH}',
+        'step': f'## A training step\n\n{step.__doc__}',
+    }
+    sections = read_sections(args.output)
+    for part in args.parts:
+        where = f'Machine: {measure.machine()}'
+        sections[part] = f'{titles[part]}\n{where}\n\n{measured[part]()}'
+    text = [INTRODUCTION]
+    text += [f'<!-- {k} -->\n{sections[k].strip()}\n' for k in titles if k in sections]
+    text.append(GPU)
+    args.output.write_text('\n'.join(text))
+    print(args.output.read_text())
+
+
+def read_sections(page: Path) -> dict[str, str]:
+    """Parts of the page that was written before."""
+    if not page.exists():
+        return {}
+    parts = re.split(r'<!-- (\w+) -->\n', page.read_text().split('\n## On a GPU')[0])
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+LOSS = """Forward and backward. *Textbook* is the formula as the paper prints it, in
+eager PyTorch (`benchmarks/textbook.py`, checked to be the same function). The *fast
+path* is what `DISTLoss` takes on a CPU, the *plain path* what it takes elsewhere. The
+*floor* is the time to read both inputs twice and to write one gradient, at the speed
+of a copy of the same tensor. *Peak* is the memory of all tensors that live at once
+beyond the inputs, the gradient included, in sizes of the gradient.
+"""
+GROWTH = """Forward and backward of the fast path, softmax. A straight line has the same
+time per logit and the same share of memory everywhere. Small inputs pay for the calls,
+and keep their scores between the two passes.
+"""
+GPU = """## On a GPU
+
+Not measured: no GPU was at hand. There `DISTLoss` takes the plain path, which is eager
+PyTorch, reads half-precision logits as they are, computes in fp32 and never waits for
+the device (tested with fake CUDA tensors). No claim is made about its speed.
+"""
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,202 @@
+"""Speed, memory and growth of DISTLoss."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import textbook
+from benchmarks.measure import interleaved, peak_memory, table, verdict
+from mmdist import DISTLoss
+from mmdist.losses import fused
+
+# What is compared in training: RetinaNet's P3 with joint anchors, Cityscapes and
+# ADE20K logits, proposals of Faster R-CNN
+SHAPES = [
+    ((2, 720, 100, 136), 'sigmoid'),
+    ((8, 19, 128, 256), 'softmax'),
+    ((4, 150, 128, 128), 'softmax'),
+    ((1024, 81), 'softmax'),
+]
+
+
+def pair(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    student = torch.randn(shape, generator=g)
+    teacher = student + torch.randn(shape, generator=g)
+    return student.mul_(2).requires_grad_(), teacher.mul_(2)
+
+
+def step(loss: Callable, student: Tensor, teacher: Tensor) -> None:
+    """Forward and backward; drops the gradient, as an optimizer's step does."""
+    loss(student, teacher).backward()
+    student.grad = None
+
+
+def plain(activation: str) -> Callable:
+    """DISTLoss without its fast path: what runs on a GPU."""
+
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        supports, fused.supports = fused.supports, lambda *_: False
+        try:
+            return DISTLoss(activation=activation)(student, teacher)
+        finally:
+            fused.supports = supports
+
+    return loss
+
+
+def step_of(name: str, shape: str, activation: str) -> Callable[[], None]:
+    """A step, from words."""
+    losses = {
+        'textbook': functools.partial(textbook.dist_loss, activation=activation),
+        'fast': DISTLoss(activation=activation),
+    }
+    return functools.partial(step, losses[name], *pair(ast.literal_eval(shape)))
+
+
+def peak_of(name: str, shape: tuple[int, ...], activation: str) -> int:
+    return peak_memory('benchmarks.loss:step_of', name, shape, activation)
+
+
+def check_same(activation: str) -> None:
+    """The textbook formula and DISTLoss are the same function."""
+    grads = []
+    for loss in (
+        functools.partial(textbook.dist_loss, activation=activation),
+        DISTLoss(activation=activation),
+    ):
+        student, teacher = pair((2, 19, 16, 32))
+        student = student.detach().double().requires_grad_()
+        value = loss(student, teacher.double())
+        grads.append(torch.autograd.grad(value, student)[0])
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-12)
+
+
+def speed(seconds: float) -> str:
+    """The table of speed and memory, with its goals."""
+    rows, ratios, slower, memory_met, floor_met = [], [], [], [], []
+    for shape, activation in SHAPES:
+        check_same(activation)
+        student, teacher = pair(shape)
+        out = torch.empty_like(student, requires_grad=False)
+        losses = {
+            'textbook': functools.partial(textbook.dist_loss, activation=activation),
+            'plain': plain(activation),
+            'fast': DISTLoss(activation=activation),
+        }
+        steps = {
+            k: functools.partial(step, v, student, teacher) for k, v in losses.items()
+        }
+        steps['copy'] = functools.partial(out.copy_, student.detach())
+        time = interleaved(steps, seconds)
+        # a copy reads and writes once; the floor is four reads and one write
+        floor = 2.5 * time['copy']
+        peak = {name: peak_of(name, shape, activation) for name in ('textbook', 'fast')}
+        size = student.nbytes
+        ratios.append(time['textbook'] / time['fast'])
+        slower.append(ratios[-1] < 1)
+        to_floor = time['fast'] / floor
+        floor_met.append(to_floor <= 4)
+        memory = peak['fast'] / peak['textbook'], peak['fast'] / size
+        memory_met.append(memory[0] <= 0.25 and memory[1] <= 1.25)
+        rows.append(
+            [
+                f'{shape} {activation}',
+                f'{1e3 * time["textbook"]:.1f}',
+                f'{1e3 * time["plain"]:.1f}',
+                f'{1e3 * time["fast"]:.1f}',
+                f'{ratios[-1]:.1f}x, {verdict(not slower[-1])}',
+                f'{to_floor:.1f}x, {verdict(floor_met[-1])}',
+                f'{peak["textbook"] / size:.2f}',
+                f'{peak["fast"] / size:.2f}',
+                f'{memory[0]:.2f}, {verdict(memory[0] <= 0.25)}; '
+                f'{memory[1]:.2f}, {verdict(memory[1] <= 1.25)}',
+            ]
+        )
+        print(' | '.join(rows[-1]), flush=True)
+    mean = math.prod(ratios) ** (1 / len(ratios))
+    head = [
+        'logits',
+        'textbook, ms',
+        'plain path, ms',
+        'fast path, ms',
+        'textbook / fast (goal: at least 1)',
+        'fast / floor (goal: at most 4)',
+        'peak, textbook',
+        'peak, fast',
+        'fast / textbook (goal: 0.25); fast / gradient (goal: 1.25)',
+    ]
+    return (
+        f'{table(head, rows)}\n\n'
+        f'Geometric mean of textbook / fast: {mean:.1f}x (goal: 4x), '
+        f'{verdict(mean >= 4)}.\n'
+    )
+
+
+def growth(seconds: float, plot: Path | None) -> str:
+    """Time and memory against rows and classes; a plot of them."""
+    series = {
+        'rows, at 19 classes': [
+            (rows, (1, 19, rows)) for rows in (10**4, 10**5, 10**6, 10**7)
+        ],
+        'classes, at 20,000 rows': [
+            (classes, (1, classes, 20_000)) for classes in (2, 19, 80, 365, 1203)
+        ],
+    }
+    lines, points = [], {}
+    for name, shapes in series.items():
+        points[name] = []
+        for x, shape in shapes:
+            student, teacher = pair(shape)
+            run = functools.partial(step, DISTLoss(), student, teacher)
+            time = interleaved({'fast': run}, seconds)['fast']
+            peak = peak_of('fast', shape, 'softmax')
+            points[name].append((x, time, peak))
+            lines.append(
+                [
+                    f'{x:,} {name}',
+                    f'{1e3 * time:.1f}',
+                    f'{1e9 * time / student.numel():.1f}',
+                    f'{peak / 2**20:.1f}',
+                    f'{peak / student.nbytes:.2f}',
+                ]
+            )
+            print(' | '.join(lines[-1]), flush=True)
+    text = table(['size', 'ms', 'ns per logit', 'peak, MiB', 'peak / gradient'], lines)
+    if plot is not None:
+        draw(points, plot)
+        text += f'\n\n![time and memory against rows and classes]({plot.name})'
+    rows = []
+    for shape, what in (
+        ((2, 1203, 100, 136), '1203 classes (LVIS)'),
+        ((4, 150, 512, 512), '150 classes at the size of the labels'),
+    ):
+        inputs = 2 * 4 * math.prod(shape)
+        gib = (inputs + peak_of('fast', shape, 'softmax')) / 2**30
+        rows.append([what, str(shape), f'{gib:.2f} GiB', verdict(gib <= 2)])
+    head = ['', 'logits', 'both inputs and all that the loss needs', 'goal: 2 GiB']
+    return f'{text}\n\n{table(head, rows)}\n'
+
+
+def draw(points: dict[str, list[tuple[int, float, int]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout='constrained')
+    for axis, (name, series) in zip(axes, points.items(), strict=True):
+        xs, times, peaks = zip(*series, strict=True)
+        axis.loglog(xs, [1e3 * t for t in times], 'o-', label='time, ms')
+        axis.loglog(xs, [p / 2**20 for p in peaks], 's--', label='peak memory, MiB')
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=80)

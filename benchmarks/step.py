@@ -1,0 +1,241 @@
+"""Forward and backward of a batch of two, random weights. *Student + teacher* is the
+student's own step plus one bare forward of the compared parts of the teacher, without
+gradient: less is not possible. The *usual way* is that of the general distillation
+libraries: the teacher's whole loss pass without gradient, outputs caught by hooks, the
+textbook formula; for two-stage detectors it compares the boxes that either model
+happened to sample. *Peak* is as above, for the step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from torch import nn
+
+from benchmarks import textbook
+from benchmarks.measure import interleaved, peak_memory, table, verdict
+
+
+class Pair(NamedTuple):
+    student: str
+    teacher: str
+    size: tuple[int, int]
+    activation: str
+    hook: str  # modules whose output the usual way compares: the student's
+    teacher_hook: str  # and the teacher's
+    bare: Callable[[nn.Module, torch.Tensor], None]
+    goals: tuple[float, float | None]  # at most this overhead, at least so much faster
+
+
+def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor) -> None:
+    features = teacher.extract_feat(inputs)
+    teacher.decode_head(features)
+    teacher.auxiliary_head(features)
+
+
+def bare_dense(teacher: nn.Module, inputs: torch.Tensor) -> None:
+    teacher.bbox_head(teacher.extract_feat(inputs))
+
+
+def bare_roi(teacher: nn.Module, inputs: torch.Tensor) -> None:
+    features = teacher.extract_feat(inputs)
+    corners = torch.rand((512, 2)) * 160
+    boxes = torch.cat([corners, corners + 16 + 140 * torch.rand((512, 2))], 1)
+    rois = [torch.cat([boxes.new_full((512, 1), i), boxes], 1) for i in range(2)]
+    teacher.roi_head._bbox_forward(0, features, torch.cat(rois))
+
+
+PAIRS = {
+    'DeepLabV3 R18 <- R101': Pair(
+        'mmseg::deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py',
+        'mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-80k_cityscapes-512x1024.py',
+        (256, 512),
+        'softmax',
+        'decode_head.conv_seg',
+        'decode_head.conv_seg',
+        bare_segmentor,
+        (1.10, None),
+    ),
+    'RetinaNet R50 <- R101': Pair(
+        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py',
+        (320, 320),
+        'sigmoid',
+        'bbox_head.retina_cls',
+        'bbox_head.retina_cls',
+        bare_dense,
+        (1.10, 1.1),
+    ),
+    'Faster R-CNN R50 <- Cascade Mask R-CNN R50': Pair(
+        'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+        'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        (320, 320),
+        'softmax',
+        'roi_head.bbox_head.fc_cls',
+        'roi_head.bbox_head.0.fc_cls',
+        bare_roi,
+        (1.10, 1.25),
+    ),
+}
+
+
+def without_downloads(cfg: ConfigDict) -> ConfigDict:
+    """The model with weights of its own, and plain BatchNorm."""
+    for key, value in list(cfg.items()):
+        if key in ('pretrained', 'init_cfg'):
+            cfg[key] = None
+        elif isinstance(value, dict):
+            without_downloads(value)
+        elif isinstance(value, list):
+            [without_downloads(x) for x in value if isinstance(x, dict)]
+        elif value == 'SyncBN':
+            cfg[key] = 'BN'
+    return cfg
+
+
+def batch(library: str, size: tuple[int, int], model: nn.Module) -> dict:
+    """Two images with their labels, as the model's ``loss`` takes them."""
+    torch.manual_seed(0)
+    if library == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
+
+        data = demo_mm_inputs(2, [(3, *size)] * 2, num_items=[8, 8], with_mask=True)
+    else:
+        from mmseg.structures import SegDataSample
+
+        data = dict(inputs=[], data_samples=[])
+        for _ in range(2):
+            sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size))
+            labels = torch.randint(0, 19, (1, *size))
+            sample.gt_sem_seg = PixelData(data=labels)
+            data['data_samples'].append(sample)
+            data['inputs'].append(torch.randint(0, 255, (3, *size), dtype=torch.uint8))
+    return model.data_preprocessor(data, True)
+
+
+@functools.lru_cache(maxsize=1)
+def steps_of(name: str) -> dict[str, Callable[[], None]]:
+    """The contestants of a pair."""
+    pair = PAIRS[name]
+    library = pair.student.split('::')[0]
+    if library == 'mmdet':
+        from mmdet.utils import register_all_modules
+    else:
+        from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    MMLogger.get_current_instance().setLevel('ERROR')
+    DefaultScope.get_instance(name, scope_name=library)
+    from mmengine.registry import MODELS
+
+    torch.manual_seed(0)
+    student_cfg, teacher_cfg = (
+        without_downloads(get_config(x).model) for x in (pair.student, pair.teacher)
+    )
+    if library == 'mmseg':  # the batch has the size already
+        for cfg in (student_cfg, teacher_cfg):
+            cfg.data_preprocessor.size = pair.size
+    student, teacher = MODELS.build(student_cfg), MODELS.build(teacher_cfg)
+    for model in (student, teacher):
+        model.init_weights()
+    teacher.eval()
+    distilled = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=student_cfg,
+            teacher=dict(config=teacher_cfg, checkpoint=None, allow_random=True),
+        )
+    )
+    distilled.init_weights()
+    distilled.load_state_dict(student.state_dict())
+    data = batch(library, pair.size, student)
+    given = data['inputs'], data['data_samples']
+
+    def train(model: nn.Module, extra: Callable = lambda: 0) -> None:
+        loss = model.parse_losses(model.loss(*given))[0] + extra()
+        loss.backward()
+        model.zero_grad()
+
+    said: dict[str, list] = {'student': [], 'teacher': []}
+
+    @torch.no_grad()
+    def bare() -> None:
+        pair.bare(teacher, data['inputs'])
+
+    def usual() -> None:
+        hooks = [
+            model.get_submodule(path).register_forward_hook(
+                lambda module, args, out, key=key: said[key].append(out)
+            )
+            for key, model, path in (
+                ('student', student, pair.hook),
+                ('teacher', teacher, pair.teacher_hook),
+            )
+        ]
+        with torch.no_grad():
+            teacher.loss(*given)
+
+        def distil() -> torch.Tensor:
+            both = zip(said['student'], said['teacher'], strict=True)
+            return sum(textbook.dist_loss(s, t, pair.activation) for s, t in both)
+
+        train(student, distil)
+        for outputs in said.values():
+            outputs.clear()
+        for hook in hooks:
+            hook.remove()
+
+    return {
+        'student': lambda: train(student),
+        'teacher': bare,
+        'distilled': lambda: train(distilled),
+        'usual': usual,
+    }
+
+
+def step_of(name: str, which: str) -> Callable[[], None]:
+    return steps_of(name)[which]
+
+
+def steps(seconds: float) -> str:
+    """The table of steps, with its goals."""
+    rows = []
+    for name, pair in PAIRS.items():
+        time = interleaved(steps_of(name), 3 * seconds)
+        bare = time['student'] + time['teacher']
+        peak = {
+            which: peak_memory('benchmarks.step:step_of', name, which)
+            for which in ('distilled', 'usual')
+        }
+        overhead, faster = time['distilled'] / bare, time['usual'] / time['distilled']
+        memory = peak['distilled'] / peak['usual']
+        cells = [
+            f'{overhead:.2f} ({pair.goals[0]:.2f}), '
+            f'{verdict(overhead <= pair.goals[0])}',
+            f'{faster:.2f}x',
+            f'{memory:.2f}',
+        ]
+        if pair.goals[1]:
+            cells[1] += f' ({pair.goals[1]}x), {verdict(faster >= pair.goals[1])}'
+            cells[2] += f' (0.8), {verdict(memory <= 0.8)}'
+        times = [f'{x:.2f}' for x in time.values()]
+        rows.append([f'{name}, {pair.size[0]}x{pair.size[1]}', *times, *cells])
+        print(' | '.join(rows[-1]), flush=True)
+    head = [
+        'pair',
+        'student, s',
+        'teacher, s',
+        'distilled, s',
+        'usual way, s',
+        'distilled / (student + teacher) (goal: at most)',
+        'usual / distilled (goal: at least)',
+        'peak, distilled / usual (goal: at most)',
+    ]
+    return table(head, rows) + '\n'
