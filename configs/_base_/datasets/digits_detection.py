@@ -27,13 +27,18 @@ train_dataloader = dict(
     batch_size=8,
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=True),
+    # As many steps as on all of `train`.
     dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        metainfo=metainfo,
-        ann_file='annotations/train-few.json',
-        data_prefix=dict(img='img_dir/train/'),
-        pipeline=train_pipeline,
+        type='RepeatDataset',
+        times=4,
+        dataset=dict(
+            type='CocoDataset',
+            data_root=data_root,
+            metainfo=metainfo,
+            ann_file='annotations/train-few.json',
+            data_prefix=dict(img='img_dir/train/'),
+            pipeline=train_pipeline,
+        ),
     ),
 )
 val_dataloader = dict(

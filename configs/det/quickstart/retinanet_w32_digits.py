@@ -5,4 +5,6 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64),
     bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=3),
 )
-train_dataloader = dict(dataset=dict(ann_file='annotations/train.json'))
+train_dataloader = dict(
+    dataset=dict(times=1, dataset=dict(ann_file='annotations/train.json'))
+)

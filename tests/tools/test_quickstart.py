@@ -1,0 +1,55 @@
+"""The quickstart: a dry run of all of it, and its configs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(cwd: Path) -> str:
+    command = [sys.executable, str(ROOT / 'tools' / 'quickstart.py'), '--smoke']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        command, cwd=cwd, env=env, check=True, capture_output=True, text=True
+    ).stdout
+
+
+@pytest.mark.slow
+def test_dry_run(tmp_path):
+    output = run(tmp_path)
+    work_dir = tmp_path / 'work_dirs' / 'quickstart'
+    rows = [line for line in output.splitlines() if line.startswith(('| det', '| seg'))]
+    assert len(rows) == 8
+    assert all(row in (work_dir / 'report.md').read_text() for row in rows)
+    assert (work_dir / 'report.png').read_bytes()[:4] == b'\x89PNG'
+    for task in ('det', 'seg'):
+        metrics = {
+            name.split('_')[0] if '-' in name else name: json.loads(
+                (work_dir / name / 'metrics.json').read_text()
+            )
+            for name in (p.parent.name for p in work_dir.glob('*/metrics.json'))
+            if ('retinanet' in name) == (task == 'det')
+        }
+        assert len(metrics) == 4
+        # Only DIST knows the correlations, and a distilled student is the student.
+        assert {n for n, m in metrics.items() if m['inter'] is not None} == {'dist'}
+        sizes = sorted(m['parameters'] for m in metrics.values())
+        assert sizes[0] == sizes[1] == sizes[2] < sizes[3] / 3
+
+    # The command that it prints runs the distilled student on an image.
+    for command in (li for li in output.splitlines() if ' -c "from mm' in li):
+        subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert list((work_dir / 'demo').rglob('*.png'))
+
+    # What is finished is skipped; what has no metrics file is made again.
+    (work_dir / 'retinanet_w16_digits' / 'metrics.json').unlink()
+    again = run(tmp_path)
+    assert again.count('finished before') == 7
+    assert [line for line in again.splitlines() if line.startswith('| seg')] == rows[4:]
