@@ -161,8 +161,8 @@ class DISTLoss(nn.Module):
             terms = ((self.beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out the loss is 0, and still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
-            loss = sum(weight * scale * (1 - corr) for weight, corr in terms)
-            return loss.to(dtype)
+            losses = [weight * scale * (1 - corr) for weight, corr in terms]
+            return sum(losses[1:], losses[0]).to(dtype)
 
 
 def correlations(

@@ -380,6 +380,8 @@ def combine(
     Returns:
         Tensor: Shape (5, classes).
     """
+    if len(sums) == 1 and group is None:
+        return sums[0]
     counts = counts.view(-1, 1, 1)
     if sums:
         sums = torch.stack(sums)
