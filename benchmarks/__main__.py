@@ -47,14 +47,15 @@ def main() -> None:
         'growth': f'## Growth\n\n{GROWTH}',
         'step': f'## A training step\n\n{step.__doc__}',
     }
-    sections = read_sections(args.output)
     for part in args.parts:
         where = f'Machine: {measure.machine()}'
+        sections = read_sections(args.output)
         sections[part] = f'{titles[part]}\n{where}\n\n{measured[part]()}'
-    text = [INTRODUCTION]
-    text += [f'<!-- {k} -->\n{sections[k].strip()}\n' for k in titles if k in sections]
-    text.append(GPU)
-    args.output.write_text('\n'.join(text))
+        text = [INTRODUCTION]
+        text += [
+            f'<!-- {k} -->\n{sections[k].strip()}\n' for k in titles if k in sections
+        ]
+        args.output.write_text('\n'.join([*text, GPU]))
     print(args.output.read_text())
 
 
