@@ -42,7 +42,7 @@ format: env
 	$(PY) -m ruff format .
 
 bench: env
-	$(PY) benchmarks/run.py
+	$(PY) -m benchmarks
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
