@@ -1,0 +1,34 @@
+# DeepLabV3+ on all of MobileNetV2, 2.8 M parameters, logits at 1/4.
+_base_ = '../../_base_/study/camvid.py'
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=_base_.data_preprocessor,
+    backbone=dict(
+        type='mmdist.MobileNetV2',
+        strides=(1, 2, 2, 2, 1, 1, 1),
+        dilations=(1, 1, 1, 1, 1, 2, 2),
+        out_indices=(1, 6),
+        init_cfg=_base_.imagenet,
+    ),
+    decode_head=dict(
+        type='DepthwiseSeparableASPPHead',
+        in_channels=320,
+        in_index=1,
+        channels=128,
+        dilations=(1, 3, 6, 9),
+        c1_in_channels=24,
+        c1_channels=24,
+        dropout_ratio=0.1,
+        num_classes=11,
+        norm_cfg=dict(type='BN'),
+        loss_decode=dict(type='CrossEntropyLoss'),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)
+max_iters = 1600
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type='PolyLR', power=0.9, by_epoch=False, begin=30, end=max_iters),
+]

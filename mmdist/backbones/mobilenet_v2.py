@@ -1,0 +1,108 @@
+"""MobileNetV2 with torchvision's ImageNet weights, whole or its first stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from mmseg.models.backbones import MobileNetV2 as MMSegMobileNetV2
+from torch import Tensor
+
+from mmdist.distillation.checkpoint import load_checkpoint, load_strictly
+from mmdist.registry import MODELS
+
+
+@MODELS.register_module()
+class MobileNetV2(MMSegMobileNetV2):
+    """mmseg's MobileNetV2, cut off after a stage, for mmseg and mmdet.
+
+    The first stages alone are a small backbone that starts from ImageNet weights,
+    where there are none of a narrow one: four of the seven have 0.25 of the 1.8
+    million parameters. With ``init_cfg=dict(type='Pretrained', checkpoint=...)`` the
+    file is torchvision's (``mobilenet_v2-b0353104.pth``), and it is loaded strictly.
+
+    Args:
+        num_stages: How many of the seven stages there are.
+        out_indices: Stages whose maps are returned, from 0; the last one if left out.
+        kwargs: As for mmseg's ``MobileNetV2``.
+
+    Raises:
+        ValueError: ``num_stages`` or ``out_indices`` name stages that are not there.
+    """
+
+    def __init__(
+        self, num_stages: int = 7, out_indices: Sequence[int] | None = None, **kwargs
+    ) -> None:
+        if not 1 <= num_stages <= 7:
+            raise ValueError(f'MobileNetV2 has 1 to 7 stages, got {num_stages=}.')
+        out_indices = (num_stages - 1,) if out_indices is None else out_indices
+        if max(out_indices) >= num_stages:
+            raise ValueError(
+                f'`out_indices` of MobileNetV2 are {tuple(out_indices)}, but with '
+                f'{num_stages=} the last stage is {num_stages - 1}.'
+            )
+        super().__init__(out_indices=out_indices, **kwargs)
+        for name in self.layers[num_stages:]:
+            delattr(self, name)
+        self.layers = self.layers[:num_stages]
+
+    def init_weights(self) -> None:
+        """Load torchvision's weights if ``init_cfg`` is a pretrained file."""
+        cfg = self.init_cfg
+        if not (isinstance(cfg, Mapping) and cfg['type'] == 'Pretrained'):
+            super().init_weights()
+            return
+        path = cfg['checkpoint']
+        state = rename_torchvision_keys(load_checkpoint(path))
+        ours = ('conv1', *self.layers)
+        state = {k: v for k, v in state.items() if k.split('.')[0] in ours}
+        load_strictly(self, state, path)
+        self._is_init = True  # as mmengine marks a module that is done
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps of the stages ``out_indices``, (N, C, h, w), always in a tuple."""
+        maps = super().forward(x)
+        return (maps,) if isinstance(maps, Tensor) else maps
+
+
+def rename_torchvision_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of torchvision's ``mobilenet_v2`` to those of mmseg.
+
+    Args:
+        state_dict: Keys ``features.<block>...`` and ``classifier...``. The classifier
+            and the last 1x1 convolution, ``features.18``, have no counterpart and are
+            left out.
+
+    Raises:
+        ValueError: A key is not one of torchvision's ``mobilenet_v2``.
+    """
+    stage_of_block = [
+        (stage, i)
+        for stage, (_, _, num_blocks) in enumerate(MMSegMobileNetV2.arch_settings, 1)
+        for i in range(num_blocks)
+    ]
+    renamed = {}
+    for key, value in state_dict.items():
+        if key.startswith(('features.18.', 'classifier.')):
+            continue
+        if match := re.fullmatch(r'features\.0\.([01])\.(\w+)', key):
+            part, name = match.groups()
+            prefix = 'conv1'
+        elif match := re.fullmatch(
+            r'features\.(\d+)\.conv\.(\d)\.(?:([01])\.)?(\w+)', key
+        ):
+            block, layer, part, name = match.groups()
+            stage, i = stage_of_block[int(block) - 1]
+            if part is None:
+                # the last convolution and its BN stand side by side in torchvision's,
+                # after two ConvBNs, or one where the first stage does not expand
+                last = 1 if stage == 1 else 2
+                part, layer = int(layer) - last, last
+            prefix = f'layer{stage}.{i}.conv.{layer}'
+        else:
+            raise ValueError(
+                f"The weights hold {key!r}, and torchvision's mobilenet_v2 has no such "
+                'key. Give the file mobilenet_v2-b0353104.pth.'
+            )
+        renamed[f'{prefix}.{("conv", "bn")[int(part)]}.{name}'] = value
+    return renamed

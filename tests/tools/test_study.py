@@ -1,0 +1,322 @@
+"""The study: its statistics, its grid, and cells that are skipped, resumed, redone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+
+from mmdist.registry import MODELS
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / 'tools'))
+import study  # noqa: E402
+
+# ---- statistics ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n', [2, 3, 8])
+def test_paired_interval_is_that_of_students_t(n):
+    rng = np.random.default_rng(n)
+    ours, theirs = rng.normal(42, 2, n), rng.normal(40, 2, n)
+    result = study.paired(
+        {**dict(enumerate(ours)), 99: 0.0}, {**dict(enumerate(theirs)), 77: 0.0}
+    )
+    test = scipy.stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    assert result.n == n
+    np.testing.assert_allclose(
+        result[1:], ((ours - theirs).mean(), low, high), rtol=1e-10
+    )
+
+
+def test_one_seed_has_no_interval():
+    assert study.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0}) is None
+    assert study.interval(None) == '-'
+
+
+def test_spread_is_that_of_a_sample():
+    values = [35.3, 36.7, 36.7]
+    mean, spread = statistics.mean(values), statistics.stdev(values)
+    assert (
+        study.mean_and_spread(dict(enumerate(values))) == f'{mean:.2f} ± {spread:.2f}'
+    )
+    assert study.mean_and_spread({0: 41.0}) == '41.00'
+    assert study.mean_and_spread({}) == '-'
+
+
+def row(method: str, teacher: str, seed: int, score: float, **more) -> dict:
+    cell = study.Cell('small', 'camvid', method, teacher, seed)
+    return {
+        **cell._asdict(), 'score': score, 'parameters': 2e6, 'seconds': 100, **more,
+    }  # fmt: skip
+
+
+def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
+    alone, dist, kl = (41.0, 42.0, 40.0), (43.0, 45.0, 41.0), (42.0, 41.5, 41.0)
+    rows = [row('teacher', 'strong', 0, 48.0, test=45.0)]
+    rows += [row('alone', '', 0, 1.0)]  # trained again below
+    for seed in range(3):
+        rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
+        rows.append(row('dist', 'strong', seed, dist[seed], test=dist[seed] - 4))
+        rows.append(row('kl-t1', 'strong', seed, kl[seed]))
+    (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    page = tmp_path / 'results.md'
+    page.write_text(f'# By hand\n\n{study.BEGIN}old\n{study.END}\nmore by hand\n')
+    study.write_up(tmp_path)
+    text = page.read_text()
+    assert text.startswith('# By hand\n')
+    assert text.endswith('\nmore by hand\n')
+    assert 'old' not in text
+    (line,) = (li for li in text.splitlines() if li.startswith('| dist '))
+    found = [cell.strip() for cell in line.split('|')[1:-1]]
+
+    def expected(a, b) -> str:
+        low, high = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
+        return f'{np.mean(np.subtract(a, b)):+.2f} [{low:+.2f}, {high:+.2f}]'
+
+    assert found == [
+        'dist', 'strong', '3', '43.00 ± 2.00', expected(dist, alone),
+        expected(dist, kl), '39.00 ± 2.00',
+        expected(np.subtract(dist, 4), np.subtract(alone, 3)), '100',
+    ]  # fmt: skip
+    assert '| teacher, 2.00 M | strong | 1 | 48.00 |' in text
+    assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
+    study.write_up(tmp_path)
+    assert page.read_text() == text
+
+
+# ---- the grid --------------------------------------------------------------------
+
+
+def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
+    cells = list(
+        dict.fromkeys(
+            study.grid(
+                'small', ['camvid-25'], ['alone', 'dist'], ['strong', 'weak'], [0, 1]
+            )
+        )
+    )
+    assert [str(cell.folder.relative_to('small')) for cell in cells] == [
+        'camvid-25/alone_seed0',
+        'camvid/teacher_strong_seed0',
+        'camvid-25/dist_strong_seed0',
+        'camvid-25/alone_seed1',
+        'camvid-25/dist_strong_seed1',
+        'camvid/teacher_weak_seed0',
+        'camvid-25/dist_weak_seed0',
+        'camvid-25/dist_weak_seed1',
+    ]
+
+
+@pytest.mark.parametrize('task', study.TASKS)
+def test_settings_of_a_cell(task, tmp_path):
+    grid = study.Study(tmp_path, tmp_path)
+    cells = [
+        study.Cell('small', task, 'alone', '', 0),
+        study.Cell('small', task, 'alone', '', 1),
+        *study.grid('small', [task], study.METHODS[1:], study.TEACHERS, [0]),
+    ]
+    marks = {cell: grid.fingerprint(cell) for cell in cells}
+    assert len(set(marks.values())) == len(marks) == 2 + 2 + 2 * 6
+    whole = grid.settings(study.Cell('small', task.removesuffix('-25'), *cells[0][2:]))
+    scarce = grid.settings(cells[0])
+    if task.endswith('-25'):
+        indices = scarce.train_dataloader.dataset.pop('indices')
+        assert len(indices) == -(-study.TASKS[task].num_images // 4)
+    assert scarce._cfg_dict == whole._cfg_dict
+    teacher = grid.settings(cells[2])
+    assert cells[2].method == 'teacher'
+    assert 'indices' not in teacher.train_dataloader.dataset
+
+
+@pytest.mark.parametrize('scale', ['small', 'full'])
+@pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet', 'bccd-faster-rcnn'])
+def test_student_is_a_quarter_of_its_teachers(task, scale):
+    def size(part: str) -> int:
+        cfg = Config.fromfile(study.TASKS[task].config(part, scale))
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(deepcopy(cfg.model))
+        return sum(p.numel() for p in model.parameters())
+
+    student, weak, strong = map(size, ('student', 'teacher-weak', 'teacher-strong'))
+    assert weak <= strong
+    assert student <= weak / (4 if scale == 'small' else 1)
+
+
+def batch(family: str) -> dict:
+    if family == 'det':
+        return demo_mm_inputs(2, [(3, 96, 128)] * 2, num_classes=3)
+    torch.manual_seed(0)
+    samples = []
+    for _ in range(2):
+        labels = torch.randint(0, 11, (1, 12, 16)).repeat_interleave(8, 1)
+        sample = SegDataSample()
+        sample.gt_sem_seg = PixelData(data=labels.repeat_interleave(8, 2))
+        sample.set_metainfo(dict(img_shape=(96, 128)))
+        samples.append(sample)
+    images = [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8) for _ in samples]
+    return dict(inputs=images, data_samples=samples)
+
+
+@pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet', 'bccd-faster-rcnn'])
+def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
+    grid = study.Study(tmp_path, tmp_path)
+    added = {}
+    for method in study.METHODS[1:]:
+        cell = study.Cell('small', task, method, 'strong', 0)
+        cfg = grid.settings(cell)
+        teacher = grid.settings(cell.its_teacher)
+        teacher.model.backbone.init_cfg = None
+        cfg.model.teacher = dict(config=teacher, checkpoint=None, allow_random=True)
+        torch.manual_seed(0)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model).train()
+            family = 'seg' if task == 'camvid' else 'det'
+            data = model.data_preprocessor(batch(family), True)
+            losses = model.loss(**data)
+        ours = {k: v for k, v in losses.items() if 'loss' in k and k.split('_')[-1] in
+                ('kl', 'dist', 'mimic')}  # fmt: skip
+        added[method] = sorted(ours)
+        total = sum(
+            sum(v) if isinstance(v, (list, tuple)) else v for v in ours.values()
+        )
+        total.backward()
+        assert 0 < total.item() < 1e3
+        # the head's for the logits, the backbone's for all
+        gradient = model.backbone.conv1.conv.weight.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.any()
+    assert added == {
+        'kl-t1': ['loss_kl'],
+        'kl-t4': ['loss_kl'],
+        'dist': ['loss_dist'],
+        'dist-inter': ['loss_dist'],
+        'dist-intra': ['loss_dist'],
+        'dist-mimic': ['loss_dist', 'loss_mimic'],
+    }
+
+
+# ---- cells -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, seg_config) -> Path:
+    """A study of one tiny task, three classes and 40 steps; its folder of configs."""
+    folder = tmp_path / 'configs' / 'tiny'
+    folder.mkdir(parents=True)
+    text = seg_config.replace(
+        'max_iters=4, val_interval=4', 'max_iters=40, val_interval=40'
+    )
+    for part in ('student', 'teacher-strong', 'teacher-weak'):
+        (folder / f'{part}.py').write_text(text)
+    monkeypatch.setattr(study, 'CONFIGS', folder.parent)
+    task = study.Task('tiny', 'mIoU', 'mIoU', 1, study.SEG, 4, True)
+    monkeypatch.setattr(study, 'TASKS', {'tiny': task})
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def main(*arguments: str) -> None:
+    study.main(
+        ['--tasks', 'tiny', '--seeds', '0', '--data-root', '.', '--work-dir', 'work',
+         '--out', 'out', *arguments]
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_whole_study_and_again(tiny, capsys, monkeypatch):
+    """Trained once, tested, skipped, and trained anew when a setting is another."""
+    main('--methods', 'alone', 'dist', '--test')
+    rows = [json.loads(li) for li in Path('out/results.jsonl').read_text().splitlines()]
+    assert [r['method'] for r in rows] == ['alone', 'teacher', 'dist']
+    assert all(0 <= r['score'] <= 100 and 0 <= r['test'] <= 100 for r in rows)
+    # Val and test are the same images here, and mmseg rounds to two digits.
+    assert all(abs(r['score'] - r['test']) < 0.011 for r in rows)
+    assert rows[0]['parameters'] == rows[2]['parameters']
+    assert -1 <= rows[2]['inter'] <= 1 and 'inter' not in rows[0]
+    made = Path('work/small/tiny/dist_strong_seed0')
+    assert Config.fromfile(made / 'config.py').model.teacher.checkpoint == str(
+        Path('work/small/tiny/teacher_strong_seed0/iter_40.pth').resolve()
+    )
+    page = Path('out/results.md').read_text()
+    assert '| dist | strong | 1 |' in page
+
+    calls = []
+    monkeypatch.setattr(study, 'run', lambda *a: calls.append(a))
+    main('--methods', 'alone', 'dist', '--test')
+    assert calls == []
+    assert len(Path('out/results.jsonl').read_text().splitlines()) == 3
+    assert Path('out/results.md').read_text() == page
+
+    # Another teacher: it and its student are out of date, the student alone is not.
+    with (tiny / 'teacher-strong.py').open('a') as file:
+        file.write('optim_wrapper = dict(optimizer=dict(lr=0.001))\n')
+    main('--methods', 'alone', 'dist')
+    assert [Path(a[1][0]).parent.name for a in calls] == ['teacher_strong_seed0']
+    assert not list(Path('work/small/tiny/teacher_strong_seed0').glob('*.pth'))
+
+
+@pytest.mark.slow
+def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
+    processes = []
+    popen = subprocess.Popen
+
+    def start(*args, **kwargs):
+        processes.append(popen(*args, **kwargs))
+        return processes[-1]
+
+    monkeypatch.setattr(study.subprocess, 'Popen', start)
+    folder = Path('work/small/tiny/alone_seed0')
+
+    def kill() -> None:
+        while not list(folder.glob('iter_*.pth')):
+            time.sleep(0.01)
+        processes[0].kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    with pytest.raises(SystemExit, match='run this again'):
+        main('--methods', 'alone')
+    thread.join()
+    before = study.read_log(folder)
+    assert 0 < before[-1]['step'] < 40
+    assert not (folder / 'metrics.json').exists()
+
+    main('--methods', 'alone')
+    log = sorted(folder.glob('*/vis_data/scalars.json'))[-1]
+    steps = [json.loads(line)['step'] for line in log.read_text().splitlines()]
+    assert 2 < steps[0] <= before[-1]['step'] + 1
+    assert steps[-1] == 40
+    (line,) = Path('out/results.jsonl').read_text().splitlines()
+    assert json.loads(line)['curve'][-1][0] == 40
+
+
+@pytest.mark.slow
+def test_time_is_up(tiny, capsys):
+    main('--methods', 'alone', 'dist', '--budget', '0.02')
+    assert 'alone_seed0: time is up' in capsys.readouterr().out
+    assert not Path('out/results.jsonl').exists()
+    assert not Path('work/small/tiny/teacher_strong_seed0').exists()
+
+
+def test_missing_data_and_unknown_task_are_told(tiny, capsys):
+    with pytest.raises(SystemExit):
+        main('--data-root', 'nowhere')
+    assert 'there is no nowhere' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r'tiny-full/student\.py: the study has no'):
+        main('--methods', 'alone', '--scale', 'full')
