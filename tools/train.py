@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.registry import RUNNERS
+from torch import nn
 
 from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.registry import MODELS
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
 
@@ -66,6 +68,8 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
     """What to resume from, if that is wanted; nothing of another run is mixed in."""
     if cfg.get('resume') and cfg.get('load_from'):
         found = cfg.load_from, load_checkpoint(cfg.load_from)
+        if Path(cfg.load_from).resolve().parent != Path(cfg.work_dir).resolve():
+            refuse_other_runs(cfg)
     else:
         found = last_whole_checkpoint(cfg.work_dir)
     if not cfg.get('resume'):
@@ -80,6 +84,16 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
         if cfg.get('randomness', {}).get('seed') is None:
             cfg.merge_from_dict({'randomness.seed': checkpoint['meta']['seed']})
     return found
+
+
+def refuse_other_runs(cfg: Config) -> None:
+    """Stop if the work_dir holds a run that is not the one to resume from elsewhere."""
+    try:
+        there = last_whole_checkpoint(cfg.work_dir)
+    except RuntimeError:  # all are cut off: that is why another one is named
+        return
+    if there:
+        refuse_other_config(cfg, *reversed(there))
 
 
 def use_cpus(cfg: Config) -> None:
@@ -114,11 +128,20 @@ def main() -> None:
     found = earlier_run(cfg)
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         use_cpus(cfg)
-    runner = Runner.from_cfg(cfg)
+    if cfg.get('strategy') and 'runner_type' not in cfg:
+        raise SystemExit(
+            "`strategy` is for `runner_type = 'FlexibleRunner'`: mmengine's Runner "
+            'does without it and does not say so. Set that, or remove `strategy`.'
+        )
+    runner = RUNNERS.build(cfg)
     if found:
-        wrapped = is_model_wrapper(runner.model)
-        model = runner.model.module if wrapped else runner.model
+        model = runner.model
+        if not isinstance(model, nn.Module):  # FlexibleRunner builds it in train()
+            model = MODELS.build(model)
+        if is_model_wrapper(model):
+            model = model.module
         check_fits(model, *reversed(found))
+        del model
     del found
     runner.train()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 
 from mmengine.logging import MessageHub
@@ -140,6 +141,9 @@ class DistilledMixin:
             return losses
         self._load_teacher()
         self._match_classes()
+        # FSDP moves the student's tensors one by one, and not through `_apply`.
+        if next(self.teacher.model.parameters()).device != inputs.device:
+            self.teacher.apply(lambda tensor: tensor.to(inputs.device))
         comparisons: dict[str, Comparison] = dict(self.distill.items())
         watched = [m for c in comparisons.values() for m in c.student_modules(self)]
         with Recorder(watched) as recorder:
@@ -181,6 +185,8 @@ class DistilledMixin:
             meta = _dataset_meta()
             # What was there when the model was built belongs to another run.
             known = meta is not None and meta is not self._dataset_meta_before
+            if known:
+                _refuse_untried_strategies()
             self.teacher.match_classes(meta.get('classes') if known else None)
             self._classes_are_matched = True
 
@@ -188,3 +194,22 @@ class DistilledMixin:
 def _dataset_meta() -> dict | None:
     """Metainfo of the dataset that the Runner trains on, once training has begun."""
     return MessageHub.get_current_instance().get_info('dataset_meta')
+
+
+def _refuse_untried_strategies() -> None:
+    """Stop where FlexibleRunner hands the model to an engine of another library.
+
+    These engines leave no mark on the model that they wrap; the Runner's config, which
+    is known once training has begun, names them.
+
+    Raises:
+        NotImplementedError: The config names such a strategy.
+    """
+    config = MessageHub.get_current_instance().get_info('cfg') or ''
+    found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', config)
+    if found:
+        raise NotImplementedError(
+            f'mmdist does not distil under `{found[0]}`: nobody has tried whether the '
+            'teacher survives its engine. Take `FSDPStrategy`, `DDPStrategy` or '
+            '`SingleDeviceStrategy`, or leave `runner_type` and `strategy` away.'
+        )

@@ -77,3 +77,40 @@ def test_resume_takes_the_last_whole_checkpoint_and_its_seed(run, work_dir):
     assert 'resumed epoch: 0, iter: 2' in log
     assert f'seed={seed}' in log
     assert torch.load(last)['meta']['seed'] == seed  # whole again
+
+
+def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
+    """The checkpoint comes from one folder, and another run lies in the work_dir."""
+    elsewhere = tmp_path / 'elsewhere.pth'
+    shutil.copy(work_dir / 'iter_2.pth', elsewhere)
+    options = ['--resume', str(elsewhere), '--cfg-options']
+    other = 'optim_wrapper.optimizer.lr=0.5'
+    before = (work_dir / 'iter_3.pth').stat().st_mtime
+    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+        run(work_dir, *options, other)
+    assert (work_dir / 'iter_3.pth').stat().st_mtime == before
+    # a folder of its own, the same config, or a checkpoint that lies in the work_dir
+    run(tmp_path / 'new', *options, other)
+    run(work_dir, *options[:2])
+    run(work_dir, '--resume', str(work_dir / 'iter_2.pth'), '--cfg-options', other)
+    # nothing whole is left to be mixed with
+    for path in work_dir.glob('*.pth'):
+        path.write_bytes(path.read_bytes()[:-300])
+    run(work_dir, *options, other)
+    assert torch.load(work_dir / 'iter_3.pth')['meta']['iter'] == 3
+
+
+def test_flexible_runner(run, work_dir, tmp_path):
+    """It builds its model late: what is resumed is checked all the same."""
+    strategy = 'strategy.type=SingleDeviceStrategy'
+    with pytest.raises(SystemExit, match="`runner_type = 'FlexibleRunner'`"):
+        run(tmp_path / 'new', '--cfg-options', strategy)
+    options = ['runner_type=FlexibleRunner', strategy]
+    run(tmp_path / 'new', '--cfg-options', *options)
+    assert torch.load(tmp_path / 'new' / 'iter_3.pth')['meta']['iter'] == 3
+    (tmp_path / 'new' / 'iter_3.pth').unlink()
+    run(tmp_path / 'new', '--resume', '--cfg-options', *options)
+    assert 'resumed epoch: 0, iter: 2' in log_of(tmp_path / 'new')
+    options.append('model.decode_head.channels=8')
+    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+        run(tmp_path / 'new', '--resume', '--cfg-options', *options)

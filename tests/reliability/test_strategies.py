@@ -1,0 +1,117 @@
+"""The strategies of mmengine's FlexibleRunner: they distil, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine._strategy import SingleDeviceStrategy
+from mmengine.config import Config
+from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
+from watch import WatchHook, in_processes, student
+
+# On CPUs both wrappers are told so; mmengine names a GPU to them.
+STRATEGIES_OF_TWO = dict(
+    ddp=dict(
+        type='DDPStrategy',
+        model_wrapper=dict(
+            type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False
+        ),
+    ),
+    fsdp=dict(
+        type='FSDPStrategy',
+        model_wrapper=dict(
+            type='MMFullyShardedDataParallel', use_orig_params=True, device_id='cpu'
+        ),
+    ),
+)
+
+
+def train(cfg: Config) -> dict:
+    runner = RUNNERS.build(cfg)
+    runner.train()
+    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    model = student(runner)
+    return dict(
+        runner=type(runner).__name__,
+        wrapper=type(runner.model).__name__,
+        losses=watch.losses,
+        held=sum(p.numel() for p in runner.model.parameters()),
+        teacher=sum(p.numel() for p in model.teacher.model.parameters()),
+    )
+
+
+def test_a_single_device(make_config, tmp_path):
+    """FlexibleRunner counts the steps as the Runner does."""
+    cfg = make_config(
+        'seg', tmp_path, runner_type='FlexibleRunner',
+        strategy=dict(type='SingleDeviceStrategy'),
+    )  # fmt: skip
+    runner = RUNNERS.build(cfg)
+    runner.train()
+    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    assert type(runner).__name__ == 'FlexibleRunner'
+    assert list(watch.losses) == [0, 1, 2, 3]
+    assert all(losses['loss_dist'] > 0 for losses in watch.losses.values())
+    saved = torch.load(tmp_path / 'iter_4.pth')['state_dict']
+    assert saved.keys() == runner.model.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_sharded_training_is_that_of_ddp(make_config, tmp_path):
+    """FSDP in two processes, on CPUs over gloo: the same losses; 30 seconds alone."""
+    results = {}
+    for name, strategy in STRATEGIES_OF_TWO.items():
+        cfg = make_config(
+            'seg', tmp_path / name, launcher='pytorch', runner_type='FlexibleRunner',
+            strategy=strategy,
+        )  # fmt: skip
+        results[name] = in_processes(train, cfg, world_size=2, folder=tmp_path)
+        assert all(isinstance(x, dict) for x in results[name]), results[name]
+        assert {x['runner'] for x in results[name]} == {'FlexibleRunner'}
+    assert results['fsdp'][0]['wrapper'] == 'MMFullyShardedDataParallel'
+    for ddp, fsdp in zip(results['ddp'], results['fsdp'], strict=True):
+        assert ddp['losses'].keys() == fsdp['losses'].keys()
+        for i, losses in ddp['losses'].items():
+            assert fsdp['losses'][i] == pytest.approx(losses, rel=1e-4, abs=1e-5)
+            assert losses['loss_dist'] > 0
+        assert fsdp['teacher'] == ddp['held']  # here it is as large as the student
+    # Each process holds a part of the student; the teacher is whole, and no part.
+    assert sum(x['held'] for x in results['fsdp']) == results['ddp'][0]['held']
+    assert all(x['held'] < results['ddp'][0]['held'] for x in results['fsdp'])
+    shards = Path(tmp_path / 'fsdp' / 'iter_4.pth').iterdir()
+    assert sorted(path.name for path in shards) == ['rank0.pth', 'rank1.pth']
+
+
+@pytest.mark.parametrize('name', ['DeepSpeedStrategy', 'ColossalAIStrategy'])
+def test_other_engines_are_refused(make_config, tmp_path, monkeypatch, name):
+    """Before the first step. (They are not installed: another stands in for them.)"""
+
+    def stand_in(train_micro_batch_size_per_gpu=None, **kwargs):
+        return SingleDeviceStrategy(**kwargs)
+
+    monkeypatch.setitem(STRATEGIES.module_dict, name, stand_in)
+    cfg = make_config(
+        'seg', tmp_path, runner_type='FlexibleRunner', strategy=dict(type=name)
+    )
+    runner = RUNNERS.build(cfg)
+    with pytest.raises(NotImplementedError, match=rf'`{name}`.* `FSDPStrategy`'):
+        runner.train()
+    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    assert not watch.losses
+
+
+def test_the_teacher_follows_the_batch(make_config, tmp_path):
+    """FSDP moves the student's tensors past ``_apply``, and the teacher stays behind.
+
+    The device that has no storage stands in for a GPU; the student's loss itself does
+    not run there.
+    """
+    cfg = make_config('seg', tmp_path)
+    init_default_scope('mmseg')
+    model = MODELS.build(cfg.model)
+    model.init_weights()
+    with pytest.raises((NotImplementedError, RuntimeError, AttributeError)):
+        model.loss(torch.empty(2, 3, 96, 128, device='meta'), [])
+    assert {p.device.type for p in model.teacher.model.parameters()} == {'meta'}
