@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import functools
 import gc
+import runpy
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from mmengine.hooks import EMAHook
 from mmengine.optim.optimizer import amp_optimizer_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import Runner, amp
 from watch import WatchHook, student
+
+EXPORT = Path(__file__).parents[2] / 'tools' / 'export_student.py'
 
 
 @pytest.fixture
@@ -20,15 +25,20 @@ def after(monkeypatch):
 
 @pytest.fixture
 def amp_on_cpu(monkeypatch):
-    """mmengine's AmpOptimWrapper asks for a GPU; torch's autocast and scaler do not."""
+    """mmengine asks for a GPU, or for bfloat16; torch's autocast and scaler do not."""
+    autocast = functools.partial(torch.autocast, 'cpu')
+    monkeypatch.setattr(amp, 'autocast', autocast)
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
     scaler = functools.partial(torch.amp.GradScaler, 'cpu')
     monkeypatch.setattr(amp_optimizer_wrapper, 'GradScaler', scaler)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='replaces the scaler of GPUs')
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('family', ['det', 'seg'])
-def test_mixed_precision(make_config, train, tmp_path, after, amp_on_cpu, family):
+def test_mixed_precision(
+    make_config, train, tmp_path, after, amp_on_cpu, family, dtype
+):
     """The loss is in fp32, and a step that the scaler skips corrupts nothing."""
     after(
         lambda runner, outputs: (
@@ -39,13 +49,13 @@ def test_mixed_precision(make_config, train, tmp_path, after, amp_on_cpu, family
     )
     wrapper = dict(
         type='AmpOptimWrapper',
-        dtype='bfloat16',
+        dtype=dtype,
         # the first step overflows and is skipped, the following are taken
         loss_scale=dict(init_scale=2.0**127, backoff_factor=2.0**-120),
     )
     _, watch = train(make_config(family, tmp_path, optim_wrapper=wrapper))
-    (dtype, scale, first), (_, _, second), *_ = watch.seen
-    assert dtype == torch.float32
+    (loss_dtype, scale, first), (_, _, second), *_ = watch.seen
+    assert loss_dtype == torch.float32
     assert scale == 2.0**7
     assert any(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
     for losses in watch.losses.values():
@@ -99,6 +109,41 @@ def test_ema_keeps_evaluates_and_saves_the_student_alone(
     assert not torch.equal(weight(runner), ema_weight)
 
 
+def test_the_export_holds_the_average(make_config, train, tmp_path, after):
+    """Recomputed by hand, in float64, from the weights after each step."""
+    after(
+        lambda runner, _: {
+            k: v.detach().double() for k, v in student(runner).state_dict().items()
+        }
+    )
+    momentum = 0.3
+    cfg = make_config('seg', tmp_path)
+    cfg.custom_hooks.append(dict(type='EMAHook', momentum=momentum))
+    runner, watch = train(cfg)
+    assert len(watch.seen) == 4
+    expected = dict(watch.seen[0])
+    for weights in watch.seen[1:]:
+        for name, weight in weights.items():
+            expected[name] = (1 - momentum) * expected[name] + momentum * weight
+    # buffers are not averaged, but those of the last step
+    averaged = {name for name, _ in student(runner).named_parameters()}
+    expected |= {k: v for k, v in watch.seen[-1].items() if k not in averaged}
+
+    checkpoint = str(tmp_path / 'iter_4.pth')
+    argv = ['export_student.py', checkpoint, '--out', str(tmp_path / 'student.pth')]
+    with mock.patch('sys.argv', argv):
+        runpy.run_path(str(EXPORT), run_name='__main__')
+    (path,) = tmp_path.glob('student-*.pth')
+    exported = torch.load(path)['state_dict']
+    assert exported.keys() == expected.keys()
+    for name, weight in exported.items():
+        torch.testing.assert_close(
+            weight.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name
+        )
+    last = watch.seen[-1]['decode_head.conv_seg.weight']
+    assert (last - expected['decode_head.conv_seg.weight']).abs().max() > 1e-4
+
+
 def count(name: str) -> int:
     """Models of a class, distilled or not, that are alive."""
     return sum(
@@ -116,13 +161,16 @@ def plain_losses(make_config, train, tmp_path_factory) -> dict:
     [
         {'model.student.backbone.with_cp': True},
         {'activation_checkpointing': ['backbone.layer2', 'decode_head.conv_seg']},
-        # dynamo alone, 30 seconds: compiling in earnest is the same to the distiller,
-        # but takes minutes
+        # dynamo alone, 30 seconds; and with the code that inductor generates, minutes
         pytest.param({'compile': dict(backend='eager')}, marks=pytest.mark.slow),
+        pytest.param({'compile': dict(backend='inductor')}, marks=pytest.mark.slow),
     ],
-    ids=['with_cp', 'activation_checkpointing', 'compile'],
+    ids=['with_cp', 'activation_checkpointing', 'compile_eager', 'compile_inductor'],
 )
-def test_it_changes_no_loss(make_config, train, tmp_path, plain_losses, options):
+def test_it_changes_no_loss(
+    make_config, train, tmp_path, plain_losses, options, monkeypatch
+):
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'inductor'))
     _, watch = train(make_config('seg', tmp_path, **options))
     assert watch.losses.keys() == plain_losses.keys()
     for i, losses in watch.losses.items():
