@@ -183,3 +183,70 @@ def test_dist_train_script(make_config, tmp_path):
     assert 'GPU number: 2' in output  # mmengine's word for processes
     assert 'loss_dist' in output
     assert (tmp_path / 'work' / 'iter_4.pth').exists()
+
+
+# What Slurm does: it starts the command once for each task and tells which it is.
+SRUN = """#!/usr/bin/env bash
+set -u
+tasks=1
+while [[ $1 == --* ]]; do
+    [[ $1 == --ntasks=* ]] && tasks=${1#*=}
+    shift
+done
+export SLURM_NTASKS=$tasks SLURM_NODELIST=localhost
+pids=()
+for ((i = 0; i < tasks; i++)); do
+    SLURM_PROCID=$i SLURM_LOCALID=$i "$@" &
+    pids+=($!)
+done
+for pid in "${pids[@]}"; do
+    wait "$pid" || exit 1
+done
+"""
+SCONTROL = """#!/usr/bin/env bash
+echo 127.0.0.1
+"""
+# mmengine's launcher for Slurm chooses a GPU, without asking whether there is one
+NO_GPU = """
+import torch
+torch.cuda.set_device = lambda device: None
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='trains on CPUs over gloo')
+def test_slurm_train_script(make_config, tmp_path):
+    """`tools/slurm_train.sh` with a stand-in for srun; 30 seconds alone."""
+    for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / 'sitecustomize.py').write_text(NO_GPU)
+    cfg = make_config('seg', tmp_path / 'elsewhere', custom_hooks=[])
+    cfg.env_cfg.dist_cfg.backend = 'gloo'
+    cfg.model_wrapper_cfg = WRAPPER
+    cfg.dump(tmp_path / 'distilled.py')
+    work_dir = tmp_path / 'work'
+    done = subprocess.run(
+        [
+            *('bash', REPO / 'tools' / 'slurm_train.sh', 'partition', 'job'),
+            *(tmp_path / 'distilled.py', work_dir),
+            *('--cfg-options', 'train_cfg.max_iters=3'),
+        ],
+        env=dict(
+            os.environ,
+            GPUS='2',
+            SRUN_ARGS='--quotatype=spot --comment=test',
+            PATH=f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}',
+            PYTHONPATH=str(tmp_path),
+            MASTER_PORT='29618',
+            OMP_NUM_THREADS='1',
+        ),
+        capture_output=True,
+        text=True,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    assert 'Distributed launcher: slurm' in output
+    assert 'GPU number: 2' in output
+    assert 'loss_dist' in output
+    assert (work_dir / 'iter_3.pth').exists()
