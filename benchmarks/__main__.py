@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, measure, step
+from benchmarks import loss, measure, step, teacher
 
 PAGE = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 INTRODUCTION = """# Benchmarks
 
 Written by `make bench` (`python -m benchmarks`). Contestants run in turns in one
-process; times are medians. Compare the ratios, not the times, across machines. A goal
-that was not reached says **missed**.
+process; times are the minima of their runs. Compare the ratios, not the times, across
+machines. A goal that was not reached says **missed**.
 """
 
 
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument(
         'parts',
         nargs='*',
-        default=['loss', 'growth', 'step'],
-        help='loss, growth, step; the other parts of the page stay as they are',
+        default=['loss', 'growth', 'step', 'teacher'],
+        help='loss, growth, step, teacher; the rest of the page stays as it is',
     )
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument(
@@ -41,11 +41,13 @@ def main() -> None:
             args.seconds / 5, args.output.with_name('benchmarks_growth.png')
         ),
         'step': lambda: step.steps(args.seconds),
+        'teacher': lambda: teacher.options(args.seconds),
     }
     titles = {
         'loss': f'## The loss alone\n\n{LOSS}',
         'growth': f'## Growth\n\n{GROWTH}',
         'step': f'## A training step\n\n{step.__doc__}',
+        'teacher': f'## Options of the teacher\n\n{teacher.__doc__}',
     }
     for part in args.parts:
         where = f'Machine: {measure.machine()}'
@@ -71,8 +73,11 @@ LOSS = """Forward and backward. *Textbook* is the formula as the paper prints it
 eager PyTorch (`benchmarks/textbook.py`, checked to be the same function). The *fast
 path* is what `DISTLoss` takes on a CPU, the *plain path* what it takes elsewhere. The
 *floor* is the time to read both inputs twice and to write one gradient, at the speed
-of a copy of the same tensor. *Peak* is the memory of all tensors that live at once
-beyond the inputs, the gradient included, in sizes of the gradient.
+of a copy of the same tensor into memory that is there already. A gradient is a new
+tensor, and the system hands out its memory page by page at the first write: *new
+gradient* is the time to fill one, which no loss can do without. *Peak* is the memory
+of all tensors that live at once beyond the inputs, the gradient included, in sizes of
+the gradient.
 """
 GROWTH = """Forward and backward of the fast path, softmax. A straight line has the same
 time per logit and the same share of memory everywhere. Small inputs pay for the calls,

@@ -95,6 +95,7 @@ def speed(seconds: float) -> str:
             k: functools.partial(step, v, student, teacher) for k, v in losses.items()
         }
         steps['copy'] = functools.partial(out.copy_, student.detach())
+        steps['new'] = functools.partial(torch.ones_like, out)
         time = interleaved(steps, seconds)
         # a copy reads and writes once; the floor is four reads and one write
         floor = 2.5 * time['copy']
@@ -114,6 +115,7 @@ def speed(seconds: float) -> str:
                 f'{1e3 * time["fast"]:.1f}',
                 f'{ratios[-1]:.1f}x, {verdict(not slower[-1])}',
                 f'{to_floor:.1f}x, {verdict(floor_met[-1])}',
+                f'{time["new"] / floor:.1f}x',
                 f'{peak["textbook"] / size:.2f}',
                 f'{peak["fast"] / size:.2f}',
                 f'{memory[0]:.2f}, {verdict(memory[0] <= 0.25)}; '
@@ -129,6 +131,7 @@ def speed(seconds: float) -> str:
         'fast path, ms',
         'textbook / fast (goal: at least 1)',
         'fast / floor (goal: at most 4)',
+        'new gradient / floor',
         'peak, textbook',
         'peak, fast',
         'fast / textbook (goal: 0.25); fast / gradient (goal: 1.25)',

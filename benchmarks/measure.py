@@ -8,7 +8,6 @@ import importlib.metadata
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ import torch
 def interleaved(
     contestants: dict[str, Callable[[], None]], seconds: float, rounds: int = 3
 ) -> dict[str, float]:
-    """Median time of each function, run in turns so that all share the same noise.
+    """Shortest time of each function, run in turns so that all share the same noise.
 
     Args:
         contestants (dict): Name -> function without arguments.
@@ -29,7 +28,8 @@ def interleaved(
         rounds (int): And for at least so many rounds, each in a new order.
 
     Returns:
-        dict: Name -> seconds, the median of its runs.
+        dict: Name -> seconds, the minimum of its runs: other work on the machine can
+            only add to it.
     """
     for function in contestants.values():
         function()
@@ -43,7 +43,7 @@ def interleaved(
             start = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(runs) for name, runs in times.items()}
+    return {name: min(runs) for name, runs in times.items()}
 
 
 def peak_memory(function: str, *args: object) -> int:

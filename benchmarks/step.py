@@ -3,7 +3,8 @@ student's own step plus one bare forward of the compared parts of the teacher, w
 gradient: less is not possible. The *usual way* is that of the general distillation
 libraries: the teacher's whole loss pass without gradient, outputs caught by hooks, the
 textbook formula; for two-stage detectors it compares the boxes that either model
-happened to sample. *Peak* is as above, for the step.
+happened to sample. *Peak* is as above, for the step; less than that of the student
+alone is not possible either.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def steps(seconds: float) -> str:
         bare = time['student'] + time['teacher']
         peak = {
             which: peak_memory('benchmarks.step:step_of', name, which)
-            for which in ('distilled', 'usual')
+            for which in ('student', 'distilled', 'usual')
         }
         overhead, faster = time['distilled'] / bare, time['usual'] / time['distilled']
         memory = peak['distilled'] / peak['usual']
@@ -221,6 +222,7 @@ def steps(seconds: float) -> str:
             f'{verdict(overhead <= pair.goals[0])}',
             f'{faster:.2f}x',
             f'{memory:.2f}',
+            f'{peak["student"] / peak["usual"]:.2f}',
         ]
         if pair.goals[1]:
             cells[1] += f' ({pair.goals[1]}x), {verdict(faster >= pair.goals[1])}'
@@ -237,5 +239,6 @@ def steps(seconds: float) -> str:
         'distilled / (student + teacher) (goal: at most)',
         'usual / distilled (goal: at least)',
         'peak, distilled / usual (goal: at most)',
+        'peak, student alone / usual',
     ]
     return table(head, rows) + '\n'
