@@ -35,8 +35,9 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,10 @@ from torch import Tensor
 from .relation import check_teacher, compute_dtype, is_constant, sum_over_processes
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
-# it leaves the cache. Between the two, all threads together take less memory than
-# the gradient does later.
+# it leaves the cache. Between the two, the tiles that all threads have in hand are this
+# share of the logits: the backward pass needs three tensors of it and the gradient.
 MIN_TILE, MAX_TILE = 100_000, 400_000
+SHARE = 1 / 16
 MAX_THREADS = 8  # beyond that the calls, one at a time in Python, cost more
 
 # A spread (norm after centring / norm) at which fp32 still gives five digits of it.
@@ -104,8 +106,8 @@ class _Correlations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, mask, activation, tau, eps, group):
         dtype = compute_dtype(student, teacher)
-        # the scores of so few logits can be kept
-        keep_scores = student.numel() <= 2 * MIN_TILE
+        places = tiles(student)
+        scratch = Scratch(5)
 
         def sums_of_tile(place: tuple[int, slice]) -> _Tile:
             image, part = place
@@ -113,21 +115,21 @@ class _Correlations(torch.autograd.Function):
             count = part.stop - part.start if keep is None else int(keep.sum())
             if count == 0:
                 return _Tile(0)
-            s, t = (tile(x, image, part, keep) for x in (student, teacher))
-            if not math.isfinite(t.sum(dtype=dtype)):
-                check_teacher(t)
+            s, t = (x[image, :, part] for x in (student, teacher))
             for tile_dtype in (dtype, torch.float64):
-                p, q = (scores(x, activation, tau, tile_dtype) for x in (s, t))
-                row_sums = sums_of_rows(p, q, activation)
-                class_sums = sums_of_classes(p, q, keep, count)
+                with scratch.like(s, tile_dtype) as (p, q, *spare):
+                    scores(s, keep, activation, tau, out=p)
+                    scores(t, keep, activation, tau, out=q, check=check_teacher)
+                    row_sums = sums_of_rows(p, q, activation, spare)
+                    class_sums = sums_of_classes(p, q, keep, count, spare)
                 if not (is_flat(row_sums, len(p)) or is_flat(class_sums, count)):
                     break
-            corr, u, v, _ = correlation(row_sums, len(p), eps)
+            corr, u, v = correlation(row_sums, len(p), eps)
             corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
-            kept = (p, q) if keep_scores else ()
+            # the scores of a single tile can be kept
+            kept = (p, q) if len(places) == 1 else ()
             return _Tile(count, corr, class_sums.double(), (u, v, *kept))
 
-        places = tiles(student)
         done = in_threads(sums_of_tile, places)
         some = [x for x in done if x.count > 0]
         # the same exchanges in the same order as the plain path, which another
@@ -138,10 +140,11 @@ class _Correlations(torch.autograd.Function):
         row_total, count = sum_over_processes(total, group)
         count = count.clamp(min=1)
         class_sums = combine(counts, [x.class_sums for x in some], student, group)
-        class_corr, *class_factors = correlation(class_sums, count, eps)
+        class_corr, u, v = correlation(class_sums, count, eps)
+        class_factors = torch.stack([u, v, v * class_sums[3] - u * class_sums[4]])
         ctx.save_for_backward(student, teacher, mask)
         ctx.tiles = places, [x.saved for x in done]
-        ctx.settings = torch.stack(class_factors), count, activation, tau, group
+        ctx.settings = class_factors, count, activation, tau, group
         ctx.set_materialize_grads(False)
         return row_total / count, class_corr.mean()
 
@@ -161,40 +164,38 @@ class _Correlations(torch.autograd.Function):
         class_scale = 0.0 if grad_intra is None else float(grad_intra * scale)
         class_factors = class_factors * (class_scale / student.shape[1])
         grad = torch.empty_like(student)
+        scratch = Scratch(3)
 
         def gradient_of_tile(place: tuple[int, slice], saved: tuple[Tensor, ...]):
             image, part = place
             if not saved:  # no row of the tile counts
                 grad[image, :, part] = 0
                 return
-            u, v, *kept = saved
-            dtype = u.dtype
-            u, v = u * row_scale, v * row_scale
+            u_row, v_row, *kept = saved
+            dtype = u_row.dtype
+            u_row, v_row = u_row * row_scale, v_row * row_scale
             u_class, v_class, w_class = class_factors.to(dtype).unsqueeze(-1)
-            # in smaller steps, since the gradient takes memory as well
-            for piece in pieces(part, 1 if kept else 5):
-                keep = tile_mask(mask, image, piece)
-                here = slice(piece.start - part.start, piece.stop - part.start)
+            keep = tile_mask(mask, image, part)
+            s, t = (x[image, :, part] for x in (student, teacher))
+            with scratch.like(s, dtype) as (p, q, g):
+                spare = q
                 if kept:
-                    p, q = (x[:, here] for x in kept)
+                    p, q = kept
                 else:
-                    p, q = (
-                        scores(tile(x, image, piece, keep), activation, tau, dtype)
-                        for x in (student, teacher)
-                    )
-                u_row, v_row = u[here], v[here]
+                    scores(s, keep, activation, tau, out=p)
+                    scores(t, keep, activation, tau, out=q)
                 w_row = v_row * row_mean(p, activation)
                 w_row -= u_row * row_mean(q, activation)
-                g = (u_class + u_row).mul_(q)
-                spare = None if kept else q
+                torch.add(u_class, u_row, out=g).mul_(q)
+                # from here on q is not needed
                 g.sub_(torch.add(v_class, v_row, out=spare).mul_(p))
                 g.add_(torch.add(w_class, w_row, out=spare))
                 if activation == 'softmax':
                     g.mul_(p)
                     g.addcmul_(p, g.sum(0), value=-1)
                 elif activation == 'sigmoid':
-                    g = torch.ops.aten.sigmoid_backward(g, p)
-                grad[image, :, piece] = g if keep is None else g.mul_(keep)
+                    torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
+                grad[image, :, part] = g if keep is None else g.mul_(keep)
 
         in_threads(gradient_of_tile, *ctx.tiles)
         return grad, None, None, None, None, None, None
@@ -254,21 +255,46 @@ def by_image(logits: Tensor) -> Tensor:
     return logits.reshape(images, classes, -1)
 
 
+class Scratch:
+    """Tensors of the size of a tile that every next tile overwrites.
+
+    New ones for every operation would leave the cache, and go back to the system and
+    come from it, page by page.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._free: list[list[Tensor]] = []
+
+    @contextmanager
+    def like(self, tile: Tensor, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+        """Tensors of the shape of a tile, laid out alike. Each thread has its own."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = []
+        if not memory or memory[0].dtype != dtype or memory[0].numel() < tile.numel():
+            memory = [
+                torch.empty(tile.numel(), dtype=dtype) for _ in range(self._number)
+            ]
+        tensors = [x[: tile.numel()] for x in memory]
+        if tile.stride(0) == 1:
+            yield [x.view(tile.shape[::-1]).t() for x in tensors]
+        else:
+            yield [x.view(tile.shape) for x in tensors]
+        self._free.append(memory)
+
+
 def tiles(logits: Tensor) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
     threads = min(torch.get_num_threads(), MAX_THREADS)
-    size = min(max(logits.numel() // (8 * threads), MIN_TILE), MAX_TILE)
-    number = math.ceil(positions * classes / size)
-    whole = slice(0, positions)
-    return [(image, p) for image in range(images) for p in pieces(whole, number)]
-
-
-def pieces(part: slice, number: int) -> list[slice]:
-    """At most so many parts of about the same length."""
-    step = math.ceil((part.stop - part.start) / number)
-    starts = range(part.start, part.stop, step)
-    return [slice(start, min(start + step, part.stop)) for start in starts]
+    size = min(max(SHARE * logits.numel() / threads, MIN_TILE), MAX_TILE)
+    step = math.ceil(positions / math.ceil(positions * classes / size))
+    if step > 16:  # whole cache lines, and an odd number so that classes share none
+        step = math.ceil(step / 16) // 2 * 32 + 16
+    parts = [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
+    return [(image, part) for image in range(images) for part in parts]
 
 
 def tile_mask(mask: Tensor | None, image: int, part: slice) -> Tensor | None:
@@ -278,26 +304,29 @@ def tile_mask(mask: Tensor | None, image: int, part: slice) -> Tensor | None:
     return mask[image, part]
 
 
-def tile(logits: Tensor, image: int, part: slice, keep: Tensor | None) -> Tensor:
-    """Logits (classes, rows) of a tile, 0 in the rows that do not count."""
-    logits = logits[image, :, part]
-    if keep is None:
-        return logits
-    # before any arithmetic: 0 * nan is nan
-    return logits.masked_fill(keep.logical_not(), 0)
-
-
-def scores(logits: Tensor, activation: str, tau: float, dtype: torch.dtype) -> Tensor:
-    """Scores of a tile (classes, rows), always in a new tensor."""
+def scores(
+    logits: Tensor,
+    keep: Tensor | None,
+    activation: str,
+    tau: float,
+    out: Tensor,
+    check: Callable[[Tensor], None] | None = None,
+) -> None:
+    """Put the scores of the logits (classes, rows) of a tile in ``out``."""
+    out.copy_(logits)
+    if keep is not None:  # before any arithmetic: 0 * nan is nan
+        out.masked_fill_(keep.logical_not(), 0)
+    if check is not None and not math.isfinite(out.sum()):
+        check(out)
     if tau != 1:
-        logits = logits.to(dtype) / tau
-    if activation == 'softmax':
-        if logits.stride(0) == 1:  # torch is fast along the last dimension only
-            return logits.t().softmax(1, dtype=dtype).t()
-        return logits.softmax(0, dtype=dtype)
+        out.div_(tau)
     if activation == 'sigmoid':
-        return logits.to(dtype).sigmoid()
-    return logits.to(dtype, copy=True)
+        out.sigmoid_()
+    elif activation == 'softmax':
+        if out.stride(0) == 1:  # torch is fast along the last dimension only
+            torch.softmax(out.t(), 1, out=out.t())
+        else:
+            torch.softmax(out, 0, out=out)
 
 
 def row_mean(p: Tensor, activation: str) -> Tensor | float:
@@ -305,31 +334,40 @@ def row_mean(p: Tensor, activation: str) -> Tensor | float:
     return 1 / len(p) if activation == 'softmax' else p.mean(0)
 
 
-def sums_of_rows(p: Tensor, q: Tensor, activation: str) -> Tensor:
+def sums_of_rows(
+    p: Tensor, q: Tensor, activation: str, spare: Sequence[Tensor]
+) -> Tensor:
     """Centred sums aa, ab, bb and means of p, q of each row, shape (5, rows)."""
+    a, b, ab = spare
     means = [row_mean(x, activation) for x in (p, q)]
     sums = p.new_empty((5, p.shape[1]))
-    centred_sums(p - means[0], q - means[1], 0, sums)
     sums[3], sums[4] = means
+    torch.sub(p, means[0], out=a)
+    torch.sub(q, means[1], out=b)
+    products(a, b, ab, 0, sums)
     return sums
 
 
-def sums_of_classes(p: Tensor, q: Tensor, keep: Tensor | None, count: int) -> Tensor:
+def sums_of_classes(
+    p: Tensor, q: Tensor, keep: Tensor | None, count: int, spare: Sequence[Tensor]
+) -> Tensor:
     """The same of each class, shape (5, classes)."""
+    a, b, ab = spare
     sums = p.new_empty((5, len(p)))
-    centred = []
-    for x, mean in ((p, sums[3]), (q, sums[4])):
-        torch.sum(x if keep is None else x * keep, 1, out=mean).div_(count)
-        x = x - mean.unsqueeze(1)
-        centred.append(x if keep is None else x.mul_(keep))
-    centred_sums(*centred, 1, sums)
+    for x, centred, mean in ((p, a, sums[3]), (q, b, sums[4])):
+        counted = x if keep is None else torch.mul(x, keep, out=centred)
+        torch.sum(counted, 1, out=mean).div_(count)
+        torch.sub(x, mean.unsqueeze(1), out=centred)
+        if keep is not None:
+            centred.mul_(keep)
+    products(a, b, ab, 1, sums)
     return sums
 
 
-def centred_sums(a: Tensor, b: Tensor, dim: int, out: Tensor) -> None:
-    """Put the sums of a * a, a * b and b * b in out[:3]. Overwrites a and b."""
-    torch.sum(a * a, dim, out=out[0])
-    torch.sum(a.mul_(b), dim, out=out[1])
+def products(a: Tensor, b: Tensor, ab: Tensor, dim: int, out: Tensor) -> None:
+    """Put the sums of a * a, a * b and b * b in out[:3]. Overwrites all three."""
+    torch.sum(torch.mul(a, b, out=ab), dim, out=out[1])
+    torch.sum(a.mul_(a), dim, out=out[0])
     torch.sum(b.mul_(b), dim, out=out[2])
 
 
@@ -339,28 +377,28 @@ def is_flat(sums: Tensor, count: int) -> bool:
     A score has a rounding error of 6e-8 of itself, which is 6e-8 / spread of what
     centring leaves of it. Where that is too much the tile is computed in float64.
     """
-    largest = (sums[0:3:2] / sums[3:].square()).amax(1)
-    return bool((largest < FLAT**2 * count).any())
+    spread = sums[0:3:2] / sums[3:].square()
+    return min(spread.amax(1).tolist()) < FLAT**2 * count
 
 
 def correlation(
     sums: Tensor, count: int | Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Correlations and the factors u, v, w of their gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlations and the factors u, v of their gradient.
 
     Args:
         sums (Tensor): Centred sums aa, ab, bb and means of p, q, shape (5, n).
         count (int | Tensor): Number of entries that were summed.
         eps (float): Added to the product of the norms.
     """
-    aa, ab, bb, mean_p, mean_q = sums
-    constant = is_constant(aa, mean_p.square() * count)
-    constant |= is_constant(bb, mean_q.square() * count)
-    norm_a, norm_b = aa.sqrt(), bb.sqrt()
+    var, mean = sums[0:3:2], sums[3:]
+    constant = is_constant(var, mean.square().mul_(count))
+    constant = constant[0] | constant[1]
+    norm_a, norm_b = var.sqrt()
     u = (norm_a * norm_b).add_(eps).reciprocal_().masked_fill_(constant, 0)
-    corr = ab * u
+    corr = sums[1] * u
     v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
-    return corr, u, v, v * mean_p - u * mean_q
+    return corr, u, v
 
 
 def combine(
