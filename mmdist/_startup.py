@@ -86,7 +86,7 @@ def _is_known(package: str) -> bool:
         return _exists(package)
 
 
-def _allow_safe_loading(_) -> None:
+def _allow_safe_loading(checkpoint) -> None:
     """Declare what mmengine's checkpoints hold: logs, which are numpy arrays inside."""
     import numpy as np
     import torch
@@ -94,11 +94,16 @@ def _allow_safe_loading(_) -> None:
 
     if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
         return  # loads as mmengine expects
+    if hasattr(checkpoint, 'get_torch_safe_globals'):
+        # The onedl fork declares a list of its own around each load. It holds the real
+        # getattr, and afterwards what both lists hold would be gone from ours.
+        checkpoint.get_torch_safe_globals = list
     reconstruct = np.zeros(1).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
     torch.serialization.add_safe_globals(
         [
             HistoryBuffer,
+            slice,
             (_history_method, 'builtins.getattr'),
             np.ndarray,
             np.dtype,

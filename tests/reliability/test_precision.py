@@ -173,8 +173,13 @@ def test_it_changes_no_loss(
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'inductor'))
     _, watch = train(make_config('seg', tmp_path, **options))
     assert watch.losses.keys() == plain_losses.keys()
+    generated = options.get('compile') == dict(backend='inductor')
     for i, losses in watch.losses.items():
-        assert losses == pytest.approx(plain_losses[i], rel=1e-3, abs=1e-4)
+        # generated code rounds otherwise, and each step makes more of it
+        more = 10 if generated and i > 0 else 1
+        assert losses == pytest.approx(
+            plain_losses[i], rel=1e-3 * more, abs=1e-4 * more
+        )
 
 
 def test_a_map_within_activation_checkpointing_is_refused(make_config, tmp_path):

