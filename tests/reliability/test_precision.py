@@ -161,7 +161,7 @@ def plain_losses(make_config, train, tmp_path_factory) -> dict:
     [
         {'model.student.backbone.with_cp': True},
         {'activation_checkpointing': ['backbone.layer2', 'decode_head.conv_seg']},
-        # dynamo alone, 30 seconds; and with the code that inductor generates, minutes
+        # dynamo alone, 1 minute; and with the code that inductor generates, 7 minutes
         pytest.param({'compile': dict(backend='eager')}, marks=pytest.mark.slow),
         pytest.param({'compile': dict(backend='inductor')}, marks=pytest.mark.slow),
     ],
@@ -173,13 +173,12 @@ def test_it_changes_no_loss(
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'inductor'))
     _, watch = train(make_config('seg', tmp_path, **options))
     assert watch.losses.keys() == plain_losses.keys()
-    generated = options.get('compile') == dict(backend='inductor')
-    for i, losses in watch.losses.items():
-        # generated code rounds otherwise, and each step makes more of it
-        more = 10 if generated and i > 0 else 1
-        assert losses == pytest.approx(
-            plain_losses[i], rel=1e-3 * more, abs=1e-4 * more
-        )
+    # Generated code rounds otherwise, and each step of training makes that five times
+    # larger; the second one shows that the first one's gradients were right.
+    steps = 2 if options.get('compile') == dict(backend='inductor') else 4
+    for i in range(steps):
+        expected = pytest.approx(plain_losses[i], rel=1e-3, abs=1e-4)
+        assert watch.losses[i] == expected
 
 
 def test_a_map_within_activation_checkpointing_is_refused(make_config, tmp_path):
