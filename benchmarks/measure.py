@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import importlib.metadata
+import importlib
 import os
 import platform
 import random
@@ -93,8 +93,8 @@ def machine() -> str:
         names = [x for x in info.read_text().splitlines() if x.startswith('model name')]
         cpu = names[0].split(':')[1].strip() if names else cpu
     versions = [
-        f'{name} {importlib.metadata.version(name)}'
-        for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmsegmentation')
+        f'{name} {importlib.import_module(name).__version__}'
+        for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
     ]
     return (
         f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load '
