@@ -70,10 +70,10 @@ TASKS = (
     Task(
         'seg',
         (
-            'deeplabv3_w24_digits',
+            'deeplabv3_w32_digits',
             'deeplabv3_w8_digits',
-            'kl_deeplabv3_w24-w8_digits',
-            'dist_deeplabv3_w24-w8_digits',
+            'kl_deeplabv3_w32-w8_digits',
+            'dist_deeplabv3_w32-w8_digits',
         ),
         'mIoU',
         'mIoU',
@@ -258,7 +258,7 @@ def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
     maps = [
         cv2.imread(f'data/digits/ann_dir/val/{n}', cv2.IMREAD_UNCHANGED) for n in names
     ]
-    truth = {'det': boxes, 'seg': maps}
+    truth = {'det': boxes, 'seg': [m.clip(1, 10) - 1 for m in maps]}
 
     figure = plt.figure(figsize=(15, 12), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
@@ -292,9 +292,9 @@ def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
                 axes.axis('off')
                 axes.imshow(cv2.imread(images[i])[..., ::-1])
                 if task.name == 'seg':
-                    overlay = palette(np.clip(prediction.astype(int) - 1, 0, 9))
-                    overlay[..., 3] = (prediction > 0) * 0.85
-                    overlay[prediction == 255] = (1, 1, 1, 0.6)
+                    overlay = palette(prediction)
+                    # the background is void, as is what is ambiguous
+                    overlay[..., 3] = (maps[i] > 0) & (maps[i] < 255)
                     axes.imshow(overlay)
                     continue
                 for (x1, y1, x2, y2), label in prediction:

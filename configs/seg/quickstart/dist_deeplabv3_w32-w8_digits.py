@@ -4,8 +4,8 @@ model = dict(
     type='mmdist.Distiller',
     student=_base_.model,
     teacher=dict(
-        config='mmdist::seg/quickstart/deeplabv3_w24_digits.py',
-        checkpoint='work_dirs/quickstart/deeplabv3_w24_digits/last.pth',
+        config='mmdist::seg/quickstart/deeplabv3_w32_digits.py',
+        checkpoint='work_dirs/quickstart/deeplabv3_w32_digits/last.pth',
     ),
     distill=dict(dist=dict(type='mmdist.SegLogits', loss=dict(type='mmdist.DISTLoss'))),
 )
