@@ -246,9 +246,9 @@ class Study:
         """Train a cell, or go on with it; None if the time was up before the end."""
         folder, mark = self.folder(cell), self.fingerprint(cell)
         note = folder / 'fingerprint'
-        is_new = not note.is_file() or note.read_text() != mark
+        is_new = not note.is_file() or note.read_text() != mark or is_broken(folder)
         if is_new:
-            shutil.rmtree(folder, ignore_errors=True)  # of other settings
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             self.config(cell).dump(folder / 'config.py')
             note.write_text(mark)
@@ -323,6 +323,15 @@ class Study:
             return None
         (file,) = out.glob('*/*.json')
         return round(task.percent * json.loads(file.read_text())[task.metric], 3)
+
+
+def is_broken(folder: Path) -> bool:
+    """Whether a run was stopped while it wrote its first checkpoint."""
+    try:
+        last_whole_checkpoint(folder)
+    except RuntimeError:
+        return True
+    return False
 
 
 def run(tool: str, arguments: list, log_file: Path, deadline: float) -> int | None:

@@ -216,14 +216,11 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, seg_config) -> Path:
-    """A study of one tiny task, three classes and 40 steps; its folder of configs."""
+    """A study of one tiny task, three classes and 4 steps; its folder of configs."""
     folder = tmp_path / 'configs' / 'tiny'
     folder.mkdir(parents=True)
-    text = seg_config.replace(
-        'max_iters=4, val_interval=4', 'max_iters=40, val_interval=40'
-    )
     for part in ('student', 'teacher-strong', 'teacher-weak'):
-        (folder / f'{part}.py').write_text(text)
+        (folder / f'{part}.py').write_text(seg_config)
     monkeypatch.setattr(study, 'CONFIGS', folder.parent)
     task = study.Task('tiny', 'mIoU', 'mIoU', 1, study.SEG, 4, True)
     monkeypatch.setattr(study, 'TASKS', {'tiny': task})
@@ -251,7 +248,7 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     assert -1 <= rows[2]['inter'] <= 1 and 'inter' not in rows[0]
     made = Path('work/small/tiny/dist_strong_seed0')
     assert Config.fromfile(made / 'config.py').model.teacher.checkpoint == str(
-        Path('work/small/tiny/teacher_strong_seed0/iter_40.pth').resolve()
+        Path('work/small/tiny/teacher_strong_seed0/iter_4.pth').resolve()
     )
     page = Path('out/results.md').read_text()
     assert '| dist | strong | 1 |' in page
@@ -273,6 +270,9 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
+    for path in tiny.glob('*.py'):
+        with path.open('a') as file:
+            file.write('train_cfg = dict(max_iters=40, val_interval=40)\n')
     processes = []
     popen = subprocess.Popen
 
@@ -284,7 +284,7 @@ def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
     folder = Path('work/small/tiny/alone_seed0')
 
     def kill() -> None:
-        while not list(folder.glob('iter_*.pth')):
+        while not (folder / 'iter_4.pth').exists():  # so iter_2.pth is whole
             time.sleep(0.01)
         processes[0].kill()
 
@@ -304,6 +304,21 @@ def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
     assert steps[-1] == 40
     (line,) = Path('out/results.jsonl').read_text().splitlines()
     assert json.loads(line)['curve'][-1][0] == 40
+
+
+def test_cell_without_a_whole_checkpoint_starts_anew(tiny, monkeypatch):
+    folder = Path('work/small/tiny/alone_seed0')
+    left = []
+    monkeypatch.setattr(
+        study, 'run', lambda *a: left.append([p.name for p in folder.glob('*.pth')])
+    )
+    main('--methods', 'alone')
+    torch.save(dict(meta={}, message_hub={}, state_dict={}), folder / 'iter_2.pth')
+    main('--methods', 'alone')
+    whole = (folder / 'iter_2.pth').read_bytes()
+    (folder / 'iter_2.pth').write_bytes(whole[: len(whole) // 2])
+    main('--methods', 'alone')
+    assert left == [[], ['iter_2.pth'], []]
 
 
 @pytest.mark.slow
