@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -52,9 +53,13 @@ class Comparison(BaseModule):
 
     Attributes:
         families: The models that the comparison supports, for its messages.
+        asks_first: Whether :meth:`ask` needs nothing of the student. It is then called
+            before the student runs, with None for ``recorded``, which takes less
+            memory.
     """
 
     families = 'models that its docstring names'
+    asks_first = False
 
     def __init__(self, loss: dict | None = None) -> None:
         super().__init__()
@@ -89,7 +94,7 @@ class Comparison(BaseModule):
         """The student's side, from the calls recorded in its own loss pass."""
         raise NotImplementedError
 
-    def ask(self, step: Step, recorded):
+    def ask(self, step: Step, recorded: Any):
         """The teacher's side, by the cheapest forward that gives the counterpart."""
         raise NotImplementedError
 
@@ -138,8 +143,7 @@ class Comparison(BaseModule):
             ``<name>_inter`` and ``<name>_intra``, which mmengine logs and does not add.
         """
         recorded = self.record(step)
-        with step.teacher_running():
-            asked = self.ask(step, recorded)
+        asked = step.answer(self, recorded)
         terms: dict[str, list[Tensor]] = {}
         for pair in self.pair(step, recorded, asked):
             self._leave_out_inter_class(pair.student.shape[1])

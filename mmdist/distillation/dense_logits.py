@@ -128,7 +128,9 @@ class DenseLogits(Comparison):
         head = self._head(step.student, self.student_path)
         return _class_maps(head).maps(head, step.calls(head)[-1].output)
 
-    def ask(self, step: Step, recorded: Sequence[Tensor]) -> Sequence[Tensor]:
+    asks_first = True
+
+    def ask(self, step: Step, recorded: None) -> Sequence[Tensor]:
         """The teacher's class logits per level, from its features."""
         head = self._head(step.teacher, self.teacher_path)
         class_maps = _class_maps(head)

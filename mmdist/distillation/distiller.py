@@ -146,8 +146,7 @@ class DistilledMixin:
             self.teacher.apply(lambda tensor: tensor.to(inputs.device))
         comparisons: dict[str, Comparison] = dict(self.distill.items())
         watched = [m for c in comparisons.values() for m in c.student_modules(self)]
-        with Recorder(watched) as recorder:
-            losses = super().loss(inputs, data_samples, **kwargs)
+        recorder = Recorder(watched)
         step = Step(
             self,
             self.teacher,
@@ -160,6 +159,9 @@ class DistilledMixin:
                 for m in c.teacher_modules(self.teacher.model)
             ],
         )
+        step.ask_first(list(comparisons.values()))
+        with recorder:
+            losses = super().loss(inputs, data_samples, **kwargs)
         for name, comparison in comparisons.items():
             for key, value in comparison(step, name).items():
                 if key.startswith('loss_'):

@@ -126,7 +126,9 @@ class SegLogits(Comparison):
             for head in self.student_modules(step.student)
         ]
 
-    def ask(self, step: Step, recorded: list[SegMap]) -> list[SegMap]:
+    asks_first = True
+
+    def ask(self, step: Step, recorded: None) -> list[SegMap]:
         """The teacher's maps of the same heads, from its features."""
         head = self._head(step.teacher)
         maps = [self._map(step, head, _decode(step, head))]

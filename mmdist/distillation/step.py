@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -15,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from .record import Call, Recorder
 from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
 
 
 class Step:
@@ -50,10 +52,32 @@ class Step:
         self._recorder = recorder
         self._teacher_recorder = Recorder(teacher_modules)
         self._shared: dict[str, Any] = {}
+        self._answers: dict[Comparison, Any] = {}
 
-    def teacher_running(self) -> AbstractContextManager:
-        """The context in which a comparison asks the teacher."""
-        return self._guest.running()
+    def ask_first(self, comparisons: Sequence[Comparison]) -> None:
+        """Ask the teacher, before the student runs, what does not depend on it.
+
+        The teacher's activations are gone before the student's come, which are kept
+        for the backward pass: the two never take memory at one time.
+
+        Args:
+            comparisons: All of the step.
+        """
+        for comparison in comparisons:
+            if comparison.asks_first:
+                self._answers[comparison] = self._ask(comparison, None)
+        if len(self._answers) == len(comparisons):  # nobody reads them any more
+            self.__dict__.pop('teacher_features', None)
+
+    def answer(self, comparison: Comparison, recorded: Any) -> Any:
+        """What the teacher answers to a comparison, or has answered before."""
+        if comparison in self._answers:
+            return self._answers.pop(comparison)
+        return self._ask(comparison, recorded)
+
+    def _ask(self, comparison: Comparison, recorded: Any) -> Any:
+        with self._guest.running():
+            return comparison.ask(self, recorded)
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The student's calls of ``module`` in its own loss pass.
