@@ -6,7 +6,8 @@ STACK ?= $(shell $(PYTHON) tools/make_env.py --which)
 VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 PY := $(VENV)/bin/python
 
-.PHONY: help env check quickstart test test-all lint format bench clean distclean
+.PHONY: help env check quickstart test test-all lint format bench study clean \
+	distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +16,7 @@ help:
 	@echo 'make test        the quick tests;  make test-all: the slow ones too'
 	@echo 'make lint        ruff;  make format: let it mend what it can'
 	@echo 'make bench       timings and memory'
+	@echo 'make study       does a student gain on real images? hours; see docs/results.md'
 	@echo 'make clean       what the tools leave behind;  make distclean: also the'
 	@echo '                 environments and work_dirs'
 
@@ -43,6 +45,9 @@ format: env
 
 bench: env
 	$(PY) -m benchmarks
+
+study: env
+	$(PY) tools/study.py
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
