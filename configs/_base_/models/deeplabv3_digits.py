@@ -23,6 +23,8 @@ model = dict(
         dropout_ratio=0,
         num_classes=10,
         norm_cfg=norm_cfg,
+        # the mean over the labelled pixels, as that of the distillation loss is
+        loss_decode=dict(avg_non_ignore=True),
     ),
     auxiliary_head=dict(
         in_channels=16,
@@ -31,5 +33,7 @@ model = dict(
         dropout_ratio=0,
         num_classes=10,
         norm_cfg=norm_cfg,
+        # the mean over the labelled pixels, as that of the distillation loss is
+        loss_decode=dict(avg_non_ignore=True),
     ),
 )
