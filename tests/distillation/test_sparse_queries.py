@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
 import pytest
 import torch
 from det_zoo import batch, build_pair
@@ -23,6 +26,13 @@ def kept(comparison, name: str) -> list:
 @pytest.mark.parametrize('path', [SPARSE, QUERYINST])
 def test_a_copy_of_the_student_has_the_same_queries(path):
     """Recorded in the student's loss, and asked of the teacher: two ways to one end."""
+    # In a process of its own: after hundreds of other models in one process the two
+    # differ by some percent, which has not been explained.
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
+        pool.submit(compare_copy, path).result()
+
+
+def compare_copy(path):
     model = build_pair(path, factors=(8, 8))
     model.teacher.model.load_state_dict(model.state_dict())
     comparison = model.distill['dist']
