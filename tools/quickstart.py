@@ -23,6 +23,7 @@ from pathlib import Path
 import make_digits
 import numpy as np
 from mmengine.config import Config
+from run_log import count_parameters, failure, read_log
 
 from mmdist.distillation.checkpoint import load_checkpoint
 
@@ -81,13 +82,6 @@ TASKS = (
         {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
     ),
 )
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The scalars that the run in a work dir has logged so far."""
-    logs = list(folder.glob('*/vis_data/scalars.json'))
-    lines = logs[0].read_text().splitlines() if logs else []
-    return [json.loads(line) for line in lines if line.endswith('}')]
 
 
 def fingerprint(task: Task, part: str, options: dict) -> str:
@@ -151,11 +145,7 @@ def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterat
                 process.terminate()
                 process.wait()
     if process.returncode:
-        tail = '\n'.join(log_file.read_text().splitlines()[-15:])
-        raise SystemExit(
-            f'{tail}\n{title} stopped with exit status {process.returncode}; all of '
-            f'its output is in {log_file}. What is finished is kept: run this again.'
-        )
+        raise SystemExit(failure(title, process.returncode, log_file))
     entries = read_log(folder)
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
     result = {
@@ -163,11 +153,7 @@ def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterat
         # mmdet logs no AP where nothing at all was detected.
         'score': task.scale * scores[-1][task.metric] if scores else 0.0,
         'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
-        'parameters': sum(
-            v.numel()
-            for k, v in state.items()
-            if not k.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
-        ),
+        'parameters': count_parameters(state),
         'seconds': time.time() - began,
     }
     for relation in ('inter', 'intra'):

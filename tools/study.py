@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import Config
+from run_log import count_parameters, failure, read_log
 from scipy import stats
 
 from mmdist.distillation.checkpoint import load_checkpoint
@@ -295,14 +296,7 @@ class Study:
         result = {
             'score': curve[last],
             'curve': sorted(curve.items()),
-            'parameters': sum(
-                v.numel()
-                for k, v in state.items()
-                if not k.startswith('distill.')
-                and not k.endswith(
-                    ('running_mean', 'running_var', 'num_batches_tracked')
-                )
-            ),
+            'parameters': count_parameters(state),
             'seconds': sum(map(int, (folder / 'seconds').read_text().split())),
         }
         for relation in ('inter', 'intra'):
@@ -348,22 +342,8 @@ def run(tool: str, arguments: list, log_file: Path, deadline: float) -> int | No
                 process.terminate()
                 process.wait()
     if process.returncode:
-        tail = '\n'.join(log_file.read_text().splitlines()[-15:])
-        raise SystemExit(
-            f'{tail}\n{tool} stopped with exit status {process.returncode}; all of its '
-            f'output is in {log_file}. What is finished is kept: run this again.'
-        )
+        raise SystemExit(failure(tool, process.returncode, log_file))
     return 0
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The scalars that the runs in a work dir have logged, the first run first."""
-    return [
-        json.loads(line)
-        for file in sorted(folder.glob('*/vis_data/scalars.json'))
-        for line in file.read_text().splitlines()
-        if line.endswith('}')
-    ]
 
 
 # ---- what comes out --------------------------------------------------------------
