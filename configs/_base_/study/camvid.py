@@ -38,7 +38,7 @@ test_dataloader = dict(
     dataset=dict(pipeline=test_pipeline),
 )
 
-max_iters = 500
+max_iters = 1500
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

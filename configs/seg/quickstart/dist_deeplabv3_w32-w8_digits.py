@@ -9,3 +9,8 @@ model = dict(
     ),
     distill=dict(dist=dict(type='mmdist.SegLogits', loss=dict(type='mmdist.DISTLoss'))),
 )
+# The student starts from scratch. At full weight from the first step on DIST holds it
+# back, see the README.
+custom_hooks = [
+    dict(type='mmdist.DistillScheduleHook', points=[(100, 0.0), (300, 1.0)])
+]
