@@ -46,6 +46,12 @@ class DISTLoss(nn.Module):
     an anchor location, a proposal or a query. A row or class whose scores are
     constant has no relation: its correlation is 0 and gives no gradient.
 
+    A correlation does not see how large the scores are, so the smaller the
+    student's logits, the larger the gradient by them: in the first steps of a
+    head that starts from scratch it outweighs the student's own losses by far.
+    Where that holds a short training back, ``mmdist.DistillScheduleHook`` ramps
+    the loss in.
+
     The loss is computed in fp32 (float64 logits in float64), also under
     autocast. The teacher's logits get no gradient.
 
