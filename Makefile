@@ -5,6 +5,8 @@ PYTHON ?= python3
 STACK ?= $(shell $(PYTHON) tools/make_env.py --which)
 VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 PY := $(VENV)/bin/python
+# mmengine looks for packages by pkg_resources, which warns each time
+export PYTHONWARNINGS := ignore:pkg_resources is deprecated
 
 .PHONY: help env check quickstart test test-all lint format bench study clean \
 	distclean

@@ -209,10 +209,11 @@ def without_pretrained(cfg: Any) -> Any:
             {
                 key: None if key == 'pretrained' else without_pretrained(value)
                 for key, value in cfg.items()
+                # PVT's has a checkpoint, but no type
                 if not (
                     key == 'init_cfg'
                     and isinstance(init_cfg, Mapping)
-                    and init_cfg.get('type') == 'Pretrained'
+                    and 'checkpoint' in init_cfg
                 )
             }
         )

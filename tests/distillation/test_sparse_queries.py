@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-
 import pytest
 import torch
 from det_zoo import batch, build_pair
@@ -26,25 +23,23 @@ def kept(comparison, name: str) -> list:
 @pytest.mark.parametrize('path', [SPARSE, QUERYINST])
 def test_a_copy_of_the_student_has_the_same_queries(path):
     """Recorded in the student's loss, and asked of the teacher: two ways to one end."""
-    # In a process of its own: after hundreds of other models in one process the two
-    # differ by some percent, which has not been explained.
-    with ProcessPoolExecutor(1, get_context('spawn')) as pool:
-        pool.submit(compare_copy, path).result()
-
-
-def compare_copy(path):
-    model = build_pair(path, factors=(8, 8))
+    # In float64: each of the six stages makes a difference ten times as large, so that
+    # rounding in fp32, which depends on what ran before, becomes some percent.
+    model = build_pair(path, factors=(8, 8)).double()
+    data = batch(model)
+    data['inputs'] = data['inputs'].double()
+    for sample in data['data_samples']:
+        sample.gt_instances.bboxes = sample.gt_instances.bboxes.double()
     model.teacher.model.load_state_dict(model.state_dict())
     comparison = model.distill['dist']
     recorded, asked = kept(comparison, 'record'), kept(comparison, 'ask')
-    model(**batch(model), mode='loss')
+    model(**data, mode='loss')
     assert len(recorded[0]) == len(asked[0]) == 6
-    # The boxes of random weights leave the image, and rounding grows with each stage.
-    for student, teacher in zip(recorded[0][:3], asked[0][:3], strict=True):
+    for student, teacher in zip(recorded[0], asked[0], strict=True):
         for s, t in zip(student, teacher, strict=True):
             assert s.scores.shape == (30, 80) and s.bboxes.shape == (30, 4)
-            torch.testing.assert_close(s.scores, t.scores, atol=1e-3, rtol=1e-3)
-            torch.testing.assert_close(s.bboxes, t.bboxes, atol=0.1, rtol=1e-3)
+            torch.testing.assert_close(s.scores, t.scores, atol=1e-6, rtol=0)
+            torch.testing.assert_close(s.bboxes, t.bboxes, atol=1e-4, rtol=0)
 
 
 def test_the_last_stage_is_what_the_teacher_predicts_with():

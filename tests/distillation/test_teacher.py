@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from mmdist.distillation.teacher import Teacher, load_config
@@ -31,6 +32,18 @@ def test_of_a_distillation_config_the_student_is_the_teacher(tmp_path):
 def test_no_checkpoint_is_an_error_unless_random_is_meant():
     with pytest.raises(ValueError, match='allow_random'):
         Teacher(RETINANET).load(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    'config', [RETINANET, 'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py']
+)
+def test_random_weights_ask_for_no_file(config, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f'{args} was asked for')
+
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', refuse)
+    teacher = Teacher(config, allow_random=True)
+    teacher.load(teacher.build())
 
 
 def test_an_unknown_dtype_is_refused():
