@@ -79,7 +79,8 @@ TASKS = (
         'mIoU',
         'mIoU',
         1,
-        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
+        # two steps, DIST in both
+        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'custom_hooks': []},
     ),
 )
 

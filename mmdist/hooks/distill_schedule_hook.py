@@ -58,6 +58,25 @@ class DistillScheduleHook(Hook):
             return 0.0
         return float(np.interp(time, self.times, self.factors))
 
+    def before_train(self, runner: Runner) -> None:
+        """Stop before a training that the schedule leaves without distillation.
+
+        Raises:
+            ValueError: The factor is 0 from the first iteration to the last.
+        """
+        last = self._time(runner, runner.max_iters - 1)
+        moments = [t for t in (0, *self.times, last) if 0 <= t <= last]
+        if not any(map(self.factor_at, moments)):
+            end = self._time(runner, runner.max_iters)
+            unit = 'epochs' if self.by_epoch else 'iterations'
+            raise ValueError(
+                'DistillScheduleHook leaves the weight of distillation at 0 for all of '
+                f'the {end:g} {unit} of this training: '
+                f'points={list(zip(self.times, self.factors, strict=True))}, '
+                f'stop={self.stop}. Nothing would be distilled. Let the points begin '
+                'earlier, train for longer, or remove the hook.'
+            )
+
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
@@ -68,8 +87,9 @@ class DistillScheduleHook(Hook):
                 'DistillScheduleHook schedules a model of type `mmdist.Distiller`, but '
                 f'`model` is a {type(model).__name__}. Remove the hook or distil.'
             )
-        time = runner.iter
-        if self.by_epoch:
-            time /= len(runner.train_dataloader)
-        model.distill_factor = self.factor_at(time)
+        model.distill_factor = self.factor_at(self._time(runner, runner.iter))
         runner.message_hub.update_scalar('train/distill_factor', model.distill_factor)
+
+    def _time(self, runner: Runner, iteration: int) -> float:
+        """An iteration in the unit of the schedule."""
+        return iteration / len(runner.train_dataloader) if self.by_epoch else iteration

@@ -84,6 +84,30 @@ def test_the_runner_follows_the_schedule(
         torch.testing.assert_close(values, values[:1] * len(values), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(
+    'schedule',
+    [
+        dict(points=[(100, 0.0), (300, 1.0)]),
+        dict(points=[(2, 0.0), (3, 1.0)], by_epoch=True),
+        dict(stop=0),
+    ],
+)
+def test_a_schedule_that_never_distils_is_refused(det_config, tmp_path, schedule):
+    """The training has two epochs of two iterations."""
+    path = tmp_path / 'student.py'
+    path.write_text(det_config)
+    cfg = Config.fromfile(path)
+    cfg.work_dir = str(tmp_path)
+    cfg.model = dict(
+        type='mmdist.Distiller',
+        student=cfg.model,
+        teacher=dict(config=cfg.model, allow_random=True),
+    )
+    cfg.custom_hooks = [dict(type='mmdist.DistillScheduleHook', **schedule)]
+    with pytest.raises(ValueError, match='Nothing would be distilled'):
+        Runner.from_cfg(cfg).train()
+
+
 def test_it_refuses_a_model_that_is_not_distilled(det_config, tmp_path):
     path = tmp_path / 'student.py'
     path.write_text(
