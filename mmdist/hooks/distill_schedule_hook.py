@@ -64,9 +64,8 @@ class DistillScheduleHook(Hook):
         Raises:
             ValueError: The factor is 0 from the first iteration to the last.
         """
-        last = self._time(runner, runner.max_iters - 1)
-        moments = [t for t in (0, *self.times, last) if 0 <= t <= last]
-        if not any(map(self.factor_at, moments)):
+        times = (self._time(runner, i) for i in range(runner.max_iters))
+        if not any(map(self.factor_at, times)):  # mostly the first few tell
             end = self._time(runner, runner.max_iters)
             unit = 'epochs' if self.by_epoch else 'iterations'
             raise ValueError(

@@ -47,6 +47,7 @@ class _WatchHook(Hook):
     ('schedule', 'factors'),
     [
         (dict(points=[(0, 0.0), (2, 1.0)]), [0, 0.5, 1, 1]),
+        (dict(points=[(0, 0.0), (4, 1.0)], stop=3), [0, 0.25, 0.5, 0]),
         (dict(stop=1, by_epoch=True), [1, 1, 0, 0]),
     ],
 )
