@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from mmengine.config import Config
@@ -43,8 +44,14 @@ def _select(
 ) -> Tensor:
     if columns is None:
         return logits
-    columns = [*columns, *range(num_classes, logits.size(dim))]
-    return logits.index_select(dim, torch.tensor(columns, device=logits.device))
+    columns = (*columns, *range(num_classes, logits.size(dim)))
+    return logits.index_select(dim, _on_device(columns, logits.device))
+
+
+@lru_cache
+def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied once: a GPU is waited for while numbers are copied to it."""
+    return torch.tensor(columns, device=device)
 
 
 def match_classes(

@@ -57,8 +57,8 @@ class Renormalize:
             if outputs is inputs:
                 outputs = inputs.clone()
             for image, (height, width) in zip(outputs, valid_sizes, strict=True):
-                image[:, height:] = self.fill
-                image[:, :, width:] = self.fill
+                image[:, height:].fill_(self.fill)
+                image[:, :, width:].fill_(self.fill)
         return outputs
 
 

@@ -180,7 +180,7 @@ class Step:
             # The centre (i + 0.5) * stride < valid  <=>  i < valid / stride - 0.5.
             rows = math.ceil(valid_h * height / full_h - 0.5)
             columns = math.ceil(valid_w * width / full_w - 0.5)
-            cells[:rows, :columns] = True
+            cells[:rows, :columns].fill_(True)
         return mask
 
 

@@ -1,0 +1,122 @@
+"""On a GPU each wait for the device costs a step dearly: distillation adds none.
+
+Seen without a GPU, by the operations for which it would have to be waited for. Those
+of the student's own step and of the teacher's own layers are the libraries'.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import segmentors
+import torch
+from det_zoo import batch, build_pair
+from mmengine.registry import init_default_scope
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmdist.distillation.classes import ClassMatch
+from mmdist.losses import dist_loss, fused
+
+READS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what reads a tensor, or what copies Python's numbers to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ('index', 'index_put', 'index_put_') and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in READS or name == 'lift_fresh' or by_mask:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def as_on_a_gpu(monkeypatch):
+    """The loss takes its other path there; test_dist_loss.py sees that it waits not."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, 'supports', lambda *_: False)
+        patch.setattr(dist_loss, 'check_teacher', lambda logits: None)
+        yield
+
+
+def deeplabv3():
+    init_default_scope('mmseg')
+    name = 'deeplabv3/deeplabv3_r50-d8_4xb2-40k'
+    student, teacher = (segmentors.zoo_model(name, width) for width in (1 / 8, 1 / 4))
+    teacher.data_preprocessor.mean = [0.0, 0.0, 0.0]  # so that it is normalised anew
+    data = segmentors.make_batch(19, (64, 64), (48, 64))
+    return segmentors.distilled(student, teacher), data
+
+
+def detector(path):
+    def other_mean(cfg, original, factor):
+        if factor == 4:
+            cfg.data_preprocessor.mean = [0.0, 0.0, 0.0]
+
+    model = build_pair(path, edit=other_mean)
+    return model, batch(model)
+
+
+def bare_teacher(model, rois):
+    """The layers of the teacher that give what is compared."""
+    teacher = model.teacher.model
+    features = teacher.extract_feat(torch.rand(2, 3, 64, 64))
+    if rois is not None:
+        teacher.roi_head._bbox_forward(features, rois)
+    elif hasattr(teacher, 'bbox_head'):
+        teacher.bbox_head(features)
+    else:
+        teacher.decode_head(features)
+
+
+@pytest.mark.parametrize(
+    ('build', 'num_classes'),
+    [
+        (deeplabv3, 19),
+        (lambda: detector('retinanet/retinanet_r50_fpn_1x_coco.py'), 80),
+        (lambda: detector('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'), 80),
+    ],
+    ids=['DeepLabV3', 'RetinaNet', 'Faster R-CNN'],
+)
+def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkeypatch):
+    model, data = build()
+    rois = []
+    if hasattr(model, 'roi_head'):
+        model.roi_head.bbox_roi_extractor.register_forward_hook(
+            lambda module, args, output: rois.append(args[1])
+        )
+    model(**data, mode='loss')  # the first step loads the teacher
+    backwards = list(range(num_classes))[::-1]
+    model.teacher.classes = ClassMatch(None, backwards, num_classes, num_classes)
+    counts = []
+    for factor in (1.0, 0.0):  # at 0 the teacher rests
+        model.distill_factor = factor
+        for _ in range(2):  # the first may fill caches
+            torch.manual_seed(0)
+            with as_on_a_gpu(monkeypatch), Waits() as waits:
+                losses = model(**data, mode='loss')
+        assert ('dist_inter' in losses) == bool(factor)
+        counts.append(waits.counts)
+    with torch.no_grad(), Waits() as waits:
+        bare_teacher(model, rois[-1] if rois else None)
+    distilled, alone = counts
+    assert distilled - alone - waits.counts == Counter()
+
+
+def test_waits_are_seen():
+    x = torch.arange(4.0)
+    with Waits() as waits:
+        x.sum().item(), bool(x.any()), x[x > 1], x.nonzero(), torch.tensor([1.0])
+        x[1:], x.clone(), x.new_zeros(3)
+    assert waits.counts == {
+        '_local_scalar_dense': 2, 'index': 1, 'nonzero': 1, 'lift_fresh': 1,
+    }  # fmt: skip
