@@ -94,6 +94,13 @@ SEG = methods(
     'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
 )
 DENSE = methods('mmdist.DenseLogits', 3, {}, anchors='separate')
+# of a head with a sigmoid per class; the same rows as DIST
+DENSE['kl-binary'] = dict(
+    kl=dict(
+        type='mmdist.DenseLogits',
+        loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=30.0),
+    )
+)
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
@@ -106,7 +113,7 @@ TASKS = {
 }
 # Only every fourth training image is labelled for the students; not for the teachers.
 TASKS |= {f'{name}-25': task for name, task in TASKS.items()}
-METHODS = tuple(SEG)
+METHODS = tuple(DENSE)
 TEACHERS = ('strong', 'weak')
 SINGLE = ('teacher', 'alone')  # trained without another model
 
@@ -153,6 +160,8 @@ def grid(
     """Seed by seed, so that what is done when time is up can be compared in pairs."""
     for task, teacher, seed in itertools.product(tasks, teachers, seeds):
         for method in methods:
+            if method not in ('teacher', *TASKS[task].methods):
+                continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == 'alone':
                 yield cell._replace(teacher='')

@@ -228,14 +228,16 @@ def test_names_that_would_corrupt_the_losses_are_refused(config, name):
         MODELS.build(config.model)
 
 
-def test_kl_and_dist_differ_by_one_line(config):
+@pytest.mark.parametrize(
+    'loss',
+    [
+        dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=2),
+        dict(type='mmdist.BinaryKLDivLoss', tau=2),
+    ],
+)
+def test_kl_and_dist_differ_by_one_line(config, loss):
     kind = 'DenseLogits' if config.default_scope == 'mmdet' else 'SegLogits'
-    config.model.distill = dict(
-        kl=dict(
-            type=f'mmdist.{kind}',
-            loss=dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=2),
-        )
-    )
+    config.model.distill = dict(kl=dict(type=f'mmdist.{kind}', loss=loss))
     model, data = build(config), batch(config)
     losses = losses_of(model, data)
     assert losses['loss_kl'] > 0
