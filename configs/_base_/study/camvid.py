@@ -31,12 +31,7 @@ val_dataloader = dict(
     persistent_workers=False,
     dataset=dict(pipeline=test_pipeline),
 )
-test_dataloader = dict(
-    batch_size=4,
-    num_workers=0,
-    persistent_workers=False,
-    dataset=dict(pipeline=test_pipeline),
-)
+test_dataloader = val_dataloader
 
 max_iters = 1500
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
