@@ -98,7 +98,7 @@ DENSE = methods('mmdist.DenseLogits', 3, {}, anchors='separate')
 DENSE['kl-binary'] = dict(
     kl=dict(
         type='mmdist.DenseLogits',
-        loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=30.0),
+        loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0),
     )
 )
 ROI = methods('mmdist.RoILogits', 4, {})
