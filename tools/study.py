@@ -54,16 +54,22 @@ def kl(kind: str, classes: int, temperature: int, **options) -> dict:
     return dict(kl=dict(type=kind, loss=loss, **options))
 
 
-def methods(kind: str, classes: int, mimic: dict, **kl_options) -> dict[str, Any]:
+def methods(
+    kind: str, classes: int, mimic: dict, sigmoid: bool = False, **kl_options
+) -> dict[str, Any]:
     """What `distill` is for each method; None where there is no teacher."""
 
     def dist(**options) -> dict:
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', **options))
 
+    kl_binary = dict(
+        type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
+    )
     return {
         'alone': None,
         'kl-t1': kl(kind, classes, 1, **kl_options),
         'kl-t4': kl(kind, classes, 4, **kl_options),
+        **({'kl-binary': dict(kl=kl_binary)} if sigmoid else {}),
         'dist': dict(dist=dist()),
         'dist-inter': dict(dist=dist(gamma=0.0)),
         'dist-intra': dict(dist=dist(beta=0.0)),
@@ -93,14 +99,7 @@ class Task:
 SEG = methods(
     'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
 )
-DENSE = methods('mmdist.DenseLogits', 3, {}, anchors='separate')
-# of a head with a sigmoid per class; the same rows as DIST
-DENSE['kl-binary'] = dict(
-    kl=dict(
-        type='mmdist.DenseLogits',
-        loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0),
-    )
-)
+DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
