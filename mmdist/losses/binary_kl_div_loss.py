@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .relation import compute_dtype
+from .relation import check_teacher, compute_dtype
 
 
 @MODELS.register_module()
@@ -20,12 +20,12 @@ class BinaryKLDivLoss(nn.Module):
 
     .. math::
         \text{loss} = \text{loss\_weight} \cdot \tau^2 \cdot \text{mean over rows of }
-            \sum_\text{classes} p^t \log \frac{p^t}{p^s}
-            + (1 - p^t) \log \frac{1 - p^t}{1 - p^s}
+            \sum_\text{classes} \left[ p^t \log \frac{p^t}{p^s}
+            + (1 - p^t) \log \frac{1 - p^t}{1 - p^s} \right]
 
     Source: Hinton et al., arXiv 1503.02531, section 2, for the loss and its
-    :math:`\tau^2`; Yang et al., ICCV 2023 (arXiv 2308.14286), section 3.2, for one
-    sigmoid per class in its place, there with a weight per entry that is not used here.
+    :math:`\tau^2`; Yang et al., ICCV 2023 (arXiv 2308.14286), for dense detectors that
+    are distilled by one sigmoid per class.
 
     Args:
         tau (float): Temperature that divides the logits.
@@ -54,10 +54,14 @@ class BinaryKLDivLoss(nn.Module):
 
         Returns:
             Tensor: A 0-dim tensor.
+
+        Raises:
+            ValueError: The teacher's logits hold NaN or inf.
         """
         dtype = compute_dtype(student_logits, teacher_logits)
         student = student_logits.to(dtype) / self.tau
         teacher = teacher_logits.detach().to(dtype) / self.tau
+        check_teacher(teacher)
         target = teacher.sigmoid()
         # cross entropy less the teacher's own entropy, both safe for large logits
         cross, own = (

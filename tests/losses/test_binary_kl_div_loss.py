@@ -62,6 +62,14 @@ def test_it_is_computed_in_fp32_and_large_logits_are_finite(dtype):
     assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_teacher_that_is_not_finite_stops(bad):
+    student, teacher = logits()
+    teacher[3, 2] = bad
+    with pytest.raises(ValueError, match='The teacher gave logits with NaN or inf'):
+        value_and_grad(BinaryKLDivLoss(), student, teacher)
+
+
 def test_it_wants_a_temperature_above_zero():
     with pytest.raises(ValueError, match='tau > 0, got tau=0'):
         BinaryKLDivLoss(tau=0)
