@@ -57,7 +57,15 @@ def kl(kind: str, classes: int, temperature: int, **options) -> dict:
 def methods(
     kind: str, classes: int, mimic: dict, sigmoid: bool = False, **kl_options
 ) -> dict[str, Any]:
-    """What `distill` is for each method; None where there is no teacher."""
+    """What `distill` is for each method; None where there is no teacher.
+
+    Args:
+        kind: Type of the comparison of class logits.
+        classes: Number of columns of a softmax.
+        mimic: Arguments of the comparison of features.
+        sigmoid: Whether the head has a sigmoid per class.
+        kl_options: Arguments of the comparison for KL over the classes.
+    """
 
     def dist(**options) -> dict:
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', **options))
@@ -160,7 +168,7 @@ def grid(
     for task, teacher, seed in itertools.product(tasks, teachers, seeds):
         for method in methods:
             if method not in ('teacher', *TASKS[task].methods):
-                continue
+                continue  # kl-binary, of heads with sigmoids
             cell = Cell(scale, task, method, teacher, seed)
             if method == 'alone':
                 yield cell._replace(teacher='')
@@ -581,6 +589,8 @@ def main(argv: list[str] | None = None) -> None:
     grid_ = dict.fromkeys(
         grid(args.scale, args.tasks, args.methods, args.teachers, args.seeds)
     )
+    if not grid_:
+        raise SystemExit(f'{args.tasks} have no method of {args.methods}.')
     for number, cell in enumerate(grid_, 1):
         title = f'[{number}/{len(grid_)}] {cell.folder}'
         result = study.finished(cell)

@@ -124,6 +124,14 @@ def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
     ]
 
 
+def test_a_method_that_no_task_has_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"\['camvid'\] have no method of \['kl-bin"):
+        study.main(
+            f'--tasks camvid --methods kl-binary --data-root {tmp_path} '
+            f'--out {tmp_path}'.split()
+        )
+
+
 @pytest.mark.parametrize('task', study.TASKS)
 def test_settings_of_a_cell(task, tmp_path):
     grid = study.Study(tmp_path, tmp_path)
