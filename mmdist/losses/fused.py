@@ -31,13 +31,8 @@ which then goes through the derivative of the activation.
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,11 +42,10 @@ from torch import Tensor
 from .relation import check_teacher, compute_dtype, is_constant, sum_over_processes
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
-# it leaves the cache. Between the two, the tiles that all threads have in hand are this
-# share of the logits: the backward pass needs three tensors of it and the gradient.
-MIN_TILE, MAX_TILE = 100_000, 400_000
+# it leaves the cache. Between the two, a tile is this share of the logits: the forward
+# pass needs five tensors of it, the backward pass one and the gradient.
+MIN_TILE, MAX_TILE = 200_000, 800_000
 SHARE = 1 / 16
-MAX_THREADS = 8  # beyond that the calls, one at a time in Python, cost more
 
 # A spread (norm after centring / norm) at which fp32 still gives five digits of it.
 FLAT = 1e-2
@@ -107,21 +101,21 @@ class _Correlations(torch.autograd.Function):
     def forward(ctx, student, teacher, mask, activation, tau, eps, group):
         dtype = compute_dtype(student, teacher)
         places = tiles(student)
-        scratch = Scratch(5)
+        memory, spare_memory = Scratch(2), Scratch(3)
 
-        def sums_of_tile(place: tuple[int, slice]) -> _Tile:
-            image, part = place
+        def sums_of_tile(image: int, part: slice) -> _Tile:
             keep = tile_mask(mask, image, part)
             count = part.stop - part.start if keep is None else int(keep.sum())
             if count == 0:
                 return _Tile(0)
             s, t = (x[image, :, part] for x in (student, teacher))
             for tile_dtype in (dtype, torch.float64):
-                with scratch.like(s, tile_dtype) as (p, q, *spare):
-                    scores(s, keep, activation, tau, out=p)
-                    scores(t, keep, activation, tau, out=q, check=check_teacher)
-                    row_sums = sums_of_rows(p, q, activation, spare)
-                    class_sums = sums_of_classes(p, q, keep, count, spare)
+                p, q = memory.like(s, tile_dtype)
+                spare = spare_memory.like(s, tile_dtype)
+                scores(s, keep, activation, tau, out=p)
+                scores(t, keep, activation, tau, out=q, check=check_teacher)
+                row_sums = sums_of_rows(p, q, activation, spare)
+                class_sums = sums_of_classes(p, q, keep, count, spare)
                 if not (is_flat(row_sums, len(p)) or is_flat(class_sums, count)):
                     break
             corr, u, v = correlation(row_sums, len(p), eps)
@@ -130,7 +124,7 @@ class _Correlations(torch.autograd.Function):
             kept = (p, q) if len(places) == 1 else ()
             return _Tile(count, corr, class_sums.double(), (u, v, *kept))
 
-        done = in_threads(sums_of_tile, places)
+        done = [sums_of_tile(*place) for place in places]
         some = [x for x in done if x.count > 0]
         # the same exchanges in the same order as the plain path, which another
         # process may take
@@ -164,40 +158,39 @@ class _Correlations(torch.autograd.Function):
         class_scale = 0.0 if grad_intra is None else float(grad_intra * scale)
         class_factors = class_factors * (class_scale / student.shape[1])
         grad = torch.empty_like(student)
-        scratch = Scratch(3)
+        memory = Scratch(1)
 
-        def gradient_of_tile(place: tuple[int, slice], saved: tuple[Tensor, ...]):
-            image, part = place
+        for (image, part), saved in zip(*ctx.tiles, strict=True):
             if not saved:  # no row of the tile counts
                 grad[image, :, part] = 0
-                return
+                continue
             u_row, v_row, *kept = saved
             dtype = u_row.dtype
             u_row, v_row = u_row * row_scale, v_row * row_scale
             u_class, v_class, w_class = class_factors.to(dtype).unsqueeze(-1)
             keep = tile_mask(mask, image, part)
             s, t = (x[image, :, part] for x in (student, teacher))
-            with scratch.like(s, dtype) as (p, q, g):
-                spare = q
-                if kept:
-                    p, q = kept
-                else:
-                    scores(s, keep, activation, tau, out=p)
-                    scores(t, keep, activation, tau, out=q)
-                w_row = v_row * row_mean(p, activation)
-                w_row -= u_row * row_mean(q, activation)
-                torch.add(u_class, u_row, out=g).mul_(q)
-                # from here on q is not needed
-                g.sub_(torch.add(v_class, v_row, out=spare).mul_(p))
-                g.add_(torch.add(w_class, w_row, out=spare))
-                if activation == 'softmax':
-                    g.mul_(p)
-                    g.addcmul_(p, g.sum(0), value=-1)
-                elif activation == 'sigmoid':
-                    torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
-                grad[image, :, part] = g if keep is None else g.mul_(keep)
-
-        in_threads(gradient_of_tile, *ctx.tiles)
+            (scratch,) = memory.like(s, dtype)
+            out = grad[image, :, part]
+            g = out if out.dtype == dtype else torch.empty_like(scratch)
+            # first all that needs q, then what needs p
+            q = kept[1] if kept else scores(t, keep, activation, tau, out=scratch)
+            torch.mul(q, u_row, out=g).addcmul_(q, u_class)
+            mean_q = row_mean(q, activation)
+            p = kept[0] if kept else scores(s, keep, activation, tau, out=scratch)
+            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1)
+            g.add_(w_class)
+            if activation == 'softmax':  # sends what all of a row share, w_row, to 0
+                g.mul_(p)
+                g.addcmul_(p, g.sum(0), value=-1)
+            else:
+                g.add_(v_row * row_mean(p, activation) - u_row * mean_q)
+            if activation == 'sigmoid':
+                torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
+            if keep is not None:
+                g.mul_(keep)
+            if g is not out:
+                out.copy_(g)
         return grad, None, None, None, None, None, None
 
 
@@ -206,42 +199,6 @@ class _Tile(NamedTuple):
     corr: Tensor | None = None  # sum of their correlations
     class_sums: Tensor | None = None
     saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
-
-
-def in_threads(function: Callable, places: Sequence, *args: Sequence) -> list:
-    """Map a function over tiles, as many at once as PyTorch uses threads.
-
-    A tile is too small to share: its dozens of operations would wait for the slowest
-    thread at the end of each.
-    """
-    threads = min(torch.get_num_threads(), MAX_THREADS)
-    if threads == 1 or len(places) == 1:
-        return [function(*x) for x in zip(places, *args, strict=True)]
-    # a thread lets go of its last call a moment after the result is out; what the
-    # function refers to, such as the gradient, must be free before
-    functions = [torch.no_grad()(function)]
-    pool = _pool(os.getpid(), threads)
-    try:
-        return list(pool.map(lambda *x: functions[0](*x), places, *args))
-    finally:
-        functions.clear()
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
-    """Threads in which PyTorch uses one core; its own number stays as it is."""
-    ready = threading.Barrier(threads + 1)
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        ready.wait()
-
-    pool = ThreadPoolExecutor(threads, 'mmdist')
-    for _ in range(threads):
-        pool.submit(start)
-    ready.wait()
-    torch.set_num_threads(torch.get_num_threads())  # of threads that start later
-    return pool
 
 
 def by_image(logits: Tensor) -> Tensor:
@@ -264,32 +221,22 @@ class Scratch:
 
     def __init__(self, number: int) -> None:
         self._number = number
-        self._free: list[list[Tensor]] = []
+        self._memory = torch.empty((number, 0))
 
-    @contextmanager
-    def like(self, tile: Tensor, dtype: torch.dtype) -> Iterator[list[Tensor]]:
-        """Tensors of the shape of a tile, laid out alike. Each thread has its own."""
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = []
-        if not memory or memory[0].dtype != dtype or memory[0].numel() < tile.numel():
-            memory = [
-                torch.empty(tile.numel(), dtype=dtype) for _ in range(self._number)
-            ]
-        tensors = [x[: tile.numel()] for x in memory]
+    def like(self, tile: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+        """Tensors of the shape of a tile, laid out alike."""
+        if self._memory.dtype != dtype or self._memory.shape[1] < tile.numel():
+            self._memory = torch.empty((self._number, tile.numel()), dtype=dtype)
+        memory = self._memory[:, : tile.numel()]
         if tile.stride(0) == 1:
-            yield [x.view(tile.shape[::-1]).t() for x in tensors]
-        else:
-            yield [x.view(tile.shape) for x in tensors]
-        self._free.append(memory)
+            return memory.view(-1, *tile.shape[::-1]).transpose(1, 2).unbind()
+        return memory.view(-1, *tile.shape).unbind()
 
 
 def tiles(logits: Tensor) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
-    threads = min(torch.get_num_threads(), MAX_THREADS)
-    size = min(max(SHARE * logits.numel() / threads, MIN_TILE), MAX_TILE)
+    size = min(max(SHARE * logits.numel(), MIN_TILE), MAX_TILE)
     step = math.ceil(positions / math.ceil(positions * classes / size))
     if step > 16:  # whole cache lines, and an odd number so that classes share none
         step = math.ceil(step / 16) // 2 * 32 + 16
@@ -311,7 +258,7 @@ def scores(
     tau: float,
     out: Tensor,
     check: Callable[[Tensor], None] | None = None,
-) -> None:
+) -> Tensor:
     """Put the scores of the logits (classes, rows) of a tile in ``out``."""
     out.copy_(logits)
     if keep is not None:  # before any arithmetic: 0 * nan is nan
@@ -327,6 +274,7 @@ def scores(
             torch.softmax(out.t(), 1, out=out.t())
         else:
             torch.softmax(out, 0, out=out)
+    return out
 
 
 def row_mean(p: Tensor, activation: str) -> Tensor | float:

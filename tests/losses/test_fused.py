@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -198,6 +200,13 @@ def test_same_result_every_time_whatever_the_threads(threads):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
 
 
+def test_starts_no_threads(small_tiles):
+    """Threads that use torch make its own ones sleep between any two operations."""
+    before = threading.active_count()
+    run(DISTLoss(), *prediction('ordinary', (2, 19, 96, 128)))
+    assert threading.active_count() == before
+
+
 def test_number_of_threads_may_change_between_the_passes(small_tiles, threads):
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
     expected = run(DISTLoss(), student, teacher)[1]
@@ -209,7 +218,7 @@ def test_number_of_threads_may_change_between_the_passes(small_tiles, threads):
     torch.testing.assert_close(student.grad, expected)
 
 
-def test_bad_teacher_is_named_from_every_thread(small_tiles):
+def test_bad_teacher_is_named_in_every_tile(small_tiles):
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
     teacher[1, 5, 90, 100] = float('nan')
     with pytest.raises(ValueError, match='teacher'):
