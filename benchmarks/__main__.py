@@ -89,8 +89,8 @@ Not measured: no GPU was at hand. There `DISTLoss` takes the plain path, which i
 PyTorch, reads half-precision logits as they are, computes in fp32 and never waits for
 the device (tested with fake CUDA tensors). A whole step of DeepLabV3, RetinaNet and
 Faster R-CNN pairs waits as often as the student's own step and the teacher's layers do
-(`distillation/test_no_waiting.py` counts the operations, on a CPU). No claim is made about
-its speed.
+(`distillation/test_no_waiting.py` counts the operations, on a CPU). No claim is made
+about its speed.
 """
 
 if __name__ == '__main__':

@@ -43,7 +43,8 @@ from .relation import check_teacher, compute_dtype, is_constant, sum_over_proces
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward
-# pass needs five tensors of it, the backward pass one and the gradient.
+# pass needs five tensors of it, the backward pass one (two in half precision) and the
+# gradient.
 MIN_TILE, MAX_TILE = 200_000, 800_000
 SHARE = 1 / 16
 
@@ -158,7 +159,7 @@ class _Correlations(torch.autograd.Function):
         class_scale = 0.0 if grad_intra is None else float(grad_intra * scale)
         class_factors = class_factors * (class_scale / student.shape[1])
         grad = torch.empty_like(student)
-        memory = Scratch(1)
+        memory = Scratch(2)
 
         for (image, part), saved in zip(*ctx.tiles, strict=True):
             if not saved:  # no row of the tile counts
@@ -170,9 +171,9 @@ class _Correlations(torch.autograd.Function):
             u_class, v_class, w_class = class_factors.to(dtype).unsqueeze(-1)
             keep = tile_mask(mask, image, part)
             s, t = (x[image, :, part] for x in (student, teacher))
-            (scratch,) = memory.like(s, dtype)
+            scratch, spare = memory.like(s, dtype)
             out = grad[image, :, part]
-            g = out if out.dtype == dtype else torch.empty_like(scratch)
+            g = out if out.dtype == dtype else spare
             # first all that needs q, then what needs p
             q = kept[1] if kept else scores(t, keep, activation, tau, out=scratch)
             torch.mul(q, u_row, out=g).addcmul_(q, u_class)
