@@ -102,6 +102,7 @@ class _Correlations(torch.autograd.Function):
     def forward(ctx, student, teacher, mask, activation, tau, eps, group):
         dtype = compute_dtype(student, teacher)
         places = tiles(student)
+        # apart, since the scores of a single tile are kept for the backward pass
         memory, spare_memory = Scratch(2), Scratch(3)
 
         def sums_of_tile(image: int, part: slice) -> _Tile:
@@ -121,7 +122,6 @@ class _Correlations(torch.autograd.Function):
                     break
             corr, u, v = correlation(row_sums, len(p), eps)
             corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
-            # the scores of a single tile can be kept
             kept = (p, q) if len(places) == 1 else ()
             return _Tile(count, corr, class_sums.double(), (u, v, *kept))
 
@@ -260,7 +260,7 @@ def scores(
     out: Tensor,
     check: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
-    """Put the scores of the logits (classes, rows) of a tile in ``out``."""
+    """Put the scores of the logits (classes, rows) of a tile in ``out``; returns it."""
     out.copy_(logits)
     if keep is not None:  # before any arithmetic: 0 * nan is nan
         out.masked_fill_(keep.logical_not(), 0)
