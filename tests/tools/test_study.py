@@ -258,6 +258,8 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     assert all(abs(r['score'] - r['test']) < 0.011 for r in rows)
     assert rows[0]['parameters'] == rows[2]['parameters']
     assert -1 <= rows[2]['inter'] <= 1 and 'inter' not in rows[0]
+    assert rows[2]['teacher_score'] == rows[1]['score']
+    assert not any('teacher_score' in r for r in rows[:2])
     made = Path('work/small/tiny/dist_strong_seed0')
     assert Config.fromfile(made / 'config.py').model.teacher.checkpoint == str(
         Path('work/small/tiny/teacher_strong_seed0/iter_4.pth').resolve()
