@@ -456,10 +456,16 @@ def make_tables(results: dict[Cell, dict]) -> str:
                 by_seed(results, key, scale, task, 'alone', '')
                 for key in ('score', 'test')
             )
+            # of another training than the one of the table, on another machine
+            its_own = {r['teacher_score'] for r in here if 'teacher_score' in r}
+            if known := results.get(Cell(scale, task, method, teacher, 0).its_teacher):
+                its_own.discard(known['score'])
             kl_t1 = by_seed(results, 'score', scale, task, 'kl-t1', teacher)
+            if its_own:  # nothing to pair: KL had the teacher of the table
+                kl_t1 = {}
             cells = [
                 method,
-                teacher,
+                ', '.join([teacher, *(f'{score:.2f}' for score in sorted(its_own))]),
                 str(len(val)),
                 mean_and_spread(val),
                 interval(paired(val, alone)) if teacher else '',

@@ -74,7 +74,8 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     for seed in range(3):
         rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
         rows.append(row('dist', 'strong', seed, dist[seed], test=dist[seed] - 4))
-        rows.append(row('kl-t1', 'strong', seed, kl[seed]))
+        rows.append(row('kl-t1', 'strong', seed, kl[seed], teacher_score=48.0))
+        rows.append(row('kl-t4', 'strong', seed, kl[seed], teacher_score=47.5))
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     page = tmp_path / 'results.md'
     page.write_text(f'# By hand\n\n{study.BEGIN}old\n{study.END}\nmore by hand\n')
@@ -96,6 +97,10 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
         expected(np.subtract(dist, 4), np.subtract(alone, 3)), '100',
     ]  # fmt: skip
     assert '| teacher, 2.00 M | strong | 1 | 48.00 |' in text
+    assert '\n| kl-t1 | strong | 3 |' in text
+    (line,) = (li for li in text.splitlines() if li.startswith('| kl-t4 '))
+    assert line.startswith('| kl-t4 | strong, 47.50 | 3 |')  # had another one
+    assert line.split('|')[6].strip() == '-'
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     study.write_up(tmp_path)
     assert page.read_text() == text
