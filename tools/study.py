@@ -456,16 +456,19 @@ def make_tables(results: dict[Cell, dict]) -> str:
                 by_seed(results, key, scale, task, 'alone', '')
                 for key in ('score', 'test')
             )
-            # of another training than the one of the table, on another machine
-            its_own = {r['teacher_score'] for r in here if 'teacher_score' in r}
-            if known := results.get(Cell(scale, task, method, teacher, 0).its_teacher):
-                its_own.discard(known['score'])
+            # another training of the teacher than that of the table, or of KL's teacher
+            cell = Cell(scale, task, method, teacher, 0)
+            of_table = {results.get(cell.its_teacher, {}).get('score')}
+            own, of_kl = (
+                set(by_seed(results, 'teacher_score', scale, task, m, teacher).values())
+                - of_table
+                for m in (method, 'kl-t1')
+            )
             kl_t1 = by_seed(results, 'score', scale, task, 'kl-t1', teacher)
-            if its_own:  # nothing to pair: KL had the teacher of the table
-                kl_t1 = {}
+            kl_t1 = kl_t1 if own == of_kl else {}
             cells = [
                 method,
-                ', '.join([teacher, *(f'{score:.2f}' for score in sorted(its_own))]),
+                ', '.join([teacher, *(f'{score:.2f}' for score in sorted(own))]),
                 str(len(val)),
                 mean_and_spread(val),
                 interval(paired(val, alone)) if teacher else '',

@@ -75,6 +75,8 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
         rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
         rows.append(row('dist', 'strong', seed, dist[seed], test=dist[seed] - 4))
         rows.append(row('kl-t1', 'strong', seed, kl[seed], teacher_score=48.0))
+        for method in ('kl-t1', 'kl-t4', 'dist'):
+            rows.append(row(method, 'weak', seed, dist[seed], teacher_score=47.5))
         rows.append(row('kl-t4', 'strong', seed, kl[seed], teacher_score=47.5))
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     page = tmp_path / 'results.md'
@@ -84,7 +86,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     assert text.startswith('# By hand\n')
     assert text.endswith('\nmore by hand\n')
     assert 'old' not in text
-    (line,) = (li for li in text.splitlines() if li.startswith('| dist '))
+    (line,) = (li for li in text.splitlines() if li.startswith('| dist | strong'))
     found = [cell.strip() for cell in line.split('|')[1:-1]]
 
     def expected(a, b) -> str:
@@ -98,9 +100,11 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     ]  # fmt: skip
     assert '| teacher, 2.00 M | strong | 1 | 48.00 |' in text
     assert '\n| kl-t1 | strong | 3 |' in text
-    (line,) = (li for li in text.splitlines() if li.startswith('| kl-t4 '))
+    (line,) = (li for li in text.splitlines() if li.startswith('| kl-t4 | strong'))
     assert line.startswith('| kl-t4 | strong, 47.50 | 3 |')  # had another one
-    assert line.split('|')[6].strip() == '-'
+    assert line.split('|')[6].strip() == '-'  # than KL with T=1
+    (line,) = (li for li in text.splitlines() if li.startswith('| dist | weak, 47.50'))
+    assert line.split('|')[6].strip() != '-'  # both had that one
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     study.write_up(tmp_path)
     assert page.read_text() == text
