@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import shutil
 from pathlib import Path
 
@@ -30,11 +31,15 @@ def run(seg_config, tmp_path_factory):
     """Calls tools/train.py in a copy of a folder in which it has trained."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'student.py').write_text(seg_config)
-    (folder / 'config.py').write_text(CONFIG)
+    numbers = itertools.count()
 
     def run(work_dir: Path, *args: str) -> None:
+        # mmengine finds a logger by the config's name and the second: two runs of one
+        # name within a second would write to the log of the first
+        config = folder / f'config_{next(numbers)}.py'
+        config.write_text(CONFIG)
         with pytest.MonkeyPatch.context() as patch:
-            argv = ['train.py', str(folder / 'config.py'), '--work-dir', str(work_dir)]
+            argv = ['train.py', str(config), '--work-dir', str(work_dir)]
             patch.setattr('sys.argv', [*argv, *args])
             patch.setenv('LOCAL_RANK', '0')
             tools_train.main()
