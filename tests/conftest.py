@@ -13,6 +13,11 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import cv2
 import numpy as np
 import pytest
+import torch
+
+# Triton's kernels are interpreted where there is no GPU; read when it is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 SIZE = (96, 128)  # height, width
 DET_CLASSES = ('person', 'car', 'dog')

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
@@ -148,8 +152,8 @@ class DISTLoss(nn.Module):
         check_inputs(student_logits, teacher_logits, mask)
         group = process_group() if self.sync else None
         with torch.autocast(student_logits.device.type, enabled=False):
-            fast = fused.supports(student_logits, teacher_logits)
-            inter_corr, intra_corr = (fused.correlations if fast else correlations)(
+            path = choose_path(student_logits, teacher_logits, self.activation)
+            inter_corr, intra_corr = path(
                 student_logits,
                 teacher_logits,
                 mask,
@@ -169,6 +173,61 @@ class DISTLoss(nn.Module):
             terms = [term for term in terms if term[0] != 0] or terms
             losses = [weight * scale * (1 - corr) for weight, corr in terms]
             return sum(losses[1:], losses[0]).to(dtype)
+
+
+def choose_path(student: Tensor, teacher: Tensor, activation: str) -> Callable:
+    """How the correlations are computed: the fast way of the device, if it has one."""
+    if student.numel() > 0 and not torch.compiler.is_compiling():
+        devices = {student.device, teacher.device}
+        if all(device.type == 'cpu' for device in devices):
+            return fused.correlations
+        # not fake tensors and other subclasses, into which a kernel cannot look
+        plain = {type(student), type(teacher)} <= {Tensor, nn.Parameter}
+        if plain and len(devices) == 1 and student.is_cuda:
+            return gpu_path(student.device, student.dtype, teacher.dtype, activation)
+    return correlations
+
+
+@functools.cache
+def gpu_path(
+    device: torch.device,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    activation: str,
+) -> Callable:
+    """The kernels, if this machine has Triton and they compile and compute the same.
+
+    That is asked once, on a few logits: what cannot be seen where the kernels were
+    written is the card, the driver and the compiler on which they run.
+    """
+    try:
+        from . import fused_gpu
+
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn((2, 2, 37, 100), generator=generator)
+        logits[..., 64:] *= 0.01  # nearly constant
+        mask = (torch.rand((2, 100), generator=generator) < 0.8).to(device)
+        student = logits[0].to(device, student_dtype).requires_grad_()
+        teacher = logits.sum(0).to(device, teacher_dtype)
+        results = []
+        with torch.enable_grad():
+            for path in (fused_gpu.correlations, correlations):
+                corr = path(student, teacher, mask, activation, 1.0, 1e-8, None)
+                grad = torch.autograd.grad(sum(corr), student)[0].double()
+                results.append([*(x.detach() for x in corr), grad / grad.norm()])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4, check_dtype=False)
+    except Exception as error:  # anything that a compiler may say
+        if isinstance(error, AssertionError):
+            level, reason = logging.WARNING, 'compute something else on this machine'
+        else:
+            level, reason = logging.INFO, f'do not run: {str(error).strip()[:200]}'
+        print_log(
+            f'DISTLoss takes the slower way, since its Triton kernels {reason}',
+            logger='current',
+            level=level,
+        )
+        return correlations
+    return fused_gpu.correlations
 
 
 def correlations(

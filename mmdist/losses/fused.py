@@ -52,15 +52,6 @@ SHARE = 1 / 16
 FLAT = 1e-2
 
 
-def supports(student: Tensor, teacher: Tensor) -> bool:
-    """Whether the fast path takes these logits; the plain path takes the others."""
-    return (
-        student.device.type == teacher.device.type == 'cpu'
-        and student.numel() > 0
-        and not torch.compiler.is_compiling()
-    )
-
-
 def correlations(
     student: Tensor,
     teacher: Tensor,
@@ -145,12 +136,7 @@ class _Correlations(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_inter, grad_intra):
-        if torch.is_grad_enabled():  # under `create_graph=True`
-            raise NotImplementedError(
-                'On a CPU DISTLoss can be differentiated once only. Leave out '
-                '`create_graph=True`, or take this loss out of what is differentiated '
-                'twice.'
-            )
+        refuse_second_derivative()
         student, teacher, mask = ctx.saved_tensors
         class_factors, count, activation, tau, group = ctx.settings
         # by the derivative of `logits / tau`, and as `sum_over_processes` does
@@ -193,6 +179,15 @@ class _Correlations(torch.autograd.Function):
             if g is not out:
                 out.copy_(g)
         return grad, None, None, None, None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """Stop a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled():  # under `create_graph=True`
+        raise NotImplementedError(
+            'DISTLoss can be differentiated once only. Leave out `create_graph=True`, '
+            'or take this loss out of what is differentiated twice.'
+        )
 
 
 class _Tile(NamedTuple):

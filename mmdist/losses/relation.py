@@ -208,16 +208,23 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 
 def check_teacher(logits: Tensor) -> None:
     """Stop where a teacher gave NaN or inf; without waiting for a GPU."""
-    if logits.numel() == 0:
-        return
+    if logits.numel() > 0:
+        # NaN and inf show in the extremes, which need one pass and no copy
+        raise_for_teacher(torch.stack(logits.aminmax()).isfinite().all())
+
+
+def raise_for_teacher(finite: Tensor) -> None:
+    """Stop where the teacher's logits were not finite (a bool tensor of one element).
+
+    Raises:
+        ValueError: They hold NaN or inf. On a GPU an error, at a later operation.
+    """
     message = (
         'The teacher gave logits with NaN or inf. Check that the images hold none, its '
         'checkpoint, and that its data_preprocessor (mean, std, channel order) is the '
         'one it was trained with; if it runs in fp16, run it in bf16 or fp32.'
     )
-    # NaN and inf show in the extremes, which need one pass and no copy
-    finite = torch.stack(logits.aminmax()).isfinite().all()
-    if logits.is_cuda:
+    if finite.is_cuda:
         torch._assert_async(finite, message)
     elif not finite:
         raise ValueError(message)

@@ -17,7 +17,7 @@ from mmengine.registry import init_default_scope
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdist.distillation.classes import ClassMatch
-from mmdist.losses import dist_loss, fused
+from mmdist.losses import dist_loss, fused_gpu
 
 READS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
 
@@ -43,7 +43,7 @@ class Waits(TorchDispatchMode):
 def as_on_a_gpu(monkeypatch):
     """The loss takes its other path there; test_dist_loss.py sees that it waits not."""
     with monkeypatch.context() as patch:
-        patch.setattr(fused, 'supports', lambda *_: False)
+        patch.setattr(dist_loss, 'choose_path', lambda *_: dist_loss.correlations)
         patch.setattr(dist_loss, 'check_teacher', lambda logits: None)
         yield
 
@@ -110,6 +110,19 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
         bare_teacher(model, rois[-1] if rois else None)
     distilled, alone = counts
     assert distilled - alone - waits.counts == Counter()
+
+
+def test_the_kernels_of_the_loss_do_not_wait(monkeypatch):
+    monkeypatch.setattr(fused_gpu, 'raise_for_teacher', lambda finite: None)
+    student, teacher = torch.randn(2, 2, 5, 6, 7).unbind()
+    student.requires_grad_()
+    mask = torch.rand(2, 6, 7) < 0.5
+    with Waits() as waits:
+        inter, intra = fused_gpu.correlations(
+            student, teacher, mask, 'softmax', 1.0, 1e-8, None
+        )
+        (inter + intra).backward()
+    assert waits.counts == Counter()
 
 
 def test_waits_are_seen():

@@ -5,67 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import paths
 import pytest
 import torch
+from predictions import NAMES, assert_close, prediction, run
 
 from benchmarks import textbook
-from mmdist.losses import DISTLoss, fused
+from mmdist.losses import DISTLoss, dist_loss, fused
 
 # (N, classes, *spatial); large enough for several tiles each
 SHAPES = [(2, 19, 96, 128), (1, 720, 20, 40), (3000, 81), (40, 16, 7, 7)]
-
-
-def prediction(name, shape):
-    """Student's and teacher's logits in fp32, correlated at about 0.7."""
-    g = torch.Generator().manual_seed(0)
-    x, noise = torch.randn((2, *shape), generator=g)
-    y = 0.7 * x + 0.7 * noise
-    bias = torch.linspace(0, 1, shape[1]).view(-1, *[1] * (len(shape) - 2))
-    if name == 'nearly one-hot':
-        return 30 * x, 30 * y
-    if name == 'saturated':
-        return 1000 * x, 1000 * y
-    if name == 'nearly uniform':
-        return 1e-2 * x, 1e-2 * y
-    if name == 'more nearly uniform':
-        return 1e-4 * x, 1e-4 * y
-    if name == 'as initialised':  # RetinaNet's prior: all scores near 0.01
-        return 0.1 * x - 4.6, 0.1 * y - 4.6
-    if name == 'the same in every row':
-        return 1e-3 * x + 5 * bias, 1e-3 * y + 5 * bias
-    if name == 'classes that never occur':
-        return x - 40 * bias, y - 40 * bias
-    if name == 'classes that never occur at all':
-        return x - 80 * (bias > 0.5), y - 200 * (bias > 0.5)
-    if name == 'background':
-        return x + 8 * (bias == 0), y + 8 * (bias == 0)
-    return x, y
-
-
-NAMES = [
-    'ordinary',
-    'nearly one-hot',
-    'saturated',
-    'nearly uniform',
-    'more nearly uniform',
-    'as initialised',
-    'the same in every row',
-    'classes that never occur',
-    'classes that never occur at all',
-    'background',
-]
-
-
-def run(loss, student, teacher, *args):
-    student = student.detach().requires_grad_()
-    value = loss(student, teacher, *args)
-    value.backward()
-    return value.detach(), student.grad
-
-
-def assert_close(ours, oracle, value_tol=1e-5, grad_tol=1e-4):
-    assert ((ours[0] - oracle[0]) / oracle[0]).abs() < value_tol
-    assert (ours[1] - oracle[1]).norm() < grad_tol * oracle[1].norm()
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
@@ -88,7 +37,7 @@ def small_tiles(monkeypatch):
 def test_fast_path_is_exact(small_tiles, name, shape, activation):
     student, teacher = prediction(name, shape)
     loss = DISTLoss(activation=activation)
-    assert fused.supports(student, teacher)
+    assert dist_loss.choose_path(student, teacher, activation) is fused.correlations
     oracle = run(
         lambda s, t: textbook.dist_loss(s, t, activation),
         student.double(),
@@ -104,7 +53,7 @@ def test_fast_path_is_exact(small_tiles, name, shape, activation):
 )
 def test_plain_path_is_exact(monkeypatch, name, shape, activation):
     """It is all fp32, so where fp32 rounds a spread away it has no digits."""
-    monkeypatch.setattr(fused, 'supports', lambda *_: False)
+    monkeypatch.setattr(dist_loss, 'choose_path', paths.plain)
     student, teacher = prediction(name, shape)
     oracle = run(
         lambda s, t: textbook.dist_loss(s, t, activation),

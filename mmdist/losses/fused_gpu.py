@@ -1,0 +1,768 @@
+"""The fast path of DISTLoss on a GPU: that of ``fused.py`` as Triton kernels.
+
+The formulas are those of ``fused.py``, whose docstring derives them. Here a tile is all
+classes of ``BLOCK_ROWS`` rows, one program of the grid, and goes through the chip in
+blocks of ``BLOCK_CLASSES`` classes. The logits are read from memory once per direction,
+in the type they have; where softmax has to see all classes first, the second time they
+come from the cache.
+
+======================  ============================================================
+``_forward``            a program per tile: the correlations of its rows and the
+                        factors u, v, w of their gradient, and centred sums of classes
+``_combine``            a program per class: its sums over all tiles, and its factors
+``_backward``           a program per tile: the gradient
+======================  ============================================================
+
+Tiles whose scores are nearly constant (``fused.FLAT``) are computed in float64. Which
+those are, only the device knows, and nothing waits for it: ``_forward`` and
+``_backward`` are started in fp32 and again in float64, and a program ends at once if
+its tile is not for it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import fused
+from .relation import (
+    MIN_SPREAD,
+    compute_dtype,
+    raise_for_teacher,
+    sum_over_processes,
+)
+
+BLOCK_CLASSES = 32
+BLOCK_ROWS = 128
+# Fewer rows to a tile where there would be fewer tiles than a large GPU runs at a time
+MIN_BLOCK_ROWS, MIN_TILES = 16, 512
+BLOCK_TILES = 512  # tiles that are combined at a time
+EVERY_TILE, STEEP_TILES, FLAT_TILES = -1, 0, 1
+
+
+def correlations(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    activation: str,
+    tau: float,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """What ``fused.correlations`` computes, without waiting for the device.
+
+    Args, shapes and dtypes are the same. Where the teacher's logits hold NaN or inf in
+    rows that count, the error may surface at a later operation.
+    """
+    student, teacher = fused.by_image(student), fused.by_image(teacher.detach())
+    if mask is not None:
+        mask = mask.reshape(student.shape[0], -1)
+    with torch.cuda.device_of(student):  # on which a kernel is started
+        return _Correlations.apply(student, teacher, mask, activation, tau, eps, group)
+
+
+class _Correlations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, mask, activation, tau, eps, group):
+        images, classes, positions = student.shape
+        dtype = compute_dtype(student, teacher)
+        rows = images * positions
+        block_rows = BLOCK_ROWS
+        while block_rows > MIN_BLOCK_ROWS and rows < MIN_TILES * block_rows:
+            block_rows //= 2
+        parts = triton.cdiv(positions, block_rows)
+        tiles = images * parts
+
+        row_factors = student.new_empty((2, rows), dtype=dtype)
+        # softmax sends to 0 what all classes of a row share
+        row_shift = student.new_empty(
+            0 if activation == 'softmax' else rows, dtype=torch.float64
+        )
+        tile_sums = student.new_empty((2, tiles), dtype=torch.float64)
+        tile_flags = student.new_empty((2, tiles), dtype=torch.int32)
+        class_sums = student.new_empty((classes, 5, tiles), dtype=torch.float64)
+        settings = dict(
+            classes=classes,
+            positions=positions,
+            parts=parts,
+            **strides('student', student, 'image', 'class', 'row'),
+            **strides('teacher', teacher, 'image', 'class', 'row'),
+            **strides('mask', mask, 'image', 'row'),
+            HAS_MASK=mask is not None,
+            ACTIVATION=activation,
+            TAU=float(tau),
+            BLOCK_CLASSES=BLOCK_CLASSES,
+            BLOCK_ROWS=block_rows,
+        )
+        # dtype, tiles of the forward pass, tiles of the backward pass
+        passes = [(dtype, EVERY_TILE, EVERY_TILE)]
+        if dtype == torch.float32:
+            passes = [
+                (torch.float32, EVERY_TILE, STEEP_TILES),
+                (torch.float64, FLAT_TILES, FLAT_TILES),
+            ]
+        for pass_dtype, only, _ in passes:
+            _forward[(tiles,)](
+                student,
+                teacher,
+                student if mask is None else mask.view(torch.uint8),
+                row_factors,
+                row_shift,
+                tile_sums,
+                tile_flags,
+                class_sums,
+                tiles,
+                rows,
+                EPS=float(eps),
+                FLAT_SQUARED=fused.FLAT**2,
+                MIN_SPREAD_SQUARED=MIN_SPREAD**2,
+                ONLY=only,
+                DTYPE=TRITON_DTYPES[pass_dtype],
+                **settings,
+            )
+        total = student.new_empty((5, classes), dtype=torch.float64)
+        class_corr = student.new_empty(classes, dtype=torch.float64)
+        class_factors = student.new_empty((3, classes), dtype=torch.float64)
+        row_total = student.new_empty(2, dtype=torch.float64)
+        finite = student.new_empty(1, dtype=torch.bool)
+        _combine[(classes,)](
+            tile_sums,
+            tile_flags,
+            class_sums,
+            total,
+            class_corr,
+            class_factors,
+            row_total,
+            finite.view(torch.uint8),
+            tiles,
+            classes,
+            EPS=float(eps),
+            MIN_SPREAD_SQUARED=MIN_SPREAD**2,
+            BLOCK_TILES=BLOCK_TILES,
+        )
+        raise_for_teacher(finite)
+        if group is not None:
+            # the same exchanges in the same order as the other paths
+            here = row_total[1:]
+            row_total = sum_over_processes(row_total, group)
+            total = fused.combine(here, [total], student, group)
+            count = row_total[1].clamp(min=1)
+            class_corr, u, v = fused.correlation(total, count, eps)
+            class_factors = torch.stack([u, v, v * total[3] - u * total[4]])
+        ctx.save_for_backward(
+            student,
+            teacher,
+            mask,
+            row_factors,
+            row_shift,
+            class_factors,
+            row_total,
+            tile_flags,
+        )
+        ctx.settings = settings, passes
+        # by the derivative of `logits / tau`, and as `sum_over_processes` does
+        ctx.scale = (1 if group is None else dist.get_world_size(group)) / tau
+        return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
+
+    @staticmethod
+    def backward(ctx, grad_inter, grad_intra):
+        fused.refuse_second_derivative()
+        student, teacher, mask, *saved, tile_flags = ctx.saved_tensors
+        settings, passes = ctx.settings
+        grad = torch.empty_like(student)
+        for dtype, _, only in passes:
+            _backward[(tile_flags.shape[1],)](
+                student,
+                teacher,
+                student if mask is None else mask.view(torch.uint8),
+                *saved,
+                tile_flags,
+                grad_inter,
+                grad_intra,
+                grad,
+                saved[0].shape[1],
+                **strides('grad', grad, 'image', 'class', 'row'),
+                SCALE=ctx.scale,
+                ONLY=only,
+                DTYPE=TRITON_DTYPES[dtype],
+                **settings,
+            )
+        return grad, None, None, None, None, None, None
+
+
+def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
+    """The strides of a tensor by the names that the kernels give them."""
+    values = (0,) * len(dims) if tensor is None else tensor.stride()
+    return {f'{name}_{dim}': x for dim, x in zip(dims, values, strict=True)}
+
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _rows(tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS):
+    """Image and positions of a tile, which of them exist, and which count."""
+    image = (tile // parts).to(tl.int64)
+    first = (tile % parts) * BLOCK_ROWS
+    position = first + tl.arange(0, BLOCK_ROWS)
+    exists = position < positions
+    keep = exists
+    if HAS_MASK:
+        place = mask + image * mask_image + position.to(tl.int64) * mask_row
+        keep = exists & (tl.load(place, mask=exists, other=0) != 0)
+    return image, position, exists, keep
+
+
+@triton.jit
+def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
+    """Logits (classes, rows) of a block, and which of them count; 0 where not."""
+    index = first + tl.arange(0, BLOCK_CLASSES)
+    there = (index < classes)[:, None] & exists[None, :]
+    place = rows[None, :] + index.to(tl.int64)[:, None] * stride
+    # many at a time, which a mask that may change between neighbours would prevent
+    x = tl.load(place, mask=there, other=0)
+    counts = there & keep[None, :]
+    return tl.where(counts, x.to(DTYPE), 0), counts
+
+
+@triton.jit
+def _normaliser(
+    rows,
+    stride,
+    classes,
+    exists,
+    keep,
+    ACTIVATION,
+    TAU,
+    DTYPE,
+    BLOCK_CLASSES,
+    BLOCK_ROWS,
+):
+    """Largest logit of each row and the sum of exp(logit - largest), for softmax."""
+    largest = tl.full([BLOCK_ROWS], float('-inf'), DTYPE)
+    total = tl.zeros([BLOCK_ROWS], DTYPE)
+    if ACTIVATION == 'softmax':
+        for first in range(0, classes, BLOCK_CLASSES):
+            x, counts = _load(
+                rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES
+            )
+            there = counts | (keep[None, :] == 0)  # so that no row is empty
+            x = tl.where(there, x / TAU, float('-inf'))
+            new = tl.maximum(largest, tl.max(x, 0))
+            total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), 0)
+            largest = new
+    return largest, total
+
+
+@triton.jit
+def _scores(
+    rows,
+    stride,
+    first,
+    classes,
+    exists,
+    keep,
+    largest,
+    total,
+    ACTIVATION,
+    TAU,
+    DTYPE,
+    BLOCK_CLASSES,
+):
+    """Scores (classes, rows) of a block, 0 where they do not count."""
+    x, counts = _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES)
+    p = x / TAU
+    if ACTIVATION == 'softmax':
+        p = tl.exp(p - largest[None, :]) / total[None, :]
+    if ACTIVATION == 'sigmoid':
+        p = 1 / (1 + tl.exp(-p))
+    # NaN and inf less themselves are NaN
+    bad = tl.sum(tl.sum((x - x != 0).to(tl.int32), 1), 0)
+    return tl.where(counts, p, 0), counts, bad
+
+
+@triton.jit
+def _centred_sums(p, q, counts, number, AXIS: tl.constexpr):
+    """Means and centred sums aa, ab, bb of a block along an axis."""
+    number = tl.maximum(number, 1)
+    mean_p = tl.sum(p, AXIS) / number
+    mean_q = tl.sum(q, AXIS) / number
+    a = tl.where(counts, p - tl.expand_dims(mean_p, AXIS), 0)
+    b = tl.where(counts, q - tl.expand_dims(mean_q, AXIS), 0)
+    return mean_p, mean_q, tl.sum(a * a, AXIS), tl.sum(a * b, AXIS), tl.sum(b * b, AXIS)
+
+
+@triton.jit
+def _correlation(aa, ab, bb, mean_p, mean_q, number, EPS, MIN_SPREAD_SQUARED):
+    """Correlation and the factors u, v of its gradient, in float64."""
+    constant = aa <= MIN_SPREAD_SQUARED * mean_p * mean_p * number
+    constant = constant | (bb <= MIN_SPREAD_SQUARED * mean_q * mean_q * number)
+    norm_a = tl.sqrt(aa)
+    norm_b = tl.sqrt(bb)
+    u = tl.where(constant, 0, 1 / (norm_a * norm_b + EPS))
+    corr = ab * u
+    v = corr * u * norm_b / tl.where(constant, 1, norm_a)
+    return corr, u, v
+
+
+@triton.jit
+def _steep(aa, mean, number, counts, FLAT_SQUARED):
+    """How many of the rows (or classes) are far from constant."""
+    steep = (aa > FLAT_SQUARED * number * mean * mean) & counts
+    return tl.sum(steep.to(tl.int32), 0)
+
+
+@triton.jit
+def _forward(
+    student,
+    teacher,
+    mask,
+    row_factors,
+    row_shift,
+    tile_sums,
+    tile_flags,
+    class_sums,
+    tiles,
+    number_of_rows,
+    classes,
+    positions,
+    parts,
+    student_image,
+    student_class,
+    student_row,
+    teacher_image,
+    teacher_class,
+    teacher_row,
+    mask_image,
+    mask_row,
+    HAS_MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TAU: tl.constexpr,
+    EPS: tl.constexpr,
+    FLAT_SQUARED: tl.constexpr,
+    MIN_SPREAD_SQUARED: tl.constexpr,
+    ONLY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
+        if tl.load(tile_flags + tile) != ONLY:
+            return
+    image, position, exists, keep = _rows(
+        tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
+    )
+    s_rows = student + image * student_image + position.to(tl.int64) * student_row
+    t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
+    s_largest, s_total = _normaliser(
+        s_rows,
+        student_class,
+        classes,
+        exists,
+        keep,
+        ACTIVATION,
+        TAU,
+        DTYPE,
+        BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+    t_largest, t_total = _normaliser(
+        t_rows,
+        teacher_class,
+        classes,
+        exists,
+        keep,
+        ACTIVATION,
+        TAU,
+        DTYPE,
+        BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+
+    count = tl.sum(keep.to(tl.int32), 0)
+    seen = tl.zeros([BLOCK_ROWS], DTYPE)
+    mean_p = tl.zeros([BLOCK_ROWS], DTYPE)
+    mean_q = tl.zeros([BLOCK_ROWS], DTYPE)
+    aa = tl.zeros([BLOCK_ROWS], DTYPE)
+    ab = tl.zeros([BLOCK_ROWS], DTYPE)
+    bb = tl.zeros([BLOCK_ROWS], DTYPE)
+    bad = 0
+    steep_p = 0
+    steep_q = 0
+    for first in range(0, classes, BLOCK_CLASSES):
+        p, counts, _ = _scores(
+            s_rows,
+            student_class,
+            first,
+            classes,
+            exists,
+            keep,
+            s_largest,
+            s_total,
+            ACTIVATION,
+            TAU,
+            DTYPE,
+            BLOCK_CLASSES,
+        )
+        q, _, block_bad = _scores(
+            t_rows,
+            teacher_class,
+            first,
+            classes,
+            exists,
+            keep,
+            t_largest,
+            t_total,
+            ACTIVATION,
+            TAU,
+            DTYPE,
+            BLOCK_CLASSES,
+        )
+        bad += block_bad
+
+        # of the rows: add the block to the classes before it
+        index = first + tl.arange(0, BLOCK_CLASSES)
+        there = index < classes
+        size = tl.sum(there.to(DTYPE), 0)
+        block_p, block_q, block_aa, block_ab, block_bb = _centred_sums(
+            p, q, counts, size, 0
+        )
+        share = size / (seen + size)
+        between = seen * share
+        seen += size
+        d_p = block_p - mean_p
+        d_q = block_q - mean_q
+        mean_p += d_p * share
+        mean_q += d_q * share
+        aa += block_aa + d_p * d_p * between
+        ab += block_ab + d_p * d_q * between
+        bb += block_bb + d_q * d_q * between
+
+        # of the classes: all rows of the tile are here
+        class_p, class_q, class_aa, class_ab, class_bb = _centred_sums(
+            p, q, counts, count.to(DTYPE), 1
+        )
+        place = class_sums + index.to(tl.int64) * 5 * tiles + tile
+        tl.store(place, class_aa.to(tl.float64), mask=there)
+        tl.store(place + tiles, class_ab.to(tl.float64), mask=there)
+        tl.store(place + 2 * tiles, class_bb.to(tl.float64), mask=there)
+        tl.store(place + 3 * tiles, class_p.to(tl.float64), mask=there)
+        tl.store(place + 4 * tiles, class_q.to(tl.float64), mask=there)
+        steep_p += _steep(class_aa, class_p, count, there, FLAT_SQUARED)
+        steep_q += _steep(class_bb, class_q, count, there, FLAT_SQUARED)
+
+    if ONLY < 0:
+        steep_rows = tl.minimum(
+            _steep(aa, mean_p, classes, keep, FLAT_SQUARED),
+            _steep(bb, mean_q, classes, keep, FLAT_SQUARED),
+        )
+        steepest = tl.minimum(steep_rows, tl.minimum(steep_p, steep_q))
+        flat = (steepest == 0) & (count > 0)
+        tl.store(tile_flags + tile, flat.to(tl.int32))
+        tl.store(tile_flags + tiles + tile, bad)
+
+    mean_p = mean_p.to(tl.float64)
+    mean_q = mean_q.to(tl.float64)
+    corr, u, v = _correlation(
+        aa.to(tl.float64),
+        ab.to(tl.float64),
+        bb.to(tl.float64),
+        mean_p,
+        mean_q,
+        classes,
+        EPS,
+        MIN_SPREAD_SQUARED,
+    )
+    tl.store(tile_sums + tile, tl.sum(tl.where(keep, corr, 0), 0))
+    tl.store(tile_sums + tiles + tile, count.to(tl.float64))
+    row = image * positions + position
+    u = u.to(row_factors.dtype.element_ty)
+    v = v.to(row_factors.dtype.element_ty)
+    tl.store(row_factors + row, u, mask=exists)
+    tl.store(row_factors + number_of_rows + row, v, mask=exists)
+    if ACTIVATION != 'softmax':
+        # of the rounded u and v, which the means have to cancel
+        w = v.to(tl.float64) * mean_p - u.to(tl.float64) * mean_q
+        tl.store(row_shift + row, w, mask=exists)
+
+
+@triton.jit
+def _combine(
+    tile_sums,
+    tile_flags,
+    class_sums,
+    total,
+    class_corr,
+    class_factors,
+    row_total,
+    finite,
+    tiles,
+    classes,
+    EPS: tl.constexpr,
+    MIN_SPREAD_SQUARED: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+):
+    index = tl.program_id(0)
+    sums = class_sums + index.to(tl.int64) * 5 * tiles
+    counts = tl.zeros([BLOCK_TILES], tl.float64)
+    sum_p = tl.zeros([BLOCK_TILES], tl.float64)
+    sum_q = tl.zeros([BLOCK_TILES], tl.float64)
+    corr = tl.zeros([BLOCK_TILES], tl.float64)
+    bad = tl.zeros([BLOCK_TILES], tl.int32)
+    for first in range(0, tiles, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        there = tile < tiles
+        n = tl.load(tile_sums + tiles + tile, mask=there, other=0)
+        counts += n
+        sum_p += n * tl.load(sums + 3 * tiles + tile, mask=there, other=0)
+        sum_q += n * tl.load(sums + 4 * tiles + tile, mask=there, other=0)
+        corr += tl.load(tile_sums + tile, mask=there, other=0)
+        bad += tl.load(tile_flags + tiles + tile, mask=there, other=0)
+    count = tl.sum(counts, 0)
+    number = tl.maximum(count, 1)
+    mean_p = tl.sum(sum_p, 0) / number
+    mean_q = tl.sum(sum_q, 0) / number
+
+    sum_aa = tl.zeros([BLOCK_TILES], tl.float64)
+    sum_ab = tl.zeros([BLOCK_TILES], tl.float64)
+    sum_bb = tl.zeros([BLOCK_TILES], tl.float64)
+    for first in range(0, tiles, BLOCK_TILES):
+        tile = first + tl.arange(0, BLOCK_TILES)
+        there = tile < tiles
+        n = tl.load(tile_sums + tiles + tile, mask=there, other=0)
+        d_p = tl.load(sums + 3 * tiles + tile, mask=there, other=0) - mean_p
+        d_q = tl.load(sums + 4 * tiles + tile, mask=there, other=0) - mean_q
+        sum_aa += tl.load(sums + tile, mask=there, other=0) + n * d_p * d_p
+        sum_ab += tl.load(sums + tiles + tile, mask=there, other=0) + n * d_p * d_q
+        sum_bb += tl.load(sums + 2 * tiles + tile, mask=there, other=0) + n * d_q * d_q
+    aa = tl.sum(sum_aa, 0)
+    ab = tl.sum(sum_ab, 0)
+    bb = tl.sum(sum_bb, 0)
+
+    tl.store(total + index, aa)
+    tl.store(total + classes + index, ab)
+    tl.store(total + 2 * classes + index, bb)
+    tl.store(total + 3 * classes + index, mean_p)
+    tl.store(total + 4 * classes + index, mean_q)
+    rho, u, v = _correlation(
+        aa, ab, bb, mean_p, mean_q, number, EPS, MIN_SPREAD_SQUARED
+    )
+    tl.store(class_corr + index, rho)
+    tl.store(class_factors + index, u)
+    tl.store(class_factors + classes + index, v)
+    tl.store(class_factors + 2 * classes + index, v * mean_p - u * mean_q)
+    if index == 0:
+        tl.store(row_total, tl.sum(corr, 0))
+        tl.store(row_total + 1, count)
+        tl.store(finite, tl.sum(bad, 0) == 0)
+
+
+@triton.jit
+def _gradient(
+    p,
+    q,
+    u_row,
+    v_row,
+    w_row,
+    class_factors,
+    class_scale,
+    first,
+    classes,
+    DTYPE,
+    BLOCK_CLASSES,
+):
+    """Gradient by the scores of a block."""
+    index = first + tl.arange(0, BLOCK_CLASSES)
+    there = index < classes
+    u = tl.load(class_factors + index, mask=there, other=0) * class_scale
+    v = tl.load(class_factors + classes + index, mask=there, other=0) * class_scale
+    w = tl.load(class_factors + 2 * classes + index, mask=there, other=0) * class_scale
+    g = (u_row[None, :] + u.to(DTYPE)[:, None]) * q
+    g -= (v_row[None, :] + v.to(DTYPE)[:, None]) * p
+    return g + (w_row[None, :] + w.to(DTYPE)[:, None])
+
+
+@triton.jit
+def _backward(
+    student,
+    teacher,
+    mask,
+    row_factors,
+    row_shift,
+    class_factors,
+    row_total,
+    tile_flags,
+    grad_inter,
+    grad_intra,
+    grad,
+    number_of_rows,
+    classes,
+    positions,
+    parts,
+    student_image,
+    student_class,
+    student_row,
+    teacher_image,
+    teacher_class,
+    teacher_row,
+    mask_image,
+    mask_row,
+    grad_image,
+    grad_class,
+    grad_row,
+    SCALE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TAU: tl.constexpr,
+    ONLY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
+        if tl.load(tile_flags + tile) != ONLY:
+            return
+    image, position, exists, keep = _rows(
+        tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
+    )
+    s_rows = student + image * student_image + position.to(tl.int64) * student_row
+    t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
+    g_rows = grad + image * grad_image + position.to(tl.int64) * grad_row
+    s_largest, s_total = _normaliser(
+        s_rows,
+        student_class,
+        classes,
+        exists,
+        keep,
+        ACTIVATION,
+        TAU,
+        DTYPE,
+        BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+    t_largest, t_total = _normaliser(
+        t_rows,
+        teacher_class,
+        classes,
+        exists,
+        keep,
+        ACTIVATION,
+        TAU,
+        DTYPE,
+        BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+    row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
+    class_scale = tl.load(grad_intra) * SCALE / classes
+    row = image * positions + position
+    u_row = tl.load(row_factors + row, mask=keep, other=0).to(DTYPE)
+    v_row = tl.load(row_factors + number_of_rows + row, mask=keep, other=0).to(DTYPE)
+    u_row = u_row * row_scale.to(DTYPE)
+    v_row = v_row * row_scale.to(DTYPE)
+    w_row = tl.zeros([BLOCK_ROWS], DTYPE)
+    if ACTIVATION != 'softmax':
+        w_row = tl.load(row_shift + row, mask=keep, other=0) * row_scale
+        w_row = w_row.to(DTYPE)
+
+    dot = tl.zeros([BLOCK_ROWS], DTYPE)
+    if ACTIVATION == 'softmax':
+        for first in range(0, classes, BLOCK_CLASSES):
+            p, counts, _ = _scores(
+                s_rows,
+                student_class,
+                first,
+                classes,
+                exists,
+                keep,
+                s_largest,
+                s_total,
+                ACTIVATION,
+                TAU,
+                DTYPE,
+                BLOCK_CLASSES,
+            )
+            q, _, _ = _scores(
+                t_rows,
+                teacher_class,
+                first,
+                classes,
+                exists,
+                keep,
+                t_largest,
+                t_total,
+                ACTIVATION,
+                TAU,
+                DTYPE,
+                BLOCK_CLASSES,
+            )
+            g = _gradient(
+                p,
+                q,
+                u_row,
+                v_row,
+                w_row,
+                class_factors,
+                class_scale,
+                first,
+                classes,
+                DTYPE,
+                BLOCK_CLASSES,
+            )
+            dot += tl.sum(g * p, 0)
+
+    for first in range(0, classes, BLOCK_CLASSES):
+        p, counts, _ = _scores(
+            s_rows,
+            student_class,
+            first,
+            classes,
+            exists,
+            keep,
+            s_largest,
+            s_total,
+            ACTIVATION,
+            TAU,
+            DTYPE,
+            BLOCK_CLASSES,
+        )
+        q, _, _ = _scores(
+            t_rows,
+            teacher_class,
+            first,
+            classes,
+            exists,
+            keep,
+            t_largest,
+            t_total,
+            ACTIVATION,
+            TAU,
+            DTYPE,
+            BLOCK_CLASSES,
+        )
+        g = _gradient(
+            p,
+            q,
+            u_row,
+            v_row,
+            w_row,
+            class_factors,
+            class_scale,
+            first,
+            classes,
+            DTYPE,
+            BLOCK_CLASSES,
+        )
+        if ACTIVATION == 'softmax':
+            g = p * (g - dot[None, :])
+        if ACTIVATION == 'sigmoid':
+            g = g * p * (1 - p)
+        index = first + tl.arange(0, BLOCK_CLASSES)
+        there = (index < classes)[:, None] & exists[None, :]
+        place = g_rows[None, :] + index.to(tl.int64)[:, None] * grad_class
+        g = tl.where(counts, g, 0)
+        tl.store(place, g.to(grad.dtype.element_ty), mask=there)
