@@ -91,6 +91,8 @@ def machine() -> str:
     if info.exists():
         names = [x for x in info.read_text().splitlines() if x.startswith('model name')]
         cpu = names[0].split(':')[1].strip() if names else cpu
+    if torch.cuda.is_available():
+        cpu += f', {torch.cuda.get_device_name()}'
     versions = [
         f'{name} {importlib.import_module(name).__version__}'
         for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')

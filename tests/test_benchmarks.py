@@ -29,12 +29,22 @@ def test_contestants_take_turns():
 def test_parts_of_the_page_can_be_measured_alone(tmp_path, monkeypatch):
     monkeypatch.setattr('torch.set_num_threads', lambda number: None)
     page = tmp_path / 'benchmarks.md'
-    monkeypatch.setattr(main.loss, 'speed', lambda seconds: 'SPEED')
+    monkeypatch.setattr(
+        main.loss, 'speed', lambda seconds, device='cpu': f'SPEED {device}'
+    )
     monkeypatch.setattr(main.loss, 'growth', lambda seconds, plot: 'GROWTH')
-    for part, number in (('loss', 1), ('growth', 2), ('loss', 2)):
+    for part, number in (
+        ('loss', 1),
+        ('growth', 2),
+        ('loss', 2),
+        ('gpu', 3),
+        ('loss', 3),
+    ):
         monkeypatch.setattr('sys.argv', ['benchmarks', part, '--output', str(page)])
         main.main()
-        assert page.read_text().count('Machine: ') == number
-    text = page.read_text()
-    assert text.count('SPEED') == text.count('GROWTH') == 1
+        text = page.read_text()
+        assert text.count('Machine: ') == number
+        assert ('Not measured' in text) == (number < 3)
+    assert text.count('SPEED cpu') == text.count('SPEED cuda') == 1
+    assert text.count('GROWTH') == 1
     assert text.count('## On a GPU') == 1

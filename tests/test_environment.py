@@ -235,7 +235,7 @@ def test_an_empty_environment_gets_the_pins_of_requirements(check_env):
 
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().splitlines()
-    lines = [line.split('#')[0].strip() for line in lines]
+    lines = [re.split('[#;]', line)[0].strip() for line in lines]
     return dict(line.split('==') for line in lines if line)  # all pinned exactly
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from mmengine.utils import digit_version
 from torch import Tensor
 
 from . import fused
@@ -35,10 +36,16 @@ from .relation import (
     sum_over_processes,
 )
 
-BLOCK_CLASSES = 32
+if digit_version(triton.__version__) < digit_version('3.1'):
+    raise ImportError(f'Triton {triton.__version__} is older than 3.1')
+
+# The most with which the fp32 kernels keep everything in registers, seen in what is
+# compiled for sm_80 and sm_90
+BLOCK_CLASSES = 16
 BLOCK_ROWS = 128
-# Fewer rows to a tile where there would be fewer tiles than a large GPU runs at a time
-MIN_BLOCK_ROWS, MIN_TILES = 16, 512
+# Fewer rows to a tile where there would be fewer tiles than a large GPU runs at a time,
+# or where those that it runs at a time would leave its cache
+MIN_BLOCK_ROWS, MIN_TILES, MAX_TILE_BYTES = 16, 256, 96 * 1024
 BLOCK_TILES = 512  # tiles that are combined at a time
 EVERY_TILE, STEEP_TILES, FLAT_TILES = -1, 0, 1
 
@@ -71,7 +78,11 @@ class _Correlations(torch.autograd.Function):
         dtype = compute_dtype(student, teacher)
         rows = images * positions
         block_rows = BLOCK_ROWS
-        while block_rows > MIN_BLOCK_ROWS and rows < MIN_TILES * block_rows:
+        row_bytes = classes * (student.element_size() + teacher.element_size())
+        while block_rows > MIN_BLOCK_ROWS and (
+            rows < MIN_TILES * block_rows
+            or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
+        ):
             block_rows //= 2
         parts = triton.cdiv(positions, block_rows)
         tiles = images * parts
@@ -224,6 +235,8 @@ def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
     place = rows[None, :] + index.to(tl.int64)[:, None] * stride
     # many at a time, which a mask that may change between neighbours would prevent
     x = tl.load(place, mask=there, other=0)
+    if x.dtype != tl.float64:  # Triton 3.1 knows no way from bf16 to float64
+        x = x.to(tl.float32)
     counts = there & keep[None, :]
     return tl.where(counts, x.to(DTYPE), 0), counts
 
@@ -765,4 +778,6 @@ def _backward(
         there = (index < classes)[:, None] & exists[None, :]
         place = g_rows[None, :] + index.to(tl.int64)[:, None] * grad_class
         g = tl.where(counts, g, 0)
+        if grad.dtype.element_ty != tl.float64:  # as in _load
+            g = g.to(tl.float32)
         tl.store(place, g.to(grad.dtype.element_ty), mask=there)
