@@ -206,11 +206,18 @@ class _Correlations(torch.autograd.Function):
 
 def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
     """The strides of a tensor by the names that the kernels give them."""
-    values = (0,) * len(dims) if tensor is None else tensor.stride()
+    values = [0] * len(dims)
+    if tensor is not None:
+        # that of a single image means nothing, and would only ask for another kernel
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        values = [0 if size == 1 else stride for size, stride in sizes]
     return {f'{name}_{dim}': x for dim, x in zip(dims, values, strict=True)}
 
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+# A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
+# from step to step where the number of rows does, and gain nothing by it.
+COUNTS = ('parts', 'tiles', 'number_of_rows')
 
 
 @triton.jit
@@ -328,7 +335,7 @@ def _steep(aa, mean, number, counts, FLAT_SQUARED):
     return tl.sum(steep.to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward(
     student,
     teacher,
@@ -503,7 +510,7 @@ def _forward(
         tl.store(row_shift + row, w, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _combine(
     tile_sums,
     tile_flags,
@@ -599,7 +606,7 @@ def _gradient(
     return g + (w_row[None, :] + w.to(DTYPE)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward(
     student,
     teacher,

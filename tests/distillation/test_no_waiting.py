@@ -112,6 +112,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
     assert distilled - alone - waits.counts == Counter()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='losses/test_fused_gpu.py does')
 def test_the_kernels_of_the_loss_do_not_wait(monkeypatch):
     monkeypatch.setattr(fused_gpu, 'raise_for_teacher', lambda finite: None)
     student, teacher = torch.randn(2, 2, 5, 6, 7).unbind()

@@ -20,7 +20,7 @@ from predictions import NAMES, assert_close, prediction, run
 from benchmarks import textbook
 from mmdist.losses import DISTLoss, dist_loss, fused_gpu
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+DEVICE = 'cpu' if paths.INTERPRETED else 'cuda'
 # more rows than a tile has, and more classes than a block
 SHAPES = [(2, 19, 5, 9), (90, 40)]
 
@@ -195,6 +195,7 @@ def test_kernels_compile(capability, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(paths.INTERPRETED, reason='there is no GPU')
 @pytest.mark.parametrize('masked', [False, True])
 def test_a_gpu_takes_them_and_never_waits(masked, monkeypatch):
     monkeypatch.undo()
