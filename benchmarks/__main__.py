@@ -17,8 +17,9 @@ INTRODUCTION = """# Benchmarks
 Written by `make bench` (`python -m benchmarks`). Contestants run in turns in one
 process; times are the minima of their runs. Compare the ratios, not the times, across
 machines, and only roughly: for the loss two cores of an AMD EPYC had 8.1x, 3.1x, 7.5x
-and 1.1x, two of an Intel Xeon (Sapphire Rapids) 5.6x, 2.6x, 4.7x and 1.0x. A goal that
-was not reached says **missed**.
+and 1.1x, two of an Intel Xeon (Sapphire Rapids) 5.6x, 2.6x, 4.7x and 1.0x. The same
+machine differs too, as its neighbours come and go: four runs on the EPYC had geometric
+means of 3.5x, 3.5x, 3.7x and 3.8x. A goal that was not reached says **missed**.
 """
 
 
