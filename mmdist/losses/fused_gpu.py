@@ -219,6 +219,9 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # from step to step where the number of rows does, and gain nothing by it.
 COUNTS = ('parts', 'tiles', 'number_of_rows')
 
+# A line for each of so many arguments would hide the arithmetic.
+# fmt: off
+
 
 @triton.jit
 def _rows(tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS):
@@ -250,15 +253,7 @@ def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
 
 @triton.jit
 def _normaliser(
-    rows,
-    stride,
-    classes,
-    exists,
-    keep,
-    ACTIVATION,
-    TAU,
-    DTYPE,
-    BLOCK_CLASSES,
+    rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
     BLOCK_ROWS,
 ):
     """Largest logit of each row and the sum of exp(logit - largest), for softmax."""
@@ -279,17 +274,7 @@ def _normaliser(
 
 @triton.jit
 def _scores(
-    rows,
-    stride,
-    first,
-    classes,
-    exists,
-    keep,
-    largest,
-    total,
-    ACTIVATION,
-    TAU,
-    DTYPE,
+    rows, stride, first, classes, exists, keep, largest, total, ACTIVATION, TAU, DTYPE,
     BLOCK_CLASSES,
 ):
     """Scores (classes, rows) of a block, 0 where they do not count."""
@@ -337,36 +322,12 @@ def _steep(aa, mean, number, counts, FLAT_SQUARED):
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward(
-    student,
-    teacher,
-    mask,
-    row_factors,
-    row_shift,
-    tile_sums,
-    tile_flags,
-    class_sums,
-    tiles,
-    number_of_rows,
-    classes,
-    positions,
-    parts,
-    student_image,
-    student_class,
-    student_row,
-    teacher_image,
-    teacher_class,
-    teacher_row,
-    mask_image,
-    mask_row,
-    HAS_MASK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TAU: tl.constexpr,
-    EPS: tl.constexpr,
-    FLAT_SQUARED: tl.constexpr,
-    MIN_SPREAD_SQUARED: tl.constexpr,
-    ONLY: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
+    student, teacher, mask, row_factors, row_shift, tile_sums, tile_flags, class_sums,
+    tiles, number_of_rows, classes, positions, parts, student_image, student_class,
+    student_row, teacher_image, teacher_class, teacher_row, mask_image, mask_row,
+    HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr, TAU: tl.constexpr,
+    EPS: tl.constexpr, FLAT_SQUARED: tl.constexpr, MIN_SPREAD_SQUARED: tl.constexpr,
+    ONLY: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -379,28 +340,12 @@ def _forward(
     s_rows = student + image * student_image + position.to(tl.int64) * student_row
     t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
     s_largest, s_total = _normaliser(
-        s_rows,
-        student_class,
-        classes,
-        exists,
-        keep,
-        ACTIVATION,
-        TAU,
-        DTYPE,
-        BLOCK_CLASSES,
-        BLOCK_ROWS,
+        s_rows, student_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
     t_largest, t_total = _normaliser(
-        t_rows,
-        teacher_class,
-        classes,
-        exists,
-        keep,
-        ACTIVATION,
-        TAU,
-        DTYPE,
-        BLOCK_CLASSES,
-        BLOCK_ROWS,
+        t_rows, teacher_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
 
     count = tl.sum(keep.to(tl.int32), 0)
@@ -415,32 +360,12 @@ def _forward(
     steep_q = 0
     for first in range(0, classes, BLOCK_CLASSES):
         p, counts, _ = _scores(
-            s_rows,
-            student_class,
-            first,
-            classes,
-            exists,
-            keep,
-            s_largest,
-            s_total,
-            ACTIVATION,
-            TAU,
-            DTYPE,
-            BLOCK_CLASSES,
+            s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
+            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         q, _, block_bad = _scores(
-            t_rows,
-            teacher_class,
-            first,
-            classes,
-            exists,
-            keep,
-            t_largest,
-            t_total,
-            ACTIVATION,
-            TAU,
-            DTYPE,
-            BLOCK_CLASSES,
+            t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
+            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         bad += block_bad
 
@@ -488,14 +413,8 @@ def _forward(
     mean_p = mean_p.to(tl.float64)
     mean_q = mean_q.to(tl.float64)
     corr, u, v = _correlation(
-        aa.to(tl.float64),
-        ab.to(tl.float64),
-        bb.to(tl.float64),
-        mean_p,
-        mean_q,
-        classes,
-        EPS,
-        MIN_SPREAD_SQUARED,
+        aa.to(tl.float64), ab.to(tl.float64), bb.to(tl.float64), mean_p, mean_q,
+        classes, EPS, MIN_SPREAD_SQUARED,
     )
     tl.store(tile_sums + tile, tl.sum(tl.where(keep, corr, 0), 0))
     tl.store(tile_sums + tiles + tile, count.to(tl.float64))
@@ -512,19 +431,10 @@ def _forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _combine(
-    tile_sums,
-    tile_flags,
-    class_sums,
-    total,
-    class_corr,
-    class_factors,
-    row_total,
+    tile_sums, tile_flags, class_sums, total, class_corr, class_factors, row_total,
     finite,
-    tiles,
-    classes,
-    EPS: tl.constexpr,
-    MIN_SPREAD_SQUARED: tl.constexpr,
-    BLOCK_TILES: tl.constexpr,
+    tiles, classes,
+    EPS: tl.constexpr, MIN_SPREAD_SQUARED: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):
     index = tl.program_id(0)
     sums = class_sums + index.to(tl.int64) * 5 * tiles
@@ -583,16 +493,7 @@ def _combine(
 
 @triton.jit
 def _gradient(
-    p,
-    q,
-    u_row,
-    v_row,
-    w_row,
-    class_factors,
-    class_scale,
-    first,
-    classes,
-    DTYPE,
+    p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes, DTYPE,
     BLOCK_CLASSES,
 ):
     """Gradient by the scores of a block."""
@@ -608,40 +509,14 @@ def _gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    student,
-    teacher,
-    mask,
-    row_factors,
-    row_shift,
-    class_factors,
-    row_total,
-    tile_flags,
-    grad_inter,
-    grad_intra,
-    grad,
-    number_of_rows,
-    classes,
-    positions,
-    parts,
-    student_image,
-    student_class,
-    student_row,
-    teacher_image,
-    teacher_class,
-    teacher_row,
-    mask_image,
-    mask_row,
-    grad_image,
-    grad_class,
-    grad_row,
-    SCALE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    TAU: tl.constexpr,
-    ONLY: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    student, teacher, mask, row_factors, row_shift, class_factors, row_total,
+    tile_flags, grad_inter, grad_intra, grad,
+    number_of_rows, classes, positions, parts, student_image, student_class,
+    student_row, teacher_image, teacher_class, teacher_row, mask_image, mask_row,
+    grad_image, grad_class, grad_row,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+    TAU: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
@@ -654,28 +529,12 @@ def _backward(
     t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
     g_rows = grad + image * grad_image + position.to(tl.int64) * grad_row
     s_largest, s_total = _normaliser(
-        s_rows,
-        student_class,
-        classes,
-        exists,
-        keep,
-        ACTIVATION,
-        TAU,
-        DTYPE,
-        BLOCK_CLASSES,
-        BLOCK_ROWS,
+        s_rows, student_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
     t_largest, t_total = _normaliser(
-        t_rows,
-        teacher_class,
-        classes,
-        exists,
-        keep,
-        ACTIVATION,
-        TAU,
-        DTYPE,
-        BLOCK_CLASSES,
-        BLOCK_ROWS,
+        t_rows, teacher_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
     row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
     class_scale = tl.load(grad_intra) * SCALE / classes
@@ -693,89 +552,31 @@ def _backward(
     if ACTIVATION == 'softmax':
         for first in range(0, classes, BLOCK_CLASSES):
             p, counts, _ = _scores(
-                s_rows,
-                student_class,
-                first,
-                classes,
-                exists,
-                keep,
-                s_largest,
-                s_total,
-                ACTIVATION,
-                TAU,
-                DTYPE,
-                BLOCK_CLASSES,
+                s_rows, student_class, first, classes, exists, keep, s_largest,
+                s_total, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
             q, _, _ = _scores(
-                t_rows,
-                teacher_class,
-                first,
-                classes,
-                exists,
-                keep,
-                t_largest,
-                t_total,
-                ACTIVATION,
-                TAU,
-                DTYPE,
-                BLOCK_CLASSES,
+                t_rows, teacher_class, first, classes, exists, keep, t_largest,
+                t_total, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
             g = _gradient(
-                p,
-                q,
-                u_row,
-                v_row,
-                w_row,
-                class_factors,
-                class_scale,
-                first,
-                classes,
-                DTYPE,
-                BLOCK_CLASSES,
+                p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes,
+                DTYPE, BLOCK_CLASSES,
             )
             dot += tl.sum(g * p, 0)
 
     for first in range(0, classes, BLOCK_CLASSES):
         p, counts, _ = _scores(
-            s_rows,
-            student_class,
-            first,
-            classes,
-            exists,
-            keep,
-            s_largest,
-            s_total,
-            ACTIVATION,
-            TAU,
-            DTYPE,
-            BLOCK_CLASSES,
+            s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
+            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         q, _, _ = _scores(
-            t_rows,
-            teacher_class,
-            first,
-            classes,
-            exists,
-            keep,
-            t_largest,
-            t_total,
-            ACTIVATION,
-            TAU,
-            DTYPE,
-            BLOCK_CLASSES,
+            t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
+            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         g = _gradient(
-            p,
-            q,
-            u_row,
-            v_row,
-            w_row,
-            class_factors,
-            class_scale,
-            first,
-            classes,
-            DTYPE,
-            BLOCK_CLASSES,
+            p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes,
+            DTYPE, BLOCK_CLASSES,
         )
         if ACTIVATION == 'softmax':
             g = p * (g - dot[None, :])
