@@ -79,7 +79,7 @@ def read_sections(page: Path) -> dict[str, str]:
 
 LOSS = """Forward and backward. *Textbook* is the formula as the paper prints it, in
 eager PyTorch (`benchmarks/textbook.py`, checked to be the same function). The *fast
-path* is what `DISTLoss` takes on a CPU, the *plain path* what it takes elsewhere. The
+path* is what `DISTLoss` takes on a CPU, the *plain path* is the reference. The
 *floor* is the time to read both inputs twice and to write one gradient, at the speed
 of a copy of the same tensor into memory that is there already. A gradient is a new
 tensor, and the system hands out its memory page by page at the first write: *new

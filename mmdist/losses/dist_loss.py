@@ -214,20 +214,21 @@ def gpu_path(
             for path in (fused_gpu.correlations, correlations):
                 corr = path(student, teacher, mask, activation, 1.0, 1e-8, None)
                 grad = torch.autograd.grad(sum(corr), student)[0].double()
-                results.append([*(x.detach() for x in corr), grad / grad.norm()])
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4, check_dtype=False)
+                results.append((torch.stack(corr).detach(), grad / grad.norm()))
+        errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
+        # the gradient as a whole: in half precision any of its elements may round
+        # the other way
+        if errors[0] < 1e-4 and errors[1] < 1e-2:
+            return fused_gpu.correlations
+        level, reason = logging.WARNING, f'compute something else here: off by {errors}'
     except Exception as error:  # anything that a compiler may say
-        if isinstance(error, AssertionError):
-            level, reason = logging.WARNING, 'compute something else on this machine'
-        else:
-            level, reason = logging.INFO, f'do not run: {str(error).strip()[:200]}'
-        print_log(
-            f'DISTLoss takes the slower way, since its Triton kernels {reason}',
-            logger='current',
-            level=level,
-        )
-        return correlations
-    return fused_gpu.correlations
+        level, reason = logging.INFO, f'do not run: {str(error).strip()[:200]}'
+    print_log(
+        f'DISTLoss takes the slower way, since its Triton kernels {reason}',
+        logger='current',
+        level=level,
+    )
+    return correlations
 
 
 def correlations(

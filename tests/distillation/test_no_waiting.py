@@ -41,7 +41,9 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def as_on_a_gpu(monkeypatch):
-    """The loss takes its other path there; test_dist_loss.py sees that it waits not."""
+    """The loss takes another path there, which waits for nothing: the kernels below,
+    or the plain path, which stands in for them here since they take long on a CPU.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(dist_loss, 'choose_path', lambda *_: dist_loss.correlations)
         patch.setattr(dist_loss, 'check_teacher', lambda logits: None)

@@ -89,14 +89,18 @@ def test_nothing_large_is_kept():
     assert shapes == [inputs, inputs, (2, 256)]
 
 
-def gpu_path():
+def gpu_path(activation='softmax', dtype=torch.float32):
     device = torch.device(DEVICE)
     dist_loss.gpu_path.cache_clear()
-    return dist_loss.gpu_path(device, torch.float32, torch.float16, 'softmax')
+    return dist_loss.gpu_path(device, dtype, torch.float32, activation)
 
 
-def test_the_kernels_are_taken_where_they_agree_with_the_plain_path():
-    assert gpu_path() is fused_gpu.correlations
+@pytest.mark.parametrize('activation', dist_loss.ACTIVATIONS)
+@pytest.mark.parametrize(
+    'dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
+def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(activation, dtype):
+    assert gpu_path(activation, dtype) is fused_gpu.correlations
 
 
 @pytest.mark.parametrize(
