@@ -113,7 +113,7 @@ holds the tiles that are worked on, they read both inputs twice and write one gr
 which is the floor; what else they write and read comes to 8 % of it at each of the
 three large shapes (counted, in fp32). A whole step of DeepLabV3, RetinaNet and Faster
 R-CNN pairs waits as often as the student's own step and the teacher's layers do
-(`tests/distillation/test_no_waiting.py`).
+(`tests/comparisons/test_no_waiting.py`).
 
 Before `DISTLoss` takes the kernels on a machine it compares them with the plain path
 there, once, and stays with that if they do not run or compute something else.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved, table
 from benchmarks.step import batch, without_downloads
-from mmdist.distillation.teacher import Teacher
+from mmdist.teachers.teacher import Teacher
 
 TEACHERS = {
     'DeepLabV3 R50': (

@@ -7,6 +7,8 @@ from .version import __version__
 check_versions()
 prepare_mmengine()
 
-from .losses import DISTLoss  # noqa: E402  (a broken environment is reported first)
+# a broken environment is reported first
+from .comparisons import Comparison, Pair  # noqa: E402
+from .losses import DISTLoss  # noqa: E402
 
-__all__ = ['DISTLoss', '__version__']
+__all__ = ['Comparison', 'DISTLoss', 'Pair', '__version__']

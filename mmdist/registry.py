@@ -13,13 +13,18 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmdist',
-    locations=['mmdist.losses', 'mmdist.distillation'],
+    locations=[
+        'mmdist.losses',
+        'mmdist.comparisons',
+        'mmdist.distiller',
+        'mmdist.backbones',
+    ],
 )
 TASK_UTILS = Registry(
     'task util',
     parent=MMENGINE_TASK_UTILS,
     scope='mmdist',
-    locations=['mmdist.distillation'],
+    locations=['mmdist.comparisons'],
 )
 DATASETS = Registry(
     'dataset',

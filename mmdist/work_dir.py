@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint
 
 # Settings that may change between two runs of one experiment.
 _OF_THE_RUN = (

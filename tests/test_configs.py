@@ -19,8 +19,8 @@ from mmengine.registry import DefaultScope
 from mmengine.utils import get_installed_path
 from torch import nn
 
-from mmdist.distillation.classes import class_names_of_config
 from mmdist.registry import MODELS
+from mmdist.teachers.classes import class_names_of_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*/*.py'))

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from mmengine.registry import DefaultScope
 
-from mmdist.distillation.checkpoint import load_checkpoint
-from mmdist.distillation.teacher import load_config
+from mmdist.checkpoint import load_checkpoint
 from mmdist.registry import MODELS
+from mmdist.teachers.teacher import load_config
 
 PREFIX = 'distill.'
 # Not among them: the distillation config and the names of files where it was trained.

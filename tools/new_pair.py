@@ -28,11 +28,11 @@ from mmengine.structures import PixelData
 from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
-from mmdist.distillation.classes import class_names_of_config
-from mmdist.distillation.distiller import DEFAULT_COMPARISONS
-from mmdist.distillation.record import Recorder
-from mmdist.distillation.teacher import load_config, without_pretrained
+from mmdist.distiller import DEFAULT_COMPARISONS
+from mmdist.record import Recorder
 from mmdist.registry import MODELS
+from mmdist.teachers.classes import class_names_of_config
+from mmdist.teachers.teacher import load_config, without_pretrained
 
 SIZE = (256, 320)  # height, width of the random images
 TEMPLATE = """\

@@ -25,7 +25,7 @@ import numpy as np
 from mmengine.config import Config
 from run_log import count_parameters, failure, read_log
 
-from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK_DIR = Path('work_dirs/quickstart')

@@ -31,7 +31,7 @@ from mmengine.config import Config
 from run_log import count_parameters, failure, read_log
 from scipy import stats
 
-from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

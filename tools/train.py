@@ -12,7 +12,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from torch import nn
 
-from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint
 from mmdist.registry import MODELS
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from mmseg.models.backbones import MobileNetV2 as MMSegMobileNetV2
 from torch import Tensor
 
-from mmdist.distillation.checkpoint import load_checkpoint, load_strictly
+from mmdist.checkpoint import load_checkpoint, load_strictly
 from mmdist.registry import MODELS
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .relation import check_teacher, compute_dtype
+from .correlations.plain import check_teacher, compute_dtype
 
 
 @MODELS.register_module()

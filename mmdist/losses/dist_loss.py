@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from . import fused
-from .relation import (
+from .correlations import cpu as fused
+from .correlations.plain import (
     check_teacher,
     compute_dtype,
     inter_class_correlation,
@@ -201,7 +201,7 @@ def gpu_path(
     written is the card, the driver and the compiler on which they run.
     """
     try:
-        from . import fused_gpu
+        from .correlations import gpu as fused_gpu
 
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn((2, 2, 37, 100), generator=generator)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdist.losses import dist_loss, fused_gpu
+from mmdist.losses import dist_loss
+from mmdist.losses.correlations import gpu as fused_gpu
 
 INTERPRETED = not torch.cuda.is_available()  # see conftest.py
 

@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from watch import WatchHook, in_processes
 
-from mmdist.distillation.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 
 SCOPES = dict(det='mmdet', seg='mmseg')

@@ -11,7 +11,7 @@ import torch
 from mmengine.runner import Runner
 from watch import WatchHook
 
-from mmdist.distillation.record import Recorder
+from mmdist.record import Recorder
 
 MB = 2**20
 

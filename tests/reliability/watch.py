@@ -53,7 +53,7 @@ def in_processes(target: Callable, *args, world_size: int = 1, folder: Path) -> 
         What each process returned; its exit code if it returned nothing.
     """
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdist.distillation'])
+    context.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdist.distiller'])
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]

@@ -17,7 +17,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
 
-from mmdist.distillation.distiller import _default_comparison
+from mmdist.distiller import _default_comparison
 from mmdist.registry import MODELS
 
 # In the onedl fork alone: it finds lanes, and DenseLogits refuses it.

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from mmdist.distillation.teacher import Teacher, load_config
+from mmdist.teachers.teacher import Teacher, load_config
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 

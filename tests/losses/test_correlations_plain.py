@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr
 
-from mmdist.losses.relation import (
+from mmdist.losses.correlations.plain import (
     inter_class_correlation,
     intra_class_correlation,
     pearson,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
+from mmdist.step import Step
 
-from .comparison import Comparison, Pair, rows
-from .step import Step
+from .base import Comparison, Pair, rows
 
 
 class ClassMaps(NamedTuple):

@@ -12,7 +12,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from mmdist.distillation.checkpoint import load_checkpoint, load_strictly
+from mmdist.checkpoint import load_checkpoint, load_strictly
 
 
 def net(width: int = 3) -> nn.Sequential:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdist.distillation.record import Recorder
+from mmdist.record import Recorder
 
 
 def test_direct_calls_of_forward_are_recorded_and_the_instance_is_left_as_it_was():

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from mmdist.losses import DISTLoss
 from mmdist.registry import MODELS
-
-from .step import Step
-from .teacher import Teacher
+from mmdist.step import Step
+from mmdist.teachers.teacher import Teacher
 
 
 @dataclass

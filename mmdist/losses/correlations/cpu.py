@@ -39,7 +39,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .relation import check_teacher, compute_dtype, is_constant, sum_over_processes
+from .plain import check_teacher, compute_dtype, is_constant, sum_over_processes
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward

@@ -10,10 +10,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS, TASK_UTILS
+from mmdist.step import Step
 
 from . import sparse_queries
-from .comparison import Comparison, Pair
-from .step import Step
+from .base import Comparison, Pair
 
 # Per decoder layer, per image: `scores`, logits (queries, classes), and `bboxes`,
 # (queries, 4), x1 y1 x2 y2 in pixels; the form that mmdet's match costs take.

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr
 from test_det_zoo import keep_backbone
 from torch import nn
 
-from mmdist.distillation.teacher import match_classes
+from mmdist.teachers.teacher import match_classes
 
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -275,8 +275,8 @@ def test_other_anchors_or_strides_or_levels_are_an_error(edit):
 
 
 def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
-    from mmdist.distillation import Pair
-    from mmdist.distillation.dense_logits import _concatenate
+    from mmdist import Pair
+    from mmdist.comparisons.dense_logits import _concatenate
 
     pairs = [Pair(x, x) for x in (torch.rand(1, 8, 2, 2), torch.rand(1, 12, 1, 1))]
     with pytest.raises(ValueError, match="anchors='separate', or levels='sum'"):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
+from mmdist.step import Step
 
-from .comparison import Comparison, Pair
+from .base import Comparison, Pair
 from .sparse_queries import is_sparse
-from .step import Step
 
 
 class Proposals(NamedTuple):

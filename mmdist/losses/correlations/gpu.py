@@ -28,8 +28,8 @@ import triton.language as tl
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from . import fused
-from .relation import (
+from . import cpu as fused
+from .plain import (
     MIN_SPREAD,
     compute_dtype,
     raise_for_teacher,

@@ -8,7 +8,7 @@ import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 
-from mmdist.distillation.renormalize import Renormalize
+from mmdist.teachers.renormalize import Renormalize
 
 
 def reference(raw, mean, std, swap, pad_value, size):

@@ -12,10 +12,10 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
+from mmdist.step import Step
 
-from .comparison import Comparison, Pair
+from .base import Comparison, Pair
 from .seg_map import SegMap, draw_pixels
-from .step import Step
 
 # Which of several outputs of a head's forward predicts at inference. Names, so that
 # mmseg does not have to be installed.
@@ -278,7 +278,7 @@ def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
     raise ValueError(
         f'{name} returns {len(outputs)} outputs, and SegLogits does not know which one '
         'predicts at inference. Tell it its index: '
-        f"`mmdist.distillation.seg_logits.PREDICTING_OUTPUT['{name}'] = 0`."
+        f"`mmdist.comparisons.seg_logits.PREDICTING_OUTPUT['{name}'] = 0`."
     )
 
 

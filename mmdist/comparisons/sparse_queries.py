@@ -8,7 +8,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import nn
 
-from .step import Step
+from mmdist.step import Step
 
 
 def is_sparse(model: nn.Module) -> bool:

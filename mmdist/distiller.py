@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .comparison import Comparison, build_comparison
+from .comparisons.base import Comparison, build_comparison
 from .record import Recorder
 from .step import Step
-from .teacher import Teacher
+from .teachers.teacher import Teacher
 
 # What is compared if `distill` is left out, by the first of the student's classes that
 # is in the table. Names, so that neither mmdet nor mmseg has to be installed.

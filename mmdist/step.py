@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .record import Call, Recorder
-from .teacher import Teacher
+from .teachers.teacher import Teacher
 
 if TYPE_CHECKING:
-    from .comparison import Comparison
+    from .comparisons.base import Comparison
 
 
 class Step:

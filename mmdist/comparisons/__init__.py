@@ -1,8 +1,7 @@
-"""The distiller and everything that it can compare."""
+"""What can be compared between a student and its teacher, one kind a file."""
 
-from .comparison import Comparison, Pair
+from .base import Comparison, Pair
 from .dense_logits import DenseLogits
-from .distiller import build_distiller
 from .features import Features
 from .query_logits import QueryLogits
 from .roi_logits import RoILogits
@@ -16,5 +15,4 @@ __all__ = [
     'QueryLogits',
     'RoILogits',
     'SegLogits',
-    'build_distiller',
 ]

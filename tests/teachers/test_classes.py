@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmdist.distillation.classes import match_classes
+from mmdist.teachers.classes import match_classes
 
 
 def test_equal_classes_need_no_mapping():

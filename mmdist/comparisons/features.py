@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from mmdist.record import Recorder
 from mmdist.registry import MODELS
+from mmdist.step import Step
+from mmdist.teachers.teacher import Teacher
 
-from .comparison import Comparison, Pair
-from .record import Recorder
-from .step import Step
-from .teacher import Teacher
+from .base import Comparison, Pair
 
 
 @MODELS.register_module()

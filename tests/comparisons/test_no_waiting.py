@@ -16,8 +16,9 @@ from det_zoo import batch, build_pair
 from mmengine.registry import init_default_scope
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdist.distillation.classes import ClassMatch
-from mmdist.losses import dist_loss, fused_gpu
+from mmdist.losses import dist_loss
+from mmdist.losses.correlations import gpu as fused_gpu
+from mmdist.teachers.classes import ClassMatch
 
 READS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
 

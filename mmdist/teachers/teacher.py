@@ -16,9 +16,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmdist.checkpoint import load_checkpoint, load_strictly
 from mmdist.registry import MODELS
 
-from .checkpoint import load_checkpoint, load_strictly
 from .classes import (
     ClassMatch,
     class_names_of_checkpoint,

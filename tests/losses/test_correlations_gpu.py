@@ -18,7 +18,8 @@ import torch
 from predictions import NAMES, assert_close, prediction, run
 
 from benchmarks import textbook
-from mmdist.losses import DISTLoss, dist_loss, fused_gpu
+from mmdist.losses import DISTLoss, dist_loss
+from mmdist.losses.correlations import gpu as fused_gpu
 
 DEVICE = 'cpu' if paths.INTERPRETED else 'cuda'
 # more rows than a tile has, and more classes than a block
@@ -144,7 +145,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmdist.losses import fused_gpu
+from mmdist.losses.correlations import gpu as fused_gpu
 
 LOGITS = ('student', 'teacher', 'grad')
 FLOAT64 = (

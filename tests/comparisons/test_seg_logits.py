@@ -18,7 +18,7 @@ from segmentors import distilled, make_batch, zoo_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdist.distillation.seg_map import SegMap, draw_pixels
+from mmdist.comparisons.seg_map import SegMap, draw_pixels
 from mmdist.registry import MODELS
 
 SIZE, VALID = (64, 96), (48, 56)  # of the batch, and of its second image
@@ -228,7 +228,7 @@ def test_the_heads_own_ignore_index(pspnet, ignore_index):
 
 
 def make_step(data: dict):
-    from mmdist.distillation.step import Step
+    from mmdist.step import Step
 
     step = Step.__new__(Step)
     step.inputs, step.data_samples = data['inputs'], data['data_samples']

@@ -1,0 +1,1 @@
+"""Mean inter- and intra-class correlations, computed as suits the device."""

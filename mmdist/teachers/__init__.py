@@ -1,0 +1,7 @@
+"""The teacher: found, loaded, frozen, and shown images and classes as it knows them."""
+
+from .classes import ClassMatch, match_classes
+from .renormalize import Renormalize
+from .teacher import Teacher
+
+__all__ = ['ClassMatch', 'Renormalize', 'Teacher', 'match_classes']
