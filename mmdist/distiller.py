@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from copy import deepcopy
 
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
-from mmdist.registry import MODELS
-
 from .comparisons.base import Comparison, build_comparison
-from .record import Recorder
+from .lookup import by_class_name
+from .registry import MODELS
 from .step import Step
-from .teachers.teacher import Teacher
+from .teachers import ClassMatch, Teacher
 
-# What is compared if `distill` is left out, by the first of the student's classes that
-# is in the table. Names, so that neither mmdet nor mmseg has to be installed.
+# What is compared if `distill` is omitted, by the student's class.
 DEFAULT_COMPARISONS: dict[str, str] = {
     'EncoderDecoder': 'mmdist.SegLogits',
     'MultimodalEncoderDecoder': 'mmdist.SegLogits',
@@ -38,14 +37,15 @@ def build_distiller(
 ) -> nn.Module:
     """Build a student that is distilled while it trains.
 
-    The result *is* the student: of a subclass of its class, with its parameter names,
-    state dict, ``predict`` and data_preprocessor. Only ``loss`` and ``init_weights``
-    know of the teacher, so testing and export need neither its config nor its weights.
+    The result *is* the student: an instance of a subclass of its class, with its
+    parameter names, state dict, ``predict`` and data_preprocessor. Only ``loss`` and
+    ``init_weights`` know the teacher, so testing and export need neither its config nor
+    its weights.
 
     Args:
         student: Config of the student model.
         teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...
-        distill: What to compare, a dict of name -> config of a comparison. Left out,
+        distill: What to compare, a dict of name -> config of a comparison. If omitted,
             it is chosen for the student's family and named ``dist``.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. Only
@@ -57,40 +57,52 @@ def build_distiller(
 
     Raises:
         ValueError: The student's family is not supported, or ``distill`` is malformed.
+
+    Example:
+        In a config::
+
+            model = dict(
+                _delete_=True,
+                type='mmdist.Distiller',
+                student=_base_.model,
+                teacher=dict(config='teacher.py', checkpoint='teacher.pth'))
     """
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
     if distill is None:
-        distill = dict(dist=_default_comparison(model))
+        distill = dict(dist=default_comparison(model))
     _check_names(distill)
     teacher = Teacher(**teacher)
     comparisons = nn.ModuleDict(
         {name: build_comparison(name, cfg) for name, cfg in distill.items()}
     )
     for comparison in comparisons.values():
-        comparison.bind(model, teacher)
-    student_class = type(model)
-    model.__class__ = type(
-        f'Distilled{student_class.__name__}', (DistilledMixin, student_class), {}
-    )
+        comparison.student_modules(model)  # stops where the student has none
+        comparison.create_parameters(model, teacher)
+    model.__class__ = distilled_class(type(model))
     model.teacher = teacher
     model.distill = comparisons
     model._dataset_meta_before = _dataset_meta()
     return model
 
 
-def _default_comparison(student: nn.Module) -> dict:
-    for cls in type(student).__mro__:
-        if cls.__name__ in DEFAULT_COMPARISONS:
-            return dict(type=DEFAULT_COMPARISONS[cls.__name__])
-    raise ValueError(
-        f'mmdist does not know what to compare for a {type(student).__name__}: neither '
-        'it nor a base class of it is among the supported families '
-        f'({", ".join(DEFAULT_COMPARISONS)}). Say what to compare, '
-        '`distill=dict(<name>=dict(type=...))`, if need be with a comparison of your '
-        'own, docs/own_comparison.md shows how.'
-    )
+def default_comparison(student: nn.Module) -> dict:
+    """Config of the comparison for the family of a student.
+
+    Raises:
+        ValueError: The family is not known.
+    """
+    kind = by_class_name(student, DEFAULT_COMPARISONS)
+    if kind is None:
+        raise ValueError(
+            f'mmdist does not know what to compare for a {type(student).__name__}: '
+            'neither it nor a base class of it is among the supported families '
+            f'({", ".join(DEFAULT_COMPARISONS)}). Say what to compare, '
+            '`distill=dict(<name>=dict(type=...))`. For a comparison of your own see '
+            'docs/own_comparison.md.'
+        )
+    return dict(type=kind)
 
 
 def _check_names(distill: dict) -> None:
@@ -109,16 +121,16 @@ class DistilledMixin:
     teacher: Teacher
     distill: nn.ModuleDict
     distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
-    _teacher_is_checked = False
-    _classes_are_matched = False
+    class_match: ClassMatch | None = None
+    _is_bound = False
 
     def init_weights(self) -> None:
-        """Initialise the student as ever, then load the teacher.
+        """Initialise the student as usual, then load the teacher.
 
         The Runner calls this to train, not to test.
         """
         super().init_weights()
-        self._load_teacher()
+        self._bind_teacher()
 
     def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict:
         """The student's losses, and those of each comparison.
@@ -131,66 +143,104 @@ class DistilledMixin:
             The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
             ``<name>_intra`` of each entry of ``distill`` added.
         """
+        comparisons: dict[str, Comparison] = dict(self.distill.items())
         if self.distill_factor == 0:
             losses = super().loss(inputs, data_samples, **kwargs)
-            for name, comparison in self.distill.items():
-                # DDP stops at parameters that take no part in a step.
-                for parameter in comparison.parameters():
-                    zero = 0 * parameter.sum()
-                    losses[f'loss_{name}'] = losses.get(f'loss_{name}', 0) + zero
-            return losses
-        self._load_teacher()
+            return losses | _zero_losses(comparisons)
+
+        self._bind_teacher()
         self._match_classes()
-        # FSDP moves the student's tensors one by one, and not through `_apply`.
-        if next(self.teacher.model.parameters()).device != inputs.device:
-            self.teacher.apply(lambda tensor: tensor.to(inputs.device))
-        comparisons: dict[str, Comparison] = dict(self.distill.items())
-        watched = [m for c in comparisons.values() for m in c.student_modules(self)]
-        recorder = Recorder(watched)
+        self.teacher.move_to(inputs.device)
+        teacher_model = self.teacher.model
         step = Step(
             self,
             self.teacher,
+            self.class_match,
             inputs,
             data_samples,
-            recorder,
-            [
-                m
-                for c in comparisons.values()
-                for m in c.teacher_modules(self.teacher.model)
-            ],
+            [m for c in comparisons.values() for m in c.student_modules(self)],
+            [m for c in comparisons.values() for m in c.teacher_modules(teacher_model)],
         )
-        step.ask_first(list(comparisons.values()))
-        with recorder:
-            losses = super().loss(inputs, data_samples, **kwargs)
+
+        # The teacher goes first where it can: its activations are freed before those
+        # of the student, which the backward pass needs, take memory.
+        answers = {}
         for name, comparison in comparisons.items():
-            for key, value in comparison(step, name).items():
+            if comparison.asks_first:
+                with self.teacher.running():
+                    answers[name] = comparison.ask(step, None)
+        if len(answers) == len(comparisons):
+            step.forget_teacher_features()
+
+        with step.recording():
+            losses = super().loss(inputs, data_samples, **kwargs)
+
+        for name, comparison in comparisons.items():
+            recorded = comparison.record(step)
+            if name not in answers:
+                with self.teacher.running():
+                    answers[name] = comparison.ask(step, recorded)
+            pairs = comparison.pair(step, recorded, answers.pop(name))
+            for key, value in comparison(name, pairs).items():
                 if key.startswith('loss_'):
                     value = self.distill_factor * value
                 # `distill=dict(cls=...)` must not replace the detector's loss_cls.
                 losses[f'{key}_distill' if key in losses else key] = value
         return losses
 
-    def _apply(self, fn, *args, **kwargs):
-        self.teacher.apply(fn)
-        return super()._apply(fn, *args, **kwargs)
-
-    def _load_teacher(self) -> None:
-        self.teacher.load(self)
-        if not self._teacher_is_checked:
+    def _bind_teacher(self) -> None:
+        """Load the teacher, and complete the comparisons with what it is."""
+        if not self._is_bound:
+            self.teacher.load(self)
             for comparison in self.distill.values():
-                comparison.check_pair(self, self.teacher.model)
-            self._teacher_is_checked = True
+                comparison.bind(self, self.teacher.model)
+            self._is_bound = True
 
     def _match_classes(self) -> None:
-        """Match the classes once, when the Runner has told which the student has."""
-        if not self._classes_are_matched:
+        """Match the classes once, when the Runner has said which the student has."""
+        if self.class_match is None:
             meta = _dataset_meta()
             # What was there when the model was built belongs to another run.
             known = meta is not None and meta is not self._dataset_meta_before
             if known:
                 _refuse_untried_strategies()
-            self.teacher.match_classes(meta.get('classes') if known else None)
-            self._classes_are_matched = True
+            names = meta.get('classes') if known else None
+            self.class_match = self.teacher.match_classes(names)
+
+    def _apply(self, fn, *args, **kwargs):
+        self.teacher.apply(fn)
+        return super()._apply(fn, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        # The class is made at run time, so pickle does not find it by name. A copy
+        # binds the teacher again, which a file does not hold.
+        student_class = type(self).__mro__[2]
+        return _new, (student_class,), {**self.__dict__, '_is_bound': False}
+
+
+@functools.cache
+def distilled_class(student_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of a distilled model: the student's with :class:`DistilledMixin`."""
+    name = f'Distilled{student_class.__name__}'
+    return type(name, (DistilledMixin, student_class), {'__module__': __name__})
+
+
+def _new(student_class: type[nn.Module]) -> nn.Module:
+    """A distilled model without its state, for pickle and copy."""
+    cls = distilled_class(student_class)
+    return cls.__new__(cls)
+
+
+def _zero_losses(comparisons: dict[str, Comparison]) -> dict[str, Tensor]:
+    """Losses of 0 of the comparisons with parameters.
+
+    DDP stops at parameters that take no part in a step.
+    """
+    return {
+        f'loss_{name}': 0 * sum(p.sum() for p in comparison.parameters())
+        for name, comparison in comparisons.items()
+        if any(True for _ in comparison.parameters())
+    }
 
 
 def _dataset_meta() -> dict | None:
@@ -212,6 +262,6 @@ def _refuse_untried_strategies() -> None:
     if found:
         raise NotImplementedError(
             f'mmdist does not distil under `{found[0]}`: nobody has tried whether the '
-            'teacher survives its engine. Take `FSDPStrategy`, `DDPStrategy` or '
-            '`SingleDeviceStrategy`, or leave `runner_type` and `strategy` away.'
+            'teacher survives its engine. Use `FSDPStrategy`, `DDPStrategy` or '
+            '`SingleDeviceStrategy`, or omit `runner_type` and `strategy`.'
         )

@@ -38,6 +38,11 @@ class Recorder:
         """The calls of ``module``, in order; empty if it did not run."""
         return self._calls[id(module)]
 
+    def forget(self) -> None:
+        """Drop all calls, and the tensors in them."""
+        for calls in self._calls.values():
+            calls.clear()
+
     def __enter__(self) -> Recorder:
         # A forward of the instance's own (activation checkpointing sets one) is
         # wrapped and put back, not lost.

@@ -1,11 +1,12 @@
-"""One training step as the comparisons see it."""
+"""The batch of one training step, and what is shared in it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -13,79 +14,65 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .record import Call, Recorder
-from .teachers.teacher import Teacher
-
-if TYPE_CHECKING:
-    from .comparisons.base import Comparison
+from .teachers import ClassMatch, Teacher
 
 
 class Step:
     """The batch, the student's recorded calls and the teacher, for one step.
 
-    What the teacher computes is computed at most once, whatever number of comparisons
-    asks for it, and nothing is kept after the step.
+    What the teacher computes is computed at most once, however many comparisons ask
+    for it. Nothing is kept after the step.
 
     Args:
         student: The distilled model.
         teacher: Its teacher, loaded.
+        classes: Which columns of the two are the same class.
         inputs: The student's batch after its data_preprocessor, (N, C, H, W).
         data_samples: The N data samples of the batch.
-        recorder: The student's calls during its own loss.
+        student_modules: Modules of the student to record in :meth:`recording`.
         teacher_modules: Modules of the teacher to record in :attr:`teacher_features`.
+
+    Attributes:
+        student: The distilled model.
+        teacher_model: The teacher's own model, a plain detector or segmentor in eval.
+        classes: As given.
+        inputs: As given.
+        data_samples: As given.
     """
 
     def __init__(
         self,
         student: nn.Module,
         teacher: Teacher,
+        classes: ClassMatch,
         inputs: Tensor,
         data_samples: Sequence[BaseDataElement],
-        recorder: Recorder,
+        student_modules: Sequence[nn.Module] = (),
         teacher_modules: Sequence[nn.Module] = (),
     ) -> None:
         self.student = student
-        self.teacher = teacher.model
+        self.teacher_model = teacher.model
+        self.classes = classes
         self.inputs = inputs
         self.data_samples = data_samples
-        self.classes = teacher.classes
-        self._guest = teacher
-        self._recorder = recorder
+        self._teacher = teacher
+        self._student_recorder = Recorder(student_modules)
         self._teacher_recorder = Recorder(teacher_modules)
         self._shared: dict[str, Any] = {}
-        self._answers: dict[Comparison, Any] = {}
 
-    def ask_first(self, comparisons: Sequence[Comparison]) -> None:
-        """Ask the teacher, before the student runs, what does not depend on it.
+    # ---- the student's side ------------------------------------------------------
 
-        The teacher's activations are gone before the student's come, which are kept
-        for the backward pass: the two never take memory at one time.
-
-        Args:
-            comparisons: All of the step.
-        """
-        for comparison in comparisons:
-            if comparison.asks_first:
-                self._answers[comparison] = self._ask(comparison, None)
-        if len(self._answers) == len(comparisons):  # nobody reads them any more
-            self.__dict__.pop('teacher_features', None)
-
-    def answer(self, comparison: Comparison, recorded: Any) -> Any:
-        """What the teacher answers to a comparison, or has answered before."""
-        if comparison in self._answers:
-            return self._answers.pop(comparison)
-        return self._ask(comparison, recorded)
-
-    def _ask(self, comparison: Comparison, recorded: Any) -> Any:
-        with self._guest.running():
-            return comparison.ask(self, recorded)
+    def recording(self) -> AbstractContextManager:
+        """Record the student's calls within; it computes its own loss there."""
+        return self._student_recorder
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The student's calls of ``module`` in its own loss pass.
 
         Raises:
-            RuntimeError: The module did not run.
+            RuntimeError: The module did not run, or its output carries no gradient.
         """
-        calls = self._recorder.calls(module)
+        calls = self._student_recorder.calls(module)
         if not calls:
             raise RuntimeError(
                 f'The student did not run its `{self._name(module)}` while it computed '
@@ -101,17 +88,39 @@ class Step:
             )
         return calls
 
-    def _name(self, module: nn.Module) -> str:
-        return next(n for n, m in self.student.named_modules() if m is module)
+    def call_before(self, module: nn.Module, call: Call) -> Call:
+        """The student's last call of ``module`` before another call."""
+        return [c for c in self.calls(module) if c.index < call.index][-1]
 
     def has_run(self, module: nn.Module) -> bool:
         """Whether the student ran ``module`` in its own loss pass."""
-        return bool(self._recorder.calls(module))
+        return bool(self._student_recorder.calls(module))
+
+    def _name(self, module: nn.Module) -> str:
+        return next(n for n, m in self.student.named_modules() if m is module)
+
+    # ---- the teacher's side ------------------------------------------------------
+
+    @cached_property
+    def teacher_inputs(self) -> Tensor:
+        """The batch as the teacher's own data_preprocessor would have given it."""
+        return self._teacher.renormalize(self.inputs, self.valid_sizes)
+
+    @cached_property
+    def teacher_features(self) -> Any:
+        """The teacher's ``extract_feat``, backbone and neck."""
+        with self._teacher.running(), self._teacher_recorder:
+            return self.teacher_model.extract_feat(self.teacher_inputs)
+
+    def forget_teacher_features(self) -> None:
+        """Free the teacher's features, which nobody asks for any more."""
+        self.__dict__.pop('teacher_features', None)
+        self._teacher_recorder.forget()
 
     def teacher_calls(self, module: nn.Module) -> list[Call]:
         """The teacher's calls of ``module``, one of ``teacher_modules``.
 
-        It was called while the teacher's features were computed, or else is in the
+        It is called while the teacher's features are computed, or else is in the
         rest of the teacher's forward pass, which then runs on these features.
         """
         features = self.teacher_features
@@ -120,12 +129,13 @@ class Step:
         return self._teacher_recorder.calls(module)
 
     def _teacher_forward(self, features: Any) -> None:
-        self.teacher.extract_feat = lambda *args, **kwargs: features
+        model = self.teacher_model
+        model.extract_feat = lambda *args, **kwargs: features
         try:
             with self._teacher_recorder:
-                self.teacher(self.teacher_inputs, self.data_samples, mode='tensor')
+                model(self.teacher_inputs, self.data_samples, mode='tensor')
         finally:
-            del self.teacher.extract_feat
+            del model.extract_feat
 
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute something of the teacher for whoever asks first, and keep it.
@@ -135,20 +145,11 @@ class Step:
             compute: Gives the result.
         """
         if key not in self._shared:
-            with self._guest.running():
+            with self._teacher.running():
                 self._shared[key] = compute()
         return self._shared[key]
 
-    @cached_property
-    def teacher_inputs(self) -> Tensor:
-        """The batch as the teacher's own data_preprocessor would have given it."""
-        return self._guest.renormalize(self.inputs, self.valid_sizes)
-
-    @cached_property
-    def teacher_features(self) -> Any:
-        """The teacher's ``extract_feat``, backbone and neck."""
-        with self._guest.running(), self._teacher_recorder:
-            return self.teacher.extract_feat(self.teacher_inputs)
+    # ---- the batch ---------------------------------------------------------------
 
     @cached_property
     def valid_sizes(self) -> list[tuple[int, int]]:
@@ -160,7 +161,7 @@ class Step:
         ]
 
     def valid_mask(self, height: int, width: int) -> Tensor | None:
-        """Where a map of the whole batch looks at an image, not at its padding.
+        """Where a map of the whole batch shows an image, not its padding.
 
         Args:
             height: Height of the map.

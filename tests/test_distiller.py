@@ -195,6 +195,38 @@ def test_a_copy_for_ema_holds_no_second_teacher(config):
     assert ema.module.teacher is model.teacher
 
 
+def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):
+    """Pickled whole, as `torch.save` and `spawn` do, it holds no second model."""
+    model, data = build(config), batch(config)
+    expected = losses_of(model, data)['loss_dist']
+    torch.save(model, tmp_path / 'model.pt')
+    weights = sum(p.nbytes for p in model.state_dict().values())
+    assert (tmp_path / 'model.pt').stat().st_size < 1.5 * weights + 2e5
+    saved = torch.load(tmp_path / 'model.pt', weights_only=False)
+    for other in (saved, copy.deepcopy(model)):
+        assert type(other) is type(model)
+        state = model.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in other.state_dict().items())
+        torch.testing.assert_close(losses_of(other, data)['loss_dist'], expected)
+    assert saved.teacher is not model.teacher
+
+
+@pytest.mark.parametrize('family', ['det'], indirect=True)  # the same for both
+def test_a_model_is_handed_to_a_process_that_is_spawned(config):
+    model = build(config)
+    context = torch.multiprocessing.get_context('spawn')
+    queue = context.SimpleQueue()
+    process = context.Process(target=tell_class, args=(model, queue))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert queue.get() == ['DistilledRetinaNet', 'DistilledMixin', 'RetinaNet']
+
+
+def tell_class(model: nn.Module, queue) -> None:
+    queue.put([cls.__name__ for cls in type(model).__mro__[:3]])
+
+
 def test_the_teacher_follows_the_students_type(config):
     model = build(config).double()
     assert {p.dtype for p in model.teacher.model.parameters()} == {torch.float64}
@@ -262,7 +294,7 @@ def test_classes_of_the_runs_data_set_are_matched_by_name(config, monkeypatch):
         for p in conv.parameters():
             p.data = p.unflatten(0, (-1, 3))[:, order].flatten(0, 1)
     model.teacher.class_names = [names[i] for i in order]
-    model._classes_are_matched = False
+    model.class_match = None
     losses = losses_of(model, data)
     for key in ('loss_dist', 'dist_inter', 'dist_intra'):
         torch.testing.assert_close(losses[key], expected[key])

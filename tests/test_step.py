@@ -9,6 +9,7 @@ from det_zoo import batch, build_pair
 
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+DETR = 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 DENSE = dict(type='mmdist.DenseLogits')
 
 
@@ -35,11 +36,15 @@ def order_of(model) -> list[str]:
     return order
 
 
-def test_teacher_answers_and_rests_before_the_student_runs():
-    assert order_of(build_pair(RETINANET, distill=dict(dist=DENSE))) == [
-        'teacher',
-        'student',
-    ]
+@pytest.mark.parametrize('path', [RETINANET, DETR])
+def test_teacher_answers_and_rests_before_the_student_runs(path):
+    assert order_of(build_pair(path)) == ['teacher', 'student']
+
+
+def test_of_the_features_those_that_are_compared_are_kept():
+    mimic = dict(type='mmdist.Features', student='backbone.layer1')
+    model = build_pair(RETINANET, distill=dict(mimic=mimic))
+    assert order_of(model) == ['teacher', 'student']
 
 
 @pytest.mark.parametrize('first', [True, False])

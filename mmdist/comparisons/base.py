@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mmdist.losses import DISTLoss
 from mmdist.registry import MODELS
 from mmdist.step import Step
-from mmdist.teachers.teacher import Teacher
+from mmdist.teachers import Teacher
 
 
 @dataclass
@@ -42,19 +42,20 @@ class Comparison(BaseModule):
 
     A subclass says which modules it needs (:meth:`student_modules`), and how to
     :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
-    and :meth:`pair` the two.
+    and :meth:`pair` the two. docs/own_comparison.md has an example.
 
     Args:
         loss: Config of the loss, any module with a forward of (student logits, teacher
             logits) or (student logits, teacher logits, mask). If it has no ``mask``, it
-            is called with the rows that count. Left out, it is ``mmdist.DISTLoss``
-            with the activation of the student's head.
+            is called with the rows that count. If omitted, it is ``mmdist.DISTLoss``.
+            Without an ``activation`` of its own that loss gets :meth:`activation`.
 
     Attributes:
         families: The models that the comparison supports, for its messages.
         asks_first: Whether :meth:`ask` needs nothing of the student. It is then called
             before the student runs, with None for ``recorded``, which takes less
             memory.
+        loss: The loss. It is complete after :meth:`bind`.
     """
 
     families = 'models that its docstring names'
@@ -63,10 +64,16 @@ class Comparison(BaseModule):
     def __init__(self, loss: dict | None = None) -> None:
         super().__init__()
         self._loss_cfg = dict(loss or dict(type='mmdist.DISTLoss'))
+        self.loss = MODELS.build(dict(self._loss_cfg))
+        self._loss_takes_mask = (
+            'mask' in inspect.signature(self.loss.forward).parameters
+        )
+        self._intra_class_loss: nn.Module | None = None
+        self._has_warned = False
 
     # ---- what a subclass fills in ------------------------------------------------
 
-    def activation(self, student: nn.Module) -> str:
+    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
         """The default activation of DISTLoss, as the student's head has it."""
         return 'softmax'
 
@@ -82,11 +89,21 @@ class Comparison(BaseModule):
         """Modules of the teacher to record while its features are computed."""
         return ()
 
+    def create_parameters(self, student: nn.Module, teacher: Teacher) -> None:
+        """Create the modules that are learned here, when the student is built.
+
+        The optimizer and the checkpoint need them before the teacher is loaded.
+
+        Args:
+            student: The student, just built.
+            teacher: The teacher, neither built nor loaded.
+        """
+
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """Stop before the first step if the two cannot be compared.
 
         Raises:
-            ValueError: It says what was looked for in the teacher.
+            ValueError: It says what the teacher lacks.
         """
 
     def record(self, step: Step):
@@ -103,54 +120,55 @@ class Comparison(BaseModule):
 
     # ---- the same for all --------------------------------------------------------
 
-    def unsupported(self, model: nn.Module, looked_for: str) -> ValueError:
-        """The error for a model that has nothing to compare here."""
-        return ValueError(
-            f'{type(self).__name__} cannot compare a {type(model).__name__}: it looked '
-            f'for {looked_for}. It compares {self.families}. For any other model write '
-            'a comparison of your own, docs/own_comparison.md shows how.'
-        )
-
-    def bind(self, student: nn.Module, teacher: Teacher) -> None:
-        """Check the student and build the loss for its activation.
+    def unsupported(self, model: nn.Module, reason: str) -> ValueError:
+        """The error for a model that has nothing to compare here.
 
         Args:
-            student: The student, just built.
-            teacher: The teacher, neither built nor loaded.
-
-        Raises:
-            ValueError: The student has nothing to compare.
+            model: The model.
+            reason: What is wrong with it, a clause such as 'it has no ``neck``'.
         """
-        self.student_modules(student)
-        cfg = dict(self._loss_cfg)
-        if cfg['type'] in ('mmdist.DISTLoss', 'DISTLoss'):
-            cfg.setdefault('activation', self.activation(student))
-        self.loss = MODELS.build(cfg)
-        self._loss_takes_mask = (
-            'mask' in inspect.signature(self.loss.forward).parameters
+        return ValueError(
+            f'{type(self).__name__} cannot compare a {type(model).__name__}: {reason}. '
+            f'It compares {self.families}. For any other model write a comparison of '
+            'your own; docs/own_comparison.md shows how.'
         )
 
-    def forward(self, step: Step, name: str) -> dict[str, Tensor]:
+    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Complete the comparison for a pair, once the teacher is loaded.
+
+        Args:
+            student: The student.
+            teacher: The teacher's model.
+
+        Raises:
+            ValueError: The two cannot be compared.
+        """
+        self.check_pair(student, teacher)
+        if isinstance(self.loss, DISTLoss):
+            activation = self.activation(student, teacher)
+            cfg = {'activation': activation, **self._loss_cfg}
+            self.loss = MODELS.build(cfg)
+            self._intra_class_loss = MODELS.build({**cfg, 'beta': 0.0})
+
+    def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
         """Compute the distillation losses of one batch.
 
         Args:
-            step: The batch, with the student's recorded calls and the teacher.
             name: The entry's name in ``distill``.
+            pairs: What :meth:`pair` gave.
 
         Returns:
             ``loss_<name>`` and, where the loss knows them, the mean correlations
             ``<name>_inter`` and ``<name>_intra``, which mmengine logs and does not add.
         """
-        recorded = self.record(step)
-        asked = step.answer(self, recorded)
         terms: dict[str, list[Tensor]] = {}
-        for pair in self.pair(step, recorded, asked):
-            self._leave_out_inter_class(pair.student.shape[1])
+        for pair in pairs:
             key = '_'.join(filter(None, (name, pair.name)))
-            loss = pair.weight * self._compute(pair)
-            terms.setdefault(f'loss_{key}', []).append(loss)
+            loss = self._loss_for(pair)
+            value = pair.weight * self._compute(loss, pair)
+            terms.setdefault(f'loss_{key}', []).append(value)
             for relation in ('inter', 'intra'):
-                correlation = getattr(self.loss, f'{relation}_corr', None)
+                correlation = getattr(loss, f'{relation}_corr', None)
                 if correlation is not None:
                     terms.setdefault(f'{key}_{relation}', []).append(correlation)
         return {
@@ -158,19 +176,15 @@ class Comparison(BaseModule):
             for key, values in terms.items()
         }
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # The checkpoint of a plain student knows nothing of distillation: what is
-        # learned here (Features has convolutions) starts as it is.
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _leave_out_inter_class(self, num_columns: int) -> None:
-        """Two classes have no relation but more or less; one has none at all."""
-        if num_columns <= 2 and isinstance(self.loss, DISTLoss) and self.loss.beta:
-            self.loss.beta = 0.0
-            what = 'one channel' if num_columns == 1 else 'two classes'
-            value = 'undefined' if num_columns == 1 else '1 or -1, whatever they are'
+    def _loss_for(self, pair: Pair) -> nn.Module:
+        """The loss; of one or two columns without its inter-class term."""
+        columns = pair.student.shape[1]
+        if columns > 2 or not isinstance(self.loss, DISTLoss) or not self.loss.beta:
+            return self.loss
+        if not self._has_warned:
+            self._has_warned = True
+            what = 'one channel' if columns == 1 else 'two classes'
+            value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
             warnings.warn(
                 f'{type(self).__name__} compares {what} per row: the inter-class '
                 f'correlation of such a row is {value}, and gives nothing to learn '
@@ -178,18 +192,19 @@ class Comparison(BaseModule):
                 'remains.',
                 stacklevel=2,
             )
+        return self._intra_class_loss
 
-    def _compute(self, pair: Pair) -> Tensor:
+    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
         if pair.student.shape != pair.teacher.shape:
             raise ValueError(
                 f'{type(self).__name__}: the student gives logits of shape '
                 f'{tuple(pair.student.shape)}, the teacher of '
                 f'{tuple(pair.teacher.shape)}. '
-                'Take a teacher with the same strides and, per location, the same '
+                'Use a teacher with the same strides and, per location, the same '
                 'anchors; classes are matched by name, see `class_map`.'
             )
         if self._loss_takes_mask:
-            return self.loss(pair.student, pair.teacher, mask=pair.mask)
+            return loss(pair.student, pair.teacher, mask=pair.mask)
         student, teacher = rows(pair.student), rows(pair.teacher)
         if pair.mask is not None:
             student, teacher = (
@@ -198,7 +213,14 @@ class Comparison(BaseModule):
             )
         if not len(student):  # the mean of nothing is NaN in most losses
             return pair.student.sum() * 0
-        return self.loss(student, teacher)
+        return loss(student, teacher)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # The checkpoint of a plain student knows nothing of distillation: what is
+        # learned here (Features has convolutions) starts as it is.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def build_comparison(name: str, cfg: dict) -> Comparison:

@@ -100,7 +100,7 @@ class DenseLogits(Comparison):
         self.levels = levels
         self.ignore_mask = ignore_mask
 
-    def activation(self, student: nn.Module) -> str:
+    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
         """As the head's own classification loss."""
         return _activation(self._head(student, self.student_path))
 
@@ -132,7 +132,7 @@ class DenseLogits(Comparison):
 
     def ask(self, step: Step, recorded: None) -> Sequence[Tensor]:
         """The teacher's class logits per level, from its features."""
-        head = self._head(step.teacher, self.teacher_path)
+        head = self._head(step.teacher_model, self.teacher_path)
         class_maps = _class_maps(head)
         # The flag of the head alone: its layers, Dropout or BN, stay in eval.
         head.training = class_maps.ask_as_in_training
@@ -147,7 +147,7 @@ class DenseLogits(Comparison):
     ) -> list[Pair]:
         """One pair per level, or one of all levels' rows."""
         student_head = self._head(step.student, self.student_path)
-        teacher_head = self._head(step.teacher, self.teacher_path)
+        teacher_head = self._head(step.teacher_model, self.teacher_path)
         students = [_per_anchor(x, _num_columns(student_head)) for x in recorded]
         teachers = [_per_anchor(x, _num_columns(teacher_head)) for x in asked]
         _check_same_locations(students, teachers)
@@ -175,7 +175,7 @@ class DenseLogits(Comparison):
         paths = [path] if path else ['bbox_head', 'mask_head']
         heads = [attrgetter(p)(model) for p in paths if _has(model, p)]
         if not heads:
-            raise self.unsupported(model, f'its `{"` or `".join(paths)}`, in vain')
+            raise self.unsupported(model, f'it has no `{"` or `".join(paths)}`')
         head = heads[0]
         for cls in type(head).__mro__:
             if cls.__name__ in REFUSED:

@@ -70,8 +70,8 @@ class Features(Comparison):
         weight: float = 1.0,
     ) -> None:
         super().__init__(loss or dict(type='torch.nn.MSELoss'))
-        self.student = student
-        self.teacher = teacher or student
+        self.student_path = student
+        self.teacher_path = teacher or student
         self.adapt = adapt
         self.levels = levels
         self.teacher_levels = levels if teacher_levels is None else teacher_levels
@@ -81,27 +81,26 @@ class Features(Comparison):
         self.adapters: nn.ModuleList | None = None
         self._not_adapted = ''  # why there are no adapters, if nobody knows
 
-    def activation(self, student: nn.Module) -> str:
+    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
         """Features are no logits."""
         return 'identity'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The student's module."""
-        return [self._module(student, self.student, 'student')]
+        return [self._module(student, self.student_path, 'student')]
 
     def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
         """The teacher's module."""
-        return [self._module(teacher, self.teacher, 'teacher')]
+        return [self._module(teacher, self.teacher_path, 'teacher')]
 
-    def bind(self, student: nn.Module, teacher: Teacher) -> None:
-        """Check the paths, build the loss and the adapters."""
-        super().bind(student, teacher)
+    def create_parameters(self, student: nn.Module, teacher: Teacher) -> None:
+        """Create the 1x1 convolutions."""
         if self.adapt is False:
             return
         ours, theirs = self.student_channels, self.teacher_channels
         if ours is None:
             module = self.student_modules(student)[0]
-            ours = self._channels(student, module, self.student, self.levels)
+            ours = self._channels(student, module, self.student_path, self.levels)
         if theirs is None:
             theirs = self._teacher_channels(teacher)
         if ours is None or theirs is None:
@@ -119,31 +118,33 @@ class Features(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have the module, and its channels be known."""
-        self._module(teacher, self.teacher, 'teacher')
+        self._module(teacher, self.teacher_path, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
                 'Features could not find out the channels of the maps, which decide on '
                 f'the 1x1 convolutions, when the model was built: {self._not_adapted}\n'
-                f"Mend that, or give `student_channels` of the student's "
-                f"`{self.student}` and `teacher_channels` of the teacher's "
-                f'`{self.teacher}`, or `adapt=False` for no convolution.'
+                f"Fix that, or give `student_channels` of the student's "
+                f"`{self.student_path}` and `teacher_channels` of the teacher's "
+                f'`{self.teacher_path}`, or `adapt=False` for no convolution.'
             )
 
     def record(self, step: Step) -> list[Tensor]:
         """The student's maps, as it computed them for its own loss."""
-        module = self._module(step.student, self.student, 'student')
-        return self._maps(step.calls(module), self.student, self.levels)
+        module = self._module(step.student, self.student_path, 'student')
+        return self._maps(step.calls(module), self.student_path, self.levels)
 
-    def ask(self, step: Step, recorded: list[Tensor]) -> list[Tensor]:
+    asks_first = True
+
+    def ask(self, step: Step, recorded: None) -> list[Tensor]:
         """The teacher's maps."""
-        module = self._module(step.teacher, self.teacher, 'teacher')
+        module = self._module(step.teacher_model, self.teacher_path, 'teacher')
         calls = step.teacher_calls(module)
         if not calls:
             raise RuntimeError(
-                f'The teacher did not run its `{self.teacher}` in a forward pass, so '
-                'there is nothing to compare. Take another module.'
+                f'The teacher did not run its `{self.teacher_path}` in a forward pass, '
+                'so there is nothing to compare. Choose another module.'
             )
-        return self._maps(calls, self.teacher, self.teacher_levels)
+        return self._maps(calls, self.teacher_path, self.teacher_levels)
 
     def pair(
         self, step: Step, recorded: list[Tensor], asked: list[Tensor]
@@ -156,9 +157,9 @@ class Features(Comparison):
                 student = self.adapters[level](student)
             if student.size(1) != teacher.size(1):
                 raise ValueError(
-                    f"Features: map {level} of the student's `{self.student}` has "
+                    f"Features: map {level} of the student's `{self.student_path}` has "
                     f"{student.size(1)} channels, that of the teacher's "
-                    f'`{self.teacher}` {teacher.size(1)}. Leave `adapt` and '
+                    f'`{self.teacher_path}` {teacher.size(1)}. Leave `adapt` and '
                     '`teacher_channels` out, and 1x1 convolutions see to that.'
                 )
             student, teacher = _at_least_fp32(student), _at_least_fp32(teacher)
@@ -169,11 +170,11 @@ class Features(Comparison):
             pairs.append(Pair(student, teacher, step.valid_mask(*size), self.weight))
         return pairs
 
-    def _compute(self, pair: Pair) -> Tensor:
-        # Maps, not rows: a loss may look at their places.
+    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
+        # Maps, not rows: a loss may depend on where they are.
         mask = dict(mask=pair.mask) if self._loss_takes_mask else {}
         with torch.autocast(pair.student.device.type, enabled=False):
-            return self.loss(pair.student, pair.teacher, **mask)
+            return loss(pair.student, pair.teacher, **mask)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if self._not_adapted:  # a test without the teacher's config
@@ -201,7 +202,7 @@ class Features(Comparison):
             self._not_adapted = f'{type(error).__name__}: {error}'
             return None
         module = self.teacher_modules(model)[0]
-        return self._channels(model, module, self.teacher, self.teacher_levels)
+        return self._channels(model, module, self.teacher_path, self.teacher_levels)
 
     def _channels(
         self,
@@ -248,9 +249,10 @@ class Features(Comparison):
     def _check_number(self, student: int, teacher: int) -> None:
         if student != teacher:
             raise ValueError(
-                f"Features: {student} map(s) of the student's `{self.student}` are "
-                f"to be compared with {teacher} of the teacher's `{self.teacher}`. "
-                'Choose as many of either with `levels` and `teacher_levels`.'
+                f"Features: {student} map(s) of the student's `{self.student_path}` "
+                f"are to be compared with {teacher} of the teacher's "
+                f'`{self.teacher_path}`. Choose the same number of each with `levels` '
+                'and `teacher_levels`.'
             )
 
 

@@ -114,7 +114,7 @@ class QueryLogits(Comparison):
             TASK_UTILS.build(dict(cost)) for cost in match_costs or MATCH_COSTS
         ]
 
-    def activation(self, student: nn.Module) -> str:
+    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
         """As the head's own classification loss."""
         return 'sigmoid' if _uses_sigmoid(student) else 'softmax'
 
@@ -146,17 +146,21 @@ class QueryLogits(Comparison):
         output = step.calls(self._head(step.student))[-1].output
         return _queries(step.student, output, step)
 
-    def ask(self, step: Step, recorded: Queries) -> Queries:
+    asks_first = True
+
+    def ask(self, step: Step, recorded: None) -> Queries:
         """The teacher's queries: its transformer and head on its features."""
 
         def run() -> Queries:
-            if sparse_queries.is_sparse(step.teacher):
+            if sparse_queries.is_sparse(step.teacher_model):
                 return sparse_queries.ask(step)
-            head_inputs = step.teacher.forward_transformer(
+            head_inputs = step.teacher_model.forward_transformer(
                 step.teacher_features, step.data_samples
             )
             return _queries(
-                step.teacher, step.teacher.bbox_head.forward(**head_inputs), step
+                step.teacher_model,
+                step.teacher_model.bbox_head.forward(**head_inputs),
+                step,
             )
 
         return step.shared('queries', run)
@@ -220,10 +224,10 @@ class QueryLogits(Comparison):
         if sparse_queries.is_sparse(model):
             return _last_head(model)
         if not hasattr(model, 'forward_transformer'):
-            raise self.unsupported(model, 'a `forward_transformer`')
+            raise self.unsupported(model, 'it has no `forward_transformer`')
         if hasattr(model, 'language_model'):
             raise self.unsupported(
-                model, 'scores of classes, and found those of the words of a prompt'
+                model, 'it scores the words of a prompt, not a list of classes'
             )
         return _last_head(model)
 

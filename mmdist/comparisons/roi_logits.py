@@ -12,7 +12,7 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
-from .sparse_queries import is_sparse
+from .sparse_queries import is_sparse, sampled_rois
 
 
 class Proposals(NamedTuple):
@@ -81,7 +81,7 @@ class RoILogits(Comparison):
             )
 
     def record(self, step: Step) -> list[Proposals]:
-        """The sampled proposals and their logits, for each stage that ran."""
+        """The sampled proposals and their logits, for each stage."""
         roi_head = self._roi_head(step.student)
         recorded = []
         for stage, (extractor, head) in enumerate(
@@ -92,17 +92,20 @@ class RoILogits(Comparison):
             )
         ):
             if stage > 0 and not step.has_run(head):
-                break  # a cascade stops where no proposal is left
+                # A cascade stops where no proposal is left. All processes must call
+                # the loss equally often (`sync`), so here with no rows.
+                _, rois, logits = recorded[-1]
+                recorded.append(Proposals(stage, rois[:0], logits[:0]))
+                continue
             # Samplers that look for hard examples call the head before the loss does.
             said = step.calls(head)[-1]
-            given = [c for c in step.calls(extractor) if c.index < said.index][-1]
-            rois = given.args[1] if len(given.args) > 1 else given.kwargs['rois']
+            rois = sampled_rois(step.call_before(extractor, said))
             recorded.append(Proposals(stage, rois, said.output[0]))
         return recorded
 
     def ask(self, step: Step, recorded: list[Proposals]) -> list[Tensor]:
         """The teacher's logits of the same proposals, (rois, classes + background)."""
-        roi_head, features = step.teacher.roi_head, step.teacher_features
+        roi_head, features = step.teacher_model.roi_head, step.teacher_features
         context = {}
         if getattr(roi_head, 'with_semantic', False):  # HTC, SCNet
             context['semantic_feat'] = roi_head.semantic_head(features)[1]
@@ -137,7 +140,7 @@ class RoILogits(Comparison):
     ) -> list[Pair]:
         """One pair per stage of the student, a row per proposal."""
         student_head = self._roi_head(step.student)
-        teacher_heads = _stages(step.teacher.roi_head.bbox_head)
+        teacher_heads = _stages(step.teacher_model.roi_head.bbox_head)
         cascade = isinstance(student_head.bbox_head, nn.ModuleList)
         pairs = []
         for (stage, _, student), teacher in zip(recorded, asked, strict=True):
@@ -165,12 +168,12 @@ class RoILogits(Comparison):
         roi_head = getattr(model, 'roi_head', None)
         for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
             if not hasattr(roi_head, part):
-                raise self.unsupported(model, f'its `roi_head.{part}`, in vain')
+                raise self.unsupported(model, f'it has no `roi_head.{part}`')
         if is_sparse(model):
             raise self.unsupported(
                 model,
-                'proposals that both models can be asked about, but the bbox heads of '
-                'its SparseRoIHead also need the features of its own learnt proposals '
+                'the bbox heads of its SparseRoIHead need the features of its own '
+                'learnt proposals, so no other model can be asked about them '
                 '(mmdist.QueryLogits compares it)',
             )
         return roi_head

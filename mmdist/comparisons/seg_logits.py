@@ -11,6 +11,7 @@ from mmengine.logging import MessageHub
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from mmdist.lookup import by_class_name, is_a
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
@@ -96,27 +97,21 @@ class SegLogits(Comparison):
         self.max_rows = max_rows
         self.sampling = sampling
         self.seed = seed
-        self._as_scores = False
         self._steps = 0
 
-    def activation(self, student: nn.Module) -> str:
-        """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
-        head = self._head(student)
-        if is_mask_head(head):
+    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
+        """As the heads predict: 'identity' for masks, 'sigmoid' for one channel."""
+        if self._has_masks(student, teacher):
             return 'identity'
-        return 'sigmoid' if head.out_channels == 1 else 'softmax'
+        return 'sigmoid' if self._head(student).out_channels == 1 else 'softmax'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The head that predicts and the auxiliary heads."""
         return [self._head(student), *self._auxiliary_heads(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must be a segmentor; with masks, scores are compared."""
-        heads = [self._head(model) for model in (student, teacher)]
-        if any(map(is_mask_head, heads)):
-            if 'activation' not in self._loss_cfg and hasattr(self.loss, 'activation'):
-                self.loss.activation = 'identity'
-            self._as_scores = getattr(self.loss, 'activation', None) == 'identity'
+        """The teacher must be a segmentor."""
+        self._head(teacher)
 
     def record(self, step: Step) -> list[SegMap]:
         """The map of each head, as it computed it for its own loss."""
@@ -130,7 +125,7 @@ class SegLogits(Comparison):
 
     def ask(self, step: Step, recorded: None) -> list[SegMap]:
         """The teacher's maps of the same heads, from its features."""
-        head = self._head(step.teacher)
+        head = self._head(step.teacher_model)
         maps = [self._map(step, head, _decode(step, head))]
         for _, teacher_head in self._auxiliary_pairs(step):
             output = teacher_head.forward(step.teacher_features)
@@ -163,7 +158,7 @@ class SegLogits(Comparison):
                 student = student.read_at(pixels, size)
                 teacher = teacher.read_at(pixels, size)
             student, teacher = step.classes.select(
-                student, _as_many_channels(student, teacher, self._as_scores)
+                student, _as_many_channels(student, teacher, self._as_scores(step))
             )
             if head is heads[0]:
                 pairs.append(Pair(student, teacher, mask))
@@ -171,19 +166,28 @@ class SegLogits(Comparison):
                 pairs.append(Pair(student, teacher, mask, self.aux_weight, 'aux'))
         return pairs
 
+    def _has_masks(self, student: nn.Module, teacher: nn.Module) -> bool:
+        """Whether either side predicts masks and the class of each."""
+        return any(is_mask_head(self._head(model)) for model in (student, teacher))
+
+    def _as_scores(self, step: Step) -> bool:
+        """Whether scores are compared, not logits."""
+        identity = getattr(self.loss, 'activation', None) == 'identity'
+        return identity and self._has_masks(step.student, step.teacher_model)
+
     def _head(self, model: nn.Module) -> nn.Module:
         """The head that predicts: of a cascade the last that gives a map."""
         if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
             return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
         if not hasattr(model, 'decode_head'):
-            raise self.unsupported(model, 'its `decode_head`, in vain')
-        if _is(model, 'DepthEstimator'):
+            raise self.unsupported(model, 'it has no `decode_head`')
+        if is_a(model, 'DepthEstimator'):
             raise self.unsupported(
-                model, 'scores of classes, and the model estimates depth, one value'
+                model, 'it estimates depth, and does not score classes'
             )
         head = model.decode_head
         if isinstance(head, nn.ModuleList):
-            head = [stage for stage in head if not _is(stage, 'PointHead')][-1]
+            head = [stage for stage in head if not is_a(stage, 'PointHead')][-1]
         return head
 
     def _auxiliary_heads(self, model: nn.Module) -> list[nn.Module]:
@@ -196,21 +200,23 @@ class SegLogits(Comparison):
             head
             for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
             # STDC has a head for boundaries.
-            if head.num_classes == classes and not _is(head, 'STDCHead')
+            if head.num_classes == classes and not is_a(head, 'STDCHead')
         ]
         return sorted(heads, key=_depth, reverse=True)
 
     def _auxiliary_pairs(self, step: Step) -> list[tuple[nn.Module, nn.Module]]:
         """The auxiliary heads of student and teacher, the deepest with the deepest."""
         student = self._auxiliary_heads(step.student)
-        return list(zip(student, self._auxiliary_heads(step.teacher), strict=False))
+        return list(
+            zip(student, self._auxiliary_heads(step.teacher_model), strict=False)
+        )
 
     def _map(self, step: Step, head: nn.Module, output) -> SegMap:
         """What the head predicts, from the output of its forward."""
         queries = None
-        if _is(head, *MASK_HEADS):
+        if is_a(head, *MASK_HEADS):
             classes, masks = output[0][-1], output[1][-1]
-        elif _is(head, SAN_HEAD):
+        elif is_a(head, SAN_HEAD):
             masks, classes = output[0][-1], output[1][-1]
         else:
             masks, classes = output, None
@@ -220,7 +226,7 @@ class SegLogits(Comparison):
             dtype = torch.promote_types(classes.dtype, torch.float32)
             queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
         align_corners = getattr(step.student, 'align_corners', False)
-        return SegMap(masks, queries, self._as_scores, align_corners)
+        return SegMap(masks, queries, self._as_scores(step), align_corners)
 
     def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
         if self.resize == 'label':
@@ -255,12 +261,7 @@ class SegLogits(Comparison):
 
 def is_mask_head(head: nn.Module) -> bool:
     """Whether a head predicts masks and the class of each, not a class per pixel."""
-    return _is(head, *MASK_HEADS, SAN_HEAD)
-
-
-def _is(module: nn.Module, *names: str) -> bool:
-    """Whether a module is of one of the classes, or of a subclass."""
-    return any(cls.__name__ in names for cls in type(module).__mro__)
+    return is_a(head, *MASK_HEADS, SAN_HEAD)
 
 
 def _depth(head: nn.Module) -> float:
@@ -271,21 +272,21 @@ def _depth(head: nn.Module) -> float:
 
 
 def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
-    for cls in type(head).__mro__:
-        if cls.__name__ in PREDICTING_OUTPUT:
-            return PREDICTING_OUTPUT[cls.__name__]
+    index = by_class_name(head, PREDICTING_OUTPUT)
+    if index is not None:
+        return index
     name = type(head).__name__
     raise ValueError(
         f'{name} returns {len(outputs)} outputs, and SegLogits does not know which one '
-        'predicts at inference. Tell it its index: '
+        'predicts at inference. Give its index: '
         f"`mmdist.comparisons.seg_logits.PREDICTING_OUTPUT['{name}'] = 0`."
     )
 
 
 def _decode(step: Step, head: nn.Module):
     """Output of the teacher's head, run as the model runs it at inference."""
-    model = step.teacher
-    if _is(head, SAN_HEAD):
+    model = step.teacher_model
+    if is_a(head, SAN_HEAD):
         inputs = images = step.teacher_inputs
         if model.asymetric_input:
             images = F.interpolate(
@@ -294,7 +295,7 @@ def _decode(step: Step, head: nn.Module):
         features = model.extract_feat(images)
         return head.forward([inputs, features, model.text_encoder()], [])
     features = step.teacher_features
-    if _is(head, *MASK_HEADS):
+    if is_a(head, *MASK_HEADS):
         full = tuple(step.inputs.shape[-2:])
         samples = [
             BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=full))
@@ -306,7 +307,7 @@ def _decode(step: Step, head: nn.Module):
     stages = iter(model.decode_head)
     output = next(stages).forward(features)
     for stage in stages:
-        if _is(stage, 'PointHead'):
+        if is_a(stage, 'PointHead'):
             break
         output = stage.forward(features, output)
     return output

@@ -6,15 +6,22 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.structures import InstanceData
-from torch import nn
+from torch import Tensor, nn
 
+from mmdist.lookup import is_a
+from mmdist.record import Call
 from mmdist.step import Step
 
 
 def is_sparse(model: nn.Module) -> bool:
     """Whether the model's proposals are learnt, as those of Sparse R-CNN."""
     roi_head = getattr(model, 'roi_head', None)
-    return 'SparseRoIHead' in [cls.__name__ for cls in type(roi_head).__mro__]
+    return is_a(roi_head, 'SparseRoIHead')
+
+
+def sampled_rois(call: Call) -> Tensor:
+    """The boxes that a RoI extractor was called with, (rois, 5), image index first."""
+    return call.args[1] if len(call.args) > 1 else call.kwargs['rois']
 
 
 def modules(model: nn.Module) -> Sequence[nn.Module]:
@@ -35,7 +42,7 @@ def record(step: Step) -> list[list[InstanceData]]:
         roi_head.bbox_roi_extractor, roi_head.bbox_head, strict=True
     ):
         said = step.calls(head)[-1]
-        given = [c for c in step.calls(extractor) if c.index < said.index][-1].args[1]
+        given = sampled_rois(step.call_before(extractor, said))
         images = []
         for logits, deltas, rois, sample in zip(
             *said.output[:2],
@@ -55,9 +62,9 @@ def ask(step: Step) -> list[list[InstanceData]]:
     """The teacher's queries, as :func:`record` gives them: its stages without masks."""
     from mmdet.structures.bbox import bbox2roi
 
-    features, roi_head = step.teacher_features, step.teacher.roi_head
+    features, roi_head = step.teacher_features, step.teacher_model.roi_head
     img_metas = [sample.metainfo for sample in step.data_samples]
-    proposals = step.teacher.rpn_head.predict(features, step.data_samples)
+    proposals = step.teacher_model.rpn_head.predict(features, step.data_samples)
     bboxes = [p.bboxes for p in proposals]
     object_features = torch.stack([p.features for p in proposals])
     stages = []

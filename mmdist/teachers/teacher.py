@@ -79,11 +79,19 @@ class Teacher:
         self.compile = compile
         self.model: nn.Module | None = None
         self.class_names: Sequence[str] | None = None
-        self.classes = ClassMatch()
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         # A copy of the student (EMA makes one) has the same guest, not a second one.
         return self
+
+    def __getstate__(self) -> dict:
+        # A file holds no second model: the teacher is loaded again from its own.
+        return {**self.__dict__, 'model': None}
+
+    def move_to(self, device: torch.device) -> None:
+        """Move the model; FSDP moves the student's tensors without ``_apply``."""
+        if next(self.model.parameters()).device != device:
+            self.apply(lambda tensor: tensor.to(device))
 
     def apply(self, fn) -> None:
         """Follow ``.to()``, ``.cuda()`` and ``.half()`` of the student."""
@@ -145,7 +153,7 @@ class Teacher:
         with torch.no_grad(), half:
             yield
 
-    def match_classes(self, student_classes: Sequence[str] | None) -> None:
+    def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
         """Find the teacher's column of each of the student's classes.
 
         Args:
@@ -162,7 +170,7 @@ class Teacher:
                 logger='current',
                 level=logging.WARNING,
             )
-        self.classes = match_classes(student_classes, self.class_names, self.class_map)
+        return match_classes(student_classes, self.class_names, self.class_map)
 
 
 def load_config(config: str | os.PathLike | Config | dict) -> Config:

@@ -199,8 +199,7 @@ def test_the_rpn_of_a_two_stage_detector():
     """It knows no classes, so none are matched; a row is the anchors of a location."""
     distill = dense(student='rpn_head', loss=EXACT)
     model = build_pair(FASTER, distill=distill)
-    model.teacher.classes = match_classes(['b', 'a'], ['a', 'b'])
-    model._classes_are_matched = True
+    model.class_match = match_classes(['b', 'a'], ['a', 'b'])
     data = batch(model)
     losses = model(**data, mode='loss')
     with torch.no_grad():
@@ -233,8 +232,7 @@ def test_classes_are_matched_by_name():
         return edit
 
     model = build_pair(RETINANET, distill=dense(loss=EXACT), edit=classes(3))
-    model.teacher.classes = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
-    model._classes_are_matched = True
+    model.class_match = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
     data = batch(model, num_classes=2)
     losses = model(**data, mode='loss')
     expected = 0
@@ -291,8 +289,8 @@ def test_scores_of_different_kinds_are_an_error():
 @pytest.mark.parametrize(
     'path, student, message',
     [
-        (FASTER, None, 'cannot compare a FasterRCNN: it looked for its `bbox_head` or'),
-        (RETINANET, 'rpn_head', 'cannot compare a RetinaNet: .*`rpn_head`, in vain'),
+        (FASTER, None, 'cannot compare a FasterRCNN: it has no `bbox_head` or'),
+        (RETINANET, 'rpn_head', 'cannot compare a RetinaNet: .*it has no `rpn_head`'),
         (CASCADE_RPN, 'rpn_head', 'a CascadeRPNHead, whose stages need the anchors'),
         (FASTER, 'neck', 'cannot compare a FasterRCNN: .*which FPN does not have'),
     ],

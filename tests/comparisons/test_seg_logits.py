@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdist.comparisons.seg_map import SegMap, draw_pixels
+from mmdist.record import Recorder
 from mmdist.registry import MODELS
 
 SIZE, VALID = (64, 96), (48, 56)  # of the batch, and of its second image
@@ -114,10 +115,10 @@ def loss_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
 
 def pair_of(model: nn.Module, data: dict):
     """What the loss of the only comparison is called with."""
-    seen = []
-    model.distill.dist._compute = lambda pair: seen.append(pair) or pair.student.sum()
-    loss_of(model, data)
-    (pair,) = seen
+    comparison = model.distill.dist
+    with Recorder([comparison]) as recorder:
+        loss_of(model, data)
+    (pair,) = recorder.calls(comparison)[0].args[1]
     return pair
 
 
@@ -244,16 +245,9 @@ def make_step(data: dict):
         ('label', SIZE),
     ],
 )
-def test_whose_size_is_compared(pspnet, upernet, resize, size, monkeypatch):
+def test_whose_size_is_compared(pspnet, upernet, resize, size):
     model = make_pair(pspnet, upernet, resize=resize, aux_weight=0)
-    shapes = []
-    monkeypatch.setattr(
-        type(model.distill.dist),
-        '_compute',
-        lambda self, p: shapes.append(p) or p.student,
-    )
-    loss_of(model, make_batch(19, SIZE))
-    (pair,) = shapes
+    pair = pair_of(model, make_batch(19, SIZE))
     assert pair.student.shape == pair.teacher.shape == (2, 19, *size)
     assert pair.mask.shape == (2, *size)
 
@@ -624,7 +618,7 @@ def test_sampled_rows_do_not_cost_a_map_of_the_labels_size(pspnet, teacher, requ
         recorded[0].maps = recorded[0].maps.detach().requires_grad_()
         with LargestTensor() as largest:
             pairs = pair(step, recorded, asked)
-            comparison._compute(pairs[0]).backward()
+            comparison('dist', pairs[:1])['loss_dist'].backward()
         assert recorded[0].maps.grad.abs().sum() > 0
         seen['largest'] = largest.numel
         return pairs

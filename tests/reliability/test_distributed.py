@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from det_zoo import batch, build_pair
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -122,6 +123,33 @@ def test_adapters_train_and_the_schedule_stops_the_teacher(make_config, tmp_path
         losses = [result['losses'][i]['loss_mimic'] for i in range(4)]
         assert losses[0] > 0
         assert losses[2:] == [0, 0]
+
+
+def cascade_step() -> dict:
+    """A step of a cascade; the second process has no proposals, and stops early."""
+    sync = dict(type='mmdist.RoILogits', loss=dict(type='mmdist.DISTLoss', sync=True))
+    model = build_pair(
+        'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', distill=dict(dist=sync)
+    )
+    data = batch(model)
+    if torch.distributed.get_rank() == 1:
+        model.train_cfg.rpn_proposal.max_per_img = 0
+        for sample in data['data_samples']:
+            sample.gt_instances = sample.gt_instances[:0]
+    losses = model(**data, mode='loss')
+    model.parse_losses(losses)[0].backward()
+    return {key: value.item() for key, value in losses.items() if 'dist' in key}
+
+
+def test_a_cascade_that_stops_early_keeps_the_processes_in_step(tmp_path):
+    """With `sync` each process calls the loss of every stage, or the others hang."""
+    results = in_processes(cascade_step, world_size=2, folder=tmp_path)
+    assert all(isinstance(result, dict) for result in results), results
+    first, second = results
+    assert first == pytest.approx(second, abs=1e-6)  # of the first process's rows
+    for stage in range(3):
+        assert 0 < first[f'loss_dist_s{stage}'] < 4
+        assert first[f'dist_s{stage}_intra'] != 0
 
 
 def test_gradients_are_accumulated(make_config, tmp_path):

@@ -7,6 +7,7 @@ import os
 import pickle
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -89,7 +90,8 @@ def _enter(target, args, rank, world_size, port, folder):
         MASTER_PORT=str(port),
     )
     if world_size > 1:
-        torch.distributed.init_process_group('gloo')
+        # a process that waits for a call that never comes fails, and does not hang
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
     result = target(*args)
     (folder / f'result{rank}').write_bytes(pickle.dumps(result))
     if world_size > 1:
