@@ -6,6 +6,9 @@
 
 Both are built with random weights and take one training step on random images: no
 data, no checkpoint and no GPU is needed. What training would refuse is refused here.
+Classes with other names and what is compared are given as in a config:
+
+    --class-map car=vehicle --distill dist.type=mmdist.DenseLogits dist.levels=concat
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -28,7 +31,9 @@ from mmengine.structures import PixelData
 from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
+from mmdist import Comparison, Pair
 from mmdist.distiller import DEFAULT_COMPARISONS
+from mmdist.lookup import class_name_in
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
 from mmdist.teachers.classes import class_names_of_config
@@ -43,8 +48,8 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config={teacher!r},
-        checkpoint={checkpoint!r},
-    ),
+        checkpoint={checkpoint!r},{class_map}
+    ),{distill}
 )
 """
 
@@ -59,6 +64,21 @@ def parse_args() -> argparse.Namespace:
         '--checkpoint',
         help="the teacher's weights, path or URL; of a `pkg::path` those that the "
         'library publishes, if left out',
+    )
+    parser.add_argument(
+        '--class-map',
+        nargs='+',
+        default=[],
+        metavar='STUDENT=TEACHER',
+        help="the teacher's names of classes that the student names differently",
+    )
+    parser.add_argument(
+        '--distill',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='what is compared, <name>.type=... first; if omitted, the default of the '
+        "student's family",
     )
     parser.add_argument('--out', help='where the config goes; printed if left out')
     return parser.parse_args()
@@ -107,7 +127,7 @@ def build_pair(model: dict, scope: str) -> nn.Module:
 
 def run_step(
     model: nn.Module, classes: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, ...]]]]:
+) -> tuple[dict[str, Tensor], dict[str, list[Pair]]]:
     """One training step on random images, backward included.
 
     Args:
@@ -115,8 +135,7 @@ def run_step(
         classes: The student's class names.
 
     Returns:
-        The losses as they are logged, and of each comparison the shapes of what the
-        loss was given.
+        The losses as they are logged, and the pairs of each comparison.
     """
     message_hub = MessageHub.get_current_instance()
     message_hub.update_info('dataset_meta', dict(classes=classes))
@@ -124,16 +143,13 @@ def run_step(
         message_hub.update_info(key, 0)
     data = model.data_preprocessor(_random_batch(model, len(classes)), training=True)
     comparisons = dict(model.distill.items())
-    with Recorder([c.loss for c in comparisons.values()]) as recorder:
+    with Recorder(comparisons.values()) as recorder:
         total, losses = model.parse_losses(model.loss(**data))
     total.backward()
     if not torch.isfinite(total):
         raise ValueError(f'A loss is not finite: {losses}')
-    shapes = {
-        name: [tuple(call.args[0].shape) for call in recorder.calls(c.loss)]
-        for name, c in comparisons.items()
-    }
-    return losses, shapes
+    pairs = {name: recorder.calls(c)[0].args[1] for name, c in comparisons.items()}
+    return losses, pairs
 
 
 def _random_batch(model: nn.Module, num_classes: int) -> dict:
@@ -141,15 +157,18 @@ def _random_batch(model: nn.Module, num_classes: int) -> dict:
     if not hasattr(model, 'decode_head'):
         from mmdet.testing import demo_mm_inputs
 
-        return demo_mm_inputs(
+        data = demo_mm_inputs(
             image_shapes=[(3, *SIZE)] * 2,
             num_items=[4, 4],
-            num_classes=num_classes,
+            num_classes=num_classes + 1,  # it draws labels from 1 on
             with_mask=getattr(model, 'with_mask', False),
             with_semantic=getattr(model.roi_head, 'with_semantic', False)
             if hasattr(model, 'roi_head')
             else False,
         )
+        for sample in data['data_samples']:
+            sample.gt_instances.labels -= 1
+        return data
     from mmseg.structures import SegDataSample
 
     rng = np.random.default_rng(0)
@@ -172,31 +191,19 @@ def findings(
     model: nn.Module,
     classes: Sequence[str],
     losses: dict[str, Tensor],
-    shapes: dict[str, list[tuple[int, ...]]],
+    pairs: dict[str, list[Pair]],
 ) -> dict[str, str]:
     """What the check found, a line each."""
-    teacher, comparison = model.teacher, model.distill['dist']
-    family = next(
-        cls.__name__
-        for cls in type(model).__mro__
-        if cls.__name__ in DEFAULT_COMPARISONS
-    )
+    teacher = model.teacher
+    family = class_name_in(model, DEFAULT_COMPARISONS)
     lines = {
         'student': _describe(model),
         'teacher': _describe(teacher.model),
-        'family': f'{family}, compared by {type(comparison).__name__} with '
-        f'{type(comparison.loss).__name__}, {comparison.loss.activation}',
-        'shapes': ', '.join(
-            'x'.join(map(str, shape[1:]))
-            if len(shape) > 2
-            else f'{shape[0]} rows of {shape[1]}'
-            for shape in shapes['dist']
-        ),
+        'family': family or 'none with a default comparison',
     }
-    strides = [round(SIZE[0] / shape[-2]) for shape in shapes['dist'] if len(shape) > 2]
-    if strides:
-        lines['strides'] = ', '.join(map(str, strides))
-    match = teacher.classes
+    for name, comparison in model.distill.items():
+        lines[name] = _describe_comparison(comparison, pairs[name])
+    match = model.class_match
     lines['classes'] = f'{len(classes)}, ' + (
         'the same in the same order'
         if match.teacher is None
@@ -220,6 +227,25 @@ def findings(
         f'{key} {value.item():.3g}' for key, value in losses.items() if 'loss' in key
     )
     return lines
+
+
+def _describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
+    """Kind, loss, activation, and what the loss was given."""
+    loss = comparison.loss
+    kinds = [type(loss).__name__, getattr(loss, 'activation', None)]
+    shapes, strides = [], []
+    for pair in pairs:
+        rows, *shape = pair.student.shape
+        if len(shape) > 1:
+            shapes.append('x'.join(map(str, shape)))
+            strides.append(str(round(SIZE[0] / shape[-2])))
+        else:
+            shapes.append(f'{rows} rows of {shape[0]}')
+    return (
+        f'{type(comparison).__name__} with {", ".join(filter(None, kinds))}; '
+        + ', '.join(shapes)
+        + (f'; strides {", ".join(strides)}' if strides else '')
+    )
 
 
 def _describe(model: nn.Module) -> str:
@@ -246,26 +272,33 @@ def main() -> None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
         if 'data_preprocessor' in student:  # as the Runner does
             student.model.setdefault('data_preprocessor', student.data_preprocessor)
-        model = build_pair(
-            Config(
-                dict(
-                    type='mmdist.Distiller',
-                    student=student.model,
-                    teacher=dict(config=args.teacher),
-                )
-            )._cfg_dict,
-            student.get('default_scope'),
+        class_map = dict(item.split('=', 1) for item in args.class_map)
+        distiller = dict(
+            type='mmdist.Distiller',
+            student=student.model,
+            teacher=dict(config=args.teacher, class_map=class_map),
         )
-        losses, shapes = run_step(model, classes)
+        if args.distill:
+            distill = Config()
+            distill.merge_from_dict(args.distill)
+            distiller['distill'] = distill.to_dict()
+        model = build_pair(Config(distiller)._cfg_dict, student.get('default_scope'))
+        losses, pairs = run_step(model, classes)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f'This pair does not work.\n{error}') from None
-    for key, value in findings(model, classes, losses, shapes).items():
+    for key, value in findings(model, classes, losses, pairs).items():
         print(f'{key:14} {value}')
     print(f'{"checkpoint":14} {checkpoint}')
     base = args.student
     if '::' not in base:
         base = os.path.relpath(base, Path(args.out or 'config.py').parent)
-    text = TEMPLATE.format(student=base, teacher=args.teacher, checkpoint=checkpoint)
+    text = TEMPLATE.format(
+        student=base,
+        teacher=args.teacher,
+        checkpoint=checkpoint,
+        class_map=f'\n        class_map={class_map},' if class_map else '',
+        distill=f'\n    distill={distiller["distill"]},' if args.distill else '',
+    )
     if args.out is None:
         print(f'\n{text}', end='')
     else:
