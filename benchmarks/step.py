@@ -14,15 +14,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from mmengine.config import ConfigDict
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from torch import nn
 
 from benchmarks import textbook
 from benchmarks.measure import interleaved, peak_memory, table, verdict
+from mmdist.teachers.teacher import without_pretrained
 
 
 class Pair(NamedTuple):
@@ -88,20 +89,6 @@ PAIRS = {
 }
 
 
-def without_downloads(cfg: ConfigDict) -> ConfigDict:
-    """The model with weights of its own, and plain BatchNorm."""
-    for key, value in list(cfg.items()):
-        if key in ('pretrained', 'init_cfg'):
-            cfg[key] = None
-        elif isinstance(value, dict):
-            without_downloads(value)
-        elif isinstance(value, list):
-            [without_downloads(x) for x in value if isinstance(x, dict)]
-        elif value == 'SyncBN':
-            cfg[key] = 'BN'
-    return cfg
-
-
 def batch(library: str, size: tuple[int, int], model: nn.Module) -> dict:
     """Two images with their labels, as the model's ``loss`` takes them."""
     torch.manual_seed(0)
@@ -138,20 +125,24 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
 
     torch.manual_seed(0)
     student_cfg, teacher_cfg = (
-        without_downloads(get_config(x).model) for x in (pair.student, pair.teacher)
+        without_pretrained(get_config(x).model) for x in (pair.student, pair.teacher)
     )
     if library == 'mmseg':  # the batch has the size already
         for cfg in (student_cfg, teacher_cfg):
             cfg.data_preprocessor.size = pair.size
-    student, teacher = MODELS.build(student_cfg), MODELS.build(teacher_cfg)
+    student, teacher = (
+        revert_sync_batchnorm(MODELS.build(cfg)) for cfg in (student_cfg, teacher_cfg)
+    )
     for model in (student, teacher):
         model.init_weights()
     teacher.eval()
-    distilled = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            student=student_cfg,
-            teacher=dict(config=teacher_cfg, checkpoint=None, allow_random=True),
+    distilled = revert_sync_batchnorm(
+        MODELS.build(
+            dict(
+                type='mmdist.Distiller',
+                student=student_cfg,
+                teacher=dict(config=teacher_cfg, checkpoint=None, allow_random=True),
+            )
         )
     )
     distilled.init_weights()

@@ -14,12 +14,13 @@ from collections.abc import Callable
 import torch
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
 from benchmarks.measure import interleaved, table
-from benchmarks.step import batch, without_downloads
-from mmdist.teachers.teacher import Teacher
+from benchmarks.step import batch
+from mmdist.teachers.teacher import Teacher, without_pretrained
 
 TEACHERS = {
     'DeepLabV3 R50': (
@@ -55,10 +56,10 @@ def options(seconds: float) -> str:
     rows = []
     for name, (path, size) in TEACHERS.items():
         DefaultScope.get_instance(f'teacher {name}', scope_name='mmseg')
-        cfg = without_downloads(get_config(path).model)
+        cfg = without_pretrained(get_config(path).model)
         cfg.data_preprocessor.size = size
         torch.manual_seed(0)
-        model = MODELS.build(cfg)
+        model = revert_sync_batchnorm(MODELS.build(cfg))
         inputs = batch('mmseg', size, model)['inputs']
         rows += rows_of(name, cfg, model, inputs, seconds)
         print('\n'.join(' | '.join(row) for row in rows), flush=True)

@@ -32,20 +32,20 @@ class Features(Comparison):
     trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
     They are made with the model, so the channels must be known by then: the student,
     and the teacher as its config has it, without its weights, are run once on zeros,
-    unless ``student_channels`` and ``teacher_channels`` tell. A config that cannot be
+    unless ``student_channels`` and ``teacher_channels`` are given. A config that cannot be
     built stops the training, not a test.
 
     Args:
         student: Path of the student's module, as in ``named_modules()``. It returns a
             map, (N, C, h, w), or several in a tuple, list or dict.
-        teacher: Path of the teacher's module; the student's if left out.
-        loss: Config of the loss; ``torch.nn.MSELoss`` if left out. It is called with
+        teacher: Path of the teacher's module; the student's if omitted.
+        loss: Config of the loss; ``torch.nn.MSELoss`` if omitted. It is called with
             two maps, (N, C, h, w) in fp32, and with the mask of the locations that are
             not padding if it takes one.
         adapt: A 1x1 convolution on the student's maps of the levels whose channels
             differ (None), of every level (True), or of none (False).
-        levels: Indices of the student's maps to compare; all if left out.
-        teacher_levels: Indices of the teacher's maps; ``levels`` if left out.
+        levels: Indices of the student's maps to compare; all if omitted.
+        teacher_levels: Indices of the teacher's maps; ``levels`` if omitted.
         student_channels: Channels of the student's maps that are compared, per level.
         teacher_channels: Channels of the teacher's maps that are compared, per level,
             or one number for all.
@@ -121,7 +121,7 @@ class Features(Comparison):
         self._module(teacher, self.teacher_path, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not find out the channels of the maps, which decide on '
+                'Features could not determine the channels of the maps, and with them '
                 f'the 1x1 convolutions, when the model was built: {self._not_adapted}\n'
                 f"Fix that, or give `student_channels` of the student's "
                 f"`{self.student_path}` and `teacher_channels` of the teacher's "
@@ -160,7 +160,7 @@ class Features(Comparison):
                     f"Features: map {level} of the student's `{self.student_path}` has "
                     f"{student.size(1)} channels, that of the teacher's "
                     f'`{self.teacher_path}` {teacher.size(1)}. Leave `adapt` and '
-                    '`teacher_channels` out, and 1x1 convolutions see to that.'
+                    '`teacher_channels` out, and 1x1 convolutions adapt them.'
                 )
             student, teacher = _at_least_fp32(student), _at_least_fp32(teacher)
             size = student.shape[-2:]
@@ -198,7 +198,7 @@ class Features(Comparison):
     def _teacher_channels(self, teacher: Teacher) -> list[int] | None:
         try:
             model = teacher.build()
-        except Exception as error:  # whatever it is, a test must not need the teacher
+        except Exception as error:  # of any kind: a test must not need the teacher
             self._not_adapted = f'{type(error).__name__}: {error}'
             return None
         module = self.teacher_modules(model)[0]
@@ -235,8 +235,8 @@ class Features(Comparison):
         if not maps:
             raise ValueError(
                 f'Features compares maps, (N, C, h, w), and `{path}` returned '
-                f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Take another '
-                'module, `neck` or `backbone` say.'
+                f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Choose another '
+                'module, for example `neck` or `backbone`.'
             )
         num = len(maps)
         if levels is not None and not all(-num <= level < num for level in levels):

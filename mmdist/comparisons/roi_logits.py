@@ -16,7 +16,7 @@ from .sparse_queries import is_sparse, sampled_rois
 
 
 class Proposals(NamedTuple):
-    """What one stage of the student's RoI head was given and what it said."""
+    """What one stage of the student's RoI head was given and what it returned."""
 
     stage: int
     rois: Tensor  # (rois, 5), the image's index in the batch and the box
@@ -36,10 +36,10 @@ class RoILogits(Comparison):
     with the weights of its own stages (``stage_loss_weights``).
 
     Args:
-        loss: Config of the loss; ``mmdist.DISTLoss`` with softmax if left out.
+        loss: Config of the loss; ``mmdist.DISTLoss`` with softmax if omitted.
         stage: The stage of a cascade teacher to ask, an int (0 is published), or
             ``'mean'``: the mean of the logits of all stages, as at inference, except
-            that each stage sees the same, unrefined proposals. Left out, it is the
+            that each stage sees the same, unrefined proposals. If omitted, it is the
             stage with the number of the student's, so 0 for a student of one stage.
         background: False leaves the background's column out; softmax is then over the
             classes alone.
@@ -173,14 +173,14 @@ class RoILogits(Comparison):
             raise self.unsupported(
                 model,
                 'the bbox heads of its SparseRoIHead need the features of its own '
-                'learnt proposals, so no other model can be asked about them '
+                'learned proposals, so no other model can be asked about them '
                 '(mmdist.QueryLogits compares it)',
             )
         return roi_head
 
 
 def _stages(module: nn.Module) -> Sequence[nn.Module]:
-    """The stages of a cascade; one stage otherwise."""
+    """The stages of a cascade, or the single stage in a list."""
     return module if isinstance(module, nn.ModuleList) else [module]
 
 

@@ -45,11 +45,11 @@ class SegLogits(Comparison):
     ``mmdist.DISTLoss`` gets ``activation='identity'`` unless it has one.
 
     Args:
-        loss: Config of the loss; ``mmdist.DISTLoss`` if left out.
+        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
         aux_weight: Weight of the auxiliary heads, which are compared where both sides
-            have them, the deepest with the deepest; 0 leaves them out. The published
+            have them, the deepest with the deepest; 0 omits them. The published
             code has 0.4.
-        ignore_mask: Leave out pixels whose label is the head's ``ignore_index`` and
+        ignore_mask: Exclude pixels whose label is the head's ``ignore_index`` and
             padded pixels. The published code does not; False restores it.
         resize: Whose size both maps are compared at: that of the 'smaller' one, of the
             'student', the 'teacher' or the 'label'.

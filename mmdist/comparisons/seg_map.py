@@ -117,7 +117,7 @@ def draw_pixels(
 ) -> tuple[list[Tensor], Tensor]:
     """Draw pixels of a batch without replacement.
 
-    It costs one number per pixel, whatever the number of classes. An exponential
+    It costs one number per pixel, for any number of classes. An exponential
     variable over a weight is the key of each pixel, and the smallest keys win, which
     draws without replacement by these weights (Efraimidis and Spirakis, 2006).
 

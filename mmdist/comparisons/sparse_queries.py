@@ -14,7 +14,7 @@ from mmdist.step import Step
 
 
 def is_sparse(model: nn.Module) -> bool:
-    """Whether the model's proposals are learnt, as those of Sparse R-CNN."""
+    """Whether the model's proposals are learned, as in Sparse R-CNN."""
     roi_head = getattr(model, 'roi_head', None)
     return is_a(roi_head, 'SparseRoIHead')
 

@@ -264,11 +264,11 @@ def test_models_without_proposals_are_refused_by_name():
         build_pair(FASTER, RETINANET, roi())
 
 
-def test_learnt_proposals_are_refused_by_name():
+def test_learned_proposals_are_refused_by_name():
     sparse = 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py'
     with pytest.raises(
         ValueError,
-        match=r'compare a SparseRCNN.*own learnt proposals.*\(mmdist.QueryLogits comp',
+        match=r'compare a SparseRCNN.*own learned proposals.*\(mmdist.QueryLogits comp',
     ):
         build_pair(sparse, distill=roi())
 
