@@ -140,13 +140,12 @@ class RoILogits(Comparison):
     ) -> list[Pair]:
         """One pair per stage of the student, a row per proposal."""
         student_head = self._roi_head(step.student)
-        teacher_heads = _stages(step.teacher_model.roi_head.bbox_head)
         cascade = isinstance(student_head.bbox_head, nn.ModuleList)
         pairs = []
         for (stage, _, student), teacher in zip(recorded, asked, strict=True):
             student, teacher = step.classes.select(
-                _per_class(_stages(student_head.bbox_head)[stage], student),
-                _per_class(teacher_heads[-1], teacher),
+                self.per_class(step.student, stage, student),
+                self.per_class(step.teacher_model, -1, teacher),
             )
             if not self.background:
                 student, teacher = student[:, :-1], teacher[:, :-1]
@@ -154,6 +153,16 @@ class RoILogits(Comparison):
             name = f's{stage}' if cascade else ''
             pairs.append(Pair(student, teacher, None, weight, name))
         return pairs
+
+    def per_class(self, model: nn.Module, stage: int, logits: Tensor) -> Tensor:
+        """Logits whose softmax is the probabilities of the classes and the background.
+
+        Args:
+            model: The detector whose bbox head returned them.
+            stage: Of a cascade.
+            logits: (rois, columns), as the bbox head returned them.
+        """
+        return _per_class(_stages(model.roi_head.bbox_head)[stage], logits)
 
     @staticmethod
     def _rois(step: Step, rois: Tensor) -> Tensor:
