@@ -1,4 +1,4 @@
-"""What mmdist asks of the libraries around it, once, at import."""
+"""What mmdist asks of the libraries around it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,29 @@ import importlib.util
 import mmengine
 from mmengine.utils import digit_version
 
-MENDING = (
-    'Run `python tools/check_env.py` of mmdist: it names the command that mends it.'
-)
+# Not ImportErrors: the registries of mmengine swallow those.
+HINT = 'Run `python tools/check_env.py` of mmdist: it names the command that fixes it.'
 
 
 def check_versions() -> None:
-    """Stop with a sentence where a library is too old or was built without ops.
+    """Stop with a sentence where mmengine is too old; at import.
 
     Raises:
-        RuntimeError: mmengine is older than 0.10 or mmcv lacks its compiled ops. (Not
-            an ImportError: the registries of mmengine swallow those.)
+        RuntimeError: mmengine is older than 0.10.
     """
     if digit_version(mmengine.__version__) < digit_version('0.10.0'):
         raise RuntimeError(
-            f'mmdist needs mmengine >= 0.10, found {mmengine.__version__}. {MENDING}'
+            f'mmdist needs mmengine >= 0.10, found {mmengine.__version__}. {HINT}'
         )
+
+
+def check_ops() -> None:
+    """Stop with a sentence where mmcv or its ops are missing; before models are built.
+
+    Raises:
+        RuntimeError: mmcv is not installed, or was built without its compiled ops.
+    """
+    if importlib.util.find_spec('mmcv') is None:
+        raise RuntimeError(f'mmdist needs mmcv, which is not installed. {HINT}')
     if importlib.util.find_spec('mmcv._ext') is None:
-        raise RuntimeError(f'mmcv is here without its compiled ops. {MENDING}')
+        raise RuntimeError(f'mmcv is installed without its compiled ops. {HINT}')

@@ -45,32 +45,41 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
 
 _DAMAGED = (
     'The checkpoint {!r} cannot be read: it is damaged, cut off or no checkpoint at '
-    'all. Fetch it again. The loader says: {}'
+    'all. Download it again. The loader says: {}'
 )
 
 
 @contextmanager
 def _loader_forced(weights_only: bool) -> Iterator[None]:
     """Decide for every ``torch.load`` below, whichever way mmengine calls it."""
-    name = f'TORCH_FORCE_{"" if weights_only else "NO_"}WEIGHTS_ONLY_LOAD'
-    before = os.environ.get(name)
-    os.environ[name] = '1'
+    names = ['TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD']
+    before = {name: os.environ.pop(name, None) for name in names}  # not both, for torch
+    os.environ[names[not weights_only]] = '1'
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
-def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
+def load_strictly(
+    model: nn.Module,
+    checkpoint: dict,
+    path: str,
+    model_name: str = "the teacher's config",
+    advice: str = 'Check that `teacher.config` is the very config this checkpoint was '
+    'trained with (backbone, depth, neck, number of classes).',
+) -> None:
     """Load weights; any missing, unexpected or mis-shaped key is an error.
 
     Args:
         model: The model to fill.
         checkpoint: A checkpoint with a ``state_dict``, or a state dict.
         path: Where it came from, for the message.
+        model_name: What the weights should fit, for the message.
+        advice: What to do if they do not, for the message.
 
     Raises:
         RuntimeError: It lists up to ten keys of each sort. Or a weight is not finite.
@@ -105,17 +114,13 @@ def load_strictly(model: nn.Module, checkpoint: dict, path: str) -> None:
         'of another shape': [' '.join(error.split()) for error in errors],
     }
     if any(problems.values()):
-        lines = [f"The weights in {path!r} do not fit the teacher's config."]
+        lines = [f'The weights in {path!r} do not fit {model_name}.']
         for what, keys in problems.items():
             if keys:
                 lines.append(f'{len(keys)} {what}:')
                 lines += [f'    {key}' for key in keys[:10]]
                 lines += [f'    ... and {len(keys) - 10} more'] * (len(keys) > 10)
-        lines.append(
-            'Check that `teacher.config` is the very config this checkpoint was '
-            'trained with (backbone, depth, neck, number of classes).'
-        )
-        raise RuntimeError('\n'.join(lines))
+        raise RuntimeError('\n'.join([*lines, advice]))
     broken = [
         key
         for key, value in model.state_dict().items()

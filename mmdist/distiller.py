@@ -9,6 +9,7 @@ from copy import deepcopy
 from mmengine.logging import MessageHub
 from torch import Tensor, nn
 
+from ._environment import check_ops
 from .comparisons.base import Comparison, build_comparison
 from .lookup import by_class_name
 from .registry import MODELS
@@ -57,6 +58,7 @@ def build_distiller(
 
     Raises:
         ValueError: The student's family is not supported, or ``distill`` is malformed.
+        RuntimeError: mmcv or its compiled ops are missing.
 
     Example:
         In a config::
@@ -67,6 +69,7 @@ def build_distiller(
                 student=_base_.model,
                 teacher=dict(config='teacher.py', checkpoint='teacher.pth'))
     """
+    check_ops()
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -75,10 +77,7 @@ def refuse_other_config(cfg: Config, checkpoint: dict, path: str) -> None:
     text = checkpoint['meta'].get('cfg')
     if not text:
         return
-    # both as written out and read in: tuples, None and the like compare alike
-    theirs, ours = (
-        Config.fromstring(text, '.py').to_dict() for text in (text, cfg.pretty_text)
-    )
+    theirs, ours = (_settings(text) for text in (text, cfg.pretty_text))
     differing = sorted(
         key
         for key in (theirs.keys() | ours.keys()) - set(_OF_THE_RUN)
@@ -91,6 +90,37 @@ def refuse_other_config(cfg: Config, checkpoint: dict, path: str) -> None:
             'overwritten. Train into another --work-dir, remove this one, or go on '
             'with its weights, --resume.'
         )
+
+
+def _settings(text: str) -> dict:
+    """The settings in the text of a config, which is read and not run."""
+    return {
+        target.id: _value(statement.value)
+        for statement in ast.parse(text).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _value(node: ast.expr) -> Any:
+    """A literal's value, ``dict(...)`` included; of anything else its structure."""
+    match node:
+        case ast.Call(func=ast.Name(id='dict'), args=[], keywords=items):
+            return {item.arg: _value(item.value) for item in items}
+        case ast.Dict(keys=keys, values=values) if None not in keys:
+            return {
+                ast.literal_eval(key): _value(value)
+                for key, value in zip(keys, values, strict=True)
+            }
+        case ast.List(elts=items):
+            return [_value(item) for item in items]
+        case ast.Tuple(elts=items):
+            return tuple(_value(item) for item in items)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.dump(node)
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str) -> None:

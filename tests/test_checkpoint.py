@@ -108,11 +108,37 @@ def test_checkpoints_of_mmengine_are_read_safely(tmp_path):
     assert read['meta'] == 3.0
 
 
-def test_what_is_known_to_be_harmless_stays_known(tmp_path):
-    """The onedl fork's loader brings a list of its own, and takes it away again."""
+def test_only_mmengines_loader_knows_the_classes_of_mmengine(tmp_path):
+    """What torch.load reads is changed for nobody; the onedl fork has a list too."""
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(history=HistoryBuffer([1.0], [1])), path)
     known = torch.serialization.get_safe_globals()
-    torch.save(dict(history=HistoryBuffer([1.0], [1])), tmp_path / 'a.pth')
-    CheckpointLoader.load_checkpoint(str(tmp_path / 'a.pth'), map_location='cpu')
-    assert getattr not in torch.serialization.get_safe_globals()
-    assert len(torch.serialization.get_safe_globals()) == len(known)
-    assert torch.load(tmp_path / 'a.pth')['history'].current() == 1
+    for _ in range(2):
+        read = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        assert read['history'].current() == 1
+        assert torch.serialization.get_safe_globals() == known
+        assert HistoryBuffer not in known and getattr not in known
+        with pytest.raises(pickle.UnpicklingError, match='HistoryBuffer'):
+            torch.load(path)
+
+
+@pytest.mark.parametrize('name', ['FORCE_NO_WEIGHTS', 'FORCE_WEIGHTS'])
+@pytest.mark.parametrize('value', ['1', '0'])
+def test_torchs_variables_do_not_decide_what_is_safe(
+    tmp_path, monkeypatch, name, value
+):
+    """torch refuses to read anything if both are set."""
+    path, trace = str(tmp_path / 'evil.pth'), tmp_path / 'ran'
+    torch.save(net().state_dict(), tmp_path / 'a.pth')
+    torch.save(dict(state_dict={}, meta=Exploit(str(trace))), path)
+    variable = f'TORCH_{name}_ONLY_LOAD'
+    monkeypatch.setenv(variable, value)
+    assert '0.bias' in load_checkpoint(str(tmp_path / 'a.pth'))
+    with pytest.raises(RuntimeError, match=r'teacher\.weights_only=False'):
+        load_checkpoint(path)
+    assert not trace.exists()
+    load_checkpoint(path, weights_only=False)
+    assert trace.exists()
+    assert {k: v for k, v in os.environ.items() if 'ONLY_LOAD' in k} == {
+        variable: value
+    }

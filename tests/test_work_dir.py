@@ -12,6 +12,7 @@ from torch import nn
 
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
+REPO = Path(__file__).parents[1]
 CONFIG = "model = dict(type='A', size=(1, 2), none=None)\nwork_dir = 'here'\n"
 
 
@@ -74,6 +75,28 @@ def test_another_config_is_refused_by_what_differs():
     other = Config.fromstring(CONFIG.replace("'A'", "'B'") + 'lr = 1', '.py')
     with pytest.raises(RuntimeError, match=r'these differ: lr, model.*--work-dir'):
         refuse_other_config(other, earlier, 'a.pth')
+
+
+def test_the_config_in_a_checkpoint_is_not_run(tmp_path):
+    """It may come from anybody."""
+    trace = tmp_path / 'ran'
+    code = f"x = __import__('os').mkdir({str(trace)!r})\n"
+    earlier = dict(meta=dict(cfg=CONFIG + code))
+    with pytest.raises(RuntimeError, match=r'these differ: x\)'):
+        refuse_other_config(Config.fromstring(CONFIG, '.py'), earlier, 'a.pth')
+    assert not trace.exists()
+
+
+def test_equal_settings_are_equal_in_any_text():
+    written = 'a = {"b": [1, (2.0, None)], "c": dict(d=-1)}\nb = float("inf")\n'
+    earlier = dict(meta=dict(cfg=written.replace('dict(d=-1)', '{"d": -1}')))
+    cfg = Config(dict(a=dict(c=dict(d=-1), b=[1, (2.0, None)])))
+    with pytest.raises(RuntimeError, match=r'these differ: b\)'):
+        refuse_other_config(cfg, earlier, 'a.pth')
+    same = Config.fromfile(
+        REPO / 'configs/det/quickstart/dist_retinanet_w32-w16_digits.py'
+    )
+    refuse_other_config(same, dict(meta=dict(cfg=same.pretty_text)), 'a.pth')
 
 
 def test_another_model_is_not_resumed():

@@ -1,5 +1,13 @@
 """Backbones that mmdet and mmseg do not have."""
 
-from .mobilenet_v2 import MobileNetV2
+from torch import nn
 
-__all__ = ['MobileNetV2']
+from mmdist.registry import MODELS
+
+
+@MODELS.register_module(name='MobileNetV2')
+def build_mobilenet_v2(**kwargs) -> nn.Module:
+    """Build a :class:`.mobilenet_v2.MobileNetV2`; only then is mmseg imported."""
+    from .mobilenet_v2 import MobileNetV2
+
+    return MobileNetV2(**kwargs)

@@ -9,10 +9,8 @@ from mmseg.models.backbones import MobileNetV2 as MMSegMobileNetV2
 from torch import Tensor
 
 from mmdist.checkpoint import load_checkpoint, load_strictly
-from mmdist.registry import MODELS
 
 
-@MODELS.register_module()
 class MobileNetV2(MMSegMobileNetV2):
     """mmseg's MobileNetV2, cut off after a stage, for mmseg and mmdet.
 
@@ -56,7 +54,13 @@ class MobileNetV2(MMSegMobileNetV2):
         state = rename_torchvision_keys(load_checkpoint(path))
         ours = ('conv1', *self.layers)
         state = {k: v for k, v in state.items() if k.split('.')[0] in ours}
-        load_strictly(self, state, path)
+        load_strictly(
+            self,
+            state,
+            path,
+            'MobileNetV2',
+            "Give torchvision's mobilenet_v2-b0353104.pth, and `widen_factor=1.0`.",
+        )
         self._is_init = True  # as mmengine marks a module that is done
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -32,8 +32,8 @@ class Features(Comparison):
     trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
     They are made with the model, so the channels must be known by then: the student,
     and the teacher as its config has it, without its weights, are run once on zeros,
-    unless ``student_channels`` and ``teacher_channels`` are given. A config that cannot be
-    built stops the training, not a test.
+    unless ``student_channels`` and ``teacher_channels`` are given. A config that cannot
+    be built stops the training, not a test.
 
     Args:
         student: Path of the student's module, as in ``named_modules()``. It returns a

@@ -78,6 +78,7 @@ class Teacher:
         self.channels_last = channels_last
         self.compile = compile
         self.model: nn.Module | None = None
+        self.renormalize: Renormalize | None = None
         self.class_names: Sequence[str] | None = None
 
     def __deepcopy__(self, memo: dict) -> Teacher:
@@ -130,6 +131,10 @@ class Teacher:
             self.class_names = class_names_of_checkpoint(checkpoint) or self.class_names
         model.requires_grad_(False).eval()
         model.to(next(student.parameters()).device)
+        # before the cast, which rounds mean and std too
+        self.renormalize = Renormalize(
+            student.data_preprocessor, model.data_preprocessor
+        )
         # LD's own `to` takes a device alone.
         nn.Module.to(model, self.dtype)
         if self.channels_last:
@@ -138,9 +143,6 @@ class Teacher:
             for part in ('backbone', 'neck'):
                 if hasattr(model, part):
                     getattr(model, part).compile()
-        self.renormalize = Renormalize(
-            student.data_preprocessor, model.data_preprocessor
-        )
         self.model = model
 
     @contextmanager
@@ -202,7 +204,7 @@ def _build(config: Config, random: bool) -> nn.Module:
     """Build without pretrained backbones, and without touching the student's RNG."""
     cfg = without_pretrained(config.model)
     scope = config.get('default_scope')
-    with torch.random.fork_rng(), DefaultScope.overwrite_default_scope(scope):
+    with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(cfg)
         if random and hasattr(model, 'init_weights'):
             model.init_weights()

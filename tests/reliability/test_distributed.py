@@ -83,7 +83,7 @@ def train_in_two(make_config, tmp_path, **options) -> list[dict]:
             assert result[f'ddp_{what}'] == result[f'own_{what}']
     # the checkpoint holds what each process has
     (path,) = (tmp_path / 'work').glob('iter_4.pth')
-    saved = torch.load(path)['state_dict']
+    saved = torch.load(path, weights_only=False)['state_dict']
     assert saved.keys() == first['weights'].keys()
     assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
     return results

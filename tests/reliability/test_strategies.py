@@ -54,7 +54,7 @@ def test_a_single_device(make_config, tmp_path):
     assert type(runner).__name__ == 'FlexibleRunner'
     assert list(watch.losses) == [0, 1, 2, 3]
     assert all(losses['loss_dist'] > 0 for losses in watch.losses.values())
-    saved = torch.load(tmp_path / 'iter_4.pth')['state_dict']
+    saved = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
     assert saved.keys() == runner.model.state_dict().keys()
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
+from mmengine.config import Config
 from mmseg.models.data_preprocessor import SegDataPreProcessor
 
-from mmdist.teachers.renormalize import Renormalize
+from mmdist.registry import MODELS
+from mmdist.teachers import Renormalize, Teacher
 
 
 def reference(raw, mean, std, swap, pad_value, size):
@@ -50,6 +52,18 @@ def test_the_teacher_sees_what_its_own_preprocessor_would_give(student, teacher)
     outputs = renormalize(inputs, [(32, 20), (24, 32)])
     np.testing.assert_allclose(outputs.numpy(), batch(**teacher), atol=2e-4)
     assert torch.equal(inputs, before)
+
+
+@pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
+def test_half_precision_does_not_round_the_normalisation(det_config, tmp_path, dtype):
+    path = tmp_path / 'student.py'
+    path.write_text(det_config)
+    student = MODELS.build(Config.fromfile(path).model)
+    teacher = Teacher(str(path), allow_random=True, dtype=dtype)
+    teacher.load(student)
+    assert next(teacher.model.parameters()).itemsize == 2
+    inputs = torch.rand(1, 3, 8, 8)
+    assert teacher.renormalize(inputs, [(8, 8)]) is inputs
 
 
 def test_the_same_normalisation_costs_nothing_across_libraries():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -44,6 +45,17 @@ def test_random_weights_ask_for_no_file(config, monkeypatch):
     monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', refuse)
     teacher = Teacher(config, allow_random=True)
     teacher.load(teacher.build())
+
+
+def test_building_a_teacher_touches_no_gpu(monkeypatch):
+    """The state of each GPU's generator would be read, and a context made on it."""
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+
+    def refuse(*args):
+        raise AssertionError('a GPU was touched')
+
+    monkeypatch.setattr(torch.cuda, 'get_rng_state', refuse)
+    Teacher(RETINANET).build()
 
 
 def test_an_unknown_dtype_is_refused():

@@ -90,7 +90,7 @@ def test_distilled_training_and_testing(family, folder, tools):
     # What was trained is the plain student.
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
     plain = mmengine.registry.MODELS.build(Config.fromfile(folder / 'student.py').model)
-    state = torch.load(checkpoint, map_location='cpu')['state_dict']
+    state = torch.load(checkpoint, map_location='cpu', weights_only=False)['state_dict']
     plain.load_state_dict(state, strict=True)
 
 

@@ -74,14 +74,14 @@ def test_another_model_does_not_resume(run, work_dir):
 
 
 def test_resume_takes_the_last_whole_checkpoint_and_its_seed(run, work_dir):
-    seed = torch.load(work_dir / 'iter_2.pth')['meta']['seed']
+    seed = torch.load(work_dir / 'iter_2.pth', weights_only=False)['meta']['seed']
     last = work_dir / 'iter_3.pth'
     last.write_bytes(last.read_bytes()[:-300])
     run(work_dir, '--resume')
     log = log_of(work_dir)
     assert 'resumed epoch: 0, iter: 2' in log
     assert f'seed={seed}' in log
-    assert torch.load(last)['meta']['seed'] == seed  # whole again
+    assert torch.load(last, weights_only=False)['meta']['seed'] == seed  # whole again
 
 
 def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
@@ -102,7 +102,7 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     for path in work_dir.glob('*.pth'):
         path.write_bytes(path.read_bytes()[:-300])
     run(work_dir, *options, other)
-    assert torch.load(work_dir / 'iter_3.pth')['meta']['iter'] == 3
+    assert torch.load(work_dir / 'iter_3.pth', weights_only=False)['meta']['iter'] == 3
 
 
 def test_flexible_runner(run, work_dir, tmp_path):
@@ -112,7 +112,10 @@ def test_flexible_runner(run, work_dir, tmp_path):
         run(tmp_path / 'new', '--cfg-options', strategy)
     options = ['runner_type=FlexibleRunner', strategy]
     run(tmp_path / 'new', '--cfg-options', *options)
-    assert torch.load(tmp_path / 'new' / 'iter_3.pth')['meta']['iter'] == 3
+    assert (
+        torch.load(tmp_path / 'new' / 'iter_3.pth', weights_only=False)['meta']['iter']
+        == 3
+    )
     (tmp_path / 'new' / 'iter_3.pth').unlink()
     run(tmp_path / 'new', '--resume', '--cfg-options', *options)
     assert 'resumed epoch: 0, iter: 2' in log_of(tmp_path / 'new')
