@@ -49,7 +49,7 @@ bench: env
 	$(PY) -m benchmarks
 
 study: env
-	$(PY) tools/study.py
+	$(PY) -m study
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

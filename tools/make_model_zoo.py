@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from runs import replace_between
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'model_zoo.md'
@@ -69,8 +70,7 @@ def _source(result: dict) -> str:
 
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + tables() + END + rest.partition(END)[2]
+    return replace_between(text, BEGIN, END, tables())
 
 
 if __name__ == '__main__':

@@ -9,11 +9,9 @@ and report.png. A part that is finished is skipped when this is run again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +20,8 @@ from pathlib import Path
 
 import make_digits
 import numpy as np
+import runs
 from mmengine.config import Config
-from run_log import count_parameters, failure, read_log
 
 from mmdist.checkpoint import load_checkpoint
 
@@ -87,80 +85,64 @@ TASKS = (
 
 def fingerprint(task: Task, part: str, options: dict) -> str:
     """Hash of all that a result depends on: settings, data, and the teacher's."""
-    text = Config.fromfile(task.config(part)).pretty_text + repr(
-        sorted(options.items())
-    )
-    text += Path('data/digits/digits.json').read_text()
+    parts = [
+        Config.fromfile(task.config(part)).pretty_text,
+        repr(sorted(options.items())),
+        Path('data/digits/digits.json').read_text(),
+    ]
     if part not in ('teacher', 'student alone'):
-        text += json.loads(metrics_file(task, 'teacher', 0).read_text())['fingerprint']
-    return hashlib.sha256(text.encode()).hexdigest()
+        parts.append(result_of(task, 'teacher', 0)['fingerprint'])
+    return runs.fingerprint(*parts)
 
 
-def metrics_file(task: Task, part: str, seed: int) -> Path:
-    """The file that says a part is finished, and what came out."""
-    return task.folder(part, seed) / 'metrics.json'
+def result_of(task: Task, part: str, seed: int) -> dict:
+    """What came out of a finished part."""
+    return json.loads((task.folder(part, seed) / 'metrics.json').read_text())
 
 
 def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterator:
     """Train one part in a process of its own; yields while that runs."""
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
-    folder, done = task.folder(part, seed), metrics_file(task, part, seed)
+    folder = task.folder(part, seed)
     title = f'[{task.name}] {part:14}' + (f' seed {seed}' if seed else '')
     mark = fingerprint(task, part, options)
-    if done.exists() and json.loads(done.read_text())['fingerprint'] == mark:
+    if runs.finished(folder, mark):
         print(f'{title} finished before: {folder}', flush=True)
         return
     shutil.rmtree(folder, ignore_errors=True)  # what was interrupted, or is outdated
     folder.mkdir(parents=True)
-    command = [sys.executable, str(ROOT / 'tools' / 'train.py')]
-    command += [str(task.config(part)), '--work-dir', str(folder), '--cfg-options']
-    command += [f'{key}={value}' for key, value in options.items()]
+    arguments = [task.config(part), '--work-dir', folder, '--cfg-options']
+    arguments += [f'{key}={value}' for key, value in options.items()]
     threads = str(max(1, (os.cpu_count() or 1) // len(TASKS)))
+    environment = {**os.environ, 'OMP_NUM_THREADS': threads}
     began = time.time()
     log_file = folder / 'train.log'
-    with log_file.open('w') as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, 'OMP_NUM_THREADS': threads},
-        )
-        try:
-            shown = 0
-            while True:
-                running = process.poll() is None
-                scores = [e for e in read_log(folder) if task.metric in e]
-                for entry in scores[shown:]:
-                    print(
-                        f'[{time.time() - start:4.0f} s] {title} '
-                        f'step {entry["step"]:4}  '
-                        f'{task.label} {task.scale * entry[task.metric]:5.1f}',
-                        flush=True,
-                    )
-                shown = len(scores)
-                if not running:
-                    break
+    with runs.tool('train.py', arguments, log_file, env=environment) as process:
+        shown, running = 0, True
+        while running:
+            running = process.poll() is None
+            scores = [e for e in runs.read_log(folder) if task.metric in e]
+            for entry in scores[shown:]:
+                print(
+                    f'[{time.time() - start:4.0f} s] {title} '
+                    f'step {entry["step"]:4}  '
+                    f'{task.label} {task.scale * entry[task.metric]:5.1f}',
+                    flush=True,
+                )
+            shown = len(scores)
+            if running:
                 yield
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode:
-        raise SystemExit(failure(title, process.returncode, log_file))
-    entries = read_log(folder)
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
     result = {
         'fingerprint': mark,
         # mmdet logs no AP where nothing at all was detected.
         'score': task.scale * scores[-1][task.metric] if scores else 0.0,
         'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
-        'parameters': count_parameters(state),
+        'parameters': runs.count_parameters(state),
         'seconds': time.time() - began,
+        **runs.last_correlations(runs.read_log(folder)),
     }
-    for relation in ('inter', 'intra'):
-        values = [e[f'dist_{relation}'] for e in entries if f'dist_{relation}' in e]
-        result[relation] = values[-1] if values else None
-    done.write_text(json.dumps(result))
+    runs.save_result(folder, result)
 
 
 def lane(task: Task, seeds: list[int], smoke: bool, start: float) -> Iterator:
@@ -174,7 +156,7 @@ def lane(task: Task, seeds: list[int], smoke: bool, start: float) -> Iterator:
 def results(task: Task, part: str, seeds: list[int]) -> list[dict]:
     """What came out of a part, one dict per seed; a teacher has one seed."""
     seeds = [0] if part == 'teacher' else seeds
-    return [json.loads(metrics_file(task, part, s).read_text()) for s in seeds]
+    return [result_of(task, part, s) for s in seeds]
 
 
 def make_table(seeds: list[int]) -> str:
@@ -186,19 +168,19 @@ def make_table(seeds: list[int]) -> str:
     ]
     for task in TASKS:
         for part in PARTS:
-            runs = results(task, part, seeds)
-            scores = [run['score'] for run in runs]
+            found = results(task, part, seeds)
+            scores = [result['score'] for result in found]
             score = f'{np.mean(scores):.1f}'
             if len(scores) > 1:
                 score += f' ± {np.std(scores, ddof=1):.1f}'
             relations = [
-                f'{np.mean([run[r] for run in runs]):.3f}'
-                if runs[0][r] is not None
+                f'{np.mean([result[r] for result in found]):.3f}'
+                if r in found[0]
                 else '-'
                 for r in ('inter', 'intra')
             ]
             lines.append(
-                f'| {task.name} | {part:14} | {runs[0]["parameters"]:10,} '
+                f'| {task.name} | {part:14} | {found[0]["parameters"]:10,} '
                 f'| {task.label} {score} | {relations[0]:>5} | {relations[1]:>5} |'
             )
     return '\n'.join(lines)

@@ -83,8 +83,8 @@ def test_segmentors_with_own_weights_and_a_config_of_ones_own(new_pair, tmp_path
         (
             DETECTORS[0],
             'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-            r'\(9, 32, 40\).*the teacher \[\(1, 32, 40\).*'
-            'Take a teacher with the same levels, strides and number of anchors',
+            r'the student has \[9, 9, .*the teacher \[1, 1, .*'
+            'Take a teacher with the same levels, strides and anchors per location',
         ),
         (
             SEGMENTORS[1],

@@ -1,5 +1,5 @@
 # DeepLabV3+ on all of MobileNetV2, 2.8 M parameters, logits at 1/4.
-_base_ = '../../_base_/study/camvid.py'
+_base_ = '../_base_/camvid.py'
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=_base_.data_preprocessor,

@@ -1,5 +1,5 @@
 # What all usual models of the study on BCCD share: full resolution, for a GPU.
-_base_ = ['../datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
+_base_ = ['./datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
 max_iters = 4000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000)
 val_cfg = dict(type='ValLoop')

@@ -1,7 +1,9 @@
 # What all models of the study on CamVid share: half the resolution, so that one of them
 # trains in minutes on a CPU. The labels are compared at their own size, 480x360.
-_base_ = ['../datasets/camvid.py', 'mmseg::_base_/default_runtime.py']
-custom_imports = dict(imports=['mmdist.backbones'])
+_base_ = [
+    '../../../configs/_base_/datasets/camvid.py',
+    'mmseg::_base_/default_runtime.py',
+]
 scale = (240, 180)
 crop_size = (128, 160)
 train_pipeline = [
@@ -67,6 +69,6 @@ data_preprocessor = dict(
 )
 imagenet = dict(
     type='Pretrained',
-    # a copy on disk does as well: tools/study.py --weights
+    # a copy on disk does as well: python -m study --weights
     checkpoint='https://download.pytorch.org/models/mobilenet_v2-b0353104.pth',
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from copy import deepcopy
@@ -22,10 +21,9 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmdist.registry import MODELS
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / 'tools'))
-import study  # noqa: E402
+from study import __main__ as command
+from study import grid, report, runs
+from tools.runs import read_log
 
 # ---- statistics ------------------------------------------------------------------
 
@@ -34,7 +32,7 @@ import study  # noqa: E402
 def test_paired_interval_is_that_of_students_t(n):
     rng = np.random.default_rng(n)
     ours, theirs = rng.normal(42, 2, n), rng.normal(40, 2, n)
-    result = study.paired(
+    result = report.paired(
         {**dict(enumerate(ours)), 99: 0.0}, {**dict(enumerate(theirs)), 77: 0.0}
     )
     test = scipy.stats.ttest_rel(ours, theirs)
@@ -46,22 +44,22 @@ def test_paired_interval_is_that_of_students_t(n):
 
 
 def test_one_seed_has_no_interval():
-    assert study.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0}) is None
-    assert study.interval(None) == '-'
+    assert report.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0}) is None
+    assert report.interval(None) == '-'
 
 
 def test_spread_is_that_of_a_sample():
     values = [35.3, 36.7, 36.7]
     mean, spread = statistics.mean(values), statistics.stdev(values)
     assert (
-        study.mean_and_spread(dict(enumerate(values))) == f'{mean:.2f} ± {spread:.2f}'
+        report.mean_and_spread(dict(enumerate(values))) == f'{mean:.2f} ± {spread:.2f}'
     )
-    assert study.mean_and_spread({0: 41.0}) == '41.00'
-    assert study.mean_and_spread({}) == '-'
+    assert report.mean_and_spread({0: 41.0}) == '41.00'
+    assert report.mean_and_spread({}) == '-'
 
 
 def row(method: str, teacher: str, seed: int, score: float, **more) -> dict:
-    cell = study.Cell('small', 'camvid', method, teacher, seed)
+    cell = grid.Cell('small', 'camvid', method, teacher, seed)
     return {
         **cell._asdict(), 'score': score, 'parameters': 2e6, 'seconds': 100, **more,
     }  # fmt: skip
@@ -80,8 +78,8 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
         rows.append(row('kl-t4', 'strong', seed, kl[seed], teacher_score=47.5))
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     page = tmp_path / 'results.md'
-    page.write_text(f'# By hand\n\n{study.BEGIN}old\n{study.END}\nmore by hand\n')
-    study.write_up(tmp_path)
+    page.write_text(f'# By hand\n\n{report.BEGIN}old\n{report.END}\nmore by hand\n')
+    report.write_up(tmp_path)
     text = page.read_text()
     assert text.startswith('# By hand\n')
     assert text.endswith('\nmore by hand\n')
@@ -106,7 +104,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     (line,) = (li for li in text.splitlines() if li.startswith('| dist | weak, 47.50'))
     assert line.split('|')[6].strip() != '-'  # both had that one
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
-    study.write_up(tmp_path)
+    report.write_up(tmp_path)
     assert page.read_text() == text
 
 
@@ -116,7 +114,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
 def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
     cells = list(
         dict.fromkeys(
-            study.grid(
+            grid.grid(
                 'small', ['camvid-25'], ['alone', 'dist'], ['strong', 'weak'], [0, 1]
             )
         )
@@ -135,32 +133,32 @@ def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
 
 def test_a_method_that_no_task_has_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"\['camvid'\] have no method of \['kl-bin"):
-        study.main(
+        command.main(
             f'--tasks camvid --methods kl-binary --data-root {tmp_path} '
             f'--out {tmp_path}'.split()
         )
 
 
-@pytest.mark.parametrize('task', study.TASKS)
+@pytest.mark.parametrize('task', grid.TASKS)
 def test_settings_of_a_cell(task, tmp_path):
-    grid = study.Study(tmp_path, tmp_path)
+    study = runs.Study(tmp_path, tmp_path)
     cells = [
-        study.Cell('small', task, 'alone', '', 0),
-        study.Cell('small', task, 'alone', '', 1),
-        *study.grid('small', [task], study.METHODS[1:], study.TEACHERS, [0]),
+        grid.Cell('small', task, 'alone', '', 0),
+        grid.Cell('small', task, 'alone', '', 1),
+        *grid.grid('small', [task], grid.METHODS[1:], grid.TEACHERS, [0]),
     ]
-    marks = {cell: grid.fingerprint(cell) for cell in cells}
-    teachers = len(study.TEACHERS)
-    trained = 2 + teachers + teachers * (len(study.TASKS[task].methods) - 1)
+    marks = {cell: study.fingerprint(cell) for cell in cells}
+    teachers = len(grid.TEACHERS)
+    trained = 2 + teachers + teachers * (len(grid.TASKS[task].methods) - 1)
     assert len(set(marks.values())) == len(marks) == trained
-    assert ('kl-binary' in study.TASKS[task].methods) == ('retinanet' in task)
-    whole = grid.settings(study.Cell('small', task.removesuffix('-25'), *cells[0][2:]))
-    scarce = grid.settings(cells[0])
+    assert ('kl-binary' in grid.TASKS[task].methods) == ('retinanet' in task)
+    whole = study.settings(grid.Cell('small', task.removesuffix('-25'), *cells[0][2:]))
+    scarce = study.settings(cells[0])
     if task.endswith('-25'):
         indices = scarce.train_dataloader.dataset.pop('indices')
-        assert len(indices) == -(-study.TASKS[task].num_images // 4)
+        assert len(indices) == -(-grid.TASKS[task].num_images // 4)
     assert scarce._cfg_dict == whole._cfg_dict
-    teacher = grid.settings(cells[2])
+    teacher = study.settings(cells[2])
     assert cells[2].method == 'teacher'
     assert 'indices' not in teacher.train_dataloader.dataset
 
@@ -169,7 +167,7 @@ def test_settings_of_a_cell(task, tmp_path):
 @pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet', 'bccd-faster-rcnn'])
 def test_student_is_a_quarter_of_its_teachers(task, scale):
     def size(part: str) -> int:
-        cfg = Config.fromfile(study.TASKS[task].config(part, scale))
+        cfg = Config.fromfile(grid.TASKS[task].config(part, scale))
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(deepcopy(cfg.model))
         return sum(p.numel() for p in model.parameters())
@@ -196,12 +194,12 @@ def batch(family: str) -> dict:
 
 @pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet', 'bccd-faster-rcnn'])
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
-    grid = study.Study(tmp_path, tmp_path)
+    study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for method in study.TASKS[task].methods.keys() - {'alone'}:
-        cell = study.Cell('small', task, method, 'strong', 0)
-        cfg = grid.settings(cell)
-        teacher = grid.settings(cell.its_teacher)
+    for method in grid.TASKS[task].methods.keys() - {'alone'}:
+        cell = grid.Cell('small', task, method, 'strong', 0)
+        cfg = study.settings(cell)
+        teacher = study.settings(cell.its_teacher)
         teacher.model.backbone.init_cfg = None
         cfg.model.teacher = dict(config=teacher, checkpoint=None, allow_random=True)
         torch.manual_seed(0)
@@ -242,15 +240,15 @@ def tiny(tmp_path, monkeypatch, seg_config) -> Path:
     folder.mkdir(parents=True)
     for part in ('student', 'teacher-strong', 'teacher-weak'):
         (folder / f'{part}.py').write_text(seg_config)
-    monkeypatch.setattr(study, 'CONFIGS', folder.parent)
-    task = study.Task('tiny', 'mIoU', 'mIoU', 1, study.SEG, 4, True)
-    monkeypatch.setattr(study, 'TASKS', {'tiny': task})
+    monkeypatch.setattr(grid, 'CONFIGS', folder.parent)
+    task = grid.Task('tiny', 'mIoU', 'mIoU', 1, grid.SEG, 4, True)
+    monkeypatch.setitem(grid.TASKS, 'tiny', task)
     monkeypatch.chdir(tmp_path)
     return folder
 
 
 def main(*arguments: str) -> None:
-    study.main(
+    command.main(
         ['--tasks', 'tiny', '--seeds', '0', '--data-root', '.', '--work-dir', 'work',
          '--out', 'out', *arguments]
     )  # fmt: skip
@@ -277,7 +275,7 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     assert '| dist | strong | 1 |' in page
 
     calls = []
-    monkeypatch.setattr(study, 'run', lambda *a: calls.append(a))
+    monkeypatch.setattr(runs, 'run', lambda *a: calls.append(a))
     main('--methods', 'alone', 'dist', '--test')
     assert calls == []
     assert len(Path('out/results.jsonl').read_text().splitlines()) == 3
@@ -303,7 +301,7 @@ def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
         processes.append(popen(*args, **kwargs))
         return processes[-1]
 
-    monkeypatch.setattr(study.subprocess, 'Popen', start)
+    monkeypatch.setattr(subprocess, 'Popen', start)
     folder = Path('work/small/tiny/alone_seed0')
 
     def kill() -> None:
@@ -316,7 +314,7 @@ def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
     with pytest.raises(SystemExit, match='run this again'):
         main('--methods', 'alone')
     thread.join()
-    before = study.read_log(folder)
+    before = read_log(folder)
     assert 0 < before[-1]['step'] < 40
     assert not (folder / 'metrics.json').exists()
 
@@ -333,7 +331,7 @@ def test_cell_without_a_whole_checkpoint_starts_anew(tiny, monkeypatch):
     folder = Path('work/small/tiny/alone_seed0')
     left = []
     monkeypatch.setattr(
-        study, 'run', lambda *a: left.append([p.name for p in folder.glob('*.pth')])
+        runs, 'run', lambda *a: left.append([p.name for p in folder.glob('*.pth')])
     )
     main('--methods', 'alone')
     torch.save(dict(meta={}, message_hub={}, state_dict={}), folder / 'iter_2.pth')

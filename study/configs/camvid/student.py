@@ -1,5 +1,5 @@
 # FCN on the first four of the seven stages, 0.28 M parameters, logits at 1/8.
-_base_ = '../../_base_/study/camvid.py'
+_base_ = '../_base_/camvid.py'
 model = dict(
     type='EncoderDecoder',
     data_preprocessor=_base_.data_preprocessor,

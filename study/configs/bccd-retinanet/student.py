@@ -1,5 +1,5 @@
 # The first four of MobileNetV2's seven stages, 0.3 M parameters in all.
-_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../../_base_/study/bccd.py']
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/bccd.py']
 model = dict(
     backbone=dict(
         _delete_=True,

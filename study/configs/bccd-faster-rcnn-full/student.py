@@ -1,6 +1,6 @@
 _base_ = [
-    'mmdet::_base_/models/retinanet_r50_fpn.py',
-    '../../_base_/study/bccd_full.py',
+    'mmdet::_base_/models/faster-rcnn_r50_fpn.py',
+    '../_base_/bccd_full.py',
 ]
 model = dict(
     backbone=dict(
@@ -8,5 +8,5 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet18'),
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
-    bbox_head=dict(num_classes=3),
+    roi_head=dict(bbox_head=dict(num_classes=3)),
 )

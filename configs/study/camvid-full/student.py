@@ -1,1 +1,0 @@
-_base_ = '../../seg/camvid/pspnet_r18-d8_1xb8-20k_camvid-360x480.py'

@@ -1,0 +1,1 @@
+"""Does a student gain from its teacher? A study on real images."""

@@ -1,0 +1,145 @@
+"""The grid: tasks, methods, and the cells that they make."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIGS = Path(__file__).resolve().parent / 'configs'
+
+
+def kl(kind: str, classes: int, temperature: int, **options) -> dict:
+    """Hinton's loss: mmdet's is a mean over the classes, the weight makes it a sum."""
+    loss = dict(
+        type='mmdet.KnowledgeDistillationKLDivLoss',
+        T=temperature,
+        loss_weight=float(classes),
+    )
+    return dict(kl=dict(type=kind, loss=loss, **options))
+
+
+def methods(
+    kind: str, classes: int, mimic: dict, sigmoid: bool = False, **kl_options
+) -> dict[str, Any]:
+    """What `distill` is for each method; None where there is no teacher.
+
+    Args:
+        kind: Type of the comparison of class logits.
+        classes: Number of columns of a softmax.
+        mimic: Arguments of the comparison of features.
+        sigmoid: Whether the head has a sigmoid per class.
+        kl_options: Arguments of the comparison for KL over the classes.
+    """
+
+    def dist(**options) -> dict:
+        return dict(type=kind, loss=dict(type='mmdist.DISTLoss', **options))
+
+    kl_binary = dict(
+        type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
+    )
+    return {
+        'alone': None,
+        'kl-t1': kl(kind, classes, 1, **kl_options),
+        'kl-t4': kl(kind, classes, 4, **kl_options),
+        **({'kl-binary': dict(kl=kl_binary)} if sigmoid else {}),
+        'dist': dict(dist=dist()),
+        'dist-inter': dict(dist=dist(gamma=0.0)),
+        'dist-intra': dict(dist=dist(beta=0.0)),
+        'dist-mimic': dict(
+            dist=dist(), mimic=dict(type='mmdist.Features', adapt=True, **mimic)
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set and a kind of model: where its configs are and how it is scored."""
+
+    folder: str
+    metric: str  # in the log
+    label: str
+    percent: float  # from the log to percent
+    methods: dict
+    num_images: int  # for training
+    has_test: bool  # images by which nothing was chosen
+
+    def config(self, part: str, scale: str) -> Path:
+        folder = self.folder + ('-full' if scale == 'full' else '')
+        return CONFIGS / folder / f'{part}.py'
+
+
+SEG = methods(
+    'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
+)
+DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
+ROI = methods('mmdist.RoILogits', 4, {})
+TASKS = {
+    'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
+    'bccd-retinanet': Task(
+        'bccd-retinanet', 'coco/bbox_mAP', 'AP', 100, DENSE, 292, False
+    ),
+    'bccd-faster-rcnn': Task(
+        'bccd-faster-rcnn', 'coco/bbox_mAP', 'AP', 100, ROI, 292, False
+    ),
+}
+# Only every fourth training image is labelled for the students; not for the teachers.
+TASKS |= {f'{name}-25': task for name, task in TASKS.items()}
+METHODS = tuple(DENSE)
+TEACHERS = ('strong', 'weak')
+SINGLE = ('teacher', 'alone')  # trained without another model
+
+
+class Cell(NamedTuple):
+    """One training: of a teacher, or of a student by a method from a teacher."""
+
+    scale: str
+    task: str
+    method: str  # 'teacher', or a key of METHODS
+    teacher: str  # '' for a student alone
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """Where it is trained, below the work dir."""
+        name = '_'.join(filter(None, (self.method, self.teacher, f'seed{self.seed}')))
+        return Path(self.scale) / self.task / name
+
+    @property
+    def its_teacher(self) -> Cell:
+        """The students of all seeds and labelled shares have the same."""
+        task = TASKS[self.task].folder
+        return Cell(self.scale, task, 'teacher', self.teacher, 0)
+
+    @property
+    def command(self) -> str:
+        """What trains it, and its teacher first."""
+        teacher = f' --teachers {self.teacher}' if self.teacher else ''
+        scale = f' --scale {self.scale}' if self.scale != 'small' else ''
+        return (
+            f'python -m study --tasks {self.task} --methods {self.method}'
+            f'{teacher} --seeds {self.seed}{scale}'
+        )
+
+
+def grid(
+    scale: str,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    teachers: Sequence[str],
+    seeds: Sequence[int],
+) -> Iterator[Cell]:
+    """Seed by seed, so that what is done when time is up can be compared in pairs."""
+    for task, teacher, seed in itertools.product(tasks, teachers, seeds):
+        for method in methods:
+            if method not in ('teacher', *TASKS[task].methods):
+                continue  # kl-binary, of heads with sigmoids
+            cell = Cell(scale, task, method, teacher, seed)
+            if method == 'alone':
+                yield cell._replace(teacher='')
+            else:
+                yield cell.its_teacher
+                if method != 'teacher':
+                    yield cell

@@ -1,0 +1,192 @@
+"""Cells of the grid: their configs, and how they are trained and tested."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from mmdist.checkpoint import load_checkpoint
+from mmdist.work_dir import last_whole_checkpoint
+from tools import runs
+
+from .grid import SINGLE, TASKS, Cell
+
+WEIGHTS = 'mobilenet_v2-b0353104.pth'
+
+
+def walk(node: Any, change) -> Any:
+    """A copy of nested dicts and lists with every string changed."""
+    if isinstance(node, dict):
+        return type(node)({k: walk(v, change) for k, v in node.items()})
+    if isinstance(node, (list, tuple)):
+        return type(node)(walk(v, change) for v in node)
+    return change(node) if isinstance(node, str) else node
+
+
+@dataclass
+class Study:
+    """Where the data are and where cells are trained."""
+
+    work_dir: Path
+    data_root: Path
+    weights: Path | None = None
+
+    def settings(self, cell: Cell) -> Config:
+        """The config of a cell, before paths of this machine are filled in."""
+        task = TASKS[cell.task]
+        is_teacher = cell.method == 'teacher'
+        part = f'teacher-{cell.teacher}' if is_teacher else 'student'
+        path = task.config(part, cell.scale)
+        if not path.is_file():
+            raise SystemExit(
+                f'There is no {path}: the study has no task {cell.task!r} at --scale '
+                f'{cell.scale}.'
+            )
+        cfg = Config.fromfile(path)
+        cfg.randomness = dict(seed=cell.seed)
+        if is_teacher:
+            return cfg
+        if cell.task.endswith('-25'):
+            # neighbours are alike: every fourth, not the first quarter
+            cfg.train_dataloader.dataset.indices = list(range(0, task.num_images, 4))
+        if cell.method != 'alone':
+            cfg.model = dict(
+                type='mmdist.Distiller',
+                student=cfg.model,
+                teacher=dict(config='', checkpoint=''),
+                distill=deepcopy(task.methods[cell.method]),
+            )
+        return cfg
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Hash of all settings that a result depends on, and its teacher's."""
+        # not pretty_text, which takes seconds
+        text = json.dumps(self.settings(cell)._cfg_dict.to_dict(), sort_keys=True)
+        if cell.method not in SINGLE:
+            text += self.fingerprint(cell.its_teacher)
+        return runs.fingerprint(text)[:16]
+
+    def folder(self, cell: Cell) -> Path:
+        return self.work_dir / cell.folder
+
+    def config(self, cell: Cell) -> Config:
+        """The config of a cell with the paths of this machine; its teacher is done."""
+
+        def fill_in(text: str) -> str:
+            if text.startswith('data/'):
+                return str(self.data_root / text.removeprefix('data/'))
+            if text.endswith(WEIGHTS) and self.weights:
+                return str(self.weights)
+            return text
+
+        cfg = self.settings(cell)
+        cfg = Config(walk(cfg._cfg_dict.to_dict(), fill_in))
+        if 'teacher' in cfg.model:
+            folder = self.folder(cell.its_teacher)
+            checkpoint, _ = last_whole_checkpoint(folder)
+            cfg.model.teacher = dict(
+                config=str(folder / 'config.py'), checkpoint=checkpoint
+            )
+        return cfg
+
+    def finished(self, cell: Cell) -> dict | None:
+        """What came out of a cell, if it is done with these very settings."""
+        return runs.finished(self.folder(cell), self.fingerprint(cell))
+
+    def train(self, cell: Cell, deadline: float) -> dict | None:
+        """Train a cell, or go on with it; None if the time was up before the end."""
+        folder, mark = self.folder(cell), self.fingerprint(cell)
+        note = folder / 'fingerprint'
+        is_new = not note.is_file() or note.read_text() != mark or is_broken(folder)
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.config(cell).dump(folder / 'config.py')
+            note.write_text(mark)
+        log_file = folder / 'train.log'
+        began = time.time()
+        done = run(
+            'train.py',
+            [folder / 'config.py', '--work-dir', folder, '--resume'],
+            log_file,
+            deadline,
+        )
+        with (folder / 'seconds').open('a') as file:
+            file.write(f'{time.time() - began:.0f}\n')
+        if not done:
+            return None
+        result = self.read(cell)
+        if result is None and not is_new:  # it was stopped while it was validated
+            note.unlink()
+            return self.train(cell, deadline)
+        if result is None:
+            raise SystemExit(
+                f'{log_file} ends without the {TASKS[cell.task].metric} of the last '
+                'step. mmdet logs none where nothing at all was detected.'
+            )
+        result['fingerprint'] = mark
+        runs.save_result(folder, result)
+        return result
+
+    def read(self, cell: Cell) -> dict | None:
+        """What a finished run has logged; None without a score of the last step."""
+        task, folder = TASKS[cell.task], self.folder(cell)
+        entries = runs.read_log(folder)
+        curve = {
+            entry['step']: round(task.percent * entry[task.metric], 3)
+            for entry in entries
+            if task.metric in entry
+        }
+        train_cfg = Config.fromfile(folder / 'config.py').train_cfg
+        last = train_cfg.get('max_iters') or train_cfg.get('max_epochs')
+        if last not in curve:
+            return None
+        checkpoint, _ = last_whole_checkpoint(folder)
+        state = load_checkpoint(checkpoint)['state_dict']
+        result = {
+            'score': curve[last],
+            'curve': sorted(curve.items()),
+            'parameters': runs.count_parameters(state),
+            'seconds': sum(map(int, (folder / 'seconds').read_text().split())),
+        }
+        return result | runs.last_correlations(entries)
+
+    def test(self, cell: Cell, deadline: float) -> float | None:
+        """The score of a finished cell on the test images; None if time was up."""
+        task, folder = TASKS[cell.task], self.folder(cell)
+        out = folder / 'test'
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        checkpoint, _ = last_whole_checkpoint(folder)
+        arguments = [folder / 'config.py', checkpoint, '--work-dir', out]
+        if not run('test.py', arguments, out / 'test.log', deadline):
+            return None
+        (file,) = out.glob('*/*.json')
+        return round(task.percent * json.loads(file.read_text())[task.metric], 3)
+
+
+def is_broken(folder: Path) -> bool:
+    """Whether a run was stopped while it wrote its first checkpoint."""
+    try:
+        last_whole_checkpoint(folder)
+    except RuntimeError:
+        return True
+    return False
+
+
+def run(tool: str, arguments: list, log_file: Path, deadline: float) -> bool:
+    """Run a tool in a process of its own; False if it was stopped at the deadline."""
+    with runs.tool(tool, arguments, log_file) as process:
+        try:
+            process.wait(max(0.0, deadline - time.time()))
+        except subprocess.TimeoutExpired:
+            return False
+    return True

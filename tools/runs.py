@@ -1,0 +1,102 @@
+"""A training in a process of its own: how it is started, and what it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+TOOLS = Path(__file__).resolve().parent
+BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
+
+
+def fingerprint(*parts: str) -> str:
+    """Hash of all that a result depends on."""
+    return hashlib.sha256(''.join(parts).encode()).hexdigest()
+
+
+def finished(folder: Path, mark: str) -> dict | None:
+    """The result of a run that is done and has this fingerprint."""
+    file = folder / 'metrics.json'
+    result = json.loads(file.read_text()) if file.is_file() else {}
+    return result if result.get('fingerprint') == mark else None
+
+
+def save_result(folder: Path, result: dict) -> None:
+    """Keep a result, with its ``fingerprint``, for :func:`finished`."""
+    (folder / 'metrics.json').write_text(json.dumps(result))
+
+
+@contextmanager
+def tool(name: str, arguments: list, log_file: Path, **options) -> Iterator:
+    """Run one of the tools; it is ended when the block is left.
+
+    Args:
+        name: File name of the tool.
+        arguments: Its arguments.
+        log_file: What it prints is appended there.
+        options: As for ``subprocess.Popen``.
+
+    Raises:
+        SystemExit: The tool failed; with the end of what it printed.
+    """
+    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
+    with log_file.open('a') as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, **options
+        )
+        stopped = True
+        try:
+            yield process
+            stopped = process.poll() is None
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if process.returncode and not stopped:
+        tail = '\n'.join(log_file.read_text().splitlines()[-15:])
+        raise SystemExit(
+            f'{tail}\n{name} stopped with exit status {process.returncode}; all of its '
+            f'output is in {log_file}. What is finished is kept: run this again.'
+        )
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The scalars that the runs in a work dir have logged, the first run first."""
+    return [
+        json.loads(line)
+        for file in sorted(folder.glob('*/vis_data/scalars.json'))
+        for line in file.read_text().splitlines()
+        if line.endswith('}')
+    ]
+
+
+def last_correlations(entries: list[dict]) -> dict[str, float]:
+    """The correlations with the teacher that were logged last, if any."""
+    return {
+        relation: entry[f'dist_{relation}']
+        for entry in entries
+        for relation in ('inter', 'intra')
+        if f'dist_{relation}' in entry
+    }
+
+
+def count_parameters(state_dict: Mapping[str, Tensor]) -> int:
+    """How many parameters a checkpoint's model has, without those of `distill`."""
+    return sum(
+        value.numel()
+        for key, value in state_dict.items()
+        if not key.startswith('distill.') and not key.endswith(BUFFERS)
+    )
+
+
+def replace_between(page: str, begin: str, end: str, made: str) -> str:
+    """A page with what stands between two marks made anew."""
+    before, _, rest = page.partition(begin)
+    return before + begin + made + end + rest.partition(end)[2]
