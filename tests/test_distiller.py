@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from builders import dataset_batch, distilled_text
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
@@ -13,12 +14,6 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 SIZE = (96, 128)
-DISTILLED = """
-_base_ = './student.py'
-model = dict(
-    _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher=dict(config={config!r}, checkpoint={checkpoint!r}))
-"""
 
 
 @pytest.fixture(params=['det', 'seg'])
@@ -38,7 +33,7 @@ def config(family, request, tmp_path) -> Config:
     torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth')
     path = tmp_path / 'distilled.py'
     path.write_text(
-        DISTILLED.format(config=str(student), checkpoint=str(tmp_path / 'teacher.pth'))
+        distilled_text(config=str(student), checkpoint=str(tmp_path / 'teacher.pth'))
     )
     return Config.fromfile(path)
 
@@ -79,16 +74,6 @@ def build(config: Config, distilled: bool = True) -> nn.Module:
     return model.train()
 
 
-def batch(config: Config) -> dict:
-    """One raw training batch of the config's own data set and pipeline."""
-    from mmengine.dataset import pseudo_collate
-    from mmengine.registry import DATASETS
-
-    dataset = DATASETS.build(copy.deepcopy(config.train_dataloader.dataset))
-    torch.manual_seed(0)
-    return pseudo_collate([dataset[0], dataset[1]])
-
-
 def losses_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
     data = model.data_preprocessor(copy.deepcopy(data), True)
     torch.manual_seed(seed)  # dropout
@@ -111,7 +96,7 @@ def test_it_is_the_student_in_everything_but_its_loss(config):
     model.load_state_dict(plain.state_dict(), strict=True)
     plain.load_state_dict(model.state_dict(), strict=True)
 
-    data = batch(config)
+    data = dataset_batch(config)
     own, distilled = losses_of(plain, data), losses_of(model, data)
     assert set(distilled) - set(own) >= {'loss_dist', 'dist_inter', 'dist_intra'}
     for key in own:
@@ -120,7 +105,7 @@ def test_it_is_the_student_in_everything_but_its_loss(config):
 
 def test_predictions_are_the_students(config):
     plain, model = build(config, distilled=False).eval(), build(config).eval()
-    data = batch(config)
+    data = dataset_batch(config)
     for sample in data['data_samples']:
         sample.set_metainfo(dict(scale_factor=(1.0, 1.0)))
     results = [m.test_step(copy.deepcopy(data)) for m in (plain, model)]
@@ -141,7 +126,7 @@ def test_the_teacher_is_a_guest(config):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.train()
     assert not any(module.training for module in teacher.modules())
-    loss, _ = model.parse_losses(losses_of(model, batch(config)))
+    loss, _ = model.parse_losses(losses_of(model, dataset_batch(config)))
     loss.backward()
     optimizer.step()
     assert all(p.grad is None for p in teacher.parameters())
@@ -150,7 +135,7 @@ def test_the_teacher_is_a_guest(config):
 
 
 def test_the_term_reaches_the_backbone_and_changes_with_the_student(config):
-    model, data = build(config), batch(config)
+    model, data = build(config), dataset_batch(config)
     losses = losses_of(model, data)
     assert 0 < losses['loss_dist'] < 100
     model.zero_grad()
@@ -174,7 +159,7 @@ def test_a_student_like_its_teacher_has_correlation_one(config):
     model = build(config)
     model.load_state_dict(model.teacher.model.state_dict())
     model.eval()  # the teacher's batch norm is in eval too
-    losses = losses_of(model, batch(config))
+    losses = losses_of(model, dataset_batch(config))
     assert losses['dist_inter'].item() == pytest.approx(1, abs=1e-5)
     assert losses['dist_intra'].item() == pytest.approx(1, abs=1e-5)
     assert losses['loss_dist'].item() == pytest.approx(0, abs=1e-4)
@@ -197,7 +182,7 @@ def test_a_copy_for_ema_holds_no_second_teacher(config):
 
 def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):
     """Pickled whole, as `torch.save` and `spawn` do, it holds no second model."""
-    model, data = build(config), batch(config)
+    model, data = build(config), dataset_batch(config)
     expected = losses_of(model, data)['loss_dist']
     torch.save(model, tmp_path / 'model.pt')
     weights = sum(p.nbytes for p in model.state_dict().values())
@@ -244,7 +229,7 @@ def test_weights_of_another_architecture_stop_before_the_first_step(config):
 
 @pytest.mark.parametrize('family', ['det'], indirect=True)  # it has a loss_cls
 def test_an_entry_named_like_a_loss_of_the_student_replaces_nothing(config):
-    plain, data = build(config, distilled=False), batch(config)
+    plain, data = build(config, distilled=False), dataset_batch(config)
     config.model.distill = dict(cls=dict(type='mmdist.DenseLogits'))
     losses = losses_of(build(config), data)
     torch.testing.assert_close(
@@ -270,7 +255,7 @@ def test_names_that_would_corrupt_the_losses_are_refused(config, name):
 def test_kl_and_dist_differ_by_one_line(config, loss):
     kind = 'DenseLogits' if config.default_scope == 'mmdet' else 'SegLogits'
     config.model.distill = dict(kl=dict(type=f'mmdist.{kind}', loss=loss))
-    model, data = build(config), batch(config)
+    model, data = build(config), dataset_batch(config)
     losses = losses_of(model, data)
     assert losses['loss_kl'] > 0
     assert 'kl_inter' not in losses
@@ -280,7 +265,7 @@ def test_kl_and_dist_differ_by_one_line(config, loss):
 
 def test_classes_of_the_runs_data_set_are_matched_by_name(config, monkeypatch):
     """The teacher's classes in another order give what the same order gives."""
-    model, data = build(config).eval(), batch(config)
+    model, data = build(config).eval(), dataset_batch(config)
     names = list(config.train_dataloader.dataset.metainfo.classes)
     MessageHub.get_current_instance().update_info(
         'dataset_meta', dict(classes=tuple(names))
@@ -304,7 +289,7 @@ def test_classes_left_by_another_run_are_not_taken_for_the_students(config):
     MessageHub.get_current_instance().update_info(
         'dataset_meta', dict(classes=('x', 'y', 'z'))
     )
-    losses_of(build(config), batch(config))
+    losses_of(build(config), dataset_batch(config))
 
 
 def test_classes_that_do_not_match_stop_the_first_step(config):
@@ -313,7 +298,7 @@ def test_classes_that_do_not_match_stop_the_first_step(config):
         'dataset_meta', dict(classes=('x', 'y', 'z'))
     )
     with pytest.raises(ValueError, match='cannot be matched by name'):
-        losses_of(model, batch(config))
+        losses_of(model, dataset_batch(config))
 
 
 @pytest.mark.parametrize(
@@ -321,7 +306,7 @@ def test_classes_that_do_not_match_stop_the_first_step(config):
     [(dict(dtype='bf16'), 0.02), (dict(channels_last=True), 1e-4)],
 )
 def test_options_of_the_teacher_change_little(config, options, tolerance):
-    data = batch(config)
+    data = dataset_batch(config)
     expected = losses_of(build(config), data)
     config.model.teacher.update(options)
     model = build(config)

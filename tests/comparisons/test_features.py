@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmdet.structures import DetDataSample
+from builders import distilled_text
+from det_zoo import batch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
-from mmengine.structures import InstanceData
 from torch import nn
 
 from mmdist.registry import MODELS
@@ -56,25 +56,12 @@ def build(student: Config, teacher: Config | None, init: bool = True, **distill)
     return model.train()
 
 
-def batch(model, sizes=((96, 128), (96, 100))) -> dict:
-    rng = torch.Generator().manual_seed(0)
-    inputs, data_samples = [], []
-    for height, width in sizes:
-        inputs.append(torch.randint(0, 256, (3, height, width), generator=rng).byte())
-        sample = DetDataSample(
-            metainfo=dict(img_shape=(height, width), scale_factor=(1, 1))
-        )
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor([[10.0, 12.0, 60.0, 70.0]]), labels=torch.tensor([1])
-        )
-        data_samples.append(sample)
-    data = dict(inputs=inputs, data_samples=data_samples)
-    return model.data_preprocessor(data, training=True)
+SIZES = ((96, 128), (96, 100))  # the second is padded
 
 
 def step(model, path: str = 'neck') -> tuple[dict, list]:
     """One loss pass; its losses, and the maps of both sides in float64."""
-    data = batch(model)
+    data = batch(model, SIZES)
     maps = []
     handle = model.get_submodule(path).register_forward_hook(
         lambda *args: maps.append(args[-1])
@@ -185,7 +172,7 @@ def test_comparisons_share_the_teachers_backbone(student, teacher):
         model.teacher.model.get_submodule(name).register_forward_pre_hook(
             lambda *_, name=name: calls.append(name)
         )
-    losses = model(**batch(model), mode='loss')
+    losses = model(**batch(model, SIZES), mode='loss')
     assert calls == ['backbone', 'neck']
     assert {'loss_mimic', 'loss_stages', 'loss_tower', 'loss_dist'} <= losses.keys()
     assert 'extract_feat' not in vars(model.teacher.model)
@@ -223,7 +210,7 @@ def test_mse_is_computed_in_fp32_under_autocast(student, teacher):
         lambda _, args: seen.extend(x.dtype for x in args)
     )
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        losses = model(**batch(model), mode='loss')
+        losses = model(**batch(model, SIZES), mode='loss')
     assert set(seen) == {torch.float32} and len(seen) == 10
     assert losses['loss_mimic'].dtype == torch.float32
 
@@ -261,12 +248,7 @@ def test_half_a_set_of_adapters_is_no_plain_student(student, teacher):
         model.load_state_dict(state, strict=True)
 
 
-DISTILLED = """
-_base_ = './student.py'
-model = dict(
-    _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher=dict(config='teacher.py', allow_random=True),
-    distill=dict(mimic=dict(type='mmdist.Features')))
+ONE_EPOCH = """
 train_cfg = dict(max_epochs=1, val_interval=10)
 work_dir = 'work'
 """
@@ -278,7 +260,9 @@ def distilled(student, teacher, tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     teacher.dump('teacher.py')
     path = tmp_path / 'distilled.py'
-    path.write_text(DISTILLED)
+    distill = "dict(mimic=dict(type='mmdist.Features'))"
+    text = distilled_text(ONE_EPOCH, distill, config='teacher.py', allow_random=True)
+    path.write_text(text)
     return path
 
 
@@ -352,7 +336,7 @@ def test_others_when_the_teacher_is_loaded(student, teacher, options, error, mes
 def test_channels_that_differ_are_named(student, teacher):
     model = build(student, teacher, mimic=FEATURES | dict(adapt=False))
     with pytest.raises(ValueError, match=r'map 0 .*16 channels.*24'):
-        model(**batch(model), mode='loss')
+        model(**batch(model, SIZES), mode='loss')
 
 
 def test_tokens_are_no_maps():

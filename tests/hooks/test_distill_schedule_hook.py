@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from builders import distilled_text
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -56,9 +57,7 @@ def test_the_runner_follows_the_schedule(
 ):
     (tmp_path / 'student.py').write_text(det_config)
     (tmp_path / 'distilled.py').write_text(
-        "_base_ = './student.py'\n"
-        "model = dict(_delete_=True, type='mmdist.Distiller', student=_base_.model,\n"
-        "    teacher=dict(config='student.py', allow_random=True))\n"
+        distilled_text(config='student.py', allow_random=True)
     )
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile('distilled.py')

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from builders import distilled_text
 from mmengine.config import Config
 from watch import WatchHook
 
-DISTILLED = """
-_base_ = './student.py'
-model = dict(
-    _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher=dict(config={student!r}, allow_random=True))
+WATCHED = """
 custom_hooks = [dict(type='WatchHook')]
 val_dataloader = None
 val_cfg = None
@@ -30,7 +27,9 @@ def make_config(det_config, seg_config, tmp_path_factory):
         student = folder / family / 'student.py'
         student.write_text(text)
         paths[family] = folder / family / 'distilled.py'
-        paths[family].write_text(DISTILLED.format(student=str(student)))
+        paths[family].write_text(
+            distilled_text(WATCHED, config=str(student), allow_random=True)
+        )
 
     def make(family: str, work_dir, **options) -> Config:
         cfg = Config.fromfile(paths[family])

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import dataset_batch
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from watch import WatchHook, in_processes
 
@@ -31,12 +31,6 @@ def build(cfg: Config):
     model = MODELS.build(cfg.model)
     model.init_weights()
     return model.train()
-
-
-def batch(cfg: Config, size: int = 2) -> dict:
-    init_default_scope(cfg.default_scope)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    return pseudo_collate([dataset[i] for i in range(size)])
 
 
 def losses_of(model, data: dict) -> dict:
@@ -106,7 +100,7 @@ def test_a_teacher_with_nan_in_its_weights(make_config, tmp_path, family):
 def test_nan_is_not_hidden(make_config, tmp_path, family, whose):
     """Whatever the losses mask and clamp."""
     cfg = make_config(family, tmp_path)
-    model, data = build(cfg), batch(cfg)
+    model, data = build(cfg), dataset_batch(cfg)
     if whose == 'images':
         data['inputs'] = [x.float() for x in data['inputs']]
         data['inputs'][0][0, 50, 60] = float('nan')
@@ -140,7 +134,7 @@ def test_the_hook_of_mmdet_stops_at_nan(make_config, tmp_path):
 def test_images_without_ground_truth(make_config, tmp_path, family):
     """A detector learns from its teacher there; void pixels are left out."""
     cfg = make_config(family, tmp_path)
-    data = batch(cfg)
+    data = dataset_batch(cfg)
     for sample in data['data_samples']:
         if family == 'det':
             sample.gt_instances = sample.gt_instances[:0]
@@ -158,7 +152,7 @@ def test_images_smaller_than_the_stride(make_config, tmp_path, family):
     cfg.train_dataloader.dataset.pipeline.insert(
         2, dict(type='Resize', scale=(5, 7), keep_ratio=False)
     )
-    data = batch(cfg)
+    data = dataset_batch(cfg)
     assert data['inputs'][0].shape[-2:] == (7, 5)
     assert_trains(build(cfg), data)
 
@@ -169,7 +163,7 @@ def test_a_batch_of_one_with_batch_norm(make_config, tmp_path):
     The teacher is in eval, and a student without such a layer trains.
     """
     cfg = make_config('seg', tmp_path)
-    data = batch(cfg, size=1)
+    data = dataset_batch(cfg, size=1)
     for config in (cfg.model, cfg.model.student):
         init_default_scope('mmseg')
         model = MODELS.build(config).train()
@@ -180,7 +174,7 @@ def test_a_batch_of_one_with_batch_norm(make_config, tmp_path):
     student.decode_head.pop('pool_scales')
     assert_trains(build(cfg), dict(data))
     det = make_config('det', tmp_path)
-    assert_trains(build(det), batch(det, size=1))
+    assert_trains(build(det), dataset_batch(det, size=1))
 
 
 # ---- files ---------------------------------------------------------------------------

@@ -11,18 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import distilled_text
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'export_student.py'
-DISTILLED = """
-_base_ = './student.py'
-model = dict(
-    _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher=dict(config='student.py', allow_random=True),
-    distill=dict(mimic=dict(type='mmdist.Features', adapt=True)))
+DISTILL = "dict(mimic=dict(type='mmdist.Features', adapt=True))"
+WITH_EMA = """
 custom_hooks = [dict(type='EMAHook', momentum=0.5)]
 train_cfg = dict(max_epochs=1, val_interval=10)
 work_dir = 'work'
@@ -34,7 +31,9 @@ def trained(tmp_path_factory, det_config) -> Path:
     """A student's config, and a checkpoint of it that was distilled with EMA."""
     root = tmp_path_factory.mktemp('export')
     (root / 'student.py').write_text(det_config)
-    (root / 'distilled.py').write_text(DISTILLED)
+    (root / 'distilled.py').write_text(
+        distilled_text(WITH_EMA, DISTILL, config='student.py', allow_random=True)
+    )
     before = os.getcwd()
     os.chdir(root)
     try:

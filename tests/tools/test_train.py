@@ -13,6 +13,7 @@ import mmengine
 import mmseg
 import pytest
 import torch
+from builders import distilled_text
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -22,12 +23,6 @@ TOOLS = dict(
     det=Path(mmdet.__file__).parent / '.mim' / 'tools',
     seg=Path(mmseg.__file__).parent / '.mim' / 'tools',
 )
-DISTILLED = """
-_base_ = './student.py'
-model = dict(
-    _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher=dict(config='student.py', checkpoint='teacher.pth'))
-"""
 
 
 def run(script: Path, *args, cwd: Path, ok: bool = True) -> str:
@@ -53,7 +48,9 @@ def folder(family, tmp_path_factory, request) -> Path:
     """A folder with a student, its config for distillation, and a teacher's weights."""
     folder = tmp_path_factory.mktemp(family)
     (folder / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
-    (folder / 'distilled.py').write_text(DISTILLED)
+    (folder / 'distilled.py').write_text(
+        distilled_text(config='student.py', checkpoint='teacher.pth')
+    )
     run(TOOLS['ours'] / 'train.py', 'student.py', cwd=folder)
     last = (folder / 'work_dirs' / 'student' / 'last_checkpoint').read_text()
     os.link(last, folder / 'teacher.pth')

@@ -1,0 +1,34 @@
+"""Distilled configs and batches, as many tests need them."""
+
+from __future__ import annotations
+
+import copy
+
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, DefaultScope
+
+
+def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
+    """Text of a config that distils the one of `student.py` beside it.
+
+    Args:
+        more: Lines after the model.
+        distill: What is compared; empty takes the default.
+        teacher: Arguments of the teacher.
+    """
+    return f"""
+_base_ = './student.py'
+model = dict(
+    _delete_=True, type='mmdist.Distiller', student=_base_.model,
+    teacher={teacher!r},
+    distill={distill or None})
+{more}
+"""
+
+
+def dataset_batch(config: Config, size: int = 2) -> dict:
+    """A raw training batch of the config's own data set and pipeline."""
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        dataset = DATASETS.build(copy.deepcopy(config.train_dataloader.dataset))
+        return pseudo_collate([dataset[i] for i in range(size)])
