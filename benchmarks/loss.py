@@ -16,7 +16,6 @@ from torch import Tensor
 from benchmarks import textbook
 from benchmarks.measure import interleaved, peak_memory, table, verdict
 from mmdist import DISTLoss
-from mmdist.losses import dist_loss
 
 # What is compared in training: RetinaNet's P3 with joint anchors, Cityscapes and
 # ADE20K logits, proposals of Faster R-CNN
@@ -53,17 +52,9 @@ def step(loss: Callable, student: Tensor, teacher: Tensor) -> None:
     student.grad = None
 
 
-def plain(activation: str) -> Callable:
-    """DISTLoss without its fast paths."""
-
-    def loss(student: Tensor, teacher: Tensor) -> Tensor:
-        choose_path = dist_loss.choose_path
-        dist_loss.choose_path = lambda *_: dist_loss.correlations
-        try:
-            return DISTLoss(activation=activation)(student, teacher)
-        finally:
-            dist_loss.choose_path = choose_path
-
+def dist(activation: str, path: str = 'auto', eps: float = 0.0) -> DISTLoss:
+    loss = DISTLoss(activation=activation, eps=eps)
+    loss.path = path
     return loss
 
 
@@ -71,7 +62,7 @@ def step_of(name: str, shape: str, activation: str) -> Callable[[], None]:
     """A step, from words."""
     losses = {
         'textbook': functools.partial(textbook.dist_loss, activation=activation),
-        'fast': DISTLoss(activation=activation),
+        'fast': dist(activation),
     }
     return functools.partial(step, losses[name], *pair(ast.literal_eval(shape)))
 
@@ -102,7 +93,7 @@ def check_same(activation: str, device: str = 'cpu') -> None:
     grads = []
     for loss in (
         functools.partial(textbook.dist_loss, activation=activation),
-        DISTLoss(activation=activation),
+        dist(activation, eps=1e-8),
     ):
         student, teacher = pair((2, 19, 16, 32), device, torch.float64)
         value = loss(student, teacher)
@@ -121,8 +112,8 @@ def speed(seconds: float, device: str = 'cpu') -> str:
         out = torch.empty_like(student, requires_grad=False)
         losses = {
             'textbook': functools.partial(textbook.dist_loss, activation=activation),
-            'plain': plain(activation),
-            'fast': DISTLoss(activation=activation),
+            'plain': dist(activation, 'plain'),
+            'fast': dist(activation),
         }
         steps = {
             k: functools.partial(step, v, student, teacher) for k, v in losses.items()
@@ -195,7 +186,7 @@ def growth(seconds: float, plot: Path | None) -> str:
         points[name] = []
         for x, shape in shapes:
             student, teacher = pair(shape)
-            run = functools.partial(step, DISTLoss(), student, teacher)
+            run = functools.partial(step, dist('softmax'), student, teacher)
             time = interleaved({'fast': run}, seconds)['fast']
             peak = peak_of('fast', shape, 'softmax')
             points[name].append((x, time, peak))

@@ -26,16 +26,16 @@ def dist_loss(
     """Equations 7 to 10 for logits of shape (rows, classes) or (N, classes, *spatial).
 
     Args:
-        student (Tensor): Logits.
-        teacher (Tensor): Logits of the same shape.
-        activation (str): ``'softmax'`` or ``'sigmoid'``.
-        beta (float): Weight of the inter-class term.
-        gamma (float): Weight of the intra-class term.
-        tau (float): Temperature; its square multiplies the loss.
-        eps (float): Added to the product of the norms.
+        student: Logits.
+        teacher: Logits of the same shape.
+        activation: ``'softmax'`` or ``'sigmoid'``.
+        beta: Weight of the inter-class term.
+        gamma: Weight of the intra-class term.
+        tau: Temperature; its square multiplies the loss.
+        eps: Added to the product of the norms; this is that of the published code.
 
     Returns:
-        Tensor: A 0-dim tensor.
+        A 0-dim tensor.
     """
     student, teacher = (
         z.movedim(1, -1).reshape(-1, z.shape[1]) / tau for z in (student, teacher)

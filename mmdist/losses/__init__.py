@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from .binary_kl_div_loss import BinaryKLDivLoss
+from .correlations import as_rows
 from .dist_loss import DISTLoss
 
-__all__ = ['BinaryKLDivLoss', 'DISTLoss']
+__all__ = ['BinaryKLDivLoss', 'DISTLoss', 'as_rows']

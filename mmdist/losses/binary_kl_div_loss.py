@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .correlations.plain import check_teacher, compute_dtype
+from .correlations.common import check_teacher, compute_dtype
 
 
 @MODELS.register_module()
@@ -28,9 +28,9 @@ class BinaryKLDivLoss(nn.Module):
     are distilled by one sigmoid per class.
 
     Args:
-        tau (float): Temperature that divides the logits.
-        loss_weight (float): Weight of the loss. The mean is over all rows, of which few
-            hold an object in a dense detector: it wants a large weight.
+        tau: Temperature that divides the logits.
+        loss_weight: Weight of the loss. The mean is over all rows, of which few hold an
+            object in a dense detector: it wants a large weight.
 
     Raises:
         ValueError: ``tau`` is not positive.
@@ -49,11 +49,11 @@ class BinaryKLDivLoss(nn.Module):
         """Compute the loss, in fp32 (float64 logits in float64).
 
         Args:
-            student_logits (Tensor): Shape (rows, classes).
-            teacher_logits (Tensor): The same shape; they get no gradient.
+            student_logits: Shape (rows, classes).
+            teacher_logits: The same shape; they get no gradient.
 
         Returns:
-            Tensor: A 0-dim tensor.
+            A 0-dim tensor.
 
         Raises:
             ValueError: The teacher's logits hold NaN or inf.

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .correlations import cpu as fused
-from .correlations.plain import (
-    check_teacher,
-    compute_dtype,
-    inter_class_correlation,
-    intra_class_correlation,
-    sum_over_processes,
-)
-
-ACTIVATIONS = {
-    'softmax': lambda logits: logits.softmax(dim=1),
-    'sigmoid': torch.sigmoid,
-    'identity': lambda logits: logits,
-}
+from .correlations import Settings, correlations
+from .correlations.common import compute_dtype, sum_over_processes
+from .correlations.plain import ACTIVATIONS
 
 
 @MODELS.register_module()
@@ -47,43 +32,64 @@ class DISTLoss(nn.Module):
             (\beta \cdot \text{inter} + \gamma \cdot \text{intra})
 
     where :math:`\rho` is Pearson's correlation. A row is one instance: a pixel,
-    an anchor location, a proposal or a query. A row or class whose scores are
-    constant has no relation: its correlation is 0 and gives no gradient.
+    an anchor location, a proposal or a query.
 
-    A correlation does not see how large the scores are, so the smaller the
-    student's logits, the larger the gradient by them: in the first steps of a
-    head that starts from scratch it outweighs the student's own losses by far.
-    Where that holds a short training back, ``mmdist.DistillScheduleHook`` ramps
-    the loss in.
+    **Scale.** A correlation is scale-invariant: the same logits give a loss of 0
+    however small their probabilities are, and smaller logits of the student get larger
+    gradients. In the first steps of a head that starts from scratch these outweigh the
+    student's own losses by far. Where that holds a short training back,
+    ``mmdist.DistillScheduleHook`` ramps the loss in. The published code adds
+    ``eps=1e-8`` to the product of the norms, which is larger than this product for the
+    scores of a head that was just initialised: a RetinaNet and its copy then correlate
+    at 0.5. In a trained model it changes little (of a correlation, 1e-4 or less), but
+    for classes whose probabilities are below about 1e-6 in all rows: with it they have
+    a correlation of 0, without it they are compared like any other.
 
-    The loss is computed in fp32 (float64 logits in float64), also under
-    autocast. The teacher's logits get no gradient.
+    **Constant scores.** A row or class whose scores are constant has no relation: its
+    correlation is 0 and gives no gradient. Constant are scores whose spread is at most
+    1e-6 of their mean, which is what rounding leaves in fp32, or 1e-18. Of
+    probabilities near 1 the distance to 1 counts instead of the mean: a row that is
+    saturated as a whole, all its sigmoids near 0 or all near 1, has the same relation
+    in either case, while its logits are within 27 of 0.
+
+    The loss is computed in fp32 (float64 logits in float64, and on the fast paths all
+    scores of which fp32 would keep too few digits), also under autocast. The teacher's
+    logits get no gradient.
 
     Args:
-        beta (float): Weight of the inter-class term. 0 leaves it out.
-        gamma (float): Weight of the intra-class term. 0 leaves it out.
-        tau (float): Temperature that divides the logits.
-        activation (str): How logits become probabilities: ``'softmax'`` over
-            the classes, ``'sigmoid'``, or ``'identity'`` for scores that are to
-            be compared as they are.
-        scale_by_tau (bool): Multiply by ``tau ** 2``, as the published code does
-            and the paper does not.
-        loss_weight (float): Weight of the loss.
-        sync (bool): Correlate over the rows of all processes, not only over
-            those of this one; the gradient is right for DDP, which averages
-            over processes. Every process must call the loss equally often, if
-            need be with no rows. Without ``torch.distributed`` it changes
-            nothing.
-        eps (float): Added to the product of the norms in a correlation.
+        beta: Weight of the inter-class term. 0 leaves it out.
+        gamma: Weight of the intra-class term. 0 leaves it out.
+        tau: Temperature that divides the logits.
+        activation: How logits become probabilities: ``'softmax'`` over the classes,
+            ``'sigmoid'``, or ``'identity'`` for scores that are to be compared as they
+            are.
+        scale_by_tau: Multiply by ``tau ** 2``, as the published code does and the paper
+            does not.
+        loss_weight: Weight of the loss.
+        sync: Correlate over the rows of all processes, not only over those of this one;
+            the gradient is right for DDP, which averages over processes. Every process
+            must call the loss equally often, if need be with no rows. Without
+            ``torch.distributed`` it changes nothing.
+        eps: Added to the product of the norms in a correlation; 1e-8 in the published
+            code, see above.
 
     Attributes:
-        inter_corr (Tensor): Mean inter-class correlation of the last call, a
-            detached 0-dim tensor on the device of the logits.
-        intra_corr (Tensor): The same for the intra-class correlation. Both are
-            0 where no row counted, and are known for a term of weight 0 too.
+        inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
+            tensor on the device of the logits.
+        intra_corr: The same for the intra-class correlation. Both are 0 where no row
+            counted, and are known for a term of weight 0 too.
+        path: How the correlations are computed, see
+            :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
 
     Raises:
         ValueError: ``activation`` is unknown or ``tau`` is not positive.
+
+    Example:
+        >>> loss = DISTLoss(activation='sigmoid')
+        >>> student = torch.randn(2, 80, 32, 32, requires_grad=True)
+        >>> teacher = torch.randn(2, 80, 32, 32)
+        >>> loss(student, teacher).backward()
+        >>> inter, intra = loss.inter_corr, loss.intra_corr
     """
 
     def __init__(
@@ -95,7 +101,7 @@ class DISTLoss(nn.Module):
         scale_by_tau: bool = True,
         loss_weight: float = 1.0,
         sync: bool = False,
-        eps: float = 1e-8,
+        eps: float = 0.0,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -115,12 +121,13 @@ class DISTLoss(nn.Module):
         self.eps = eps
         self.inter_corr: Tensor | None = None
         self.intra_corr: Tensor | None = None
+        self.path = 'auto'
 
     def extra_repr(self) -> str:
         return (
             f'beta={self.beta}, gamma={self.gamma}, tau={self.tau}, '
             f'activation={self.activation!r}, scale_by_tau={self.scale_by_tau}, '
-            f'loss_weight={self.loss_weight}, sync={self.sync}'
+            f'loss_weight={self.loss_weight}, sync={self.sync}, eps={self.eps}'
         )
 
     def forward(
@@ -132,16 +139,15 @@ class DISTLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            student_logits (Tensor): Floating point, shape (rows, classes) or
+            student_logits: Floating point, shape (rows, classes) or
                 (N, classes, *spatial); in the latter every position is a row.
-            teacher_logits (Tensor): The same shape.
-            mask (Tensor, optional): Bool, True where a row counts, shape
-                (rows,) or (N, *spatial). Other rows change nothing, whatever
-                they hold.
+            teacher_logits: The same shape.
+            mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). Other
+                rows change nothing, whatever they hold. ``None`` where all count.
 
         Returns:
-            Tensor: A 0-dim tensor in fp32 (float64 for float64 logits); 0 with
-                gradient 0 where no row counts.
+            A 0-dim tensor in fp32 (float64 for float64 logits); 0 with gradient 0 where
+            no row counts.
 
         Raises:
             TypeError: Logits are not floating point or the mask is not bool.
@@ -152,15 +158,9 @@ class DISTLoss(nn.Module):
         check_inputs(student_logits, teacher_logits, mask)
         group = process_group() if self.sync else None
         with torch.autocast(student_logits.device.type, enabled=False):
-            path = choose_path(student_logits, teacher_logits, self.activation)
-            inter_corr, intra_corr = path(
-                student_logits,
-                teacher_logits,
-                mask,
-                self.activation,
-                self.tau,
-                self.eps,
-                group,
+            settings = Settings(self.activation, self.tau, self.eps, group)
+            inter_corr, intra_corr = correlations(
+                student_logits, teacher_logits, mask, settings, self.path
             )
             dtype = compute_dtype(student_logits, teacher_logits)
             self.inter_corr = inter_corr.detach().to(dtype)
@@ -173,97 +173,6 @@ class DISTLoss(nn.Module):
             terms = [term for term in terms if term[0] != 0] or terms
             losses = [weight * scale * (1 - corr) for weight, corr in terms]
             return sum(losses[1:], losses[0]).to(dtype)
-
-
-def choose_path(student: Tensor, teacher: Tensor, activation: str) -> Callable:
-    """How the correlations are computed: the fast way of the device, if it has one."""
-    if student.numel() > 0 and not torch.compiler.is_compiling():
-        devices = {student.device, teacher.device}
-        if all(device.type == 'cpu' for device in devices):
-            return fused.correlations
-        # not fake tensors and other subclasses, into which a kernel cannot look
-        plain = {type(student), type(teacher)} <= {Tensor, nn.Parameter}
-        if plain and len(devices) == 1 and student.is_cuda:
-            return gpu_path(student.device, student.dtype, teacher.dtype, activation)
-    return correlations
-
-
-@functools.cache
-def gpu_path(
-    device: torch.device,
-    student_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-    activation: str,
-) -> Callable:
-    """The kernels, if this machine has Triton and they compile and compute the same.
-
-    That is asked once, on a few logits: what cannot be seen where the kernels were
-    written is the card, the driver and the compiler on which they run.
-    """
-    try:
-        from .correlations import gpu as fused_gpu
-
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn((2, 2, 37, 100), generator=generator)
-        logits[..., 64:] *= 0.01  # nearly constant
-        mask = (torch.rand((2, 100), generator=generator) < 0.8).to(device)
-        student = logits[0].to(device, student_dtype).requires_grad_()
-        teacher = logits.sum(0).to(device, teacher_dtype)
-        results = []
-        with torch.enable_grad():
-            for path in (fused_gpu.correlations, correlations):
-                corr = path(student, teacher, mask, activation, 1.0, 1e-8, None)
-                grad = torch.autograd.grad(sum(corr), student)[0].double()
-                results.append((torch.stack(corr).detach(), grad / grad.norm()))
-        errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
-        # the gradient as a whole: in half precision any of its elements may round
-        # the other way
-        if errors[0] < 1e-4 and errors[1] < 1e-2:
-            return fused_gpu.correlations
-        level, reason = logging.WARNING, f'compute something else here: off by {errors}'
-    except Exception as error:  # anything that a compiler may say
-        level, reason = logging.INFO, f'do not run: {str(error).strip()[:200]}'
-    print_log(
-        f'DISTLoss takes the slower way, since its Triton kernels {reason}',
-        logger='current',
-        level=level,
-    )
-    return correlations
-
-
-def correlations(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    activation: str,
-    tau: float,
-    eps: float,
-    group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor]:
-    """The plain path: what ``fused.correlations`` computes, as the paper writes it."""
-    student, teacher = as_rows(student), as_rows(teacher.detach())
-    dtype = compute_dtype(student, teacher)
-    weight = None
-    if mask is not None:
-        weight = mask.reshape(-1).to(dtype)
-        # before any arithmetic: 0 * nan is nan, in the gradient as well
-        out = mask.logical_not().reshape(-1, 1)
-        student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
-    check_teacher(teacher)
-    student, teacher = (
-        ACTIVATIONS[activation](logits.to(dtype) / tau) for logits in (student, teacher)
-    )
-    return (
-        inter_class_correlation(student, teacher, weight, group, eps),
-        intra_class_correlation(student, teacher, weight, group, eps),
-    )
-
-
-def as_rows(logits: Tensor) -> Tensor:
-    """Reshape (N, classes, *spatial) to (N * prod(spatial), classes)."""
-    if logits.ndim == 2:
-        return logits
-    return logits.movedim(1, -1).flatten(0, -2)
 
 
 def any_row(

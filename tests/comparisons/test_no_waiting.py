@@ -7,7 +7,6 @@ of the student's own step and of the teacher's own layers are the libraries'.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import segmentors
@@ -16,9 +15,9 @@ from det_zoo import batch, build_pair
 from mmengine.registry import init_default_scope
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdist.losses import dist_loss
-from mmdist.losses.correlations import gpu as fused_gpu
-from mmdist.teachers.classes import ClassMatch
+from mmdist.losses import DISTLoss
+from mmdist.losses.correlations import Settings, gpu, plain
+from mmdist.teachers.classes import ClassMatch, match_classes
 
 READS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
 
@@ -40,15 +39,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu(model, monkeypatch):
     """The loss takes another path there, which waits for nothing: the kernels below,
     or the plain path, which stands in for them here since they take long on a CPU.
     """
-    with monkeypatch.context() as patch:
-        patch.setattr(dist_loss, 'choose_path', lambda *_: dist_loss.correlations)
-        patch.setattr(dist_loss, 'check_teacher', lambda logits: None)
-        yield
+    for loss in model.distill.modules():
+        if isinstance(loss, DISTLoss):
+            loss.path = 'plain'
+    monkeypatch.setattr(plain, 'check_teacher', lambda logits: None)
 
 
 def deeplabv3():
@@ -98,6 +96,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
             lambda module, args, output: rois.append(args[1])
         )
     model(**data, mode='loss')  # the first step loads the teacher
+    as_on_a_gpu(model, monkeypatch)
     backwards = list(range(num_classes))[::-1]
     model.class_match = ClassMatch(None, backwards, num_classes, num_classes)
     counts = []
@@ -105,7 +104,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
         model.distill_factor = factor
         for _ in range(2):  # the first may fill caches
             torch.manual_seed(0)
-            with as_on_a_gpu(monkeypatch), Waits() as waits:
+            with Waits() as waits:
                 losses = model(**data, mode='loss')
         assert ('dist_inter' in losses) == bool(factor)
         counts.append(waits.counts)
@@ -115,16 +114,25 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
     assert distilled - alone - waits.counts == Counter()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='losses/test_fused_gpu.py does')
+def test_classes_that_one_side_lacks_are_left_out_without_waiting():
+    match = match_classes(['b'], ['a', 'b'])
+    for _ in range(2):  # the first copies which columns to take
+        with Waits() as waits:
+            match.select(torch.rand(4, 2), torch.rand(4, 3))
+            match.mostly_known(torch.rand(4, 2))
+    assert waits.counts == Counter()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason='losses/test_correlations_gpu.py does'
+)
 def test_the_kernels_of_the_loss_do_not_wait(monkeypatch):
-    monkeypatch.setattr(fused_gpu, 'raise_for_teacher', lambda finite: None)
+    monkeypatch.setattr(gpu, 'raise_for_teacher', lambda finite: None)
     student, teacher = torch.randn(2, 2, 5, 6, 7).unbind()
     student.requires_grad_()
     mask = torch.rand(2, 6, 7) < 0.5
     with Waits() as waits:
-        inter, intra = fused_gpu.correlations(
-            student, teacher, mask, 'softmax', 1.0, 1e-8, None
-        )
+        inter, intra = gpu.correlations(student, teacher, mask, Settings())
         (inter + intra).backward()
     assert waits.counts == Counter()
 

@@ -1,22 +1,30 @@
-"""The ways in which DISTLoss is computed, to be put in place of its `choose_path`."""
+"""The ways in which DISTLoss is computed."""
 
 from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 
-from mmdist.losses import dist_loss
-from mmdist.losses.correlations import gpu as fused_gpu
+from mmdist.losses.correlations import Path, cpu
 
 INTERPRETED = not torch.cuda.is_available()  # see conftest.py
+PATHS = [
+    'plain',
+    'cpu',
+    'cpu in many tiles',
+    pytest.param(
+        'gpu',
+        marks=pytest.mark.skipif(
+            not INTERPRETED, reason='the kernels are compiled, these logits on a CPU'
+        ),
+    ),
+]
 
 
-def plain(student, teacher, activation):
-    return dist_loss.correlations
-
-
-def kernels(student, teacher, activation):
-    """Those for a GPU; where there is none, Triton interprets them."""
-    if not (INTERPRETED or student.is_cuda):
-        pytest.skip('the kernels are compiled here, and these logits are on a CPU')
-    return fused_gpu.correlations if student.numel() else dist_loss.correlations
+def of(name: str, tile_size: int = 40) -> Path:
+    """What ``DISTLoss.path`` takes."""
+    if name == 'cpu in many tiles':
+        return functools.partial(cpu.correlations, tile_size=tile_size)
+    return name

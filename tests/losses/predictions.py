@@ -44,6 +44,8 @@ NAMES = [
     'classes that never occur at all',
     'background',
 ]
+# of which fp32 leaves no digits after centring
+FLAT = ['more nearly uniform', 'the same in every row']
 
 
 def run(loss, student, teacher, *args):
@@ -55,4 +57,5 @@ def run(loss, student, teacher, *args):
 
 def assert_close(ours, oracle, value_tol=1e-5, grad_tol=1e-4):
     assert ((ours[0] - oracle[0]) / oracle[0]).abs() < value_tol
-    assert (ours[1] - oracle[1]).norm() < grad_tol * oracle[1].norm()
+    # of saturated scores the whole gradient may be less than 1e-10
+    assert (ours[1] - oracle[1]).norm() < grad_tol * max(oracle[1].norm(), 1e-5)

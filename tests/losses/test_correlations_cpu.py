@@ -1,4 +1,4 @@
-"""The fast path and the plain one against the textbook formula in float64."""
+"""The path of a CPU and the plain one against the textbook formula in float64."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 import paths
 import pytest
 import torch
-from predictions import NAMES, assert_close, prediction, run
+from predictions import FLAT, NAMES, assert_close, prediction, run
 
 from benchmarks import textbook
-from mmdist.losses import DISTLoss, dist_loss
-from mmdist.losses.correlations import cpu as fused
+from mmdist.losses import DISTLoss
+from mmdist.losses.correlations import choose_path
 
 # (N, classes, *spatial); large enough for several tiles each
 SHAPES = [(2, 19, 96, 128), (1, 720, 20, 40), (3000, 81), (40, 16, 7, 7)]
 
 
-@pytest.fixture(autouse=True, params=[1, 3])
+@pytest.fixture(params=[1, 3])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -27,18 +27,30 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(fused, 'MIN_TILE', 2**12)
+def in_tiles(**kwargs) -> DISTLoss:
+    """The loss in more tiles than logits of these sizes are cut into."""
+    loss = DISTLoss(**kwargs)
+    loss.path = paths.of('cpu in many tiles', tile_size=2**12)
+    return loss
+
+
+def test_a_cpu_takes_this_path():
+    assert choose_path(*torch.randn(2, 4, 3), 'softmax') == 'cpu'
 
 
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('name', NAMES)
-def test_fast_path_is_exact(small_tiles, name, shape, activation):
+@pytest.mark.parametrize(
+    ('path', 'name'),
+    # the plain path is all fp32, which rounds the spreads of FLAT away
+    [('cpu', name) for name in NAMES]
+    + [('plain', name) for name in NAMES if name not in FLAT],
+)
+def test_it_is_exact(path, name, shape, activation):
     student, teacher = prediction(name, shape)
-    loss = DISTLoss(activation=activation)
-    assert dist_loss.choose_path(student, teacher, activation) is fused.correlations
+    loss = in_tiles(activation=activation, eps=1e-8)
+    if path == 'plain':
+        loss.path = path
     oracle = run(
         lambda s, t: textbook.dist_loss(s, t, activation),
         student.double(),
@@ -47,25 +59,8 @@ def test_fast_path_is_exact(small_tiles, name, shape, activation):
     assert_close(run(loss, student, teacher), oracle)
 
 
-@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize(
-    'name', [n for n in NAMES if n not in ('more nearly uniform', NAMES[6])]
-)
-def test_plain_path_is_exact(monkeypatch, name, shape, activation):
-    """It is all fp32, so where fp32 rounds a spread away it has no digits."""
-    monkeypatch.setattr(dist_loss, 'choose_path', paths.plain)
-    student, teacher = prediction(name, shape)
-    oracle = run(
-        lambda s, t: textbook.dist_loss(s, t, activation),
-        student.double(),
-        teacher.double(),
-    )
-    assert_close(run(DISTLoss(activation=activation), student, teacher), oracle)
-
-
 def layouts(x):
-    """The same values laid out otherwise in memory."""
+    """The same values, laid out differently in memory."""
     big = x.new_zeros((x.shape[0], x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 3))
     big[:, 1:, 1:-1, 2:-1] = x
     return {
@@ -79,12 +74,12 @@ def layouts(x):
 
 @pytest.mark.parametrize('masked', [False, True])
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
-def test_layout_does_not_matter(small_tiles, activation, masked):
+def test_layout_does_not_matter(activation, masked):
     student, teacher = prediction('ordinary', (2, 19, 24, 32))
     mask = torch.rand((2, 24, 32)) < 0.5
     mask[0, :20] = False  # whole tiles without a row
     mask = mask if masked else None
-    loss = DISTLoss(activation=activation, tau=2.0)
+    loss = in_tiles(activation=activation, tau=2.0)
     oracle = run(loss, student.double(), teacher.double(), mask)
     for s in layouts(student).values():
         for t in layouts(teacher).values():
@@ -97,14 +92,14 @@ def test_gradient_keeps_the_layout():
     assert student.stride() == run(DISTLoss(), student, teacher)[1].stride()
 
 
-def test_gradient_is_not_copied(small_tiles):
+def test_gradient_is_not_copied():
     """Autograd copies a gradient that somebody else still refers to."""
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
     student.requires_grad_()
     given = []
     student.register_hook(lambda grad: given.append(grad.data_ptr()))
     for _ in range(10):
-        DISTLoss()(student, teacher).backward()
+        in_tiles()(student, teacher).backward()
         assert student.grad.data_ptr() == given[-1]
         student.grad = None
 
@@ -117,11 +112,11 @@ def test_expanded_logits():
 
 
 @pytest.mark.parametrize('dtypes', [(torch.float32, torch.float64), (torch.half,) * 2])
-def test_mixed_precision(small_tiles, dtypes):
+def test_mixed_precision(dtypes):
     student, teacher = prediction('ordinary', (2, 19, 24, 32))
     student, teacher = student.to(dtypes[0]), teacher.to(dtypes[1])
     oracle = run(DISTLoss(), student.double(), teacher.double())
-    ours = run(DISTLoss(), student, teacher)
+    ours = run(in_tiles(), student, teacher)
     assert ours[1].dtype == dtypes[0]
     assert_close(ours, oracle, 1e-6, 1e-6 if dtypes[0] != torch.half else 5e-2)
 
@@ -164,22 +159,22 @@ def test_starts_no_threads():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
-def test_number_of_threads_may_change_between_the_passes(small_tiles, threads):
+def test_number_of_threads_may_change_between_the_passes(threads):
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
-    expected = run(DISTLoss(), student, teacher)[1]
+    expected = run(in_tiles(), student, teacher)[1]
     student.requires_grad_()
-    value = DISTLoss()(student, teacher)
+    value = in_tiles()(student, teacher)
     torch.set_num_threads(5)
     value.backward()
     torch.set_num_threads(threads)
     torch.testing.assert_close(student.grad, expected)
 
 
-def test_bad_teacher_is_named_in_every_tile(small_tiles):
+def test_bad_teacher_is_named_in_every_tile():
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
     teacher[1, 5, 90, 100] = float('nan')
     with pytest.raises(ValueError, match='teacher'):
-        DISTLoss()(student, teacher)
+        in_tiles()(student, teacher)
 
 
 def test_logits_changed_in_place_are_noticed():

@@ -7,6 +7,7 @@ That they compile is seen for GPUs that need not be there. `test_dist_loss.py` a
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import subprocess
@@ -18,17 +19,18 @@ import torch
 from predictions import NAMES, assert_close, prediction, run
 
 from benchmarks import textbook
-from mmdist.losses import DISTLoss, dist_loss
-from mmdist.losses.correlations import gpu as fused_gpu
+from mmdist.losses import DISTLoss, correlations
+from mmdist.losses.correlations import gpu
 
 DEVICE = 'cpu' if paths.INTERPRETED else 'cuda'
 # more rows than a tile has, and more classes than a block
-SHAPES = [(2, 19, 5, 9), (90, 40)]
+SHAPES = [(2, 19, 3, 6), (40, 35)]
 
 
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    monkeypatch.setattr(dist_loss, 'choose_path', paths.kernels)
+def by_kernels(path='gpu', **kwargs) -> DISTLoss:
+    loss = DISTLoss(**kwargs)
+    loss.path = path
+    return loss
 
 
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
@@ -41,15 +43,15 @@ def test_kernels_are_exact(name, shape, activation):
         student.double(),
         teacher.double(),
     )
-    assert_close(run(DISTLoss(activation=activation), student, teacher), oracle)
+    loss = by_kernels(activation=activation, eps=1e-8)
+    assert_close(run(loss, student, teacher), oracle)
 
 
 @pytest.mark.parametrize(
     'layout', ['channels last', 'a part of a larger one', 'expanded']
 )
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
-def test_layout_and_mask(activation, layout, monkeypatch):
-    monkeypatch.setattr(dist_loss.fused, 'MIN_TILE', 0)  # images are left apart
+def test_layout_and_mask(activation, layout):
     student, teacher = (x.to(DEVICE) for x in prediction('ordinary', (2, 19, 6, 8)))
     mask = torch.rand((2, 6, 8), device=DEVICE) < 0.5
     mask[0, :4] = False  # whole tiles without a row
@@ -62,7 +64,9 @@ def test_layout_and_mask(activation, layout, monkeypatch):
     if layout == 'a part of a larger one':
         student = torch.nn.functional.pad(student, (1, 2, 1, 1, 1, 0))
         student = student[:, 1:, 1:-1, 1:-2]
-    value, grad = run(DISTLoss(activation=activation, tau=2.0), student, teacher, mask)
+    images_apart = functools.partial(gpu.correlations, small_image=0)
+    loss = by_kernels(images_apart, activation=activation, tau=2.0, eps=1e-8)
+    value, grad = run(loss, student, teacher, mask)
     grad = grad.movedim(1, -1)
     assert not grad[~mask].any()
     assert_close((value, grad[mask]), oracle, 1e-6, 1e-6)
@@ -72,7 +76,7 @@ def test_layout_and_mask(activation, layout, monkeypatch):
 def test_half_precision_is_read_as_it_is(dtype):
     student, teacher = (x.to(DEVICE, dtype) for x in prediction('ordinary', SHAPES[0]))
     oracle = run(textbook.dist_loss, student.double(), teacher.double())
-    value, grad = run(DISTLoss(), student, teacher)
+    value, grad = run(by_kernels(eps=1e-8), student, teacher)
     assert value.dtype == torch.float32 and grad.dtype == dtype
     assert_close((value, grad), oracle, 1e-6, 1e-2)  # the gradient is rounded
 
@@ -84,58 +88,113 @@ def test_nothing_large_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: kept.append(x) or x, lambda x: x
     ):
-        DISTLoss()(student, teacher)
+        by_kernels()(student, teacher)
     shapes = sorted(tuple(x.shape) for x in kept if x.numel() > student.numel() / 40)
     inputs = (1, 40, 256)  # small images as one; a view of the student, the teacher's
     assert shapes == [inputs, inputs, (2, 256)]
 
 
-def gpu_path(activation='softmax', dtype=torch.float32):
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What is said of kernels that are not taken; nothing of them is known yet."""
+    correlations._problem_of_kernels.cache_clear()
+    correlations._warn_once.cache_clear()
+    said = []
+
+    def print_log(text, logger, level):
+        assert level == logging.WARNING
+        said.append(text)
+
+    monkeypatch.setattr(correlations, 'print_log', print_log)
+    yield said
+    correlations._problem_of_kernels.cache_clear()
+
+
+def kernels_work(activation='softmax', dtype=torch.float32) -> bool:
     device = torch.device(DEVICE)
-    dist_loss.gpu_path.cache_clear()
-    return dist_loss.gpu_path(device, dtype, torch.float32, activation)
-
-
-@pytest.mark.parametrize('activation', dist_loss.ACTIVATIONS)
-@pytest.mark.parametrize(
-    'dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-)
-def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(activation, dtype):
-    assert gpu_path(activation, dtype) is fused_gpu.correlations
+    return correlations.kernels_work(device, dtype, torch.float32, activation)
 
 
 @pytest.mark.parametrize(
-    'attribute, message, level',
+    ('activation', 'dtype'),
     [
-        ('_backward', 'something else', logging.WARNING),  # computes something else
-        ('_combine', 'cannot be compiled', logging.INFO),
+        ('softmax', torch.float32),
+        ('sigmoid', torch.bfloat16),
+        ('identity', torch.float16),
+        ('softmax', torch.float64),
     ],
 )
-def test_what_goes_wrong_with_the_kernels(attribute, message, level, monkeypatch):
-    class Launcher:
-        def __getitem__(self, grid):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            if attribute == '_combine':
-                raise RuntimeError('cannot be compiled')
-            args[10].fill_(1)  # the gradient
-
-    said = []
-    monkeypatch.setattr(
-        dist_loss, 'print_log', lambda text, logger, level: said.append((text, level))
-    )
-    monkeypatch.setattr(fused_gpu, attribute, Launcher())
-    assert gpu_path() is dist_loss.correlations
-    ((text, said_level),) = said
-    assert message in text and said_level == level
+def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(
+    activation, dtype, warnings
+):
+    assert kernels_work(activation, dtype)
+    assert not warnings
 
 
-def test_without_triton(monkeypatch):
-    monkeypatch.delitem(sys.modules, 'mmdist.losses.fused_gpu')
-    monkeypatch.delattr(sys.modules['mmdist.losses'], 'fused_gpu')
+class Launcher:
+    """Stands in for a kernel, which is started as `kernel[grid](*args)`."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.kernel
+
+
+def wrong_gradient(*args, **kwargs):
+    args[10].fill_(1)
+
+
+def no_compiler(*args, **kwargs):
+    raise RuntimeError('cannot be compiled')
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'launch', 'message'),
+    [
+        ('_backward', wrong_gradient, 'something else'),
+        ('_combine', no_compiler, 'do not run: cannot be compiled'),
+    ],
+)
+def test_kernels_that_do_not_work_are_refused_once(
+    kernel, launch, message, warnings, monkeypatch
+):
+    monkeypatch.setattr(gpu, kernel, Launcher(launch))
+    assert not kernels_work()
+    assert not kernels_work()
+    (text,) = warnings
+    assert 'slower path' in text and message in text
+    monkeypatch.undo()
+    assert not kernels_work()
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+        RuntimeError('Triton Error [CUDA]: out of memory'),
+    ],
+)
+def test_a_full_gpu_is_no_answer(error, warnings, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, '_forward', Launcher(out_of_memory))
+        assert not kernels_work()
+        assert not kernels_work()
+    assert kernels_work()
+    assert not warnings
+
+
+def test_without_triton(warnings, monkeypatch):
+    monkeypatch.delitem(sys.modules, gpu.__name__)
+    monkeypatch.delattr(correlations, 'gpu')
     monkeypatch.setitem(sys.modules, 'triton', None)
-    assert gpu_path() is dist_loss.correlations
+    assert not kernels_work('softmax')
+    assert not kernels_work('sigmoid')
+    (text,) = warnings
+    assert 'triton' in text
 
 
 # One process for all: the kernels of this one are for the interpreter.
@@ -145,7 +204,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmdist.losses.correlations import gpu as fused_gpu
+from mmdist.losses.correlations import gpu
 
 LOGITS = ('student', 'teacher', 'grad')
 FLOAT64 = (
@@ -155,9 +214,8 @@ POINTERS = dict(
     mask='*u8', finite='*u8', tile_flags='*i32', row_factors='*fp32',
     **dict.fromkeys(LOGITS, '*bf16'), **dict.fromkeys(FLOAT64, '*fp64'))
 CONSTANTS = dict(
-    HAS_MASK=True, TAU=1.0, EPS=1e-8, FLAT_SQUARED=1e-4, MIN_SPREAD_SQUARED=1e-12,
-    SCALE=1.0, BLOCK_CLASSES=fused_gpu.BLOCK_CLASSES, BLOCK_ROWS=fused_gpu.BLOCK_ROWS,
-    BLOCK_TILES=fused_gpu.BLOCK_TILES)
+    HAS_MASK=True, TAU=1.0, EPS=0.0, SCALE=1.0, BLOCK_CLASSES=gpu.BLOCK_CLASSES,
+    BLOCK_ROWS=gpu.BLOCK_ROWS, BLOCK_TILES=gpu.BLOCK_TILES)
 
 
 def ptx(kernel, unit_stride='row', **constants):
@@ -175,9 +233,9 @@ def ptx(kernel, unit_stride='row', **constants):
     return triton.compile(source, GPUTarget('cuda', int(sys.argv[1]), 32)).asm['ptx']
 
 
-assert ptx(fused_gpu._combine)
+assert ptx(gpu._combine, ACTIVATION='softmax')
 cases = itertools.product(
-    (fused_gpu._forward, fused_gpu._backward),
+    (gpu._forward, gpu._backward),
     ('softmax', 'sigmoid'),
     ('row', 'class'),
     ((tl.float32, 0), (tl.float64, 1)),
@@ -186,12 +244,12 @@ for kernel, activation, unit_stride, (dtype, only) in cases:
     code = ptx(kernel, unit_stride, ACTIVATION=activation, DTYPE=dtype, ONLY=only)
     # sixteen bytes of logits at a time, in whatever order they lie in memory
     assert 'ld.global.v4' in code, (kernel, activation, unit_stride, dtype)
-    if kernel is fused_gpu._backward:
+    if kernel is gpu._backward:
         assert 'st.global.v4' in code, (activation, unit_stride, dtype)
 """
 
 
-@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('capability', [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile(capability, tmp_path):
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
     environment.pop('TRITON_INTERPRET', None)
@@ -202,12 +260,10 @@ def test_kernels_compile(capability, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(paths.INTERPRETED, reason='there is no GPU')
 @pytest.mark.parametrize('masked', [False, True])
-def test_a_gpu_takes_them_and_never_waits(masked, monkeypatch):
-    monkeypatch.undo()
+def test_a_gpu_takes_them_and_never_waits(masked):
     student, teacher = (x.cuda() for x in prediction('ordinary', (2, 19, 64, 64)))
     mask = torch.ones((2, 64, 64), dtype=torch.bool, device='cuda') if masked else None
-    path = dist_loss.choose_path(student, teacher, 'softmax')
-    assert path is fused_gpu.correlations
+    assert correlations.choose_path(student, teacher, 'softmax') == 'gpu'
     run(DISTLoss(), student, teacher, mask)  # compiles
     torch.cuda.set_sync_debug_mode('error')
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 
 import paths
@@ -11,9 +12,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdist.losses import DISTLoss, dist_loss
+from mmdist.losses import DISTLoss
 
 CLASSES = 6
+# by the number of processes: what their batches are like, and the loss
+CASES = {
+    2: [
+        ('uneven', {}),
+        ('no mask', dict(activation='sigmoid', tau=2.0)),
+        ('no images', {}),
+        ('none anywhere', {}),
+    ],
+    4: [
+        ('no valid rows', dict(beta=0.5, gamma=2.0, loss_weight=3.0)),
+        ('uneven', dict(beta=0, activation='identity')),
+    ],
+}
 
 
 def make_model():
@@ -40,27 +54,46 @@ def make_batch(rank, case):
     return images, teacher, mask
 
 
-def run(rank, world_size, port, case, kwargs, results):
+def run(rank, world_size, port, results):
     dist.init_process_group(
         'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=world_size
     )
-    # the ways of computing the loss exchange the same sums
-    if rank == 0:
-        dist_loss.choose_path = paths.plain
-    if rank == 1 and paths.INTERPRETED:
-        dist_loss.choose_path = paths.kernels
-    model = DistributedDataParallel(make_model())
-    images, teacher, mask = make_batch(rank, case)
-    loss = DISTLoss(sync=True, **kwargs)
-    value = loss(model(images), teacher, None if case == 'no mask' else mask)
-    value.backward()
-    results[rank] = (
-        value.item(),
-        loss.inter_corr.item(),
-        loss.intra_corr.item(),
-        [p.grad.tolist() for p in model.parameters()],
-    )
+    for number, (case, kwargs) in enumerate(CASES[world_size]):
+        model = DistributedDataParallel(make_model())
+        images, teacher, mask = make_batch(rank, case)
+        loss = DISTLoss(sync=True, **kwargs)
+        # the ways of computing the loss exchange the same sums
+        if rank == 0:
+            loss.path = 'plain'
+        if rank == 1 and paths.INTERPRETED:
+            loss.path = 'gpu'
+        value = loss(model(images), teacher, None if case == 'no mask' else mask)
+        value.backward()
+        results[rank, number] = (
+            value.item(),
+            loss.inter_corr.item(),
+            loss.intra_corr.item(),
+            [p.grad.tolist() for p in model.parameters()],
+        )
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def processes():
+    """What each of so many processes got in each case."""
+
+    @functools.cache
+    def start(world_size):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        with torch.multiprocessing.Manager() as manager:
+            results = manager.dict()
+            args = (world_size, port, results)
+            torch.multiprocessing.spawn(run, args, nprocs=world_size)
+            return dict(results)
+
+    return start
 
 
 def one_process(world_size, case, kwargs):
@@ -74,28 +107,15 @@ def one_process(world_size, case, kwargs):
 
 
 @pytest.mark.parametrize(
-    'world_size, case, kwargs',
-    [
-        (2, 'uneven', {}),
-        (2, 'no mask', dict(activation='sigmoid', tau=2.0)),
-        (2, 'no images', {}),
-        (2, 'none anywhere', {}),
-        (4, 'no valid rows', dict(beta=0.5, gamma=2.0, loss_weight=3.0)),
-        (4, 'uneven', dict(beta=0, activation='identity')),
-    ],
+    ('world_size', 'number'),
+    [(size, number) for size in CASES for number in range(len(CASES[size]))],
 )
-def test_processes_equal_one(world_size, case, kwargs):
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+def test_processes_equal_one(processes, world_size, number):
+    case, kwargs = CASES[world_size][number]
     value, inter, intra, grads = one_process(world_size, case, kwargs)
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        args = (world_size, port, case, kwargs, results)
-        torch.multiprocessing.spawn(run, args, nprocs=world_size)
-        results = dict(results)
-    assert len(results) == world_size
-    for got_value, got_inter, got_intra, got_grads in results.values():
+    results = processes(world_size)
+    results = [results[rank, number] for rank in range(world_size)]
+    for got_value, got_inter, got_intra, got_grads in results:
         assert got_value == pytest.approx(value.item(), rel=1e-9)
         assert got_inter == pytest.approx(inter.item(), rel=1e-9)
         assert got_intra == pytest.approx(intra.item(), rel=1e-9)

@@ -1,1 +1,147 @@
-"""Mean inter- and intra-class correlations, computed as suits the device."""
+"""Mean inter- and intra-class correlations, computed as suits the device.
+
+``plain`` is the formula in autograd. ``cpu`` and ``gpu`` compute the same in few passes
+over the logits and keep next to nothing for the backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from . import cpu, plain
+from .common import Settings, as_rows
+
+__all__ = ['Path', 'Settings', 'as_rows', 'choose_path', 'correlations']
+
+# a name, or a function like those of the names
+Path = str | Callable[[Tensor, Tensor, Tensor | None, Settings], tuple[Tensor, Tensor]]
+
+
+def correlations(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    path: Path = 'auto',
+) -> tuple[Tensor, Tensor]:
+    """Mean inter- and intra-class correlation of student and teacher.
+
+    Args:
+        student: Logits of shape (rows, classes) or (N, classes, *spatial).
+        teacher: Logits of the same shape; they get no gradient.
+        mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). ``None``
+            where all do.
+        settings: How they are correlated.
+        path: ``'plain'``, ``'cpu'``, ``'gpu'``, or ``'auto'`` for the fastest that
+            works with these logits; or a function of these four arguments. Without any
+            logits it is always ``'plain'``.
+
+    Returns:
+        The two correlations, 0-dim. Those of ``'cpu'`` and ``'gpu'`` are in float64 (so
+        that 1 - correlation keeps its digits) and can be differentiated once.
+
+    Raises:
+        ValueError: The teacher's logits hold NaN or inf in rows that count (on a GPU an
+            error, at a later operation).
+    """
+    if path == 'auto':
+        path = choose_path(student, teacher, settings.activation)
+    if path == 'plain' or not student.numel():
+        path = plain.correlations
+    elif path == 'cpu':
+        path = cpu.correlations
+    elif path == 'gpu':
+        from . import gpu  # not every torch comes with Triton
+
+        path = gpu.correlations
+    return path(student, teacher, mask, settings)
+
+
+def choose_path(student: Tensor, teacher: Tensor, activation: str) -> str:
+    """The fastest path that works with these logits."""
+    if torch.compiler.is_compiling():
+        return 'plain'
+    devices = {student.device, teacher.device}
+    if all(device.type == 'cpu' for device in devices):
+        return 'cpu'
+    # not fake tensors and other subclasses, into which a kernel cannot look
+    own = {type(student), type(teacher)} <= {Tensor, nn.Parameter}
+    if own and len(devices) == 1 and student.is_cuda:
+        kind = (student.device, student.dtype, teacher.dtype, activation)
+        return 'gpu' if kernels_work(*kind) else 'plain'
+    return 'plain'
+
+
+def kernels_work(
+    device: torch.device,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    activation: str,
+) -> bool:
+    """Whether the Triton kernels run on this machine and compute the same.
+
+    That is tried once, on a few logits: what cannot be seen where the kernels were
+    written is the card, the driver and the compiler on which they run. A GPU without
+    free memory is no answer, and asked again by the next call.
+    """
+    try:
+        problem = _problem_of_kernels(device, student_dtype, teacher_dtype, activation)
+    except _OutOfMemory:
+        return False
+    if problem:
+        _warn_once(f'DISTLoss takes its slower path: the Triton kernels {problem}')
+    return not problem
+
+
+class _OutOfMemory(Exception):
+    pass
+
+
+@functools.cache
+def _problem_of_kernels(
+    device: torch.device,
+    student_dtype: torch.dtype,
+    teacher_dtype: torch.dtype,
+    activation: str,
+) -> str:
+    """What is wrong with the kernels, '' for nothing.
+
+    Raises:
+        _OutOfMemory: The GPU had no memory left, which nothing caches.
+    """
+    try:
+        from . import gpu
+
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn((2, 2, 37, 100), generator=generator)
+        logits[..., 64:] *= 0.01  # nearly constant
+        mask = (torch.rand((2, 100), generator=generator) < 0.8).to(device)
+        student = logits[0].to(device, student_dtype).requires_grad_()
+        teacher = logits.sum(0).to(device, teacher_dtype)
+        results = []
+        with torch.enable_grad():
+            for path in (gpu, plain):
+                corr = path.correlations(student, teacher, mask, Settings(activation))
+                grad = torch.autograd.grad(sum(corr), student)[0].double()
+                results.append((torch.stack(corr).detach(), grad / grad.norm()))
+        errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
+    except Exception as error:  # anything that a compiler may say
+        if 'out of memory' in str(error):  # of torch, or of the driver
+            raise _OutOfMemory from error
+        return f'do not run: {str(error).strip()[:200]}'
+    # the gradient as a whole: in half precision any of its elements may round the
+    # other way
+    if errors[0] < 1e-4 and errors[1] < 1e-2:
+        return ''
+    return f'compute something else here, off by {errors}'
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print_log(text, logger='current', level=logging.WARNING)

@@ -39,7 +39,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .plain import check_teacher, compute_dtype, is_constant, sum_over_processes
+from .common import (
+    Settings,
+    as_rows,
+    check_teacher,
+    compute_dtype,
+    is_constant,
+    sum_over_processes,
+)
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward
@@ -48,7 +55,8 @@ from .plain import check_teacher, compute_dtype, is_constant, sum_over_processes
 MIN_TILE, MAX_TILE = 200_000, 800_000
 SHARE = 1 / 16
 
-# A spread (norm after centring / norm) at which fp32 still gives five digits of it.
+# A spread (norm after centring / norm that centring takes) of which fp32 still gives
+# five digits
 FLAT = 1e-2
 
 
@@ -56,43 +64,34 @@ def correlations(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    activation: str,
-    tau: float,
-    eps: float,
-    group: dist.ProcessGroup | None,
+    settings: Settings,
+    *,
+    tile_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean inter- and intra-class correlation of student and teacher.
+    """See :func:`mmdist.losses.correlations.correlations`.
 
     Args:
-        student (Tensor): Logits of shape (rows, classes) or
-            (N, classes, *spatial).
-        teacher (Tensor): Logits of the same shape; they get no gradient.
-        mask (Tensor, optional): Bool, True where a row counts, shape (rows,)
-            or (N, *spatial).
-        activation (str): ``'softmax'``, ``'sigmoid'`` or ``'identity'``.
-        tau (float): Temperature that divides the logits.
-        eps (float): Added to the product of the norms.
-        group (ProcessGroup, optional): Correlate over the rows of all its
-            processes. ``None`` means this process only.
-
-    Returns:
-        tuple[Tensor, Tensor]: The two correlations, 0-dim, float64 (so that
-            1 - correlation keeps its digits). They can be differentiated once.
-
-    Raises:
-        ValueError: The teacher's logits hold NaN or inf in rows that count.
+        student: As there, and so are the others.
+        teacher: See there.
+        mask: See there.
+        settings: See there.
+        tile_size: Elements of a tile. ``None`` chooses by the size of the logits.
     """
-    student, teacher = by_image(student), by_image(teacher.detach())
+    small = (tile_size or MIN_TILE) // 8
+    student, teacher = by_image(student, small), by_image(teacher.detach(), small)
     if mask is not None:
         mask = mask.reshape(student.shape[0], -1)
-    return _Correlations.apply(student, teacher, mask, activation, tau, eps, group)
+    if tile_size is None:
+        tile_size = min(max(SHARE * student.numel(), MIN_TILE), MAX_TILE)
+    return _Correlations.apply(student, teacher, mask, settings, tile_size)
 
 
 class _Correlations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, mask, activation, tau, eps, group):
+    def forward(ctx, student, teacher, mask, settings, tile_size):
+        activation, tau, _, group = settings
         dtype = compute_dtype(student, teacher)
-        places = tiles(student)
+        places = tiles(student, tile_size)
         # apart, since the scores of a single tile are kept for the backward pass
         memory, spare_memory = Scratch(2), Scratch(3)
 
@@ -109,9 +108,9 @@ class _Correlations(torch.autograd.Function):
                 scores(t, keep, activation, tau, out=q, check=check_teacher)
                 row_sums = sums_of_rows(p, q, activation, spare)
                 class_sums = sums_of_classes(p, q, keep, count, spare)
-                if not (is_flat(row_sums, len(p)) or is_flat(class_sums, count)):
+                if not (is_flat(row_sums, len(p), keep) or is_flat(class_sums, count)):
                     break
-            corr, u, v = correlation(row_sums, len(p), eps)
+            corr, u, v = correlation(row_sums, len(p), settings)
             corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
             kept = (p, q) if len(places) == 1 else ()
             return _Tile(count, corr, class_sums.double(), (u, v, *kept))
@@ -126,11 +125,11 @@ class _Correlations(torch.autograd.Function):
         row_total, count = sum_over_processes(total, group)
         count = count.clamp(min=1)
         class_sums = combine(counts, [x.class_sums for x in some], student, group)
-        class_corr, u, v = correlation(class_sums, count, eps)
+        class_corr, u, v = correlation(class_sums, count, settings)
         class_factors = torch.stack([u, v, v * class_sums[3] - u * class_sums[4]])
         ctx.save_for_backward(student, teacher, mask)
         ctx.tiles = places, [x.saved for x in done]
-        ctx.settings = class_factors, count, activation, tau, group
+        ctx.settings = class_factors, count, settings
         ctx.set_materialize_grads(False)
         return row_total / count, class_corr.mean()
 
@@ -138,7 +137,8 @@ class _Correlations(torch.autograd.Function):
     def backward(ctx, grad_inter, grad_intra):
         refuse_second_derivative()
         student, teacher, mask = ctx.saved_tensors
-        class_factors, count, activation, tau, group = ctx.settings
+        class_factors, count, settings = ctx.settings
+        activation, tau, _, group = settings
         # by the derivative of `logits / tau`, and as `sum_over_processes` does
         scale = (1 if group is None else dist.get_world_size(group)) / tau
         row_scale = 0.0 if grad_inter is None else float(grad_inter * scale / count)
@@ -178,7 +178,7 @@ class _Correlations(torch.autograd.Function):
                 g.mul_(keep)
             if g is not out:
                 out.copy_(g)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None
 
 
 def refuse_second_derivative() -> None:
@@ -197,14 +197,16 @@ class _Tile(NamedTuple):
     saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
 
 
-def by_image(logits: Tensor) -> Tensor:
-    """View logits as (images, classes, positions), (rows, classes) as one image."""
+def by_image(logits: Tensor, small: int) -> Tensor:
+    """View logits as (images, classes, positions), (rows, classes) as one image.
+
+    Images of fewer than ``small`` elements too: a tile for each would be all overhead.
+    """
     if logits.ndim == 2:
         return logits.t().unsqueeze(0)
     images, classes = logits.shape[:2]
-    if images > 1 and logits[0].numel() < MIN_TILE // 8:
-        # small images: a tile for each would be all overhead
-        return logits.movedim(1, -1).reshape(-1, classes).t().unsqueeze(0)
+    if images > 1 and logits[0].numel() < small:
+        return as_rows(logits).t().unsqueeze(0)
     return logits.reshape(images, classes, -1)
 
 
@@ -229,10 +231,9 @@ class Scratch:
         return memory.view(-1, *tile.shape).unbind()
 
 
-def tiles(logits: Tensor) -> list[tuple[int, slice]]:
+def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
-    size = min(max(SHARE * logits.numel(), MIN_TILE), MAX_TILE)
     step = math.ceil(positions / math.ceil(positions * classes / size))
     if step > 16:  # whole cache lines, and an odd number so that classes share none
         step = math.ceil(step / 16) // 2 * 32 + 16
@@ -315,31 +316,40 @@ def products(a: Tensor, b: Tensor, ab: Tensor, dim: int, out: Tensor) -> None:
     torch.sum(b.mul_(b), dim, out=out[2])
 
 
-def is_flat(sums: Tensor, count: int) -> bool:
-    """Whether all rows (or classes) of a tile are nearly constant.
+def is_flat(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
+    """Whether fp32 leaves the correlations of a tile too few digits.
 
     A score has a rounding error of 6e-8 of itself, which is 6e-8 / spread of what
-    centring leaves of it. Where that is too much the tile is computed in float64.
+    centring leaves of it. Where that is too much in the root mean square over all rows
+    (or classes), the tile is computed in float64.
+
+    Args:
+        sums: Centred sums aa, ab, bb and means of p, q, shape (5, n).
+        count: Number of scores of a row (or class).
+        keep: Which of the rows count.
     """
-    spread = sums[0:3:2] / sums[3:].square()
-    return min(spread.amax(1).tolist()) < FLAT**2 * count
+    inverse = sums[3:].square().mul_(count).div_(sums[0:3:2])
+    # all scores 0: nothing was rounded. And a NaN of the student is no matter of digits
+    inverse.nan_to_num_(nan=0, posinf=math.inf)
+    if keep is not None:
+        inverse = inverse[:, keep]
+    return inverse.mean(1).amax().item() > FLAT**-2
 
 
 def correlation(
-    sums: Tensor, count: int | Tensor, eps: float
+    sums: Tensor, count: int | Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correlations and the factors u, v of their gradient.
 
     Args:
-        sums (Tensor): Centred sums aa, ab, bb and means of p, q, shape (5, n).
-        count (int | Tensor): Number of entries that were summed.
-        eps (float): Added to the product of the norms.
+        sums: Centred sums aa, ab, bb and means of p, q, shape (5, n).
+        count: Number of entries that were summed.
+        settings: How they are correlated.
     """
     var, mean = sums[0:3:2], sums[3:]
-    constant = is_constant(var, mean.square().mul_(count))
-    constant = constant[0] | constant[1]
+    constant = is_constant(var, mean, count, settings.activation).any(0)
     norm_a, norm_b = var.sqrt()
-    u = (norm_a * norm_b).add_(eps).reciprocal_().masked_fill_(constant, 0)
+    u = (norm_a * norm_b).add_(settings.eps).reciprocal_().masked_fill_(constant, 0)
     corr = sums[1] * u
     v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
     return corr, u, v
@@ -354,13 +364,13 @@ def combine(
     """Sums of the classes over all tiles (and processes).
 
     Args:
-        counts (Tensor): Rows of each tile that count, float64, shape (tiles,).
-        sums (list[Tensor]): Theirs, float64, shape (5, classes).
-        student (Tensor): The logits, for the number of classes.
-        group (ProcessGroup, optional): As in ``correlations``.
+        counts: Rows of each tile that count, float64, shape (tiles,).
+        sums: Theirs, float64, shape (5, classes).
+        student: The logits, for the number of classes.
+        group: As in ``Settings``.
 
     Returns:
-        Tensor: Shape (5, classes).
+        Shape (5, classes).
     """
     if len(sums) == 1 and group is None:
         return sums[0]

@@ -1,6 +1,6 @@
-"""The fast path of DISTLoss on a GPU: that of ``fused.py`` as Triton kernels.
+"""The fast path of DISTLoss on a GPU: that of ``cpu.py`` as Triton kernels.
 
-The formulas are those of ``fused.py``, whose docstring derives them. Here a tile is all
+The formulas are those of ``cpu.py``, whose docstring derives them. Here a tile is all
 classes of ``BLOCK_ROWS`` rows, one program of the grid, and goes through the chip in
 blocks of ``BLOCK_CLASSES`` classes. The logits are read from memory once per direction,
 in the type they have; where softmax has to see all classes first, the second time they
@@ -13,7 +13,7 @@ come from the cache.
 ``_backward``           a program per tile: the gradient
 ======================  ============================================================
 
-Tiles whose scores are nearly constant (``fused.FLAT``) are computed in float64. Which
+Tiles whose scores are nearly constant (``cpu.FLAT``) are computed in float64. Which
 those are, only the device knows, and nothing waits for it: ``_forward`` and
 ``_backward`` are started in fp32 and again in float64, and a program ends at once if
 its tile is not for it.
@@ -28,12 +28,22 @@ import triton.language as tl
 from mmengine.utils import digit_version
 from torch import Tensor
 
-from . import cpu as fused
-from .plain import (
+from .common import (
+    MIN_DISTANCE,
+    MIN_SCORE,
     MIN_SPREAD,
+    Settings,
     compute_dtype,
     raise_for_teacher,
     sum_over_processes,
+)
+from .cpu import (
+    FLAT,
+    MIN_TILE,
+    by_image,
+    combine,
+    correlation,
+    refuse_second_derivative,
 )
 
 if digit_version(triton.__version__) < digit_version('3.1'):
@@ -54,26 +64,31 @@ def correlations(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor | None,
-    activation: str,
-    tau: float,
-    eps: float,
-    group: dist.ProcessGroup | None,
+    settings: Settings,
+    *,
+    small_image: int = MIN_TILE // 8,
 ) -> tuple[Tensor, Tensor]:
-    """What ``fused.correlations`` computes, without waiting for the device.
+    """See :func:`mmdist.losses.correlations.correlations`; never waits for the device.
 
-    Args, shapes and dtypes are the same. Where the teacher's logits hold NaN or inf in
-    rows that count, the error may surface at a later operation.
+    Args:
+        student: As there, and so are the others.
+        teacher: See there.
+        mask: See there.
+        settings: See there.
+        small_image: Images of fewer elements are copied into one.
     """
-    student, teacher = fused.by_image(student), fused.by_image(teacher.detach())
+    student = by_image(student, small_image)
+    teacher = by_image(teacher.detach(), small_image)
     if mask is not None:
         mask = mask.reshape(student.shape[0], -1)
     with torch.cuda.device_of(student):  # on which a kernel is started
-        return _Correlations.apply(student, teacher, mask, activation, tau, eps, group)
+        return _Correlations.apply(student, teacher, mask, settings)
 
 
 class _Correlations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, mask, activation, tau, eps, group):
+    def forward(ctx, student, teacher, mask, settings):
+        activation, tau, eps, group = settings
         images, classes, positions = student.shape
         dtype = compute_dtype(student, teacher)
         rows = images * positions
@@ -95,7 +110,7 @@ class _Correlations(torch.autograd.Function):
         tile_sums = student.new_empty((2, tiles), dtype=torch.float64)
         tile_flags = student.new_empty((2, tiles), dtype=torch.int32)
         class_sums = student.new_empty((classes, 5, tiles), dtype=torch.float64)
-        settings = dict(
+        arguments = dict(
             classes=classes,
             positions=positions,
             parts=parts,
@@ -128,11 +143,9 @@ class _Correlations(torch.autograd.Function):
                 tiles,
                 rows,
                 EPS=float(eps),
-                FLAT_SQUARED=fused.FLAT**2,
-                MIN_SPREAD_SQUARED=MIN_SPREAD**2,
                 ONLY=only,
                 DTYPE=TRITON_DTYPES[pass_dtype],
-                **settings,
+                **arguments,
             )
         total = student.new_empty((5, classes), dtype=torch.float64)
         class_corr = student.new_empty(classes, dtype=torch.float64)
@@ -150,8 +163,8 @@ class _Correlations(torch.autograd.Function):
             finite.view(torch.uint8),
             tiles,
             classes,
+            ACTIVATION=activation,
             EPS=float(eps),
-            MIN_SPREAD_SQUARED=MIN_SPREAD**2,
             BLOCK_TILES=BLOCK_TILES,
         )
         raise_for_teacher(finite)
@@ -159,9 +172,9 @@ class _Correlations(torch.autograd.Function):
             # the same exchanges in the same order as the other paths
             here = row_total[1:]
             row_total = sum_over_processes(row_total, group)
-            total = fused.combine(here, [total], student, group)
+            total = combine(here, [total], student, group)
             count = row_total[1].clamp(min=1)
-            class_corr, u, v = fused.correlation(total, count, eps)
+            class_corr, u, v = correlation(total, count, settings)
             class_factors = torch.stack([u, v, v * total[3] - u * total[4]])
         ctx.save_for_backward(
             student,
@@ -173,16 +186,16 @@ class _Correlations(torch.autograd.Function):
             row_total,
             tile_flags,
         )
-        ctx.settings = settings, passes
+        ctx.arguments = arguments, passes
         # by the derivative of `logits / tau`, and as `sum_over_processes` does
         ctx.scale = (1 if group is None else dist.get_world_size(group)) / tau
         return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
 
     @staticmethod
     def backward(ctx, grad_inter, grad_intra):
-        fused.refuse_second_derivative()
+        refuse_second_derivative()
         student, teacher, mask, *saved, tile_flags = ctx.saved_tensors
-        settings, passes = ctx.settings
+        arguments, passes = ctx.arguments
         grad = torch.empty_like(student)
         for dtype, _, only in passes:
             _backward[(tile_flags.shape[1],)](
@@ -199,9 +212,9 @@ class _Correlations(torch.autograd.Function):
                 SCALE=ctx.scale,
                 ONLY=only,
                 DTYPE=TRITON_DTYPES[dtype],
-                **settings,
+                **arguments,
             )
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None
 
 
 def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
@@ -218,6 +231,11 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
 # from step to step where the number of rows does, and gain nothing by it.
 COUNTS = ('parts', 'tiles', 'number_of_rows')
+# numbers that a kernel can read
+_FLAT_SQUARED = tl.constexpr(FLAT**2)
+_MIN_SPREAD = tl.constexpr(MIN_SPREAD)
+_MIN_DISTANCE = tl.constexpr(MIN_DISTANCE)
+_MIN_SCORE = tl.constexpr(MIN_SCORE)
 
 # A line for each of so many arguments would hide the arithmetic.
 # fmt: off
@@ -301,23 +319,35 @@ def _centred_sums(p, q, counts, number, AXIS: tl.constexpr):
 
 
 @triton.jit
-def _correlation(aa, ab, bb, mean_p, mean_q, number, EPS, MIN_SPREAD_SQUARED):
+def _is_constant(var, mean, number, ACTIVATION, DTYPE):
+    """Where a vector is constant, by float64 sums of scores in DTYPE."""
+    size = tl.abs(mean)
+    if ACTIVATION != 'identity' and DTYPE == tl.float64:  # noqa: SIM300
+        size = tl.minimum(size, tl.maximum(tl.abs(1 - mean), _MIN_DISTANCE))
+    spread = tl.maximum(size * _MIN_SPREAD, _MIN_SCORE)
+    return var <= number * spread * spread
+
+
+@triton.jit
+def _correlation(aa, ab, bb, mean_p, mean_q, number, ACTIVATION, DTYPE, EPS):
     """Correlation and the factors u, v of its gradient, in float64."""
-    constant = aa <= MIN_SPREAD_SQUARED * mean_p * mean_p * number
-    constant = constant | (bb <= MIN_SPREAD_SQUARED * mean_q * mean_q * number)
+    constant = _is_constant(aa, mean_p, number, ACTIVATION, DTYPE)
+    constant |= _is_constant(bb, mean_q, number, ACTIVATION, DTYPE)
     norm_a = tl.sqrt(aa)
     norm_b = tl.sqrt(bb)
-    u = tl.where(constant, 0, 1 / (norm_a * norm_b + EPS))
+    u = tl.where(constant, 0, 1 / (tl.where(constant, 1, norm_a * norm_b) + EPS))
     corr = ab * u
     v = corr * u * norm_b / tl.where(constant, 1, norm_a)
     return corr, u, v
 
 
 @triton.jit
-def _steep(aa, mean, number, counts, FLAT_SQUARED):
-    """How many of the rows (or classes) are far from constant."""
-    steep = (aa > FLAT_SQUARED * number * mean * mean) & counts
-    return tl.sum(steep.to(tl.int32), 0)
+def _flatness(aa, mean, number, counts):
+    """Sum over rows (or classes) of (mean / spread)^2."""
+    flatness = number * mean * mean / aa
+    # where all scores are 0 nothing was rounded; a NaN is no matter of digits
+    flatness = tl.where(counts & (flatness == flatness), flatness, 0)
+    return tl.sum(flatness, 0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -326,9 +356,8 @@ def _forward(
     tiles, number_of_rows, classes, positions, parts, student_image, student_class,
     student_row, teacher_image, teacher_class, teacher_row, mask_image, mask_row,
     HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr, TAU: tl.constexpr,
-    EPS: tl.constexpr, FLAT_SQUARED: tl.constexpr, MIN_SPREAD_SQUARED: tl.constexpr,
-    ONLY: tl.constexpr, DTYPE: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    EPS: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
@@ -356,8 +385,8 @@ def _forward(
     ab = tl.zeros([BLOCK_ROWS], DTYPE)
     bb = tl.zeros([BLOCK_ROWS], DTYPE)
     bad = 0
-    steep_p = 0
-    steep_q = 0
+    flat_p = 0.0
+    flat_q = 0.0
     for first in range(0, classes, BLOCK_CLASSES):
         p, counts, _ = _scores(
             s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
@@ -397,16 +426,15 @@ def _forward(
         tl.store(place + 2 * tiles, class_bb.to(tl.float64), mask=there)
         tl.store(place + 3 * tiles, class_p.to(tl.float64), mask=there)
         tl.store(place + 4 * tiles, class_q.to(tl.float64), mask=there)
-        steep_p += _steep(class_aa, class_p, count, there, FLAT_SQUARED)
-        steep_q += _steep(class_bb, class_q, count, there, FLAT_SQUARED)
+        flat_p += _flatness(class_aa, class_p, count, there)
+        flat_q += _flatness(class_bb, class_q, count, there)
 
     if ONLY < 0:
-        steep_rows = tl.minimum(
-            _steep(aa, mean_p, classes, keep, FLAT_SQUARED),
-            _steep(bb, mean_q, classes, keep, FLAT_SQUARED),
+        flat_rows = tl.maximum(
+            _flatness(aa, mean_p, classes, keep), _flatness(bb, mean_q, classes, keep)
         )
-        steepest = tl.minimum(steep_rows, tl.minimum(steep_p, steep_q))
-        flat = (steepest == 0) & (count > 0)
+        flat = tl.maximum(flat_p, flat_q) * _FLAT_SQUARED > classes
+        flat = (flat | (flat_rows * _FLAT_SQUARED > count)) & (count > 0)
         tl.store(tile_flags + tile, flat.to(tl.int32))
         tl.store(tile_flags + tiles + tile, bad)
 
@@ -414,7 +442,7 @@ def _forward(
     mean_q = mean_q.to(tl.float64)
     corr, u, v = _correlation(
         aa.to(tl.float64), ab.to(tl.float64), bb.to(tl.float64), mean_p, mean_q,
-        classes, EPS, MIN_SPREAD_SQUARED,
+        classes, ACTIVATION, DTYPE, EPS,
     )
     tl.store(tile_sums + tile, tl.sum(tl.where(keep, corr, 0), 0))
     tl.store(tile_sums + tiles + tile, count.to(tl.float64))
@@ -434,7 +462,7 @@ def _combine(
     tile_sums, tile_flags, class_sums, total, class_corr, class_factors, row_total,
     finite,
     tiles, classes,
-    EPS: tl.constexpr, MIN_SPREAD_SQUARED: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    ACTIVATION: tl.constexpr, EPS: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):
     index = tl.program_id(0)
     sums = class_sums + index.to(tl.int64) * 5 * tiles
@@ -479,7 +507,7 @@ def _combine(
     tl.store(total + 3 * classes + index, mean_p)
     tl.store(total + 4 * classes + index, mean_q)
     rho, u, v = _correlation(
-        aa, ab, bb, mean_p, mean_q, number, EPS, MIN_SPREAD_SQUARED
+        aa, ab, bb, mean_p, mean_q, number, ACTIVATION, tl.float64, EPS
     )
     tl.store(class_corr + index, rho)
     tl.store(class_factors + index, u)
@@ -496,7 +524,7 @@ def _gradient(
     p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes, DTYPE,
     BLOCK_CLASSES,
 ):
-    """Gradient by the scores of a block."""
+    """Gradient with respect to the scores of a block."""
     index = first + tl.arange(0, BLOCK_CLASSES)
     there = index < classes
     u = tl.load(class_factors + index, mask=there, other=0) * class_scale
