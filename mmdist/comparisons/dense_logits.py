@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist.lookup import by_class_name
+from mmdist.losses import as_rows
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
-from .base import Comparison, Pair, rows
+from .base import Comparison, Pair
 
 
 class ClassMaps(NamedTuple):
@@ -22,6 +26,10 @@ class ClassMaps(NamedTuple):
     activation: str | None = None  # None: as the head's `use_sigmoid_cls` says
     # Outside training the head skips locations or suppresses neighbours.
     ask_as_in_training: bool = False
+    # The second score that the head's `predict` multiplies the class score by: its
+    # log-probabilities per level, (N, anchors, h, w).
+    factor: Callable[[nn.Module, tuple], Sequence[Tensor]] | None = None
+    takes_root: bool = False  # `predict` takes the root of that product
 
 
 def _split_yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
@@ -32,6 +40,35 @@ def _split_yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
     ]
 
 
+def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
+    return [
+        F.logsigmoid(_fp32(pred.unflatten(1, (head.num_base_priors, -1))[:, :, 4]))
+        for pred in out[0]
+    ]
+
+
+def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
+    """Objectness, centerness or IoU, after the classes and the boxes."""
+    return [F.logsigmoid(_fp32(x)) for x in out[2]]
+
+
+def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
+    """How sure SABL is of its buckets; the sides of a box, whatever the box is."""
+    confidences = []
+    for buckets, offsets in out[1]:
+        n, _, h, w = buckets.shape
+        predicted = [_fp32(as_rows(x)).contiguous() for x in (buckets, offsets)]
+        boxes = predicted[0].new_zeros(len(predicted[0]), 4)
+        _, confidence = head.bbox_coder.decode(boxes, predicted)
+        confidences.append(confidence.view(n, 1, h, w).log())
+    return confidences
+
+
+def _fp32(x: Tensor) -> Tensor:
+    """In fp32 at least: half precision rounds small probabilities away."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first of a head's
 # classes in the table counts. Names, so that mmdet does not have to be installed.
 HEADS: dict[str, ClassMaps] = {
@@ -39,7 +76,16 @@ HEADS: dict[str, ClassMaps] = {
     'CenterNetHead': ClassMaps(activation='identity'),  # the same
     # Top-left and bottom-right heatmaps, of every stack of the hourglass.
     'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
-    'YOLOV3Head': ClassMaps(_split_yolov3, 'sigmoid'),
+    'YOLOV3Head': ClassMaps(_split_yolov3, 'sigmoid', factor=_yolov3_objectness),
+    'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
+    'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
+    'ATSSHead': ClassMaps(factor=_third_output),  # centerness
+    'DDODHead': ClassMaps(factor=_third_output),  # IoU
+    'PAAHead': ClassMaps(factor=_third_output, takes_root=True),  # IoU; of LAD too
+    # Derived from ATSS, but with no second score: VFNet's third output are boxes.
+    'RTMDetHead': ClassMaps(),
+    'VFNetHead': ClassMaps(),
+    'SABLRetinaHead': ClassMaps(factor=_sabl_confidence),
     'GuidedAnchorHead': ClassMaps(ask_as_in_training=True),
     'DecoupledSOLOHead': ClassMaps(lambda head, out: out[2], 'sigmoid', True),
     'SOLOHead': ClassMaps(lambda head, out: out[1], 'sigmoid', True),
@@ -50,18 +96,31 @@ REFUSED: dict[str, str] = {
     'CascadeRPNHead': 'whose stages need the anchors that each model refined itself',
 }
 
+SAME_LOCATIONS = (
+    'Take a teacher with the same levels, strides and anchors per location. Where a '
+    "location has a single anchor or point, `score='joint'` takes any."
+)
+
 
 @MODELS.register_module()
 class DenseLogits(Comparison):
     """Compare the class logits of the dense heads, level by level.
 
-    Of heads that also predict objectness or centerness, the classes alone count.
     Student and teacher must have the same levels, strides and anchors per location.
+
+    Class scores are not of one meaning. Those of YOLOX and YOLOv3 are trained at
+    objects alone: elsewhere they say nothing, and objectness tells where. FCOS, ATSS
+    and their kin leave to centerness or IoU how good a box is, whereas GFL, VFNet, TOOD
+    and RTMDet have that in the class score. With ``score='joint'`` each side is
+    compared by what its own ``predict`` ranks by, which means the same for all: the
+    probability of the class times the second score, where there is one. Take it for
+    heads of different meaning, and for YOLOX and YOLOv3.
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if left out, with sigmoid or
-            softmax as the head has it, or ``'identity'`` for the heads that return
-            probabilities (TOOD, CenterNet).
+            softmax as the head has it, or ``'identity'`` where probabilities are
+            compared: with ``score='joint'``, and for the heads that return them (TOOD,
+            CenterNet).
         student: Path of the student's head, such as ``'rpn_head'`` for the objectness
             of a two-stage detector. Left out, it is ``'bbox_head'``, or ``'mask_head'``
             where there is no bbox head (SOLO).
@@ -73,6 +132,10 @@ class DenseLogits(Comparison):
             loss over the rows of all levels.
         ignore_mask: Leave out locations in the padding of the batch. The published
             code does not; False restores it.
+        score: ``'class'``, the class scores alone (published), or ``'joint'``, the
+            probabilities that ``predict`` ranks by: class times objectness, centerness
+            or IoU, without background. Any loss gets these, not logits. Heads with one
+            anchor or point per location are then compared whatever it is.
     """
 
     families = (
@@ -88,59 +151,71 @@ class DenseLogits(Comparison):
         anchors: str = 'joint',
         levels: str = 'sum',
         ignore_mask: bool = True,
+        score: str = 'class',
     ) -> None:
         super().__init__(loss)
         if anchors not in ('joint', 'separate'):
             raise ValueError(f"`anchors` is 'joint' or 'separate', got {anchors!r}.")
         if levels not in ('sum', 'concat'):
             raise ValueError(f"`levels` is 'sum' or 'concat', got {levels!r}.")
+        if score not in ('class', 'joint'):
+            raise ValueError(f"`score` is 'class' or 'joint', got {score!r}.")
         self.student_path = student
         self.teacher_path = teacher or student
         self.anchors = anchors
         self.levels = levels
         self.ignore_mask = ignore_mask
+        self.score = score
 
-    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
-        """As the head's own classification loss."""
-        return _activation(self._head(student, self.student_path))
+    def activation(self, student: nn.Module) -> str:
+        """As the head's own classification loss; 'identity' for probabilities."""
+        if self.score == 'joint':
+            return 'identity'
+        return activation_of(self._head(student, self.student_path))
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The dense head."""
         return [self._head(student, self.student_path)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must have a dense head whose scores are of the same kind."""
+        """The teacher must have a dense head with like scores and the same anchors."""
         heads = [
             self._head(student, self.student_path),
             self._head(teacher, self.teacher_path),
         ]
-        kinds = [_activation(head) for head in heads]
-        if kinds[0] != kinds[1]:
+        kinds = [activation_of(head) for head in heads]
+        if self.score == 'class' and kinds[0] != kinds[1]:
             names = [type(head).__name__ for head in heads]
             raise ValueError(
                 f"The student's {names[0]} gives scores for {kinds[0]}, the teacher's "
                 f'{names[1]} for {kinds[1]}; they cannot be compared. Take a teacher '
-                "of the student's family."
+                "of the student's family, or compare the probabilities by which both "
+                "predict, `score='joint'`."
             )
+        generators = [_prior_generator(head) for head in heads]
+        if None not in generators:
+            _check_same_priors(*generators, any_shape=self.score == 'joint')
 
     def record(self, step: Step) -> Sequence[Tensor]:
-        """Class logits per level, each (N, anchors * classes, h, w)."""
+        """Class scores per level, each (N, anchors, classes, h, w)."""
         head = self._head(step.student, self.student_path)
-        return _class_maps(head).maps(head, step.calls(head)[-1].output)
+        return self.scores_of(head, step.calls(head)[-1].output)
 
     asks_first = True
 
     def ask(self, step: Step, recorded: None) -> Sequence[Tensor]:
-        """The teacher's class logits per level, from its features."""
+        """The teacher's class scores per level, from its features."""
         head = self._head(step.teacher_model, self.teacher_path)
-        class_maps = _class_maps(head)
+        return self.scores_of(head, self.run_teacher(step, head))
+
+    def run_teacher(self, step: Step, head: nn.Module) -> tuple:
+        """The output of a head of the teacher, on its features."""
         # The flag of the head alone: its layers, Dropout or BN, stay in eval.
-        head.training = class_maps.ask_as_in_training
+        head.training = _class_maps(head).ask_as_in_training
         try:
-            output = head(step.teacher_features)
+            return head(step.teacher_features)
         finally:
             head.training = False
-        return class_maps.maps(head, output)
 
     def pair(
         self, step: Step, recorded: Sequence[Tensor], asked: Sequence[Tensor]
@@ -148,18 +223,18 @@ class DenseLogits(Comparison):
         """One pair per level, or one of all levels' rows."""
         student_head = self._head(step.student, self.student_path)
         teacher_head = self._head(step.teacher_model, self.teacher_path)
-        students = [_per_anchor(x, _num_columns(student_head)) for x in recorded]
-        teachers = [_per_anchor(x, _num_columns(teacher_head)) for x in asked]
-        _check_same_locations(students, teachers)
-        softmax = _activation(student_head) == 'softmax'
+        _check_same_locations(recorded, asked)
+        activation = self.activation(step.student)
         pairs = []
-        for student, teacher in zip(students, teachers, strict=True):
+        for student, teacher in zip(recorded, asked, strict=True):
             mask = step.valid_mask(*student.shape[-2:]) if self.ignore_mask else None
             # Two RPNs know no classes, so there is nothing to match.
             if not student_head.num_classes == teacher_head.num_classes == 1:
-                student, teacher = step.classes.select(student, teacher, dim=2)
+                student, teacher = step.classes.select(
+                    student, teacher, dim=2, activation=activation
+                )
             if self.anchors == 'joint':
-                if softmax and student.shape[1] > 1:
+                if activation == 'softmax' and student.shape[1] > 1:
                     # Softmax is over the classes of an anchor: of log-probabilities of
                     # several anchors it is their probabilities, but for a factor.
                     student, teacher = student.log_softmax(2), teacher.log_softmax(2)
@@ -171,24 +246,30 @@ class DenseLogits(Comparison):
             pairs.append(Pair(student, teacher, mask))
         return [_concatenate(pairs)] if self.levels == 'concat' else pairs
 
+    def scores_of(self, head: nn.Module, output: tuple) -> list[Tensor]:
+        """Of the output of a head's forward, per level (N, anchors, classes, h, w)."""
+        columns = getattr(head, 'cls_out_channels', head.num_classes)
+        logits = [
+            x.unflatten(1, (-1, columns)) for x in _class_maps(head).maps(head, output)
+        ]
+        return logits if self.score == 'class' else _joint(head, logits, output)
+
     def _head(self, model: nn.Module, path: str | None) -> nn.Module:
         paths = [path] if path else ['bbox_head', 'mask_head']
         heads = [attrgetter(p)(model) for p in paths if _has(model, p)]
         if not heads:
             raise self.unsupported(model, f'it has no `{"` or `".join(paths)}`')
         head = heads[0]
-        for cls in type(head).__mro__:
-            if cls.__name__ in REFUSED:
-                raise self.unsupported(
-                    model,
-                    f'the class scores of its dense head, and found a '
-                    f'{type(head).__name__}, {REFUSED[cls.__name__]}',
-                )
-        if _activation(head) is None:
+        refused = by_class_name(head, REFUSED)
+        if refused is not None:
+            raise self.unsupported(
+                model, f'its dense head is a {type(head).__name__}, {refused}'
+            )
+        if activation_of(head) is None:
             raise self.unsupported(
                 model,
-                f'`use_sigmoid_cls` of its dense head, which {type(head).__name__} '
-                'does not have',
+                f'its dense head is a {type(head).__name__}, which does not have '
+                '`use_sigmoid_cls`',
             )
         return head
 
@@ -202,13 +283,10 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def _class_maps(head: nn.Module) -> ClassMaps:
-    for cls in type(head).__mro__:
-        if cls.__name__ in HEADS:
-            return HEADS[cls.__name__]
-    return ClassMaps()
+    return by_class_name(head, HEADS) or ClassMaps()
 
 
-def _activation(head: nn.Module) -> str | None:
+def activation_of(head: nn.Module) -> str | None:
     """What turns the head's scores into probabilities; None if it does not say."""
     known = _class_maps(head).activation
     if known is None and hasattr(head, 'use_sigmoid_cls'):
@@ -216,14 +294,98 @@ def _activation(head: nn.Module) -> str | None:
     return known
 
 
-def _num_columns(head: nn.Module) -> int:
-    """Scores per anchor: the classes, and the background of a softmax head."""
-    return getattr(head, 'cls_out_channels', head.num_classes)
+def _joint(
+    head: nn.Module, logits: Sequence[Tensor], output: tuple
+) -> Sequence[Tensor]:
+    """The probabilities that the head's own ``predict`` ranks by, no background."""
+    class_maps, activation = _class_maps(head), activation_of(head)
+    if activation == 'identity':
+        return logits
+    # The logarithm of a product does not underflow, nor has its half, the root, an
+    # infinite gradient at 0.
+    if activation == 'sigmoid':
+        joint = [F.logsigmoid(_fp32(x)) for x in logits]
+    else:
+        joint = [_fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
+    if class_maps.factor is not None:
+        factors = class_maps.factor(head, output)
+        joint = [x + f.unsqueeze(2) for x, f in zip(joint, factors, strict=True)]
+    if class_maps.takes_root:
+        joint = [x / 2 for x in joint]
+    return [x.exp() for x in joint]
 
 
-def _per_anchor(logits: Tensor, num_columns: int) -> Tensor:
-    """(N, anchors * classes, h, w) -> (N, anchors, classes, h, w)."""
-    return logits.unflatten(1, (-1, num_columns))
+def _prior_generator(head: nn.Module):
+    """What places the head's anchors or points, of mmdet; None if there is none."""
+    for name in ('prior_generator', 'square_anchor_generator'):  # SABL, guided anchors
+        if hasattr(head, name):
+            return getattr(head, name)
+    return None
+
+
+def _check_same_priors(student, teacher, any_shape: bool) -> None:
+    """Stop where two heads have other anchors; warn where these are shifted.
+
+    Args:
+        student: The student's generator of anchors or points.
+        teacher: The teacher's.
+        any_shape: Whether the single anchor or point of a location may be any.
+    """
+    counts = student.num_base_priors, teacher.num_base_priors
+    differ = None
+    if student.strides != teacher.strides:
+        differ = (
+            f'the strides of the student are {student.strides}, those of the teacher '
+            f'{teacher.strides}'
+        )
+    elif counts[0] != counts[1]:
+        differ = (
+            f'the student has {counts[0]} anchors per location on its levels, the '
+            f'teacher {counts[1]}'
+        )
+    elif not (any_shape and set(counts[0]) == {1}):
+        differ = _other_shape(student, teacher)
+    if differ:
+        raise ValueError(
+            'DenseLogits compares the same anchors at the same locations, but '
+            f'{differ}. {SAME_LOCATIONS}'
+        )
+    centres = [_centres(generator) for generator in (student, teacher)]
+    if not torch.allclose(*centres):
+        ours, theirs = (centre[0].tolist() for centre in centres)
+        warnings.warn(
+            'DenseLogits compares location with location. The first anchor or point of '
+            f'a location lies {ours} strides (x, y) into it for the student, {theirs} '
+            'for the teacher, so the two may find an object at neighbouring locations. '
+            'A teacher without that shift, if there is one, fits better.',
+            stacklevel=2,
+        )
+
+
+def _other_shape(student, teacher) -> str | None:
+    """The first anchor of another width or height, in words; points have none."""
+    if not (hasattr(student, 'base_anchors') and hasattr(teacher, 'base_anchors')):
+        return None
+    levels = zip(student.base_anchors, teacher.base_anchors, strict=True)
+    for level, both in enumerate(levels):
+        shapes = [anchors[:, 2:] - anchors[:, :2] for anchors in both]
+        same = torch.isclose(*shapes).all(1).tolist()
+        if not all(same):
+            k = same.index(False)
+            ours, theirs = ('{:.1f} x {:.1f}'.format(*x[k].tolist()) for x in shapes)
+            return (
+                f'anchor {k} of level {level} is {ours} pixels (width x height) for '
+                f'the student, {theirs} for the teacher'
+            )
+    return None
+
+
+def _centres(generator) -> Tensor:
+    """Where in a location its first anchor or point lies, (levels, 2), in strides."""
+    if not hasattr(generator, 'base_anchors'):
+        return torch.full((generator.num_levels, 2), float(generator.offset))
+    first = torch.stack([anchors[0] for anchors in generator.base_anchors])
+    return (first[:, :2] + first[:, 2:]) / 2 / torch.tensor(generator.strides)
 
 
 def _check_same_locations(
@@ -238,8 +400,8 @@ def _check_same_locations(
         raise ValueError(
             'DenseLogits compares the same anchors at the same locations. Per level '
             '(anchors, height, width) the student has '
-            f'{locations(students)}, the teacher {locations(teachers)}. Take a teacher '
-            'with the same levels, strides and number of anchors per location.'
+            f'{locations(students)}, the teacher {locations(teachers)}. '
+            f'{SAME_LOCATIONS}'
         )
 
 
@@ -256,7 +418,7 @@ def _concatenate(pairs: Sequence[Pair]) -> Pair:
     if any(pair.mask is not None for pair in pairs):
         mask = torch.cat([pair.mask.flatten() for pair in pairs])
     return Pair(
-        torch.cat([rows(pair.student) for pair in pairs]),
-        torch.cat([rows(pair.teacher) for pair in pairs]),
+        torch.cat([as_rows(pair.student) for pair in pairs]),
+        torch.cat([as_rows(pair.teacher) for pair in pairs]),
         mask,
     )

@@ -71,8 +71,9 @@ class QueryLogits(Comparison):
     The queries of two DETRs stand in no common order, nor need they be of one number.
     So, per image, they are assigned to one another by Hungarian matching on class and
     box, as a DETR is matched with the ground truth (Carion et al., ECCV 2020, equation
-    1). A row is such a pair. Denoising queries, auxiliary dense queries and, for DDQ,
-    those that are not distinct are left out. The proposals of Sparse R-CNN and
+    1). A row is such a pair. Of a teacher with more queries than the student, those
+    with the best scores are matched. Denoising queries, auxiliary dense queries and,
+    for DDQ, those that are not distinct are left out. The proposals of Sparse R-CNN and
     QueryInst are queries as well, and each stage of their cascade is a decoder layer.
 
     Args:
@@ -114,7 +115,7 @@ class QueryLogits(Comparison):
             TASK_UTILS.build(dict(cost)) for cost in match_costs or MATCH_COSTS
         ]
 
-    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
+    def activation(self, student: nn.Module) -> str:
         """As the head's own classification loss."""
         return 'sigmoid' if _uses_sigmoid(student) else 'softmax'
 
@@ -178,7 +179,11 @@ class QueryLogits(Comparison):
     ) -> Pair:
         student_rows, teacher_rows = [], []
         for s, t, sample in zip(student, teacher, step.data_samples, strict=True):
-            s_logits, t_logits = step.classes.select(s.scores, t.scores)
+            s_logits, t_logits = step.classes.select(
+                s.scores,
+                t.scores,
+                activation=self.activation(step.student),
+            )
             of_student, of_teacher = self._match(
                 self._candidates(s_logits, s.bboxes, step),
                 self._candidates(t_logits, t.bboxes, step),
@@ -208,6 +213,11 @@ class QueryLogits(Comparison):
     ) -> tuple[Tensor, Tensor]:
         """Indices of the paired queries, the student's and the teacher's."""
         kept = (teacher.best >= self.min_score).nonzero().squeeze(1)
+        # The matching would choose what costs least: of too many queries of the
+        # teacher those as unsure as the student's, and none that has found an object.
+        # The student's need no choice: each of the teacher's gets the one like it.
+        if len(kept) > len(student):
+            kept = kept[teacher.best[kept].topk(len(student)).indices]
         cost = sum(
             match_cost(
                 pred_instances=student, gt_instances=teacher[kept], img_meta=img_meta

@@ -44,6 +44,9 @@ class SegLogits(Comparison):
     with it, also a per-pixel head is compared by its probabilities, and
     ``mmdist.DISTLoss`` gets ``activation='identity'`` unless it has one.
 
+    Where the teacher gives most of the probability to classes that the student does not
+    know, a pixel does not count.
+
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
         aux_weight: Weight of the auxiliary heads, which are compared where both sides
@@ -99,11 +102,12 @@ class SegLogits(Comparison):
         self.seed = seed
         self._steps = 0
 
-    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
-        """As the heads predict: 'identity' for masks, 'sigmoid' for one channel."""
-        if self._has_masks(student, teacher):
+    def activation(self, student: nn.Module) -> str:
+        """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
+        head = self._head(student)
+        if is_mask_head(head):
             return 'identity'
-        return 'sigmoid' if self._head(student).out_channels == 1 else 'softmax'
+        return 'sigmoid' if head.out_channels == 1 else 'softmax'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The head that predicts and the auxiliary heads."""
@@ -157,23 +161,28 @@ class SegLogits(Comparison):
                 )
                 student = student.read_at(pixels, size)
                 teacher = teacher.read_at(pixels, size)
+            as_scores = self._as_scores(step)
+            teacher = _as_many_channels(student, teacher, as_scores)
+            activation = 'identity' if as_scores else 'softmax'
+            known = step.classes.mostly_known(teacher, activation=activation)
+            if known is not None:
+                mask = known if mask is None else mask & known
             student, teacher = step.classes.select(
-                student, _as_many_channels(student, teacher, self._as_scores(step))
+                student, teacher, activation=activation
             )
-            if head is heads[0]:
-                pairs.append(Pair(student, teacher, mask))
-            else:
-                pairs.append(Pair(student, teacher, mask, self.aux_weight, 'aux'))
+            weight, name = (1.0, '') if head is heads[0] else (self.aux_weight, 'aux')
+            scores = 'identity' if as_scores else None
+            pairs.append(Pair(student, teacher, mask, weight, name, scores))
         return pairs
 
-    def _has_masks(self, student: nn.Module, teacher: nn.Module) -> bool:
-        """Whether either side predicts masks and the class of each."""
-        return any(is_mask_head(self._head(model)) for model in (student, teacher))
-
     def _as_scores(self, step: Step) -> bool:
-        """Whether scores are compared, not logits."""
-        identity = getattr(self.loss, 'activation', None) == 'identity'
-        return identity and self._has_masks(step.student, step.teacher_model)
+        """Whether scores are compared, not logits: DISTLoss does, where masks are."""
+        models = (step.student, step.teacher_model)
+        return (
+            any(is_mask_head(self._head(model)) for model in models)
+            and hasattr(self.loss, 'activation')
+            and self._loss_cfg.get('activation', 'identity') == 'identity'
+        )
 
     def _head(self, model: nn.Module) -> nn.Module:
         """The head that predicts: of a cascade the last that gives a map."""

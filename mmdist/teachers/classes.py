@@ -28,24 +28,107 @@ class ClassMatch:
     num_student: int | None = None
     num_teacher: int | None = None
 
-    def select(self, student: Tensor, teacher: Tensor, dim: int = 1) -> tuple:
+    def select(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        dim: int = 1,
+        activation: str = 'softmax',
+    ) -> tuple[Tensor, Tensor]:
         """Take the common classes of both, in the same order, along ``dim``.
 
-        Columns after the named classes (the background of a softmax head) are kept.
+        A column after the named classes is the background, and is kept. What only one
+        side knows is background to the other, so there its probability is added to the
+        background of its own side. Without a background it is left out: scores of a
+        sigmoid are independent of it, and a softmax is then over the common classes
+        alone (see :meth:`mostly_known`).
+
+        Args:
+            student: The student's scores, with its classes along ``dim``.
+            teacher: The teacher's scores, with its classes along ``dim``.
+            dim: The dimension of the classes.
+            activation: What turns the scores into probabilities: ``'softmax'``,
+                ``'sigmoid'``, or ``'identity'`` where they are probabilities.
+
+        Returns:
+            The scores of both, of equally many columns.
         """
         return (
-            _select(student, self.student, self.num_student, dim),
-            _select(teacher, self.teacher, self.num_teacher, dim),
+            _select(student, self.student, self.num_student, dim, activation),
+            _select(teacher, self.teacher, self.num_teacher, dim, activation),
         )
+
+    def mostly_known(
+        self, teacher: Tensor, dim: int = 1, activation: str = 'softmax'
+    ) -> Tensor | None:
+        """Where the student knows what the teacher sees, for scores without background.
+
+        Elsewhere a softmax over the common classes would tell apart the remainders of a
+        probability that is on other classes.
+
+        Args:
+            teacher: All the teacher's scores, with its classes along ``dim``.
+            dim: The dimension of the classes.
+            activation: As in :meth:`select`.
+
+        Returns:
+            The shape of ``teacher`` without ``dim``, True where the common classes have
+            at least half of the probability; None if the student knows all classes, or
+            if they are those of a sigmoid, which are independent.
+        """
+        others = _others(self.teacher, self.num_teacher)
+        if not others or activation == 'sigmoid':
+            return None
+        known, unknown = (
+            _as_one(teacher, columns, dim, activation).squeeze(dim)
+            for columns in (tuple(self.teacher), others)
+        )
+        return known >= unknown
 
 
 def _select(
-    logits: Tensor, columns: list[int] | None, num_classes: int | None, dim: int
+    scores: Tensor,
+    columns: list[int] | None,
+    num_classes: int | None,
+    dim: int,
+    activation: str,
 ) -> Tensor:
     if columns is None:
-        return logits
-    columns = (*columns, *range(num_classes, logits.size(dim)))
-    return logits.index_select(dim, _on_device(columns, logits.device))
+        return scores
+    others = _others(columns, num_classes)
+    background = tuple(range(num_classes, scores.size(dim)))
+    if not (others and background) or activation == 'sigmoid':
+        return _take(scores, (*columns, *background), dim)
+    return torch.cat(
+        [
+            _take(scores, tuple(columns), dim),
+            _as_one(scores, (*others, *background), dim, activation),
+        ],
+        dim,
+    )
+
+
+def _others(columns: list[int] | None, num_classes: int | None) -> tuple[int, ...]:
+    """The columns of classes that the other side does not know."""
+    if columns is None:
+        return ()
+    return tuple(i for i in range(num_classes) if i not in columns)
+
+
+def _as_one(
+    scores: Tensor, columns: tuple[int, ...], dim: int, activation: str
+) -> Tensor:
+    """One column for several: the sum of their probabilities, as a score."""
+    taken = _take(scores, columns, dim)
+    # half precision would round the sum of many
+    taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
+    if activation == 'identity':
+        return taken.sum(dim, keepdim=True)
+    return taken.logsumexp(dim, keepdim=True)
+
+
+def _take(scores: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
+    return scores.index_select(dim, _on_device(columns, scores.device))
 
 
 @lru_cache
@@ -69,21 +152,17 @@ def match_classes(
         class_map: The teacher's name for each name of the student's that differs.
 
     Raises:
-        ValueError: Neither list holds the other; it prints both.
+        ValueError: Neither list holds the other; it prints both. Or ``class_map`` has
+            names that are not there, or one name of the teacher's for two classes.
     """
+    class_map = class_map or {}
     if student is None or teacher is None:
+        if class_map:
+            raise ValueError(_cannot_translate(student, teacher))
         return ClassMatch()
-    student, teacher = list(student), list(teacher)
-    unknown = sorted(
-        (set(class_map or ()) - set(student))
-        | (set((class_map or {}).values()) - set(teacher))
-    )
-    if unknown:
-        raise ValueError(
-            f'`teacher.class_map` maps names of the student to names of the teacher, '
-            f'but neither has {unknown}.\nStudent: {student}\nTeacher: {teacher}'
-        )
-    wanted = [(class_map or {}).get(name, name) for name in student]
+    student, teacher = _names(student), _names(teacher)
+    _check_class_map(class_map, student, teacher)
+    wanted = [class_map.get(name, name) for name in student]
     if wanted == teacher:
         return ClassMatch()
     common = [i for i, name in enumerate(wanted) if name in teacher]
@@ -101,6 +180,49 @@ def match_classes(
         f'{sorted(set(teacher) - set(wanted))}. If they are the same under other '
         "names, say so: `teacher.class_map=dict(<student's>=<teacher's>, ...)`."
     )
+
+
+def _names(classes: Sequence[str]) -> list[str]:
+    """The names as a list; the name of a single class may stand alone."""
+    return [classes] if isinstance(classes, str) else list(classes)
+
+
+def _cannot_translate(
+    student: Sequence[str] | None, teacher: Sequence[str] | None
+) -> str:
+    whose = 'the teacher' if student is not None else 'the student'
+    return (
+        '`teacher.class_map` translates class names, but the class names of '
+        f'{"both" if student is teacher is None else whose} are unknown. Those of the '
+        'student are the `metainfo` of the dataset that the Runner trains on. Those of '
+        'the teacher are in its checkpoint, or come from the dataset in the '
+        '`train_dataloader` of `teacher.config`: give the whole config, with '
+        "`metainfo=dict(classes=(...))` in its dataset, not the model's alone."
+    )
+
+
+def _check_class_map(
+    class_map: Mapping[str, str], student: list[str], teacher: list[str]
+) -> None:
+    lacking = {
+        'the student': sorted(set(class_map) - set(student)),
+        'the teacher': sorted(set(class_map.values()) - set(teacher)),
+    }
+    lacks = [f'{who} has no class {names}' for who, names in lacking.items() if names]
+    if lacks:
+        raise ValueError(
+            '`teacher.class_map` maps class names of the student to class names of the '
+            f'teacher, but {" and ".join(lacks)}.\n'
+            f'Student: {student}\nTeacher: {teacher}'
+        )
+    for name in class_map.values():
+        same = [own for own in student if class_map.get(own, own) == name]
+        if len(same) > 1:
+            raise ValueError(
+                f"`teacher.class_map` compares the student's {same} with one class of "
+                f'the teacher, {name!r}. Two columns of the same scores would distort '
+                "every softmax: map one of the student's classes to it."
+            )
 
 
 def class_names_of_checkpoint(checkpoint: dict) -> Sequence[str] | None:

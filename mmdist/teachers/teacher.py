@@ -164,6 +164,7 @@ class Teacher:
         Raises:
             ValueError: The classes cannot be matched by name; it prints both lists.
         """
+        match = match_classes(student_classes, self.class_names, self.class_map)
         if student_classes is None or self.class_names is None:
             whose = 'student' if student_classes is None else 'teacher'
             print_log(
@@ -172,7 +173,7 @@ class Teacher:
                 logger='current',
                 level=logging.WARNING,
             )
-        return match_classes(student_classes, self.class_names, self.class_map)
+        return match
 
 
 def load_config(config: str | os.PathLike | Config | dict) -> Config:

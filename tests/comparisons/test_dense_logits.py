@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair
+from det_zoo import SIZES, batch, build_pair, model_config
+from mmdet.utils import register_all_modules
+from mmengine.config import ConfigDict
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 from test_det_zoo import keep_backbone
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from mmdist.teachers.teacher import match_classes
+from mmdist.comparisons.base import rows
+from mmdist.registry import MODELS
+from mmdist.teachers import match_classes
 
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
@@ -18,6 +25,12 @@ YOLACT = 'yolact/yolact_r50_1xb8-55e_coco.py'
 YOLOV3 = 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py'
 TOOD = 'tood/tood_r50_fpn_1x_coco.py'
 ATSS = 'atss/atss_r50_fpn_1x_coco.py'
+GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
+PAA = 'paa/paa_r50_fpn_1x_coco.py'
+RTMDET = 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
+SABL = 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'
+VFNET = 'vfnet/vfnet_r50_fpn_1x_coco.py'
+YOLOX = 'yolox/yolox_tiny_8xb8-300e_coco.py'
 SOLO = 'solo/solo_r50_fpn_1x_coco.py'
 GUIDED = 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py'
 CORNERNET = 'cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py'
@@ -248,28 +261,127 @@ def test_classes_are_matched_by_name():
     assert losses['loss_dist'].item() == pytest.approx(expected, abs=1e-3)
 
 
+def edit_anchors(**changes):
+    """An edit of the anchors of the student's head, or of its RPN."""
+
+    def edit(cfg, original, factor):
+        if factor == 8:
+            head = cfg.rpn_head if 'rpn_head' in cfg else cfg.bbox_head
+            head.setdefault('anchor_generator', {}).update(changes)
+
+    return edit
+
+
+def edit_strides(cfg, original, factor):
+    if factor == 8:
+        cfg.bbox_head.strides = [4, 8, 16, 32, 64]
+
+
+def edit_square_anchors(cfg, original, factor):
+    if factor == 8:
+        cfg.bbox_head.square_anchor_generator.scales = [2]
+        cfg.bbox_head.approx_anchor_generator.octave_base_scale = 2
+
+
+def fewer_levels(cfg, original, factor):
+    if factor == 8:
+        first_levels(cfg, original, factor)
+
+
 @pytest.mark.parametrize(
-    'edit',
-    ['anchors', 'strides', 'levels'],
+    'path, edit, message',
+    [
+        (
+            RETINANET,
+            edit_anchors(ratios=[2.0, 1.0, 0.5]),  # as many
+            'anchor 0 of level 0 is 22.6 x 45.3 .* student, 45.3 x 22.6 .* teacher',
+        ),
+        (
+            RETINANET,
+            edit_anchors(octave_base_scale=8),  # as many
+            'anchor 0 of level 0 is 90.5 x 45.3 .* student, 45.3 x 22.6 .* teacher',
+        ),
+        (
+            FASTER,
+            edit_anchors(scales=[4]),  # as many
+            'anchor 0 of level 0 is 22.6 x 11.3 .* student, 45.3 x 22.6 .* teacher',
+        ),
+        (
+            RETINANET,
+            edit_anchors(scales_per_octave=2),
+            r'the student has \[6, 6, .* anchors .*, the teacher \[9, 9, ',
+        ),
+        (
+            FCOS,
+            edit_strides,
+            r'the strides of the student are \[\(4, 4\), .* teacher \[\(8, 8\), ',
+        ),
+        (
+            RETINANET,
+            fewer_levels,
+            r'strides of the student are \[\(8, 8\), \(16, 16\), \(32, 32\)\], ',
+        ),
+        (SABL, edit_square_anchors, 'anchor 0 of level 0 is 16.0 x 16.0 '),
+    ],
+    ids=['ratios', 'scale', 'RPN', 'number', 'strides', 'levels', 'squares'],
 )
-def test_other_anchors_or_strides_or_levels_are_an_error(edit):
+def test_other_anchors_are_an_error(path, edit, message):
+    """Also where there are equally many of them."""
+    distill = dense(student='rpn_head') if path == FASTER else dense()
+    with pytest.raises(
+        ValueError, match=f'{message}.*Take a teacher with the same levels, strides'
+    ):
+        build_pair(path, distill=distill, edit=edit)
+
+
+@pytest.mark.parametrize(
+    'path, edit, ours, theirs',
+    [
+        # as mmdet's ATSS with a Swin-L has it
+        (ATSS, edit_anchors(center_offset=0.5), '0.5', '0.0'),
+        (RTMDET, edit_anchors(offset=0.5), '0.5', '0.0'),
+        ((ATSS, FCOS), None, '0.0', '0.5'),
+    ],
+)
+def test_the_same_anchors_elsewhere_in_a_location_are_a_warning(
+    path, edit, ours, theirs
+):
+    pair = path if isinstance(path, tuple) else (path, path)
+    message = rf'\[{ours}, {ours}\] strides .* the student, \[{theirs}, {theirs}\] for'
+    with pytest.warns(UserWarning, match=message):
+        model = build_pair(*pair, dense(), edit=edit)
+    assert model(**batch(model), mode='loss')['loss_dist'] > 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        build_pair(pair[0], distill=dense())
+    assert not any('strides' in str(w.message) for w in caught)
+
+
+def test_maps_of_another_size_are_an_error():
+    """What a head says of its strides is not what its backbone does."""
+
     def differ(cfg, original, factor):
         if factor == 8:
-            return
-        if edit == 'anchors':
-            cfg.bbox_head.anchor_generator.octave_base_scale = 4
-            cfg.bbox_head.anchor_generator.scales_per_octave = 2
-        elif edit == 'strides':
             cfg.backbone.strides = (1, 2, 2, 1)
-            cfg.bbox_head.anchor_generator.strides = [8, 16, 16, 32, 64]
-        else:
-            first_levels(cfg, original, factor)
 
     model = build_pair(RETINANET, distill=dense(), edit=differ)
     with pytest.raises(
-        ValueError, match='Take a teacher with the same levels, strides'
+        ValueError,
+        match=r'student has \[\(9, 8, 8\), .*Take a teacher with the same levels, stri',
     ):
         model(**batch(model), mode='loss')
+
+
+def test_other_classes_of_unknown_names_are_an_error_about_classes():
+    def classes(cfg, original, factor):
+        cfg.bbox_head.num_classes = {8: 3, 4: 5}[factor]
+
+    model = build_pair(RETINANET, distill=dense(), edit=classes)
+    with pytest.raises(
+        ValueError, match=r'\(2, 27, .*\(2, 45, .*have other classes'
+    ) as e:
+        model(**batch(model), mode='loss')
+    assert 'strides' not in str(e.value)
 
 
 def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
@@ -282,8 +394,186 @@ def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
 
 
 def test_scores_of_different_kinds_are_an_error():
-    with pytest.raises(ValueError, match=r'ATSSHead gives.*sigmoid.*TOODHead for iden'):
+    with pytest.raises(
+        ValueError, match=r"ATSSHead gives.*sigmoid.*TOODHead for iden.*score='joint'"
+    ):
         build_pair(ATSS, TOOD, dense())
+
+
+# ---- score='joint' ---------------------------------------------------------------
+
+
+def all_of_them(head: nn.Module) -> ConfigDict:
+    """A test_cfg by which a head predicts at all locations, whatever the score."""
+    many = 10**6
+    return ConfigDict(
+        head.test_cfg,
+        score_thr=-1,
+        conf_thr=-1,
+        nms_pre=many,
+        min_bbox_size=-1,
+        nms=dict(type='nms', iou_threshold=1.0),
+        max_per_img=many,
+    )
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        RETINANET,
+        FCOS,
+        YOLOX,
+        YOLOV3,
+        RTMDET,
+        TOOD,
+        ATSS,
+        SABL,
+        'autoassign/autoassign_r50-caffe_fpn_1x_coco.py',
+        'centernet/centernet-update_r50-caffe_fpn_ms-1x_coco.py',
+        'condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py',
+        'ddod/ddod_r50_fpn_1x_coco.py',
+        'foveabox/fovea_r50_fpn_4xb4-1x_coco.py',
+        GFL,
+        'lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py',
+        'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
+        PAA,
+        VFNET,
+        'yolof/yolof_r50-c5_8xb8-1x_coco.py',
+    ],
+    ids=lambda path: path.split('/')[0],
+)
+def test_joint_scores_are_those_that_the_head_predicts_by(path):
+    """Of random maps, all scores that the head itself would hand to NMS."""
+    register_all_modules()
+    torch.manual_seed(0)
+    cfg = model_config(path)
+    head = MODELS.build(
+        dict(cfg.bbox_head, num_classes=4, test_cfg=cfg.test_cfg)
+    ).eval()
+    generator = getattr(head, 'prior_generator', None) or head.square_anchor_generator
+    channels = head.in_channels
+    if isinstance(channels, int):
+        channels = [channels] * generator.num_levels
+    with torch.no_grad():
+        output = head(tuple(torch.randn(1, c, 6, 4) for c in channels))
+    output = tree_map(lambda x: 2 * torch.randn_like(x), output)
+    if path == TOOD:
+        output = ([x.sigmoid() for x in output[0]], output[1])
+
+    meta = dict(img_shape=(96, 128), scale_factor=(1, 1))
+    (result,) = head.predict_by_feat(
+        *output, batch_img_metas=[meta], cfg=all_of_them(head)
+    )
+    comparison = MODELS.build(dict(type='mmdist.DenseLogits', score='joint'))
+    scores = comparison.scores_of(head, output)
+    assert all(level.shape[2:] == (4, 6, 4) for level in scores)
+    scores = torch.cat([rows(level.flatten(0, 1)) for level in scores])
+    if path == YOLOX:  # it keeps the best class of a location
+        scores[scores < scores.max(1, keepdim=True).values] = -1
+    for label, column in enumerate(scores.T):
+        theirs = result.scores[result.labels == label].sort().values
+        torch.testing.assert_close(column[column >= 0].sort().values, theirs)
+        assert len(theirs) > 1
+
+
+@pytest.mark.parametrize(
+    'student, teacher',
+    [
+        (YOLOX, RTMDET),  # trained at objects alone <- quality
+        (FCOS, GFL),  # points <- anchors
+        (VFNET, ATSS),
+        (ATSS, TOOD),  # logits <- probabilities
+    ],
+)
+def test_joint_scores_of_heads_of_other_meaning(student, teacher):
+    model = build_pair(student, teacher, dense(score='joint'))
+    assert model.distill['dist'].loss.activation == 'identity'
+    pairs = keep_pairs(model)
+    data = batch(model)
+    losses = model(**data, mode='loss')
+    guest = model.teacher
+    inputs = guest.renormalize(data['inputs'], SIZES)
+    with torch.no_grad():
+        outputs = (
+            model.bbox_head(model.extract_feat(data['inputs'])),
+            guest.model.bbox_head(guest.model.extract_feat(inputs)),
+        )
+    assert len(pairs) == len(outputs[0][0])
+    for level, pair in enumerate(pairs):
+        for path, output, actual in zip(
+            (student, teacher), outputs, (pair.student, pair.teacher), strict=True
+        ):
+            scores = output[0][level].double().numpy()
+            if path != TOOD:
+                scores = expit(scores)
+            if path in (YOLOX, FCOS, ATSS):
+                scores = scores * expit(output[2][level].double().numpy())
+            np.testing.assert_allclose(actual.detach().numpy(), scores, atol=1e-6)
+
+    losses['loss_dist'].backward()
+    norms = [p.grad.norm() for p in model.backbone.parameters() if p.grad is not None]
+    assert torch.stack(norms).isfinite().all()
+    assert torch.stack(norms).norm() > 1e-4
+
+
+def test_the_second_score_learns_too():
+    model = build_pair(ATSS, distill=dense(score='joint'))
+    model(**batch(model), mode='loss')['loss_dist'].backward()
+    assert model.bbox_head.atss_centerness.weight.grad.norm() > 0
+
+
+def test_the_root_of_a_vanishing_score_has_a_finite_gradient():
+    """Of PAA: the probability itself is 0 in fp32."""
+    register_all_modules()
+    head = MODELS.build(model_config(PAA).bbox_head)
+    output = [torch.full((1, c, 2, 2), -200.0) for c in (80, 4, 1)]
+    output[0].requires_grad_()
+    comparison = MODELS.build(dict(type='mmdist.DenseLogits', score='joint'))
+    (scores,) = comparison.scores_of(head, tuple([x] for x in output))
+    scores.sum().backward()
+    assert output[0].grad.isfinite().all()
+
+
+def pairs_of_two_and_three_classes(distill: dict) -> tuple[nn.Module, dict, list]:
+    """A YOLACT of two classes and one of three, by softmax, its batch and pairs."""
+
+    def classes(cfg, original, factor):
+        cfg.bbox_head.num_classes = 2 if factor == 8 else 3
+
+    sizes = ((64, 64), (64, 64))
+    model = build_pair(YOLACT, distill=distill, edit=classes, sizes=sizes)
+    model.class_match = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
+    pairs = keep_pairs(model)
+    data = batch(model, sizes, num_classes=2)
+    model(**data, mode='loss')
+    return model, data, pairs
+
+
+def test_joint_scores_of_other_classes_are_matched_by_name():
+    """Of softmax heads; their background is not compared."""
+    model, data, pairs = pairs_of_two_and_three_classes(dense(score='joint'))
+    for pair, student, teacher in zip(pairs, *raw_outputs(model, data), strict=True):
+        for actual, raw, columns in (
+            (pair.student, student, [0, 1]),
+            (pair.teacher, teacher, [2, 0]),
+        ):
+            expected = softmax(as_rows(raw, 3, joint=False), axis=1)[:, columns]
+            actual = as_rows(actual.detach().numpy(), 3, joint=False)
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('anchors', ['joint', 'separate'])
+def test_a_class_that_the_student_does_not_know_is_background(anchors):
+    """Of a softmax head, against sums of probabilities."""
+    model, data, pairs = pairs_of_two_and_three_classes(dense(anchors=anchors))
+    for pair, teacher in zip(pairs, raw_outputs(model, data)[1], strict=True):
+        ant, bee, cat, background = softmax(as_rows(teacher, 3, False), axis=1).T
+        expected = np.stack([cat, ant, background + bee], 1)
+        actual = pair.teacher.double()
+        if anchors == 'separate':
+            actual = actual.movedim(2, -1)
+        actual = rows(actual).numpy().reshape(-1, 3)
+        np.testing.assert_allclose(softmax(actual, axis=1), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +582,7 @@ def test_scores_of_different_kinds_are_an_error():
         (FASTER, None, 'cannot compare a FasterRCNN: it has no `bbox_head` or'),
         (RETINANET, 'rpn_head', 'cannot compare a RetinaNet: .*it has no `rpn_head`'),
         (CASCADE_RPN, 'rpn_head', 'a CascadeRPNHead, whose stages need the anchors'),
-        (FASTER, 'neck', 'cannot compare a FasterRCNN: .*which FPN does not have'),
+        (FASTER, 'neck', 'cannot compare a FasterRCNN: .*is a FPN, which does not'),
     ],
 )
 def test_what_is_not_a_dense_head_is_refused_by_name(path, student, message):
@@ -305,6 +595,7 @@ def test_what_is_not_a_dense_head_is_refused_by_name(path, student, message):
     [
         (dict(anchors='all'), "`anchors` is 'joint' or 'separate'"),
         (dict(levels='mean'), "`levels` is 'sum' or 'concat'"),
+        (dict(score='both'), "`score` is 'class' or 'joint'"),
     ],
 )
 def test_bad_arguments(arguments, message):

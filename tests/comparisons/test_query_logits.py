@@ -17,6 +17,8 @@ from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 
 from mmdist.registry import MODELS
+from mmdist.step import Step
+from mmdist.teachers import ClassMatch
 
 FAMILIES = {
     'detr': 'detr/detr_r50_8xb2-150e_coco',
@@ -231,6 +233,50 @@ def test_a_copy_of_the_student_correlates_perfectly(family):
     assert losses['loss_dist'].item() == pytest.approx(0, abs=2e-5)
 
 
+def queries_of(logits: np.ndarray, boxes: np.ndarray) -> InstanceData:
+    return InstanceData(
+        scores=torch.tensor(logits, dtype=torch.float32),
+        bboxes=torch.tensor(corners(boxes) * 100, dtype=torch.float32),
+    )
+
+
+@pytest.mark.parametrize('number', [10, 300, 310, 400, 900])
+def test_what_the_teacher_is_sure_of_is_compared(number):
+    """However many unsure queries it has; the student is unsure of everything."""
+    model = build(tiny('deformable'), tiny('deformable'))
+    rng = np.random.default_rng(0)
+
+    def unsure(n):
+        boxes = np.concatenate([rng.random((n, 2)), 0.1 + 0.2 * rng.random((n, 2))], 1)
+        return rng.normal(-4, 0.5, (n, 5)), boxes
+
+    logits, boxes = unsure(number)
+    sure = rng.permutation(number)[:10]
+    logits[sure, rng.integers(5, size=10)] = 4
+    data = batch(model)
+    step = Step(
+        model, model.teacher, ClassMatch(), data['inputs'][:1], data['data_samples'][:1]
+    )
+    (pair,) = model.distill['dist'].pair(
+        step, [[queries_of(*unsure(300))]], [[queries_of(logits, boxes)]]
+    )
+    assert len(pair.teacher) == min(number, 300)
+    assert (pair.teacher > 3).any(1).sum() == 10
+
+
+def test_a_teacher_of_more_queries_is_matched_by_its_best():
+    """DINO's best queries, as many as the Deformable DETR of the student has."""
+    model = build(tiny('deformable', queries=6), tiny('dino', queries=15))
+    losses, (student, teacher) = step(model)
+    best = []
+    for ls, bs in matching_queries('dino', teacher, 15, {}):
+        order = np.argsort(-ls.max(1))[:6]
+        best.append((ls[order], bs[order]))
+    inter, intra = expected(matching_queries('deformable', student, 6, {}), best)
+    assert losses['dist_inter'].item() == pytest.approx(inter, abs=1e-4)
+    assert losses['dist_intra'].item() == pytest.approx(intra, abs=1e-4)
+
+
 def test_every_layer_is_counted_from_the_last():
     """The teacher's second and third layer are those of a student with two."""
     student, teacher = tiny('dino', layers=2), tiny('dino', layers=3)
@@ -292,11 +338,11 @@ def test_min_score_leaves_out_unsure_queries_before_the_matching():
     losses['loss_q'].backward()
 
 
-def test_classes_are_matched_by_name_and_the_background_is_kept():
+def test_classes_are_matched_by_name_and_the_others_are_background():
     """A DETR of three classes learns from one of five, in another order."""
     teacher = Config(
         dict(
-            model=tiny('detr'),
+            model=tiny('detr', queries=7),
             train_dataloader=dict(dataset=dict(metainfo=dict(classes=CLASSES))),
         )
     )
@@ -305,11 +351,13 @@ def test_classes_are_matched_by_name_and_the_background_is_kept():
         'dataset_meta', dict(classes=('dog', 'ant', 'cow'))
     )
     losses, (student, teacher) = step(model)
-    columns = [3, 0, 2, 5]  # the names in the teacher's order, then its background
+    known = []
+    for logits, boxes in matching_queries('detr', teacher, 7, {}):
+        ant, bee, cow, dog, elk, background = softmax(logits, 1).T
+        probabilities = np.stack([dog, ant, cow, background + bee + elk], 1)
+        known.append((np.log(probabilities), boxes))
     inter, intra = expected(
-        matching_queries('detr', student, 10, {}),
-        [(ls[:, columns], bs) for ls, bs in matching_queries('detr', teacher, 10, {})],
-        sigmoid=False,
+        matching_queries('detr', student, 10, {}), known, sigmoid=False
     )
     assert losses['dist_inter'].item() == pytest.approx(inter, abs=1e-4)
     assert losses['dist_intra'].item() == pytest.approx(intra, abs=1e-4)
@@ -358,8 +406,9 @@ def test_match_costs_of_ones_own():
 
 
 def test_a_head_of_the_other_activation_is_refused():
+    distill = dict(q=dict(type='mmdist.QueryLogits'))
     with pytest.raises(ValueError, match=r'ConditionalDETR.*sigmoid.*DETR.*softmax'):
-        build(tiny('conditional'), tiny('detr'))
+        build(tiny('conditional'), tiny('detr'), distill)
 
 
 def test_another_family_is_refused_at_build_time():

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import expit, logit, softmax
 
-from mmdist.teachers.classes import match_classes
+from mmdist.teachers.classes import ClassMatch, match_classes
+
+FEW = ('person', 'car')
+MANY = ('person', 'bicycle', 'car')
 
 
 def test_equal_classes_need_no_mapping():
@@ -26,13 +31,98 @@ def test_another_order_or_a_subset_is_mapped_by_name(
     student, teacher, columns_s, columns_t
 ):
     match = match_classes(list(student), list(teacher))
-    # a column holds the number of its class; the last one is the background
-    logits_s = torch.tensor([[*map(ord, student), 0]])
-    logits_t = torch.tensor([[*map(ord, teacher), 0]])
+    # a column holds the number of its class
+    logits_s = torch.tensor([[*map(ord, student)]])
+    logits_t = torch.tensor([[*map(ord, teacher)]])
     selected_s, selected_t = match.select(logits_s, logits_t)
-    assert selected_s.tolist() == [[*(ord(student[i]) for i in columns_s), 0]]
+    assert selected_s.tolist() == [[ord(student[i]) for i in columns_s]]
     assert torch.equal(selected_s, selected_t)
-    assert selected_t.tolist() == [[*(ord(teacher[i]) for i in columns_t), 0]]
+    assert selected_t.tolist() == [[ord(teacher[i]) for i in columns_t]]
+
+
+# ---- what only one side knows ----------------------------------------------------
+
+
+def test_the_probability_of_unknown_classes_is_the_background():
+    """The student knows no bicycle: to it, a bicycle is background."""
+    teacher = torch.tensor([[0.005, 0.97, 0.02, 0.005]]).log()
+    expected = [[0.005, 0.02, 0.975]]
+    student = torch.randn(1, 3)
+    same, selected = match_classes(FEW, MANY).select(student, teacher)
+    assert torch.equal(same, student)
+    np.testing.assert_allclose(softmax(selected.numpy(), 1), expected, rtol=1e-5)
+
+    # and the other way round
+    selected, same = match_classes(MANY, FEW).select(teacher, student)
+    assert torch.equal(same, student)
+    np.testing.assert_allclose(softmax(selected.numpy(), 1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('offset', [0.0, 300.0, -300.0])
+@pytest.mark.parametrize('dim', [1, 2])
+def test_probabilities_of_a_softmax_are_added(dim, offset):
+    """Of any size of the logits, along any dimension, against sums in float64."""
+    logits = 5 * torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0))
+    match = match_classes(['d', 'a'], list('abcde'))
+    _, selected = match.select(logits.narrow(dim, 0, 3), logits + offset, dim)
+    p = softmax(np.moveaxis(logits.double().numpy(), dim, -1), -1)
+    expected = np.stack(
+        [p[..., 3], p[..., 0], p[..., 1] + p[..., 2] + p[..., 4] + p[..., 5]], -1
+    )
+    actual = softmax(np.moveaxis(selected.double().numpy(), dim, -1), -1)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+
+def test_half_precision_does_not_round_the_background():
+    logits = torch.full((1, 1001), 4.0, dtype=torch.bfloat16)
+    classes = [str(i) for i in range(1000)]
+    _, selected = match_classes(classes[:1], classes).select(logits[:, :2], logits)
+    np.testing.assert_allclose(
+        softmax(selected.double().numpy(), 1), [[1 / 1001, 1000 / 1001]], rtol=1e-5
+    )
+
+
+def test_probabilities_as_such_are_added():
+    teacher = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    match = match_classes(FEW, MANY)
+    _, selected = match.select(teacher[:, :3], teacher, activation='identity')
+    np.testing.assert_allclose(selected, [[0.1, 0.3, 0.6]], rtol=1e-6)
+
+
+def test_independent_scores_stay_as_they_are():
+    """Those of a sigmoid, and those without a background."""
+    teacher = torch.tensor(logit([[0.1, 0.9, 0.3]]))
+    match = match_classes(FEW, MANY)
+    for activation in ('sigmoid', 'softmax', 'identity'):
+        _, selected = match.select(teacher[:, :2], teacher, activation=activation)
+        np.testing.assert_allclose(expit(selected.numpy()), [[0.1, 0.3]])
+
+
+def test_where_a_teacher_mostly_sees_what_the_student_does_not_know():
+    """There a softmax over the common classes would tell the two least ones apart."""
+    probabilities = torch.tensor(
+        [[0.3, 0.4, 0.3], [0.3, 0.6, 0.1], [0.0, 0.98, 0.02], [0.02, 0.0, 0.98]]
+    )
+    mostly_known = [True, False, False, True]
+    match = match_classes(FEW, MANY)
+    assert match.mostly_known(probabilities.log()).tolist() == mostly_known
+    assert (
+        match.mostly_known(7 * probabilities, activation='identity').tolist()
+        == mostly_known
+    )
+    maps = probabilities.T.reshape(1, 3, 2, 2).log()
+    assert match.mostly_known(maps).tolist() == [[[True, False], [False, True]]]
+
+
+@pytest.mark.parametrize('student', [MANY, MANY[::-1], (*MANY, 'dog')])
+def test_a_teacher_whose_classes_are_all_known_counts_everywhere(student):
+    teacher = torch.rand(2, 3)
+    assert match_classes(student, MANY).mostly_known(teacher) is None
+    assert ClassMatch().mostly_known(teacher) is None
+    assert match_classes(FEW, MANY).mostly_known(teacher, activation='sigmoid') is None
+
+
+# ---- class_map -------------------------------------------------------------------
 
 
 def test_other_names_are_mapped_by_class_map():
@@ -51,10 +141,58 @@ def test_classes_that_cannot_be_matched_print_both_lists():
         match_classes(['cat'], ['dog'])
 
 
-def test_a_class_map_with_unknown_names_is_an_error():
-    with pytest.raises(ValueError, match=r"neither has \['bird'\]"):
-        match_classes(['cat'], ['dog'], {'cat': 'bird'})
+@pytest.mark.parametrize(
+    ('class_map', 'lacks'),
+    [
+        ({'cat': 'bird'}, r"the teacher has no class \['bird'\]\."),
+        # the student has a 'train', which is no help
+        ({'cat': 'train'}, r"the teacher has no class \['train'\]\."),
+        ({'dog': 'dog'}, r"the student has no class \['dog'\]\."),
+        (
+            {'cow': 'bee', 'ant': 'dog'},
+            r"the student has no class \['ant', 'cow'\] and the teacher has no class "
+            r"\['bee'\]\.",
+        ),
+    ],
+)
+def test_a_class_map_with_unknown_names_says_which_side_lacks_which(class_map, lacks):
+    with pytest.raises(ValueError, match=lacks):
+        match_classes(['cat', 'train'], ['dog'], class_map)
+
+
+@pytest.mark.parametrize(
+    ('class_map', 'two'),
+    [
+        ({'cat': 'animal', 'dog': 'animal'}, r"\['cat', 'dog'\]"),
+        ({'cat': 'car'}, r"\['car', 'cat'\]"),
+    ],
+)
+def test_a_class_of_the_teacher_stands_for_one_of_the_students(class_map, two):
+    """Twice in a row, it would distort every softmax over the row."""
+    with pytest.raises(ValueError, match=rf"student's {two} .* '(animal|car)'"):
+        match_classes(['car', 'cat', 'dog'], ['car', 'animal'], class_map)
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'whose'),
+    [
+        (None, ['dog'], 'the student'),
+        (['cat'], None, 'the teacher'),
+        (None, None, 'both'),
+    ],
+)
+def test_a_class_map_needs_the_names_of_both_sides(student, teacher, whose):
+    with pytest.raises(ValueError, match=f'class names of {whose} are unknown'):
+        match_classes(student, teacher, {'cat': 'dog'})
+    assert match_classes(student, teacher, {}) == ClassMatch()
 
 
 def test_unknown_names_pass():
     assert match_classes(None, ['a']).teacher is None
+
+
+def test_the_name_of_a_single_class_may_be_a_string():
+    """So it is in the metainfo of a data set with `classes='tree'`."""
+    assert match_classes('tree', ('tree',)) == ClassMatch()
+    assert match_classes(['tree'], ['car', 'tree']).teacher == [1]
+    assert match_classes('tree', ['car', 'tree']).teacher == [1]
