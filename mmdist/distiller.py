@@ -11,22 +11,10 @@ from torch import Tensor, nn
 
 from ._environment import check_ops
 from .comparisons.base import Comparison, build_comparison
-from .lookup import by_class_name
+from .comparisons.default import default_for, default_for_pair
 from .registry import MODELS
 from .step import Step
 from .teachers import ClassMatch, Teacher
-
-# What is compared if `distill` is omitted, by the student's class.
-DEFAULT_COMPARISONS: dict[str, str] = {
-    'EncoderDecoder': 'mmdist.SegLogits',
-    'MultimodalEncoderDecoder': 'mmdist.SegLogits',
-    'MaskFormer': 'mmdist.SegLogits',
-    'SingleStageDetector': 'mmdist.DenseLogits',
-    'SingleStageInstanceSegmentor': 'mmdist.DenseLogits',
-    'SparseRCNN': 'mmdist.QueryLogits',
-    'TwoStageDetector': 'mmdist.RoILogits',
-    'DetectionTransformer': 'mmdist.QueryLogits',
-}
 
 
 @MODELS.register_module(name='Distiller')
@@ -47,7 +35,7 @@ def build_distiller(
         student: Config of the student model.
         teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...
         distill: What to compare, a dict of name -> config of a comparison. If omitted,
-            it is chosen for the student's family and named ``dist``.
+            it is named ``dist`` and chosen for the pair once the teacher is loaded.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. Only
             a ``data_preprocessor``, which the Runner adds where the model has none,
@@ -73,39 +61,22 @@ def build_distiller(
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
-    if distill is None:
-        distill = dict(dist=default_comparison(model))
+    is_default = distill is None
+    if is_default:
+        distill = dict(dist=default_for(model))
     _check_names(distill)
     teacher = Teacher(**teacher)
     comparisons = nn.ModuleDict(
         {name: build_comparison(name, cfg) for name, cfg in distill.items()}
     )
     for comparison in comparisons.values():
-        comparison.student_modules(model)  # stops where the student has none
-        comparison.create_parameters(model, teacher)
+        comparison.bind(model, teacher)
     model.__class__ = distilled_class(type(model))
     model.teacher = teacher
     model.distill = comparisons
+    model._is_default = is_default
     model._dataset_meta_before = _dataset_meta()
     return model
-
-
-def default_comparison(student: nn.Module) -> dict:
-    """Config of the comparison for the family of a student.
-
-    Raises:
-        ValueError: The family is not known.
-    """
-    kind = by_class_name(student, DEFAULT_COMPARISONS)
-    if kind is None:
-        raise ValueError(
-            f'mmdist does not know what to compare for a {type(student).__name__}: '
-            'neither it nor a base class of it is among the supported families '
-            f'({", ".join(DEFAULT_COMPARISONS)}). Say what to compare, '
-            '`distill=dict(<name>=dict(type=...))`. For a comparison of your own see '
-            'docs/own_comparison.md.'
-        )
-    return dict(type=kind)
 
 
 def _check_names(distill: dict) -> None:
@@ -125,7 +96,8 @@ class DistilledMixin:
     distill: nn.ModuleDict
     distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
     class_match: ClassMatch | None = None
-    _is_bound = False
+    _is_default = False
+    _is_checked = False
 
     def init_weights(self) -> None:
         """Initialise the student as usual, then load the teacher.
@@ -133,7 +105,7 @@ class DistilledMixin:
         The Runner calls this to train, not to test.
         """
         super().init_weights()
-        self._bind_teacher()
+        self._load_teacher()
 
     def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict:
         """The student's losses, and those of each comparison.
@@ -151,7 +123,7 @@ class DistilledMixin:
             losses = super().loss(inputs, data_samples, **kwargs)
             return losses | _zero_losses(comparisons)
 
-        self._bind_teacher()
+        self._load_teacher()
         self._match_classes()
         self.teacher.move_to(inputs.device)
         teacher_model = self.teacher.model
@@ -191,13 +163,15 @@ class DistilledMixin:
                 losses[f'{key}_distill' if key in losses else key] = value
         return losses
 
-    def _bind_teacher(self) -> None:
-        """Load the teacher, and complete the comparisons with what it is."""
-        if not self._is_bound:
+    def _load_teacher(self) -> None:
+        """Load the teacher, and check it against what is compared."""
+        if not self._is_checked:
             self.teacher.load(self)
+            if self._is_default:
+                self.distill['dist'] = default_for_pair(self, self.teacher)
             for comparison in self.distill.values():
-                comparison.bind(self, self.teacher.model)
-            self._is_bound = True
+                comparison.check_pair(self, self.teacher.model)
+            self._is_checked = True
 
     def _match_classes(self) -> None:
         """Match the classes once, when the Runner has said which the student has."""
@@ -216,9 +190,9 @@ class DistilledMixin:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time, so pickle does not find it by name. A copy
-        # binds the teacher again, which a file does not hold.
+        # loads the teacher again, which a file does not hold.
         student_class = type(self).__mro__[2]
-        return _new, (student_class,), {**self.__dict__, '_is_bound': False}
+        return _new, (student_class,), {**self.__dict__, '_is_checked': False}
 
 
 @functools.cache

@@ -210,7 +210,8 @@ def test_published_schedule_on_cityscapes():
         assert config.crop_size == (512, 1024)
 
 
-def test_model_zoo_page_is_up_to_date():
+def test_model_zoo_page_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
     made = runpy.run_path(str(ROOT / 'tools/make_model_zoo.py'))
     text = made['PAGE'].read_text()
     assert made['page'](text) == text

@@ -16,7 +16,10 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from scipy.special import expit, log_softmax, softmax
 
+from mmdist import Comparison
 from mmdist.registry import MODELS
+from mmdist.step import Step
+from mmdist.teachers import ClassMatch
 
 DOCS = Path(__file__).parents[1] / 'docs' / 'own_comparison.md'
 
@@ -123,3 +126,17 @@ def test_another_family_is_refused(example):
     config.model.student = Config.fromstring(f'_base_ = {path!r}', '.py').model
     with pytest.raises(ValueError, match='BoxDistributions cannot compare a RetinaNet'):
         MODELS.build(config.model)
+
+
+def test_every_name_of_the_page_exists(example):
+    model = build(example)
+    data = batch(model)
+    step = Step(model, model.teacher, ClassMatch(), **data)
+    text = DOCS.read_text()
+    names = set(re.findall(r'\bstep\.(\w+)', text))
+    assert len(names) > 10
+    assert names <= set(dir(step))
+
+    methods = re.findall(r'`(\w+)\((student|teacher|step|model)[),]', text)
+    assert len(methods) > 7
+    assert {name for name, _ in methods} <= set(dir(Comparison))

@@ -1,6 +1,6 @@
 """Write the tables of docs/model_zoo.md from the metafiles.
 
-python tools/make_model_zoo.py          # after a change of a metafile
+Run it after you change a metafile: python tools/make_model_zoo.py
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'model_zoo.md'
 BEGIN = '<!-- Made by tools/make_model_zoo.py from the metafiles; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
-HEADER = '| Config | Student | Teacher | Result | Where from |\n|---|---|---|---|---|\n'
+HEADER = '| Config | Student | Teacher | Result | Source |\n|---|---|---|---|---|\n'
 
 
 def tables() -> str:
-    """A table per metafile and method."""
+    """A table per metafile and collection."""
     index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
     text = ''
     for path in index['Import']:
@@ -35,7 +35,7 @@ def tables() -> str:
 
 
 def row(model: dict) -> str:
-    """The line of one config."""
+    """The row of one config."""
     results = model.get('Results')
     config = f'[{model["Name"]}](../{model["Config"]})'
     student, teacher = model['Student'], model.get('Teacher')
@@ -69,7 +69,7 @@ def _source(result: dict) -> str:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """The page with new tables."""
     return replace_between(text, BEGIN, END, tables())
 
 

@@ -32,7 +32,7 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from mmdist import Comparison, Pair
-from mmdist.distiller import DEFAULT_COMPARISONS
+from mmdist.comparisons.default import KINDS
 from mmdist.lookup import class_name_in
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
@@ -195,7 +195,7 @@ def findings(
 ) -> dict[str, str]:
     """What the check found, a line each."""
     teacher = model.teacher
-    family = class_name_in(model, DEFAULT_COMPARISONS)
+    family = class_name_in(model, KINDS)
     lines = {
         'student': _describe(model),
         'teacher': _describe(teacher.model),
@@ -232,7 +232,8 @@ def findings(
 def _describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
     """Kind, loss, activation, and what the loss was given."""
     loss = comparison.loss
-    kinds = [type(loss).__name__, getattr(loss, 'activation', None)]
+    activation = pairs[0].activation or getattr(loss, 'activation', None)
+    kinds = [type(loss).__name__, activation]
     shapes, strides = [], []
     for pair in pairs:
         rows, *shape = pair.student.shape

@@ -1,6 +1,7 @@
 """What can be compared between a student and its teacher, one kind a file."""
 
 from .base import Comparison, Pair
+from .box_logits import BoxLogits
 from .dense_logits import DenseLogits
 from .features import Features
 from .query_logits import QueryLogits
@@ -8,6 +9,7 @@ from .roi_logits import RoILogits
 from .seg_logits import SegLogits
 
 __all__ = [
+    'BoxLogits',
     'Comparison',
     'DenseLogits',
     'Features',

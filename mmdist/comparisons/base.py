@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import warnings
@@ -12,7 +13,7 @@ from typing import Any
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmdist.losses import DISTLoss
+from mmdist.losses import DISTLoss, as_rows
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import Teacher
@@ -28,6 +29,8 @@ class Pair:
         mask: True where a row counts, (rows,) or (N, *spatial); None counts all.
         weight: Factor of this term.
         name: The terms of one name are added up, and logged as one.
+        activation: What turns these logits into probabilities, if it is not the
+            activation of the student's head; 'identity' for probabilities.
     """
 
     student: Tensor
@@ -35,6 +38,17 @@ class Pair:
     mask: Tensor | None = None
     weight: float = 1.0
     name: str = ''
+    activation: str | None = None
+
+
+# Why the shapes of a pair differ.
+OTHER_CLASSES = (
+    'The rows are the same, so the two have other classes. Classes are matched by name '
+    'if the names of both sides are known; the log says whose are not. Take a teacher '
+    'whose checkpoint names its classes, or whose config has the dataset that does, or '
+    "one with the student's classes."
+)
+OTHER_ROWS = 'Use a teacher with the same strides and the same anchors per location.'
 
 
 class Comparison(BaseModule):
@@ -68,12 +82,11 @@ class Comparison(BaseModule):
         self._loss_takes_mask = (
             'mask' in inspect.signature(self.loss.forward).parameters
         )
-        self._intra_class_loss: nn.Module | None = None
         self._has_warned = False
 
     # ---- what a subclass fills in ------------------------------------------------
 
-    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
+    def activation(self, student: nn.Module) -> str:
         """The default activation of DISTLoss, as the student's head has it."""
         return 'softmax'
 
@@ -88,16 +101,6 @@ class Comparison(BaseModule):
     def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
         """Modules of the teacher to record while its features are computed."""
         return ()
-
-    def create_parameters(self, student: nn.Module, teacher: Teacher) -> None:
-        """Create the modules that are learned here, when the student is built.
-
-        The optimizer and the checkpoint need them before the teacher is loaded.
-
-        Args:
-            student: The student, just built.
-            teacher: The teacher, neither built nor loaded.
-        """
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """Stop before the first step if the two cannot be compared.
@@ -133,22 +136,22 @@ class Comparison(BaseModule):
             'your own; docs/own_comparison.md shows how.'
         )
 
-    def bind(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Complete the comparison for a pair, once the teacher is loaded.
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the student and complete the loss, when the model is built.
+
+        Modules that a subclass makes here are parameters of the student.
 
         Args:
-            student: The student.
-            teacher: The teacher's model.
+            student: The student, just built.
+            teacher: The teacher, neither built nor loaded.
 
         Raises:
-            ValueError: The two cannot be compared.
+            ValueError: The student has nothing to compare.
         """
-        self.check_pair(student, teacher)
+        self.student_modules(student)
         if isinstance(self.loss, DISTLoss):
-            activation = self.activation(student, teacher)
-            cfg = {'activation': activation, **self._loss_cfg}
-            self.loss = MODELS.build(cfg)
-            self._intra_class_loss = MODELS.build({**cfg, 'beta': 0.0})
+            activation = self.activation(student)
+            self.loss = MODELS.build({'activation': activation, **self._loss_cfg})
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
         """Compute the distillation losses of one batch.
@@ -177,35 +180,42 @@ class Comparison(BaseModule):
         }
 
     def _loss_for(self, pair: Pair) -> nn.Module:
-        """The loss; of one or two columns without its inter-class term."""
-        columns = pair.student.shape[1]
-        if columns > 2 or not isinstance(self.loss, DISTLoss) or not self.loss.beta:
+        """The loss as it suits a pair."""
+        if not isinstance(self.loss, DISTLoss):
             return self.loss
-        if not self._has_warned:
-            self._has_warned = True
-            what = 'one channel' if columns == 1 else 'two classes'
-            value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
-            warnings.warn(
-                f'{type(self).__name__} compares {what} per row: the inter-class '
-                f'correlation of such a row is {value}, and gives nothing to learn '
-                'from. The term is left out, as with `beta=0`; the intra-class term '
-                'remains.',
-                stacklevel=2,
-            )
-        return self._intra_class_loss
+        loss = copy.copy(self.loss)
+        if pair.activation is not None and 'activation' not in self._loss_cfg:
+            loss.activation = pair.activation
+        columns = pair.student.shape[1]
+        if columns <= 2 and loss.beta:
+            loss.beta = 0.0
+            self._warn_of_few_columns(columns)
+        return loss
+
+    def _warn_of_few_columns(self, columns: int) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        what = 'one channel' if columns == 1 else 'two classes'
+        value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
+        warnings.warn(
+            f'{type(self).__name__} compares {what} per row: the inter-class '
+            f'correlation of such a row is {value}, and gives nothing to learn from. '
+            'The term is left out, as with `beta=0`; the intra-class term remains.',
+            stacklevel=2,
+        )
 
     def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
-        if pair.student.shape != pair.teacher.shape:
+        ours, theirs = tuple(pair.student.shape), tuple(pair.teacher.shape)
+        if ours != theirs:
+            same_rows = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
             raise ValueError(
-                f'{type(self).__name__}: the student gives logits of shape '
-                f'{tuple(pair.student.shape)}, the teacher of '
-                f'{tuple(pair.teacher.shape)}. '
-                'Use a teacher with the same strides and, per location, the same '
-                'anchors; classes are matched by name, see `class_map`.'
+                f'{type(self).__name__}: the student gives logits of shape {ours}, the '
+                f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
             )
         if self._loss_takes_mask:
             return loss(pair.student, pair.teacher, mask=pair.mask)
-        student, teacher = rows(pair.student), rows(pair.teacher)
+        student, teacher = as_rows(pair.student), as_rows(pair.teacher)
         if pair.mask is not None:
             student, teacher = (
                 student[pair.mask.flatten()],
@@ -262,8 +272,3 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     bare = {name.rsplit('.')[-1]: name for name in known}
     close = difflib.get_close_matches(word, bare, n=1)
     return f' Did you mean {bare[close[0]]!r}?' if close else ''
-
-
-def rows(logits: Tensor) -> Tensor:
-    """(N, classes, *spatial) -> (N * prod(spatial), classes)."""
-    return logits.movedim(1, -1).flatten(0, -2)

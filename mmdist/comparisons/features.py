@@ -81,7 +81,7 @@ class Features(Comparison):
         self.adapters: nn.ModuleList | None = None
         self._not_adapted = ''  # why there are no adapters, if nobody knows
 
-    def activation(self, student: nn.Module, teacher: nn.Module) -> str:
+    def activation(self, student: nn.Module) -> str:
         """Features are no logits."""
         return 'identity'
 
@@ -93,8 +93,9 @@ class Features(Comparison):
         """The teacher's module."""
         return [self._module(teacher, self.teacher_path, 'teacher')]
 
-    def create_parameters(self, student: nn.Module, teacher: Teacher) -> None:
-        """Create the 1x1 convolutions."""
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the path, complete the loss, and make the 1x1 convolutions."""
+        super().bind(student, teacher)
         if self.adapt is False:
             return
         ours, theirs = self.student_channels, self.teacher_channels

@@ -17,7 +17,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
 
-from mmdist.distiller import default_comparison
+from mmdist.comparisons.default import default_for
 from mmdist.registry import MODELS
 
 # In the onedl fork alone: it finds lanes, and DenseLogits refuses it.
@@ -315,7 +315,7 @@ def test_a_refusal_names_the_family_and_what_to_do(directory):
     with pytest.raises(ValueError, match=f'(?s){message}'):
         if directory in NOT_BUILT_HERE:
             model = bare(cfg)
-            MODELS.build(default_comparison(model)).student_modules(model)
+            MODELS.build(default_for(model)).student_modules(model)
         else:
             build_pair(path)
 
