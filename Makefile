@@ -14,9 +14,9 @@ export PYTHONWARNINGS := ignore:pkg_resources is deprecated
 
 help:
 	@echo 'make env         the environment in $(VENV); ten minutes or more, once'
-	@echo 'make quickstart  distil a small detector and a small segmentor, 10 minutes'
+	@echo 'make quickstart  distil a small detector and a small segmentor, 9 minutes'
 	@echo 'make test        the quick tests;  make test-all: the slow ones too'
-	@echo 'make lint        ruff;  make format: let it mend what it can'
+	@echo 'make lint        ruff;  make format: fix what ruff can fix'
 	@echo 'make bench       timings and memory'
 	@echo 'make study       does a student gain on real images? hours; see docs/results.md'
 	@echo 'make clean       what the tools leave behind;  make distclean: also the'

@@ -119,7 +119,7 @@ def test_the_environment_of_these_tests_is_good():
 
 
 @pytest.mark.parametrize(
-    'distributions, modules, name, said, mend',
+    'distributions, modules, name, said, fix',
     [
         pytest.param(
             {},
@@ -191,13 +191,13 @@ def test_the_environment_of_these_tests_is_good():
         ),
     ],
 )
-def test_one_thing_wrong(check_env, distributions, modules, name, said, mend):
+def test_one_thing_wrong(check_env, distributions, modules, name, said, fix):
     changed = {**DISTRIBUTIONS, **distributions}
     changed = {k: v for k, v in changed.items() if v is not None}
     code, wrong = check_env(changed, {**MODULES, **modules})
     assert code == 1
     assert said in wrong[name]
-    assert mend in wrong[name].split('-> run: ')[1]
+    assert fix in wrong[name].split('-> run: ')[1]
 
 
 def test_missing_ftfy_is_named_for_itself_and_for_mmseg(check_env):

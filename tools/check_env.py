@@ -4,7 +4,7 @@
     python tools/check_env.py
 
 prints one line per requirement: what was found, what is wanted, and for each thing
-wrong the command that mends it. The exit code is 1 if anything is wrong. Only the
+wrong the command that fixes it. The exit code is 1 if anything is wrong. Only the
 standard library is imported here, so that it runs in a broken environment too.
 """
 
@@ -40,12 +40,12 @@ assert 'mmdist' in MODULE2PACKAGE, 'mmengine does not know mmdist:: config paths
 
 
 class Line(NamedTuple):
-    """One requirement: ``mend`` is the command to run, None where all is well."""
+    """One requirement: ``fix`` is the command to run, None where all is well."""
 
     name: str
     found: str
     wanted: str
-    mend: str | None = None
+    fix: str | None = None
 
 
 class Probe:
@@ -78,7 +78,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def check(probe: Probe) -> list[Line]:
-    """All requirements, in the order in which they should be mended."""
+    """All requirements, in the order in which they should be fixed."""
     fork = any(probe.version(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
     lines = [check_python(), *check_torch(probe), check_setuptools(probe, fork)]
     lines += [check_single(probe), check_engine(probe, fork), check_mmcv(probe, fork)]
@@ -91,8 +91,8 @@ def check(probe: Probe) -> list[Line]:
 
 def check_python() -> Line:
     ok = sys.version_info >= (3, 10)
-    mend = None if ok else 'make a virtual environment with Python 3.10 or newer'
-    return Line('python', platform.python_version(), '>= 3.10', mend)
+    fix = None if ok else 'make a virtual environment with Python 3.10 or newer'
+    return Line('python', platform.python_version(), '>= 3.10', fix)
 
 
 def check_torch(probe: Probe) -> list[Line]:
@@ -103,8 +103,8 @@ def check_torch(probe: Probe) -> list[Line]:
         return [Line('torch', version, '>= 2.0', f'{PIP} torch==2.13.0')]
     error = probe.error('import torch')
     if error:
-        mend = f'{PIP} --force-reinstall torch=={version.split("+")[0]}'
-        return [Line('torch', f'{version}, but: {error}', 'imports', mend)]
+        fix = f'{PIP} --force-reinstall torch=={version.split("+")[0]}'
+        return [Line('torch', f'{version}, but: {error}', 'imports', fix)]
     return [Line('torch', version, '>= 2.0')]
 
 
@@ -145,8 +145,8 @@ def check_engine(probe: Probe, fork: bool) -> Line:
     pin = '0.10.12' if fork else '0.10.7'
     version = probe.version(name)
     if version is None or not (0, 10) <= numbers(version) < (1,):
-        mend = f'{PIP} {name}=={pin}'
-        return Line(name, version or 'missing', '>= 0.10, < 1', mend)
+        fix = f'{PIP} {name}=={pin}'
+        return Line(name, version or 'missing', '>= 0.10, < 1', fix)
     return Line(name, version, '>= 0.10, < 1')
 
 
@@ -158,8 +158,8 @@ def check_mmcv(probe: Probe, fork: bool) -> Line:
         name, pin, wanted, low, high = 'mmcv', '2.1.0', '>= 2.0, < 2.2', (2, 0), (2, 2)
     build = f'{BUILD_TOOLS} && {BUILD} {name}=={pin}'
     if probe.version('mmcv-lite'):
-        mend = f'python -m pip uninstall -y mmcv-lite && {build}'
-        return Line(name, 'mmcv-lite, which has no ops', wanted, mend)
+        fix = f'python -m pip uninstall -y mmcv-lite && {build}'
+        return Line(name, 'mmcv-lite, which has no ops', wanted, fix)
     version = probe.version(name)
     if version is None or not low <= numbers(version) < high:
         return Line(name, version or 'missing', wanted, build)
@@ -176,20 +176,18 @@ def check_ops(probe: Probe, fork: bool) -> Line:
     version = probe.version(name) or ('2.3.6' if fork else '2.1.0')
     if not fork and numbers(version) >= (2, 2):
         version = '2.1.0'
-    mend = f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
+    fix = f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
     if 'mmcv._ext' in error:
         found = 'built without ops'
     elif 'undefined symbol' in error or 'libtorch' in error or 'libc10' in error:
         found = 'built for another torch'
     elif 'cuda' in error.lower() or 'gpu' in error.lower():
-        found, mend = f'CPU only, on a GPU machine: {error}', f'FORCE_CUDA=1 {mend}'
+        found, fix = f'CPU only, on a GPU machine: {error}', f'FORCE_CUDA=1 {fix}'
         if not fork and numbers(probe.version('torch') or '0') >= (2, 9):
-            mend = (
-                'make env STACK=onedl (mmcv 2.1.0 has no CUDA build for torch >= 2.9)'
-            )
+            fix = 'make env STACK=onedl (mmcv 2.1.0 has no CUDA build for torch >= 2.9)'
     else:
         found = error
-    return Line('mmcv.ops', found, wanted, mend)
+    return Line('mmcv.ops', found, wanted, fix)
 
 
 def check_cv2(probe: Probe) -> Line:
@@ -203,8 +201,8 @@ def check_cv2(probe: Probe) -> Line:
     # opencv-python links libGL, which a machine without a screen often lacks.
     version = probe.version('opencv-python')
     pin = f'=={version}' if version else ''
-    mend = f'{PIP} --force-reinstall --no-deps opencv-python-headless{pin}'
-    return Line('opencv', error, wanted, mend)
+    fix = f'{PIP} --force-reinstall --no-deps opencv-python-headless{pin}'
+    return Line('opencv', error, wanted, fix)
 
 
 def check_import(probe: Probe, name: str) -> Line:
@@ -225,13 +223,13 @@ def check_library(probe: Probe, fork: bool, module: str) -> Line:
     version = probe.version(name)
     # The fork's are source only and import packaging while they are built.
     flag = '--no-build-isolation ' if fork else ''
-    mend = f'{PIP} {flag}{name}=={pin}'
+    fix = f'{PIP} {flag}{name}=={pin}'
     if version is None or f'{numbers(version)[0]}.x' != wanted:
-        return Line(name, version or 'missing', wanted, mend)
+        return Line(name, version or 'missing', wanted, fix)
     error = probe.error(f'import {module}.apis')
     if error:
-        mend = f'mend the lines above; if it stays: {mend} --force-reinstall --no-deps'
-        return Line(name, f'{version}, but: {error}', f'{wanted}, imports', mend)
+        fix = f'fix the lines above; if it stays: {fix} --force-reinstall --no-deps'
+        return Line(name, f'{version}, but: {error}', f'{wanted}, imports', fix)
     return Line(name, version, wanted)
 
 
@@ -243,25 +241,25 @@ def check_sklearn(probe: Probe) -> Line:
 def check_mmdist(probe: Probe) -> Line:
     version = probe.version('mmdist')
     wanted = 'mmdist:: paths resolve'
-    mend = f'{PIP} --no-deps . (in the checkout of mmdist)'
+    fix = f'{PIP} --no-deps . (in the checkout of mmdist)'
     if version is None:
-        return Line('mmdist', 'not installed', wanted, mend)
+        return Line('mmdist', 'not installed', wanted, fix)
     error = probe.error(RUN_CONFIGS)
     if error:
-        return Line('mmdist', f'{version}, but: {error}', wanted, mend)
+        return Line('mmdist', f'{version}, but: {error}', wanted, fix)
     return Line('mmdist', version, wanted)
 
 
 def report(lines: list[Line]) -> str:
     """A line for each requirement, and a last one that sums up."""
     rows = []
-    for name, found, wanted, mend in lines:
-        end = f'-> run: {mend}' if mend else 'ok'
+    for name, found, wanted, fix in lines:
+        end = f'-> run: {fix}' if fix else 'ok'
         rows.append(f'{name:21} {found:21} wanted: {wanted:35} {end}')
-    wrong = sum(line.mend is not None for line in lines)
+    wrong = sum(line.fix is not None for line in lines)
     if wrong:
         rows.append(
-            f'{wrong} of {len(lines)} to mend, best from the top; '
+            f'{wrong} of {len(lines)} to fix, best from the top; '
             f'`python` is {sys.executable}'
         )
     else:
@@ -272,7 +270,7 @@ def report(lines: list[Line]) -> str:
 def main() -> int:
     lines = check(Probe())
     print(report(lines))
-    return int(any(line.mend for line in lines))
+    return int(any(line.fix for line in lines))
 
 
 if __name__ == '__main__':

@@ -323,7 +323,7 @@ class Builder:
             build = ('--no-build-isolation', '--no-binary', ':all:', '--no-deps')
             self.pip('download', *build, '-d', sources, f'{self.mmcv}=={version}')
             shutil.unpack_archive(f'{tree}.tar.gz', f'{tree}.tmp')
-            mend_setup(Path(f'{tree}.tmp', tree.name, 'setup.py'))
+            fix_setup(Path(f'{tree}.tmp', tree.name, 'setup.py'))
             Path(f'{tree}.tmp', tree.name).rename(tree)
         # pip builds a directory in place, so ninja goes on where it was interrupted.
         self.pip(
@@ -353,7 +353,7 @@ class Builder:
             raise Stop('The environment is not complete: see the lines above.')
 
 
-def mend_setup(setup: Path) -> None:
+def fix_setup(setup: Path) -> None:
     """mmcv 2.1.0 reads its version through exec() and locals(), gone in Python 3.13."""
     text = setup.read_text()
     text = text.replace("version_file, 'exec'))", "version_file, 'exec'), globals())")

@@ -79,7 +79,7 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
     if found:
         path, checkpoint = found
         cfg.load_from = path
-        # The data come in an order that hangs on the seed, and the Runner makes the
+        # The data come in an order that depends on the seed, and the Runner makes the
         # loader before it reads the seed of the checkpoint.
         if cfg.get('randomness', {}).get('seed') is None:
             cfg.merge_from_dict({'randomness.seed': checkpoint['meta']['seed']})

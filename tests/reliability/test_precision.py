@@ -173,7 +173,7 @@ def test_it_changes_no_loss(
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'inductor'))
     _, watch = train(make_config('seg', tmp_path, **options))
     assert watch.losses.keys() == plain_losses.keys()
-    # Compiled, DISTLoss takes its plain path, and inductor's code rounds otherwise too.
+    # Compiled, DISTLoss takes its plain path, and inductor rounds differently too.
     # Each step of training makes that five times larger; the second one shows that the
     # first one's gradients were right.
     steps = 2 if 'compile' in options else 4

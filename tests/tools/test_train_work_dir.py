@@ -64,7 +64,7 @@ def test_another_config_does_not_overwrite_the_checkpoints(run, work_dir):
     with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
         run(work_dir, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
-    run(work_dir)  # the same config may be run again, as ever
+    run(work_dir)  # the same config may be run again
 
 
 def test_another_model_does_not_resume(run, work_dir):
