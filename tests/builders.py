@@ -17,12 +17,12 @@ def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
         distill: What is compared; empty takes the default.
         teacher: Arguments of the teacher.
     """
+    compared = f', distill={distill}' if distill else ''
     return f"""
 _base_ = './student.py'
 model = dict(
     _delete_=True, type='mmdist.Distiller', student=_base_.model,
-    teacher={teacher!r},
-    distill={distill or None})
+    teacher={teacher!r}{compared})
 {more}
 """
 

@@ -14,7 +14,7 @@ from test_det_zoo import keep_backbone
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from mmdist.comparisons.base import rows
+from mmdist.losses import as_rows as as_matrix
 from mmdist.registry import MODELS
 from mmdist.teachers import match_classes
 
@@ -467,7 +467,7 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
     comparison = MODELS.build(dict(type='mmdist.DenseLogits', score='joint'))
     scores = comparison.scores_of(head, output)
     assert all(level.shape[2:] == (4, 6, 4) for level in scores)
-    scores = torch.cat([rows(level.flatten(0, 1)) for level in scores])
+    scores = torch.cat([as_matrix(level.flatten(0, 1)) for level in scores])
     if path == YOLOX:  # it keeps the best class of a location
         scores[scores < scores.max(1, keepdim=True).values] = -1
     for label, column in enumerate(scores.T):
@@ -572,7 +572,7 @@ def test_a_class_that_the_student_does_not_know_is_background(anchors):
         actual = pair.teacher.double()
         if anchors == 'separate':
             actual = actual.movedim(2, -1)
-        actual = rows(actual).numpy().reshape(-1, 3)
+        actual = as_matrix(actual).numpy().reshape(-1, 3)
         np.testing.assert_allclose(softmax(actual, axis=1), expected, rtol=1e-4)
 
 
