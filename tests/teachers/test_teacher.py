@@ -61,3 +61,24 @@ def test_building_a_teacher_touches_no_gpu(monkeypatch):
 def test_an_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match='bf16'):
         Teacher(RETINANET, dtype='int8')
+
+
+@pytest.mark.slow
+def test_a_compiled_teacher_computes_the_same(det_config, tmp_path):
+    path = tmp_path / 'config.py'
+    path.write_text(det_config)
+    plain, compiled = (
+        Teacher(str(path), allow_random=True, compile=option)
+        for option in (False, True)
+    )
+    for teacher in (plain, compiled):
+        teacher.load(plain.build())
+    compiled.model.load_state_dict(plain.model.state_dict())
+    images = torch.rand(1, 3, 64, 64)
+    frames = torch._dynamo.utils.counters['frames']
+    before = frames['ok']
+    with plain.running(), compiled.running():
+        expected, found = (t.model.extract_feat(images) for t in (plain, compiled))
+    assert frames['ok'] > before  # it was compiled
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
