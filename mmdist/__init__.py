@@ -10,5 +10,14 @@ prepare_mmengine()
 # a broken environment is reported first
 from .comparisons import Comparison, Pair  # noqa: E402
 from .losses import DISTLoss  # noqa: E402
+from .registry import MODELS  # noqa: E402
+from .teachers import ForeignTeacher  # noqa: E402
 
-__all__ = ['Comparison', 'DISTLoss', 'Pair', '__version__']
+__all__ = [
+    'MODELS',
+    'Comparison',
+    'DISTLoss',
+    'ForeignTeacher',
+    'Pair',
+    '__version__',
+]

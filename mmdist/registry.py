@@ -18,6 +18,7 @@ MODELS = Registry(
         'mmdist.comparisons',
         'mmdist.distiller',
         'mmdist.backbones',
+        'mmdist.teachers',
     ],
 )
 TASK_UTILS = Registry(

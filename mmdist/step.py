@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .record import Call, Recorder
-from .teachers import ClassMatch, Teacher
+from .teachers import ClassMatch, ForeignTeacher, Teacher
 
 
 class Step:
@@ -108,8 +108,13 @@ class Step:
 
     @cached_property
     def teacher_features(self) -> Any:
-        """The teacher's ``extract_feat``, backbone and neck."""
+        """The teacher's ``extract_feat``, backbone and neck.
+
+        Of a :class:`ForeignTeacher` it is what its forward returns.
+        """
         with self._teacher.running(), self._teacher_recorder:
+            if isinstance(self.teacher_model, ForeignTeacher):
+                return self.teacher_model(self.teacher_inputs, self.valid_sizes)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
     def forget_teacher_features(self) -> None:
@@ -124,7 +129,8 @@ class Step:
         rest of the teacher's forward pass, which then runs on these features.
         """
         features = self.teacher_features
-        if not self._teacher_recorder.calls(module):
+        is_foreign = isinstance(self.teacher_model, ForeignTeacher)
+        if not (is_foreign or self._teacher_recorder.calls(module)):
             self.shared('forward', lambda: self._teacher_forward(features))
         return self._teacher_recorder.calls(module)
 

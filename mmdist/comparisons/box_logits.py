@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 from mmdist.step import Step
+from mmdist.teachers import ForeignTeacher
 
 from .base import Comparison, Pair
 from .decode import decode_boxes, decodes
@@ -104,7 +105,10 @@ class BoxLogits(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be of one of the families."""
-        self._reader(teacher).student_modules(teacher)
+        if not isinstance(teacher, ForeignTeacher):
+            self._reader(teacher).student_modules(teacher)
+        elif teacher.gives != 'boxes':
+            raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
     def record(self, step: Step) -> list[Boxes]:
         """The student's boxes and its logits of them, per stage of a cascade."""
@@ -124,7 +128,14 @@ class BoxLogits(Comparison):
 
     def ask(self, step: Step, recorded: list[Boxes]) -> list[tuple[Tensor, Tensor]]:
         """The teacher's logits of each box, and whether the row counts."""
-        kind, teacher = kind_of(step.teacher_model), step.teacher_model
+        teacher = step.teacher_model
+        if isinstance(teacher, ForeignTeacher):
+            predictions = [
+                InstanceData(bboxes=boxes, scores=scores)
+                for boxes, scores in step.teacher_features
+            ]
+            return [self._look_up(boxes.rois, predictions) for boxes in recorded]
+        kind = kind_of(teacher)
         reader = self._readers[kind]
         if kind == ROI:
             judged = reader.ask(step, [Proposals(*boxes) for boxes in recorded])
@@ -154,15 +165,15 @@ class BoxLogits(Comparison):
         kinds = [self._activation(m) for m in (step.student, step.teacher_model)]
         pairs = []
         for (stage, _, student), (teacher, counts) in zip(recorded, asked, strict=True):
-            if kinds[0] == kinds[1]:
-                activation = kinds[0]
-            else:
+            activation = kinds[0]
+            student = step.classes.select_student(student, 1, kinds[0])
+            teacher = step.classes.select_teacher(teacher, 1, kinds[1])
+            if kinds[0] != kinds[1]:
                 activation = 'identity'
                 student, teacher = (
                     foreground(logits, kind)
                     for logits, kind in zip((student, teacher), kinds, strict=True)
                 )
-            student, teacher = step.classes.select(student, teacher, 1, activation)
             weight, name = 1.0, ''
             if len(recorded) > 1:  # a cascade
                 weight = step.student.roi_head.stage_loss_weights[stage]
@@ -209,6 +220,8 @@ class BoxLogits(Comparison):
         return reader
 
     def _activation(self, model: nn.Module) -> str:
+        if isinstance(model, ForeignTeacher):
+            return model.activation
         return self._readers[kind_of(model)].activation(model)
 
     def _predictions_of_head(

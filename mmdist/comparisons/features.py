@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
 from mmdist.step import Step
-from mmdist.teachers.teacher import Teacher
+from mmdist.teachers import ForeignTeacher, Teacher
 
 from .base import Comparison, Pair
 
@@ -282,6 +282,9 @@ def _dry_run(model: nn.Module, module: nn.Module) -> list:
                     torch.random.fork_rng(devices=[]),
                     Recorder([module]) as recorder,
                 ):
+                    if isinstance(model, ForeignTeacher):
+                        model(zeros, [shape])
+                        return recorder.calls(module)
                     model.extract_feat(zeros)
                     if not recorder.calls(module):
                         model(zeros, [sample], mode='tensor')

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmdist.lookup import by_class_name, is_a
 from mmdist.registry import MODELS
 from mmdist.step import Step
+from mmdist.teachers import ForeignTeacher
 
 from .base import Comparison, Pair
 from .seg_map import SegMap, draw_pixels
@@ -115,7 +116,10 @@ class SegLogits(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a segmentor."""
-        self._head(teacher)
+        if not isinstance(teacher, ForeignTeacher):
+            self._head(teacher)
+        elif teacher.gives not in ('pixels', 'masks'):
+            raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
     def record(self, step: Step) -> list[SegMap]:
         """The map of each head, as it computed it for its own loss."""
@@ -129,6 +133,8 @@ class SegLogits(Comparison):
 
     def ask(self, step: Step, recorded: None) -> list[SegMap]:
         """The teacher's maps of the same heads, from its features."""
+        if isinstance(step.teacher_model, ForeignTeacher):
+            return [self._foreign_map(step)]
         head = self._head(step.teacher_model)
         maps = [self._map(step, head, _decode(step, head))]
         for _, teacher_head in self._auxiliary_pairs(step):
@@ -179,10 +185,15 @@ class SegLogits(Comparison):
         """Whether scores are compared, not logits: DISTLoss does, where masks are."""
         models = (step.student, step.teacher_model)
         return (
-            any(is_mask_head(self._head(model)) for model in models)
+            any(map(self._predicts_masks, models))
             and hasattr(self.loss, 'activation')
             and self._loss_cfg.get('activation', 'identity') == 'identity'
         )
+
+    def _predicts_masks(self, model: nn.Module) -> bool:
+        if isinstance(model, ForeignTeacher):
+            return model.gives == 'masks'
+        return is_mask_head(self._head(model))
 
     def _head(self, model: nn.Module) -> nn.Module:
         """The head that predicts: of a cascade the last that gives a map."""
@@ -234,8 +245,19 @@ class SegLogits(Comparison):
         if classes is not None:
             dtype = torch.promote_types(classes.dtype, torch.float32)
             queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
+        return self._seg_map(step, masks, queries)
+
+    def _foreign_map(self, step: Step) -> SegMap:
+        output = step.teacher_features
+        if step.teacher_model.gives == 'pixels':
+            return self._seg_map(step, output)
+        return self._seg_map(step, *output)
+
+    def _seg_map(
+        self, step: Step, maps: Tensor, queries: Tensor | None = None
+    ) -> SegMap:
         align_corners = getattr(step.student, 'align_corners', False)
-        return SegMap(masks, queries, self._as_scores(step), align_corners)
+        return SegMap(maps, queries, self._as_scores(step), align_corners)
 
     def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
         if self.resize == 'label':

@@ -1,7 +1,8 @@
 """The teacher: found, loaded, frozen, and shown images and classes as it knows them."""
 
 from .classes import ClassMatch, match_classes
+from .foreign import ForeignTeacher
 from .renormalize import Renormalize
 from .teacher import Teacher
 
-__all__ = ['ClassMatch', 'Renormalize', 'Teacher', 'match_classes']
+__all__ = ['ClassMatch', 'ForeignTeacher', 'Renormalize', 'Teacher', 'match_classes']

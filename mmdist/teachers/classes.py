@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,15 +18,19 @@ from torch import Tensor
 class ClassMatch:
     """Which columns of the two sides are the same class.
 
+    Each class that is compared has a group of columns on either side: one column, or
+    several where ``class_map`` names several classes of the teacher for one of the
+    student's.
+
     Attributes:
-        student: The student's columns to compare; None for all in their order.
-        teacher: The teacher's columns of the same classes; None for all in order.
+        student: The student's groups; None for all its columns in their order.
+        teacher: The teacher's groups of the same classes; None for all in order.
         num_student: Number of the student's classes.
         num_teacher: Number of the teacher's classes.
     """
 
-    student: list[int] | None = None
-    teacher: list[int] | None = None
+    student: list[tuple[int, ...]] | None = None
+    teacher: list[tuple[int, ...]] | None = None
     num_student: int | None = None
     num_teacher: int | None = None
 
@@ -37,26 +43,82 @@ class ClassMatch:
     ) -> tuple[Tensor, Tensor]:
         """Take the common classes of both, in the same order, along ``dim``.
 
-        A column after the named classes is the background, and is kept. What only one
-        side knows is background to the other, so there its probability is added to the
-        background of its own side. Without a background it is left out: scores of a
-        sigmoid are independent of it, and a softmax is then over the common classes
-        alone (see :meth:`mostly_known`).
+        See :meth:`select_student` and :meth:`select_teacher`, for sides with different
+        activations.
 
         Args:
             student: The student's scores, with its classes along ``dim``.
             teacher: The teacher's scores, with its classes along ``dim``.
             dim: The dimension of the classes.
             activation: What turns the scores into probabilities: ``'softmax'``,
-                ``'sigmoid'``, or ``'identity'`` where they are probabilities.
+                ``'sigmoid'``, or ``'identity'`` where they are probabilities of one
+                distribution.
 
         Returns:
-            The scores of both, of equally many columns.
+            The scores of both, with equally many columns.
         """
         return (
-            _select(student, self.student, self.num_student, dim, activation),
-            _select(teacher, self.teacher, self.num_teacher, dim, activation),
+            self.select_student(student, dim, activation),
+            self.select_teacher(teacher, dim, activation),
         )
+
+    def select_student(
+        self, scores: Tensor, dim: int = 1, activation: str = 'softmax'
+    ) -> Tensor:
+        """Take the common classes of the student's scores.
+
+        A column after the named classes is the background, and is kept. What only one
+        side knows is background to the other, so there its probability is added to the
+        background of its own side. Without a background it is left out: scores of a
+        sigmoid are independent of it, and a softmax is then over the common classes
+        alone (see :meth:`mostly_known`).
+
+        A group of several columns becomes one: the sum of their probabilities, or of
+        sigmoids the largest.
+
+        Args:
+            scores: Scores with the classes along ``dim``.
+            dim: The dimension of the classes.
+            activation: As in :meth:`select`.
+        """
+        return _select(scores, self.student, self.num_student, dim, activation)
+
+    def select_teacher(
+        self, scores: Tensor, dim: int = 1, activation: str = 'softmax'
+    ) -> Tensor:
+        """Take the common classes of the teacher's scores; see :meth:`select_student`.
+
+        Args:
+            scores: Scores with the classes along ``dim``.
+            dim: The dimension of the classes.
+            activation: As in :meth:`select`.
+        """
+        return _select(scores, self.teacher, self.num_teacher, dim, activation)
+
+    def describe(self, student: Sequence[str], teacher: Sequence[str]) -> str:
+        """Say which classes are compared and which are not.
+
+        Args:
+            student: The student's class names.
+            teacher: The teacher's class names.
+        """
+        student, teacher = _names(student), _names(teacher)
+        ours = self.student or [(i,) for i in range(len(student))]
+        theirs = self.teacher or [(i,) for i in range(len(teacher))]
+        pairs = []
+        for (mine,), group in zip(ours, theirs, strict=True):
+            names = ' + '.join(teacher[i] for i in group)
+            same = names == student[mine]
+            pairs.append(names if same else f'{student[mine]} <- {names}')
+        text = f'Classes that are compared ({len(pairs)}): {", ".join(pairs)}.'
+        for whose, names, groups in (
+            ('student', student, self.student),
+            ('teacher', teacher, self.teacher),
+        ):
+            others = [names[i] for i in _others(groups, len(names))]
+            if others:
+                text += f' Only the {whose} knows ({len(others)}): {", ".join(others)}.'
+        return text
 
     def mostly_known(
         self, teacher: Tensor, dim: int = 1, activation: str = 'softmax'
@@ -81,45 +143,55 @@ class ClassMatch:
             return None
         known, unknown = (
             _as_one(teacher, columns, dim, activation).squeeze(dim)
-            for columns in (tuple(self.teacher), others)
+            for columns in (tuple(itertools.chain(*self.teacher)), others)
         )
         return known >= unknown
 
 
 def _select(
     scores: Tensor,
-    columns: list[int] | None,
+    groups: list[tuple[int, ...]] | None,
     num_classes: int | None,
     dim: int,
     activation: str,
 ) -> Tensor:
-    if columns is None:
+    if groups is None:
         return scores
-    others = _others(columns, num_classes)
     background = tuple(range(num_classes, scores.size(dim)))
-    if not (others and background) or activation == 'sigmoid':
-        return _take(scores, (*columns, *background), dim)
-    return torch.cat(
-        [
-            _take(scores, tuple(columns), dim),
-            _as_one(scores, (*others, *background), dim, activation),
-        ],
-        dim,
-    )
+    if background and activation != 'sigmoid':
+        background = (*_others(groups, num_classes), *background)
+    groups = [*groups, background] if background else groups
+    if all(len(group) == 1 for group in groups):
+        return _take(scores, tuple(itertools.chain(*groups)), dim)
+    columns = []
+    for is_one, some in itertools.groupby(groups, lambda group: len(group) == 1):
+        if is_one:  # neighbours are taken together
+            columns.append(_take(scores, tuple(itertools.chain(*some)), dim))
+        else:
+            columns += [_as_one(scores, group, dim, activation) for group in some]
+    return torch.cat(columns, dim)
 
 
-def _others(columns: list[int] | None, num_classes: int | None) -> tuple[int, ...]:
+def _others(
+    groups: list[tuple[int, ...]] | None, num_classes: int | None
+) -> tuple[int, ...]:
     """The columns of classes that the other side does not know."""
-    if columns is None:
+    if groups is None:
         return ()
-    return tuple(i for i in range(num_classes) if i not in columns)
+    known = set(itertools.chain(*groups))
+    return tuple(i for i in range(num_classes) if i not in known)
 
 
 def _as_one(
     scores: Tensor, columns: tuple[int, ...], dim: int, activation: str
 ) -> Tensor:
-    """One column for several: the sum of their probabilities, as a score."""
+    """One column for several: the sum of their probabilities, as a score.
+
+    Probabilities of a sigmoid are independent: there it is the largest.
+    """
     taken = _take(scores, columns, dim)
+    if activation == 'sigmoid':
+        return taken.amax(dim, keepdim=True)
     # half precision would round the sum of many
     taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
     if activation == 'identity':
@@ -140,7 +212,8 @@ def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
 def match_classes(
     student: Sequence[str] | None,
     teacher: Sequence[str] | None,
-    class_map: Mapping[str, str] | None = None,
+    class_map: Mapping[str, str | Sequence[str]] | None = None,
+    class_match: str = 'strict',
 ) -> ClassMatch:
     """Match classes by name.
 
@@ -149,7 +222,11 @@ def match_classes(
     Args:
         student: The student's class names; None if unknown.
         teacher: The teacher's class names; None if unknown.
-        class_map: The teacher's name for each name of the student's that differs.
+        class_map: The teacher's name for each name of the student's that differs, or
+            its several names for what is one class to the student; no name, ``[]``,
+            if it does not know that class.
+        class_match: ``'strict'``: one side must know all classes of the other.
+            ``'shared'``: what both know is compared.
 
     Raises:
         ValueError: Neither list holds the other; it prints both. Or ``class_map`` has
@@ -157,29 +234,52 @@ def match_classes(
     """
     class_map = class_map or {}
     if student is None or teacher is None:
-        if class_map:
+        if class_map or class_match == 'shared':
             raise ValueError(_cannot_translate(student, teacher))
         return ClassMatch()
     student, teacher = _names(student), _names(teacher)
+    wanted = [_names(class_map.get(name, name)) for name in student]
     _check_class_map(class_map, student, teacher)
-    wanted = [class_map.get(name, name) for name in student]
-    if wanted == teacher:
+    if wanted == [[name] for name in teacher]:
         return ClassMatch()
-    common = [i for i, name in enumerate(wanted) if name in teacher]
-    if common and len(common) in (len(wanted), len(teacher)):
-        return ClassMatch(
-            student=None if len(common) == len(wanted) else common,
-            teacher=[teacher.index(wanted[i]) for i in common],
-            num_student=len(student),
-            num_teacher=len(teacher),
-        )
+    common = [
+        i for i, names in enumerate(wanted) if names and set(names) <= set(teacher)
+    ]
+    match = ClassMatch(
+        student=None if len(common) == len(wanted) else [(i,) for i in common],
+        teacher=[tuple(map(teacher.index, wanted[i])) for i in common],
+        num_student=len(student),
+        num_teacher=len(teacher),
+    )
+    one_in_the_other = match.student is None or not _others(match.teacher, len(teacher))
+    if common and (class_match == 'shared' or one_in_the_other):
+        return match
+    only_student = [student[i] for i in range(len(student)) if i not in common]
+    only_teacher = [teacher[i] for i in _others(match.teacher, len(teacher))]
     raise ValueError(
         'The classes of student and teacher cannot be matched by name.\n'
         f'Student ({len(student)}): {student}\nTeacher ({len(teacher)}): {teacher}\n'
-        f'Only the student has {sorted(set(wanted) - set(teacher))}, only the teacher '
-        f'{sorted(set(teacher) - set(wanted))}. If they are the same under other '
-        "names, say so: `teacher.class_map=dict(<student's>=<teacher's>, ...)`."
+        f'Only the student has {sorted(only_student)}, only the teacher '
+        f'{sorted(only_teacher)}. If they are the same under other names, say so: '
+        "`teacher.class_map=dict(<student's>=<teacher's>, ...)`"
+        f'{_close_names(only_student, only_teacher)}.'
+        + (
+            " To compare only what both know, `teacher.class_match='shared'`."
+            if common
+            else ''
+        )
     )
+
+
+def _close_names(student: Sequence[str], teacher: Sequence[str]) -> str:
+    """Names that may mean the same, as a ``class_map``."""
+    bare = {name.strip().casefold().replace('_', ' '): name for name in teacher}
+    close = {}
+    for name in student:
+        key = name.strip().casefold().replace('_', ' ')
+        for found in difflib.get_close_matches(key, bare, n=1, cutoff=0.7):
+            close[name] = bare[found]
+    return f'; close names are {close}' if close else ''
 
 
 def _names(classes: Sequence[str]) -> list[str]:
@@ -202,11 +302,14 @@ def _cannot_translate(
 
 
 def _check_class_map(
-    class_map: Mapping[str, str], student: list[str], teacher: list[str]
+    class_map: Mapping[str, str | Sequence[str]],
+    student: list[str],
+    teacher: list[str],
 ) -> None:
+    mapped = set(itertools.chain(*map(_names, class_map.values())))
     lacking = {
         'the student': sorted(set(class_map) - set(student)),
-        'the teacher': sorted(set(class_map.values()) - set(teacher)),
+        'the teacher': sorted(mapped - set(teacher)),
     }
     lacks = [f'{who} has no class {names}' for who, names in lacking.items() if names]
     if lacks:
@@ -215,8 +318,8 @@ def _check_class_map(
             f'teacher, but {" and ".join(lacks)}.\n'
             f'Student: {student}\nTeacher: {teacher}'
         )
-    for name in class_map.values():
-        same = [own for own in student if class_map.get(own, own) == name]
+    for name in mapped:
+        same = [own for own in student if name in _names(class_map.get(own, own))]
         if len(same) > 1:
             raise ValueError(
                 f"`teacher.class_map` compares the student's {same} with one class of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from .classes import (
     class_names_of_config,
     match_classes,
 )
+from .foreign import ForeignTeacher
 from .renormalize import Renormalize
 
 _HALF_PRECISION = dict(bf16=torch.bfloat16, fp16=torch.float16)
@@ -38,10 +40,15 @@ class Teacher:
     Args:
         config: Config of the teacher: a path, ``pkg::path``, a Config, or the config
             dict of the model alone.
-        checkpoint: Path or URL of its weights.
+        checkpoint: Path or URL of its weights. A :class:`ForeignTeacher` brings its
+            own.
         allow_random: Permit ``checkpoint=None``, a teacher with random weights.
         class_map: Name of the teacher's class for each name of the student's, where
-            the two name the same thing differently.
+            the two name the same thing differently, or a list of names that are one
+            class to the student.
+        class_match: ``'strict'``: one side knows all classes of the other.
+            ``'shared'``: only the classes that both know are compared, and the log
+            says once which these are.
         weights_only: False lets the checkpoint run code while it is read; for files of
             trusted origin that the safe loader refuses.
         dtype: 'bf16' or 'fp16' keeps the weights in half precision, half the memory,
@@ -50,7 +57,7 @@ class Teacher:
         compile: Compile the backbone and the neck with torch.compile.
 
     Raises:
-        ValueError: ``dtype`` is neither of the two.
+        ValueError: ``dtype`` or ``class_match`` is none of these.
     """
 
     def __init__(
@@ -58,7 +65,8 @@ class Teacher:
         config: str | os.PathLike | Config | dict,
         checkpoint: str | None = None,
         allow_random: bool = False,
-        class_map: Mapping[str, str] | None = None,
+        class_map: Mapping[str, str | Sequence[str]] | None = None,
+        class_match: str = 'strict',
         weights_only: bool = True,
         dtype: str | None = None,
         channels_last: bool = False,
@@ -69,10 +77,15 @@ class Teacher:
                 f'`teacher.dtype` is one of {list(_HALF_PRECISION)} or None, '
                 f'got {dtype!r}.'
             )
+        if class_match not in ('strict', 'shared'):
+            raise ValueError(
+                f"`teacher.class_match` is 'strict' or 'shared', got {class_match!r}."
+            )
         self.config = config
         self.checkpoint = checkpoint
         self.allow_random = allow_random
         self.class_map = class_map
+        self.class_match = class_match
         self.weights_only = weights_only
         self.dtype = _HALF_PRECISION.get(dtype)
         self.channels_last = channels_last
@@ -117,14 +130,17 @@ class Teacher:
         """
         if self.model is not None:
             return
-        if self.checkpoint is None and not self.allow_random:
+        config = load_config(self.config)
+        needs_weights = self.checkpoint is None and not _brings_weights(config)
+        if needs_weights and not self.allow_random:
             raise ValueError(
                 'The teacher has no checkpoint. Give `teacher.checkpoint`, a path or a '
                 'URL, or set `teacher.allow_random=True` if random weights are meant.'
             )
-        config = load_config(self.config)
-        model = _build(config, random=self.checkpoint is None)
-        self.class_names = class_names_of_config(config)
+        model = _build(config, random=needs_weights)
+        self.class_names = getattr(model, 'class_names', None) or class_names_of_config(
+            config
+        )
         if self.checkpoint is not None:
             checkpoint = load_checkpoint(self.checkpoint, self.weights_only)
             load_strictly(model, checkpoint, self.checkpoint)
@@ -164,7 +180,11 @@ class Teacher:
         Raises:
             ValueError: The classes cannot be matched by name; it prints both lists.
         """
-        match = match_classes(student_classes, self.class_names, self.class_map)
+        match = match_classes(
+            student_classes, self.class_names, self.class_map, self.class_match
+        )
+        if self.class_match == 'shared':
+            print_log(match.describe(student_classes, self.class_names), 'current')
         if student_classes is None or self.class_names is None:
             whose = 'student' if student_classes is None else 'teacher'
             print_log(
@@ -199,6 +219,18 @@ def load_config(config: str | os.PathLike | Config | dict) -> Config:
     if config.model.get('student') is not None:
         config.model = config.model.student
     return config
+
+
+def _brings_weights(config: Config) -> bool:
+    """Whether the model is of a class that loads its weights itself."""
+    scope = config.get('default_scope')
+    with (
+        DefaultScope.overwrite_default_scope(scope),
+        MODELS.switch_scope_and_registry(None) as registry,
+    ):
+        kind = config.model.get('type')
+        cls = registry.get(kind) if isinstance(kind, str) else kind
+    return inspect.isclass(cls) and issubclass(cls, ForeignTeacher)
 
 
 def _build(config: Config, random: bool) -> nn.Module:

@@ -129,7 +129,7 @@ def test_other_names_are_mapped_by_class_map():
     match = match_classes(
         ['person', 'car'], ['auto', 'human'], {'person': 'human', 'car': 'auto'}
     )
-    assert match.teacher == [1, 0]
+    assert match.teacher == [(1,), (0,)]
 
 
 def test_classes_that_cannot_be_matched_print_both_lists():
@@ -194,5 +194,96 @@ def test_unknown_names_pass():
 def test_the_name_of_a_single_class_may_be_a_string():
     """So it is in the metainfo of a data set with `classes='tree'`."""
     assert match_classes('tree', ('tree',)) == ClassMatch()
-    assert match_classes(['tree'], ['car', 'tree']).teacher == [1]
-    assert match_classes('tree', ['car', 'tree']).teacher == [1]
+    assert match_classes(['tree'], ['car', 'tree']).teacher == [(1,)]
+    assert match_classes('tree', ['car', 'tree']).teacher == [(1,)]
+
+
+# ---- several names for one class, and classes that both know -----------------------
+
+VEHICLES = ['person', 'car', 'truck', 'bus', 'dog']
+MAP = {'vehicle': ['car', 'truck', 'bus']}
+
+
+@pytest.mark.parametrize('background', [False, True])
+@pytest.mark.parametrize('order', [['person', 'vehicle'], ['vehicle', 'person']])
+def test_several_classes_of_the_teacher_are_one_of_the_students(background, order):
+    """Their probabilities are added, what is unknown goes to the background."""
+    logits = 4 * torch.randn(6, 5 + background, dtype=torch.float64)
+    _, selected = match_classes(order, VEHICLES, MAP).select(logits[:, :3], logits)
+    p = softmax(logits.numpy(), 1)
+    columns = {'person': p[:, 0], 'vehicle': p[:, 1:4].sum(1)}
+    expected = [columns[name] for name in order]
+    if background:
+        expected.append(p[:, 4:].sum(1))
+    expected = np.stack(expected, 1)
+    np.testing.assert_allclose(
+        softmax(selected.numpy(), 1), expected / expected.sum(1, keepdims=True)
+    )
+
+
+def test_of_independent_scores_the_largest_counts():
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    match = match_classes(['person', 'vehicle'], VEHICLES, MAP)
+    _, selected = match.select(logits[:, :2], logits, activation='sigmoid')
+    expected = np.stack([logits[:, 0], logits[:, 1:4].numpy().max(1)], 1)
+    np.testing.assert_array_equal(selected, expected)
+
+
+def test_a_list_may_name_no_class_twice():
+    with pytest.raises(ValueError, match=r"\['vehicle', 'car'\] .* 'car'"):
+        match_classes(['vehicle', 'car'], VEHICLES, MAP)
+
+
+def test_what_both_know_is_compared_if_asked_for():
+    student, teacher = ['person', 'car', 'drone'], ['car', 'cat', 'person']
+    match = match_classes(student, teacher, class_match='shared')
+    a, b = match.select(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 9, 0]]))
+    assert a.tolist() == b.tolist() == [[0, 1]]
+    text = match.describe(student, teacher)
+    assert 'compared (2): person, car.' in text
+    assert 'student knows (1): drone.' in text
+    assert 'teacher knows (1): cat.' in text
+
+    # with a background, what only one side knows is background to the other
+    p = softmax(np.arange(4.0)[None], 1)
+    a, b = match.select(torch.arange(4.0)[None], torch.arange(4.0)[None])
+    np.testing.assert_allclose(
+        softmax(a.numpy(), 1), [[p[0, 0], p[0, 1], p[0, 2] + p[0, 3]]], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        softmax(b.numpy(), 1), [[p[0, 2], p[0, 0], p[0, 1] + p[0, 3]]], rtol=1e-6
+    )
+    with pytest.raises(ValueError, match='cannot be matched') as error:
+        match_classes(['a'], ['b'], class_match='shared')
+    assert 'shared' not in str(error.value)
+
+
+def test_the_error_offers_shared_classes_and_close_names():
+    with pytest.raises(ValueError) as error:
+        match_classes(['person', 'Motor_bike', 'drone'], ['person', 'motorbike', 'cat'])
+    assert "close names are {'Motor_bike': 'motorbike'}" in str(error.value)
+    assert "`teacher.class_match='shared'`" in str(error.value)
+
+
+def test_ade20k_teaches_cityscapes():
+    """Each name of the shipped map is one of the two data sets."""
+    from mmengine.config import Config
+    from mmseg.datasets import ADE20KDataset, CityscapesDataset
+
+    config = Config.fromstring(
+        "_base_ = 'mmdist::_base_/class_maps/cityscapes_from_ade20k.py'", '.py'
+    )
+    cityscapes, ade20k = (
+        dataset.METAINFO['classes'] for dataset in (CityscapesDataset, ADE20KDataset)
+    )
+    match = match_classes(cityscapes, ade20k, config.class_map, 'shared')
+    left_out = {'traffic sign', 'rider', 'train', 'wall'}
+    compared = [cityscapes[i] for (i,) in match.student]
+    assert compared == [name for name in cityscapes if name not in left_out]
+    car = match.teacher[compared.index('car')]
+    assert [ade20k[i] for i in car] == ['car', 'van']
+
+
+def test_an_empty_list_leaves_a_class_out():
+    match = match_classes(['wall', 'car'], ['car', 'wall'], {'wall': []}, 'shared')
+    assert (match.student, match.teacher) == ([(1,)], [(0,)])

@@ -1,0 +1,94 @@
+"""What a model of another library must offer to be a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmengine.model import ImgDataPreprocessor
+from torch import Tensor, nn
+
+GIVES = ('pixels', 'masks', 'boxes', 'features')
+
+
+class ForeignTeacher(nn.Module):
+    """A model of any library as a teacher.
+
+    A subclass builds the model, loads its weights itself, and runs it in
+    :meth:`forward`. Register it with ``mmdist.MODELS`` and name it in
+    ``teacher.config``.
+
+    Args:
+        class_names: The names of its classes, in the order of its columns.
+        mean: Mean of each channel of its images, in units of 0 to 255.
+        std: Standard deviation of each channel, in the same units; 255 for a model
+            that takes values from 0 to 1.
+        rgb: Whether its channels are RGB; False for BGR.
+
+    Attributes:
+        gives: What :meth:`forward` returns. ``'pixels'``: logits of the classes,
+            (N, classes, h, w) at any size. ``'masks'``: logits of K masks,
+            (N, K, h, w), and the class probabilities of each without "no object",
+            (N, K, classes). ``'boxes'``: for each image all boxes before NMS, (M, 4) as
+            x1 y1 x2 y2 in pixels of the batch, and their scores, (M, classes).
+            ``'features'``: anything, for ``mmdist.Features`` alone.
+        activation: What turns scores of boxes into probabilities: ``'sigmoid'``;
+            ``'softmax'``, with one more column for the background, the last; or
+            ``'identity'`` for probabilities without background.
+
+    Raises:
+        ValueError: ``gives`` or ``activation`` is none of these.
+
+    Example:
+        A segmentor of torchvision::
+
+            @MODELS.register_module()
+            class LRASPP(ForeignTeacher):
+                gives = 'pixels'
+
+                def __init__(self, checkpoint, class_names):
+                    super().__init__(
+                        class_names, mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4])
+                    self.model = lraspp_mobilenet_v3_large(
+                        weights_backbone=None, num_classes=len(class_names))
+                    self.model.load_state_dict(torch.load(checkpoint))
+
+                def forward(self, images, sizes):
+                    return self.model(images)['out']
+    """
+
+    gives = 'pixels'
+    activation = 'sigmoid'
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        rgb: bool = True,
+    ) -> None:
+        super().__init__()
+        if self.gives not in GIVES:
+            raise ValueError(
+                f'{type(self).__name__}.gives is one of {GIVES}, got {self.gives!r}.'
+            )
+        if self.activation not in ('softmax', 'sigmoid', 'identity'):
+            raise ValueError(
+                f"{type(self).__name__}.activation is 'softmax', 'sigmoid' or "
+                f"'identity', got {self.activation!r}."
+            )
+        self.class_names = tuple(class_names)
+        self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
+
+    def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
+        """Run the model.
+
+        Args:
+            images: The batch in the teacher's own normalisation, (N, 3, H, W).
+            sizes: Height and width of each image in pixels, without its padding at the
+                bottom and on the right.
+
+        Returns:
+            What :attr:`gives` says.
+        """
+        raise NotImplementedError

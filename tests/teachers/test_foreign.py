@@ -1,0 +1,198 @@
+"""Models of other libraries as teachers, by the contract of ForeignTeacher."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from det_zoo import batch, model_config
+from mmdet.utils import register_all_modules as register_mmdet
+from mmengine.registry import DefaultScope
+from mmseg.utils import register_all_modules as register_mmseg
+from segmentors import make_batch, zoo_model
+from torch import nn
+
+from mmdist import MODELS, ForeignTeacher
+
+MEAN, STD = [110.0, 120.0, 130.0], [60.0, 62.0, 64.0]
+
+
+@MODELS.register_module()
+class ConvSegmentor(ForeignTeacher):
+    """A segmentor that knows neither mmseg nor mmdet."""
+
+    def __init__(self, class_names, gives='pixels', rgb=True):
+        self.gives = gives
+        super().__init__(class_names, MEAN, STD, rgb)
+        torch.manual_seed(1)
+        self.net = nn.Conv2d(3, len(class_names), 8, stride=8)
+
+    def forward(self, images, sizes):
+        self.seen = images, sizes
+        return self.net(images)
+
+
+@MODELS.register_module()
+class GridDetector(ForeignTeacher):
+    """A box of 16 pixels in each cell of a grid."""
+
+    gives = 'boxes'
+
+    def __init__(self, class_names, activation='identity'):
+        self.activation = activation
+        super().__init__(class_names, MEAN, STD)
+        torch.manual_seed(1)
+        self.net = nn.Conv2d(3, len(class_names), 16, stride=16)
+
+    def forward(self, images, sizes):
+        scores = self.net(images)
+        if self.activation == 'identity':
+            scores = scores.softmax(1)
+        y, x = torch.meshgrid(*map(torch.arange, scores.shape[2:]), indexing='ij')
+        corner = 16.0 * torch.stack([x, y], -1).reshape(-1, 2)
+        boxes = torch.cat([corner, corner + 16], 1)
+        rows = scores.flatten(2).transpose(1, 2)
+        self.given = [(boxes, s) for s in rows]
+        return self.given
+
+
+def names(number: int) -> list[str]:
+    return [f'class {i}' for i in range(number)]
+
+
+def segmentor(distill: dict | None = None, **teacher) -> nn.Module:
+    register_mmseg(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
+        model = MODELS.build(
+            dict(
+                type='mmdist.Distiller',
+                student=student,
+                teacher=dict(
+                    config=dict(
+                        type='mmdist.ConvSegmentor', class_names=names(19), **teacher
+                    )
+                ),
+                distill=distill,
+            )
+        )
+        model.init_weights()
+    return model.train()
+
+
+def detector(distill: dict | None = None, **teacher) -> nn.Module:
+    register_mmdet()
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=model_config('retinanet/retinanet_r18_fpn_1x_coco.py'),
+            teacher=dict(
+                config=dict(
+                    type='mmdist.GridDetector', class_names=names(80), **teacher
+                )
+            ),
+            distill=distill,
+        )
+    )
+    model.init_weights()
+    return model.train()
+
+
+def test_a_segmentor_teaches_with_weights_of_its_own():
+    """No checkpoint, no `allow_random`, no decode head, no dataset of its own."""
+    model = segmentor()
+    data = make_batch(19)
+    losses = model(**copy.deepcopy(data), mode='loss')
+    assert 0 < losses['loss_dist'].item() < 3
+    losses['loss_dist'].backward()
+    assert model.backbone.stem[0].weight.grad.abs().sum() > 0
+    assert not any(name.startswith('teacher') for name in model.state_dict())
+
+
+@pytest.mark.parametrize('rgb', [True, False])
+def test_it_gets_images_in_its_own_normalisation(rgb):
+    model = segmentor(rgb=rgb)
+    data = make_batch(19, valid=(48, 56))
+    model(**copy.deepcopy(data), mode='loss')
+    images, sizes = model.teacher.model.seen
+    assert sizes == [(64, 64), (48, 56)]
+    mean, std = (
+        getattr(model.data_preprocessor, key).double().numpy()
+        for key in ('mean', 'std')
+    )
+    pixels = data['inputs'].double().numpy() * std + mean  # RGB
+    if not rgb:
+        pixels = pixels[:, ::-1]
+    expected = (pixels - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    expected[1, :, 48:], expected[1, :, :, 56:] = 0, 0
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+
+
+def test_a_detector_is_looked_up():
+    """Its scores stand beside the student's boxes by the largest IoU, in numpy."""
+    model = detector(dict(dist=dict(type='mmdist.BoxLogits', min_iou=0.0)))
+    comparison = model.distill['dist']
+    seen = {}
+    pair = comparison.pair
+    comparison.pair = lambda step, recorded, asked: pair(
+        step, seen.setdefault('boxes', recorded), seen.setdefault('asked', asked)
+    )
+    losses = model(**batch(model), mode='loss')
+    assert 0 < losses['loss_dist'].item() < 3
+    losses['loss_dist'].backward()
+    assert model.neck.lateral_convs[0].conv.weight.grad.abs().sum() > 0
+
+    (boxes,), ((scores, counts),) = seen['boxes'], seen['asked']
+    assert counts.all()
+    rng = np.random.default_rng(0)
+    for row in rng.choice(len(boxes.rois), 40, replace=False):
+        image, *box = boxes.rois[row].double().tolist()
+        theirs, their_scores = model.teacher.model.given[int(image)]
+        overlaps = [iou(box, other) for other in theirs.double().tolist()]
+        found = scores[row].numpy()
+        candidates = np.flatnonzero(np.isclose(overlaps, max(overlaps), atol=1e-6))
+        assert any(np.array_equal(found, their_scores[i].numpy()) for i in candidates)
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(width, 0) * max(height, 0)
+    areas = [(x[2] - x[0]) * (x[3] - x[1]) for x in (a, b)]
+    return both / max(sum(areas) - both, 1e-6)
+
+
+def test_boxes_are_the_default_of_a_detector():
+    model = detector(activation='sigmoid')
+    assert type(model.distill['dist']).__name__ == 'BoxLogits'
+    assert model(**batch(model), mode='loss')['loss_dist'].item() > 0
+
+
+def test_any_module_of_it_gives_features():
+    mimic = dict(type='mmdist.Features', student='backbone.layer4', teacher='net')
+    model = segmentor(dict(mimic=mimic), gives='features')
+    assert model(**make_batch(19), mode='loss')['loss_mimic'].item() > 0
+
+
+def test_what_it_does_not_give_is_refused():
+    seg = dict(dist=dict(type='mmdist.SegLogits'))
+    with pytest.raises(ValueError, match='it gives features'):
+        segmentor(seg, gives='features')
+    with pytest.raises(ValueError, match=r"gives is one of .* got 'words'"):
+        segmentor(gives='words')
+    register_mmdet()
+    boxes = dict(dist=dict(type='mmdist.BoxLogits'))
+    model = detector(boxes)
+    model.teacher.model.gives = 'pixels'
+    with pytest.raises(ValueError, match='it gives pixels'):
+        model.distill['dist'].check_pair(model, model.teacher.model)
+
+
+def test_its_own_names_are_matched():
+    """There is no fake dataloader to name them."""
+    model = segmentor()
+    match = model.teacher.match_classes(names(19)[::-1])
+    assert match.teacher == [(i,) for i in range(19)][::-1]
