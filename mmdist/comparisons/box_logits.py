@@ -18,7 +18,7 @@ from mmdist.teachers import ForeignTeacher
 from .base import Comparison, Pair
 from .decode import decode_boxes, decodes
 from .default import DENSE, QUERIES, ROI, kind_of
-from .dense_logits import DenseLogits, activation_of
+from .dense_logits import DenseLogits, activation_of, foreground
 from .query_logits import QueryLogits
 from .roi_logits import Proposals, RoILogits
 
@@ -291,14 +291,6 @@ def largest_overlap(
         best = torch.where(found > overlap, index + start, best)
         overlap = torch.maximum(found, overlap)
     return overlap, best
-
-
-def foreground(logits: Tensor, activation: str) -> Tensor:
-    """Probabilities of the classes without background, in fp32 at least."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if activation == 'softmax':
-        return logits.softmax(1)[:, :-1]
-    return logits.sigmoid() if activation == 'sigmoid' else logits
 
 
 def _as_boxes(predictions: Sequence[InstanceData]) -> Boxes:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmdist.lookup import by_class_name
@@ -97,8 +98,10 @@ REFUSED: dict[str, str] = {
 }
 
 SAME_LOCATIONS = (
-    'Take a teacher with the same levels, strides and anchors per location. Where a '
-    "location has a single anchor or point, `score='joint'` takes any."
+    'Take a teacher with the same levels, strides and anchors per location. '
+    "`anchors='best'` compares what the best anchor of a location says, and "
+    'mmdist.BoxLogits what the two say of the same boxes. Where a location has a '
+    "single anchor or point, `score='joint'` takes any."
 )
 
 
@@ -106,7 +109,12 @@ SAME_LOCATIONS = (
 class DenseLogits(Comparison):
     """Compare the class logits of the dense heads, level by level.
 
-    Student and teacher must have the same levels, strides and anchors per location.
+    Student and teacher must have the same levels, strides and anchors per location,
+    unless ``anchors='best'``.
+
+    Logits are compared where both heads have the same activation. Where they differ (a
+    softmax with background, a sigmoid per class, the probabilities that TOOD returns),
+    it is the probabilities of the classes without background.
 
     Class scores are not of one meaning. Those of YOLOX and YOLOv3 are trained at
     objects alone: elsewhere they say nothing, and objectness tells where. FCOS, ATSS
@@ -117,21 +125,22 @@ class DenseLogits(Comparison):
     heads of different meaning, and for YOLOX and YOLOv3.
 
     Args:
-        loss: Config of the loss; ``mmdist.DISTLoss`` if left out, with sigmoid or
+        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted, with sigmoid or
             softmax as the head has it, or ``'identity'`` where probabilities are
-            compared: with ``score='joint'``, and for the heads that return them (TOOD,
-            CenterNet).
+            compared.
         student: Path of the student's head, such as ``'rpn_head'`` for the objectness
-            of a two-stage detector. Left out, it is ``'bbox_head'``, or ``'mask_head'``
-            where there is no bbox head (SOLO).
-        teacher: Path of the teacher's head; that of the student if left out.
+            of a two-stage detector. If omitted, it is ``'bbox_head'``, or
+            ``'mask_head'`` where there is no bbox head (SOLO).
+        teacher: Path of the teacher's head; that of the student if omitted.
         anchors: ``'joint'``, all anchors and classes of a location are one row
-            (published for RetinaNet, 9 * 80 = 720 columns), or ``'separate'``, a row
-            per anchor.
+            (published for RetinaNet, 9 * 80 = 720 columns). ``'separate'``, a row
+            per anchor. ``'best'``, a row per location, for each class the score of the
+            anchor with the highest one; levels are paired by their strides, those of
+            one side only are ignored, and the anchors may be any.
         levels: ``'sum'``, a loss per level, summed (published), or ``'concat'``, one
             loss over the rows of all levels.
-        ignore_mask: Leave out locations in the padding of the batch. The published
-            code does not; False restores it.
+        ignore_mask: Ignore locations in the padding of the batch. The published code
+            does not; False restores it.
         score: ``'class'``, the class scores alone (published), or ``'joint'``, the
             probabilities that ``predict`` ranks by: class times objectness, centerness
             or IoU, without background. Any loss gets these, not logits. Heads with one
@@ -154,8 +163,10 @@ class DenseLogits(Comparison):
         score: str = 'class',
     ) -> None:
         super().__init__(loss)
-        if anchors not in ('joint', 'separate'):
-            raise ValueError(f"`anchors` is 'joint' or 'separate', got {anchors!r}.")
+        if anchors not in ('joint', 'separate', 'best'):
+            raise ValueError(
+                f"`anchors` is 'joint', 'separate' or 'best', got {anchors!r}."
+            )
         if levels not in ('sum', 'concat'):
             raise ValueError(f"`levels` is 'sum' or 'concat', got {levels!r}.")
         if score not in ('class', 'joint'):
@@ -166,6 +177,8 @@ class DenseLogits(Comparison):
         self.levels = levels
         self.ignore_mask = ignore_mask
         self.score = score
+        # with 'best': which levels of the two have the same stride
+        self._levels: list[tuple[int, int]] | None = None
 
     def activation(self, student: nn.Module) -> str:
         """As the head's own classification loss; 'identity' for probabilities."""
@@ -178,22 +191,15 @@ class DenseLogits(Comparison):
         return [self._head(student, self.student_path)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must have a dense head with like scores and the same anchors."""
+        """The teacher must have a dense head with the same anchors."""
         heads = [
             self._head(student, self.student_path),
             self._head(teacher, self.teacher_path),
         ]
-        kinds = [activation_of(head) for head in heads]
-        if self.score == 'class' and kinds[0] != kinds[1]:
-            names = [type(head).__name__ for head in heads]
-            raise ValueError(
-                f"The student's {names[0]} gives scores for {kinds[0]}, the teacher's "
-                f'{names[1]} for {kinds[1]}; they cannot be compared. Take a teacher '
-                "of the student's family, or compare the probabilities by which both "
-                "predict, `score='joint'`."
-            )
         generators = [_prior_generator(head) for head in heads]
-        if None not in generators:
+        if self.anchors == 'best':
+            self._levels = _common_levels(*generators)
+        elif None not in generators:
             _check_same_priors(*generators, any_shape=self.score == 'joint')
 
     def record(self, step: Step) -> Sequence[Tensor]:
@@ -221,30 +227,79 @@ class DenseLogits(Comparison):
         self, step: Step, recorded: Sequence[Tensor], asked: Sequence[Tensor]
     ) -> list[Pair]:
         """One pair per level, or one of all levels' rows."""
-        student_head = self._head(step.student, self.student_path)
-        teacher_head = self._head(step.teacher_model, self.teacher_path)
-        _check_same_locations(recorded, asked)
-        activation = self.activation(step.student)
+        heads = (
+            self._head(step.student, self.student_path),
+            self._head(step.teacher_model, self.teacher_path),
+        )
+        if self.anchors == 'best':
+            recorded, asked = self._same_levels(recorded, asked)
+        else:
+            _check_same_locations(recorded, asked)
+        activation = self._common_activation(heads, (*recorded, *asked))
+        selects = step.classes.select_student, step.classes.select_teacher
+        if heads[0].num_classes == heads[1].num_classes == 1:
+            selects = None, None  # two RPNs know no classes to match
+        recorded, asked = (
+            self._comparable(scores, head, select, activation)
+            for scores, head, select in zip(
+                (recorded, asked), heads, selects, strict=True
+            )
+        )
         pairs = []
         for student, teacher in zip(recorded, asked, strict=True):
             mask = step.valid_mask(*student.shape[-2:]) if self.ignore_mask else None
-            # Two RPNs know no classes, so there is nothing to match.
-            if not student_head.num_classes == teacher_head.num_classes == 1:
-                student, teacher = step.classes.select(
-                    student, teacher, dim=2, activation=activation
-                )
-            if self.anchors == 'joint':
+            if self.anchors == 'separate':
+                student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
+                if mask is not None:
+                    mask = mask[:, None].expand(-1, student.shape[2], -1, -1)
+            else:
                 if activation == 'softmax' and student.shape[1] > 1:
                     # Softmax is over the classes of an anchor: of log-probabilities of
                     # several anchors it is their probabilities, but for a factor.
                     student, teacher = student.log_softmax(2), teacher.log_softmax(2)
                 student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
-            else:
-                student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
-                if mask is not None:
-                    mask = mask[:, None].expand(-1, student.shape[2], -1, -1)
-            pairs.append(Pair(student, teacher, mask))
+            pairs.append(Pair(student, teacher, mask, activation=activation))
         return [_concatenate(pairs)] if self.levels == 'concat' else pairs
+
+    def _same_levels(
+        self, recorded: Sequence[Tensor], asked: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The levels of the strides that both have, at the student's size."""
+        if self._levels is None:
+            both = list(zip(recorded, asked, strict=True))
+        else:
+            both = [(recorded[i], asked[k]) for i, k in self._levels]
+        return [s for s, _ in both], [_resized(t, s) for s, t in both]
+
+    def _common_activation(
+        self, heads: Sequence[nn.Module], scores: Sequence[Tensor]
+    ) -> str:
+        """What turns the scores that are compared into probabilities."""
+        kinds = {activation_of(head) for head in heads}
+        if self.score == 'joint' or len(kinds) > 1:
+            return 'identity'
+        # The logits of the softmax of two anchors have no common scale.
+        best_of_many = self.anchors == 'best' and any(x.shape[1] > 1 for x in scores)
+        return 'identity' if best_of_many and kinds == {'softmax'} else kinds.pop()
+
+    def _comparable(
+        self,
+        scores: Sequence[Tensor],
+        head: nn.Module,
+        select: Callable[[Tensor, int, str], Tensor] | None,
+        activation: str,
+    ) -> list[Tensor]:
+        """One side's scores of the common classes, for an activation of both."""
+        kind = activation_of(head)
+        if select is not None:
+            # joint scores of sigmoids are independent of each other, as these are
+            is_joint = self.score == 'joint' and kind == 'softmax'
+            scores = [select(x, 2, 'identity' if is_joint else kind) for x in scores]
+        if activation != kind and self.score == 'class':
+            scores = [foreground(x, kind, 2) for x in scores]
+        if self.anchors == 'best':
+            scores = [x.amax(1, keepdim=True) for x in scores]
+        return scores
 
     def scores_of(self, head: nn.Module, output: tuple) -> list[Tensor]:
         """Of the output of a head's forward, per level (N, anchors, classes, h, w)."""
@@ -294,6 +349,21 @@ def activation_of(head: nn.Module) -> str | None:
     return known
 
 
+def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
+    """Probabilities of the classes without background, in fp32 at least.
+
+    Args:
+        scores: Scores, with the classes along ``dim``.
+        activation: What turns them into probabilities; of a ``'softmax'`` the last
+            column is the background.
+        dim: The dimension of the classes.
+    """
+    scores = _fp32(scores)
+    if activation == 'softmax':
+        return scores.softmax(dim).narrow(dim, 0, scores.size(dim) - 1)
+    return scores.sigmoid() if activation == 'sigmoid' else scores
+
+
 def _joint(
     head: nn.Module, logits: Sequence[Tensor], output: tuple
 ) -> Sequence[Tensor]:
@@ -321,6 +391,50 @@ def _prior_generator(head: nn.Module):
         if hasattr(head, name):
             return getattr(head, name)
     return None
+
+
+def _common_levels(student, teacher) -> list[tuple[int, int]] | None:
+    """Indices of the levels with the same stride; None if there are no strides.
+
+    Args:
+        student: The student's generator of anchors or points.
+        teacher: The teacher's.
+
+    Raises:
+        ValueError: The two have no stride in common.
+    """
+    if student is None or teacher is None:
+        return None
+    ours, theirs = list(student.strides), list(teacher.strides)
+    common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+    if not common:
+        raise ValueError(
+            "DenseLogits with anchors='best' pairs levels of the same stride, but the "
+            f'student has the strides {ours}, the teacher {theirs}. Compare what the '
+            "two say of the same boxes, `type='mmdist.BoxLogits'`."
+        )
+    if len(common) < max(len(ours), len(theirs)):
+        print_log(
+            f'DenseLogits compares the levels of the strides '
+            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
+            f'{theirs}.',
+            logger='current',
+        )
+    return common
+
+
+def _resized(teacher: Tensor, student: Tensor) -> Tensor:
+    """The teacher's level at the size of the student's, if it differs by rounding."""
+    ours, theirs = student.shape[-2:], teacher.shape[-2:]
+    if ours == theirs:
+        return teacher
+    if max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) > 1:
+        raise ValueError(
+            'DenseLogits compares the same locations, but a level is '
+            f'{tuple(ours)} for the student and {tuple(theirs)} for the teacher.'
+        )
+    resized = F.interpolate(teacher.flatten(1, 2), ours, mode='bilinear')
+    return resized.unflatten(1, teacher.shape[1:3])
 
 
 def _check_same_priors(student, teacher, any_shape: bool) -> None:
@@ -421,4 +535,5 @@ def _concatenate(pairs: Sequence[Pair]) -> Pair:
         torch.cat([as_rows(pair.student) for pair in pairs]),
         torch.cat([as_rows(pair.teacher) for pair in pairs]),
         mask,
+        activation=pairs[0].activation,
     )

@@ -8,6 +8,7 @@ import torch
 from det_zoo import SIZES, batch, build_pair, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 from test_det_zoo import keep_backbone
@@ -21,6 +22,8 @@ from mmdist.teachers import match_classes
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 FCOS = 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+SSD = 'ssd/ssd300_coco.py'
+YOLOF = 'yolof/yolof_r50-c5_8xb8-1x_coco.py'
 YOLACT = 'yolact/yolact_r50_1xb8-55e_coco.py'
 YOLOV3 = 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py'
 TOOD = 'tood/tood_r50_fpn_1x_coco.py'
@@ -59,13 +62,15 @@ def dist(student: np.ndarray, teacher: np.ndarray) -> float:
 
 def raw_outputs(model: nn.Module, data: dict) -> tuple[list, list]:
     """What the two heads return for the batch, by the models' own forward."""
+    sizes = [sample.img_shape for sample in data['data_samples']]
+    inputs = data['inputs'], model.teacher.renormalize(data['inputs'], sizes)
     with torch.no_grad():
         return tuple(
             [
                 level.double().numpy()
-                for level in side.bbox_head(side.extract_feat(data['inputs']))[0]
+                for level in side.bbox_head(side.extract_feat(images))[0]
             ]
-            for side in (model, model.teacher.model)
+            for side, images in zip((model, model.teacher.model), inputs, strict=True)
         )
 
 
@@ -114,6 +119,12 @@ def test_rows_of_retinanet_against_numpy(anchors, levels, mask):
         rows = [[np.concatenate(side) for side in zip(*rows, strict=True)]]
     expected = sum(dist(student, teacher) for student, teacher in rows)
     assert losses['loss_dist'].item() == pytest.approx(expected, abs=1e-3)
+
+
+def strides_of_2(cfg, original, factor):
+    """SSD300 has strides of 7, 107 and 300 for its last, smallest levels."""
+    if original.bbox_head.type == 'SSDHead':
+        cfg.bbox_head.anchor_generator.strides = [8, 16, 32, 64, 107, 320]
 
 
 def first_levels(cfg, original, factor):
@@ -393,11 +404,112 @@ def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
         _concatenate(pairs)
 
 
-def test_scores_of_different_kinds_are_an_error():
-    with pytest.raises(
-        ValueError, match=r"ATSSHead gives.*sigmoid.*TOODHead for iden.*score='joint'"
-    ):
-        build_pair(ATSS, TOOD, dense())
+def test_scores_of_different_kinds_are_compared_as_probabilities():
+    """ATSS has sigmoids, TOOD returns probabilities."""
+    model = build_pair(ATSS, TOOD, dense())
+    pairs = keep_pairs(model)
+    data = batch(model)
+    losses = model(**data, mode='loss')
+    assert losses['loss_dist'].item() > 0
+    for pair, student, teacher in zip(pairs, *raw_outputs(model, data), strict=True):
+        assert pair.activation == 'identity'
+        np.testing.assert_allclose(pair.student.detach(), expit(student), atol=1e-6)
+        np.testing.assert_allclose(pair.teacher, teacher, atol=1e-6)
+
+
+# ---- anchors='best' --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'strides'),
+    [
+        (RETINANET, FCOS, (8, 16, 32, 64, 128)),  # 9 anchors, 1 point
+        (FCOS, RETINANET, (8, 16, 32, 64, 128)),
+        (RETINANET, RTMDET, (8, 16, 32)),  # of 5 levels and of 3
+        (YOLOX, ATSS, (8, 16, 32)),
+        (RETINANET, SSD, (8, 16, 32, 64)),  # a softmax, 4 or 6 anchors
+        (SSD, YOLOX, (8, 16, 32)),
+    ],
+)
+def test_the_best_anchor_of_a_location(student, teacher, strides):
+    """Against the maximum of the raw scores, in numpy."""
+    sizes = ((320, 320), (256, 320))
+    if SSD not in (student, teacher):
+        sizes = ((128, 128), (96, 80))
+    distill = dense(anchors='best', loss=EXACT)
+    factors = tuple(1 if path == SSD else 8 for path in (student, teacher))
+    model = build_pair(student, teacher, distill, factors, strides_of_2, sizes)
+    pairs = keep_pairs(model)
+    data = batch(model, sizes)
+    losses = model(**data, mode='loss')
+    raw = raw_outputs(model, data)
+    softmax_too = SSD in (student, teacher)
+    expected = 0
+    assert len(pairs) == len(strides)
+    for number, (pair, stride) in enumerate(zip(pairs, strides, strict=True)):
+        rows = []
+        for path, levels in zip((student, teacher), raw, strict=True):
+            level = levels[number]
+            columns = 81 if path == SSD else 80
+            n, channels, h, w = level.shape
+            scores = level.reshape(n, channels // columns, columns, h, w)
+            if path == SSD:
+                scores = softmax(scores, 2)[:, :, :80]
+            else:
+                scores = expit(scores)
+            counts = valid_rows((h, w), stride, sizes).ravel()
+            rows.append(as_rows(scores.max(1), 1, True)[counts])
+        ours, theirs = (as_matrix(x).detach() for x in (pair.student, pair.teacher))
+        mask = ... if pair.mask is None else pair.mask.flatten()
+        if not softmax_too:
+            ours, theirs = ours.sigmoid(), theirs.sigmoid()
+        np.testing.assert_allclose(ours[mask], rows[0], atol=1e-5)
+        np.testing.assert_allclose(theirs[mask], rows[1], atol=1e-5)
+        expected += dist(*rows)
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=5e-3)
+
+
+def test_with_one_anchor_best_is_joint():
+    values = []
+    for anchors in ('joint', 'best'):
+        model = build_pair(ATSS, distill=dense(anchors=anchors))
+        values.append(model(**batch(model), mode='loss')['loss_dist'].item())
+    assert values[0] == values[1]
+
+
+def test_levels_of_one_side_only_are_named(caplog):
+    comparison = MODELS.build(dict(type='mmdist.DenseLogits', anchors='best'))
+    model = build_pair(RETINANET, RTMDET)
+    logger = MMLogger.get_current_instance()  # it does not propagate
+    level = logger.level
+    logger.setLevel('INFO')
+    logger.addHandler(caplog.handler)
+    comparison.check_pair(model, model.teacher.model)
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    (message,) = caplog.messages
+    assert 'the levels of the strides [(8, 8), (16, 16), (32, 32)]' in message
+    assert 'The student has [(8, 8), (16, 16), (32, 32), (64, 64), (128' in message
+
+
+def test_levels_without_a_common_stride_are_an_error():
+    def coarse(cfg, original, factor):
+        if original.type == 'YOLOF':
+            cfg.bbox_head.anchor_generator.strides = [48]
+
+    with pytest.raises(ValueError, match='BoxLogits'):
+        build_pair(YOLOX, YOLOF, dense(anchors='best'), edit=coarse)
+
+
+def test_a_level_that_differs_by_rounding_is_resized():
+    from mmdist.comparisons.dense_logits import _resized
+
+    levels = torch.rand(1, 1, 2, 5, 4), torch.rand(1, 1, 2, 4, 4)
+    assert _resized(levels[0], levels[1]).shape == levels[1].shape
+    constant = torch.full((1, 1, 2, 5, 4), 3.0)
+    assert torch.equal(_resized(constant, levels[1]), torch.full((1, 1, 2, 4, 4), 3.0))
+    with pytest.raises(ValueError, match=r'\(5, 4\) for the student and \(3, 4\)'):
+        _resized(torch.rand(1, 1, 2, 3, 4), levels[0])
 
 
 # ---- score='joint' ---------------------------------------------------------------
@@ -593,7 +705,7 @@ def test_what_is_not_a_dense_head_is_refused_by_name(path, student, message):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (dict(anchors='all'), "`anchors` is 'joint' or 'separate'"),
+        (dict(anchors='all'), "`anchors` is 'joint', 'separate' or 'best'"),
         (dict(levels='mean'), "`levels` is 'sum' or 'concat'"),
         (dict(score='both'), "`score` is 'class' or 'joint'"),
     ],
