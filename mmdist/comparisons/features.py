@@ -1,4 +1,4 @@
-"""Feature maps of any module, the mimic of "DIST + mimic"."""
+"""Feature maps of any module: the mimic of "DIST + mimic", and PKD."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
@@ -28,6 +29,11 @@ class Features(Comparison):
     convolutions, ``dict(type='mmdist.Features', adapt=True)``. The terms of the levels
     are summed.
 
+    With ``loss=dict(type='mmdist.DISTLoss', beta=0)`` and ``adapt=False`` it is PKD
+    (Cao et al., NeurIPS 2022, arXiv 2207.02039, equation 6): Pearson's correlation of
+    each channel over all locations of the batch, which takes a teacher of another
+    architecture, since neither scale nor offset of its features matter.
+
     The 1x1 convolutions are parameters of the student, ``distill.<name>.adapters``:
     trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
     They are made with the model, so the channels must be known by then: the student,
@@ -44,7 +50,9 @@ class Features(Comparison):
             not padding if it takes one.
         adapt: A 1x1 convolution on the student's maps of the levels whose channels
             differ (None), of every level (True), or of none (False).
-        levels: Indices of the student's maps to compare; all if omitted.
+        levels: Indices of the student's maps to compare; all if omitted. ``'stride'``
+            pairs the maps of the same stride and ignores the others: an FPN for
+            RetinaNet has the strides 8 to 128, one for Faster R-CNN 4 to 64.
         teacher_levels: Indices of the teacher's maps; ``levels`` if omitted.
         student_channels: Channels of the student's maps that are compared, per level.
         teacher_channels: Channels of the teacher's maps that are compared, per level,
@@ -63,13 +71,18 @@ class Features(Comparison):
         teacher: str | None = None,
         loss: dict | None = None,
         adapt: bool | None = None,
-        levels: Sequence[int] | None = None,
+        levels: Sequence[int] | str | None = None,
         teacher_levels: Sequence[int] | None = None,
         student_channels: Sequence[int] | None = None,
         teacher_channels: int | Sequence[int] | None = None,
         weight: float = 1.0,
     ) -> None:
         super().__init__(loss or dict(type='torch.nn.MSELoss'))
+        if isinstance(levels, str) and (levels != 'stride' or teacher_levels):
+            raise ValueError(
+                "`levels` of Features are indices, or 'stride', which chooses those of "
+                f'the teacher too; got {levels!r} and teacher_levels={teacher_levels}.'
+            )
         self.student_path = student
         self.teacher_path = teacher or student
         self.adapt = adapt
@@ -96,7 +109,9 @@ class Features(Comparison):
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
         """Check the path, complete the loss, and make the 1x1 convolutions."""
         super().bind(student, teacher)
-        if self.adapt is False:
+        if self.levels == 'stride':
+            self._pair_by_stride(student, teacher)
+        if self.adapt is False or self._not_adapted:
             return
         ours, theirs = self.student_channels, self.teacher_channels
         if ours is None:
@@ -122,11 +137,13 @@ class Features(Comparison):
         self._module(teacher, self.teacher_path, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not determine the channels of the maps, and with them '
-                f'the 1x1 convolutions, when the model was built: {self._not_adapted}\n'
+                'Features could not determine the sizes and channels of the maps, and '
+                'with them the 1x1 convolutions, when the model was built: '
+                f'{self._not_adapted}\n'
                 f"Fix that, or give `student_channels` of the student's "
                 f"`{self.student_path}` and `teacher_channels` of the teacher's "
-                f'`{self.teacher_path}`, or `adapt=False` for no convolution.'
+                f'`{self.teacher_path}`, or `adapt=False` for no convolution, and the '
+                'indices of the maps as `levels` and `teacher_levels`.'
             )
 
     def record(self, step: Step) -> list[Tensor]:
@@ -196,11 +213,45 @@ class Features(Comparison):
             + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
         )
 
-    def _teacher_channels(self, teacher: Teacher) -> list[int] | None:
+    def _pair_by_stride(self, student: nn.Module, teacher: Teacher) -> None:
+        """Replace ``levels`` by the indices of the maps that both have."""
+        module = self.student_modules(student)[0]
+        maps = [self._dry_maps(student, module, self.student_path, None, (512,))]
+        model = self._built(teacher)
+        if model is None or maps[0] is None:
+            return
+        module = self.teacher_modules(model)[0]
+        maps.append(self._dry_maps(model, module, self.teacher_path, None, (512,)))
+        if maps[1] is None:
+            return
+        ours, theirs = ([round(512 / x.size(3)) for x in side] for side in maps)
+        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+        if not common:
+            raise ValueError(
+                f"Features: the student's `{self.student_path}` has maps of the "
+                f"strides {ours}, the teacher's `{self.teacher_path}` of {theirs}, so "
+                "levels='stride' pairs none. Give indices, `levels` and "
+                "`teacher_levels`; the teacher's maps are resized."
+            )
+        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
+        print_log(
+            'Features compares the maps of the strides '
+            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
+            f'{theirs}.',
+            logger='current',
+        )
+
+    def _built(self, teacher: Teacher) -> nn.Module | None:
+        """The teacher without its weights; None, with the reason kept, if it fails."""
         try:
-            model = teacher.build()
+            return teacher.build()
         except Exception as error:  # of any kind: a test must not need the teacher
             self._not_adapted = f'{type(error).__name__}: {error}'
+            return None
+
+    def _teacher_channels(self, teacher: Teacher) -> list[int] | None:
+        model = self._built(teacher)
+        if model is None:
             return None
         module = self.teacher_modules(model)[0]
         return self._channels(model, module, self.teacher_path, self.teacher_levels)
@@ -213,8 +264,20 @@ class Features(Comparison):
         levels: Sequence[int] | None,
     ) -> list[int] | None:
         """Channels of the maps; None, with the reason kept, if it cannot be run."""
+        maps = self._dry_maps(model, module, path, levels)
+        return maps and [x.size(1) for x in maps]
+
+    def _dry_maps(
+        self,
+        model: nn.Module,
+        module: nn.Module,
+        path: str,
+        levels: Sequence[int] | None,
+        sizes: Sequence[int] = (128, 512),
+    ) -> list[Tensor] | None:
+        """The maps of zeros; None, with the reason kept, if it cannot be run."""
         try:
-            calls = _dry_run(model, module)
+            calls = _dry_run(model, module, sizes)
         except Exception as error:  # as above
             self._not_adapted = (
                 f'{type(model).__name__} did not run on zeros, '
@@ -226,7 +289,7 @@ class Features(Comparison):
                 f'{type(model).__name__} did not run its `{path}` in a forward pass.'
             )
             return None
-        return [x.size(1) for x in self._maps(calls, path, levels)]
+        return self._maps(calls, path, levels)
 
     def _maps(
         self, calls: Sequence, path: str, levels: Sequence[int] | None
@@ -257,14 +320,17 @@ class Features(Comparison):
             )
 
 
-def _dry_run(model: nn.Module, module: nn.Module) -> list:
-    """The calls of ``module`` when ``model`` runs on a batch of zeros."""
+def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
+    """The calls of ``module`` when ``model`` runs on a batch of zeros.
+
+    The first of the sizes that the model takes; some, as SSD, do without small images.
+    """
     reference = next(model.parameters())
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
     was_training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        for size in (128, 512):  # some, as SSD, do without small images
+        for size in sizes:
             shape = (size, size)
             zeros = reference.new_zeros(1, 3 if mean is None else len(mean), *shape)
             sample = BaseDataElement(
@@ -290,7 +356,7 @@ def _dry_run(model: nn.Module, module: nn.Module) -> list:
                         model(zeros, [sample], mode='tensor')
                 return recorder.calls(module)
             except Exception:
-                if size == 512:
+                if size == sizes[-1]:
                     raise
     finally:
         for m in was_training:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from builders import distilled_text
-from det_zoo import batch
+from det_zoo import batch, model_config
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -129,6 +129,67 @@ def test_the_teachers_map_is_resized_to_the_students(student):
     halved = theirs[0].reshape(n, c, h, 2, w, 2).mean((3, 5))
     expected = 0.5 * ((ours[1] - halved) ** 2).mean()
     assert losses['loss_mimic'].item() == pytest.approx(expected, rel=1e-5)
+
+
+def pkd(student: np.ndarray, teacher: np.ndarray, counts: np.ndarray) -> float:
+    """Half the squared difference of normalised channels (arXiv 2207.02039)."""
+
+    def normalise(maps: np.ndarray) -> np.ndarray:
+        channels = maps.transpose(1, 0, 2, 3)[:, counts]
+        mean, std = (f(channels, axis=1, keepdims=True) for f in (np.mean, np.std))
+        return (channels - mean) / std
+
+    return ((normalise(student) - normalise(teacher)) ** 2).mean() / 2
+
+
+@pytest.fixture
+def another_family() -> Config:
+    """A Faster R-CNN with an FPN of as many channels, of the strides 4 to 64."""
+    path = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    return Config(dict(model=model_config(path, 16), default_scope='mmdet'))
+
+
+def test_pkd_of_the_levels_of_equal_stride(student, another_family):
+    """Of a teacher of another architecture, in numpy."""
+    loss = dict(type='mmdist.DISTLoss', beta=0)
+    mimic = FEATURES | dict(loss=loss, adapt=False, levels='stride')
+    model = build(student, another_family, mimic=mimic)
+    comparison = model.distill['mimic']
+    assert (comparison.levels, comparison.teacher_levels) == (
+        [0, 1, 2, 3],
+        [1, 2, 3, 4],
+    )
+    assert model.state_dict().keys() == MODELS.build(student.model).state_dict().keys()
+    losses, (ours, theirs) = step(model)
+    expected = 0.0
+    for level, stride in enumerate((8, 16, 32, 64)):
+        s, t = ours[level], theirs[level + 1]
+        assert s.shape == t.shape
+        columns = (np.arange(s.shape[3]) + 0.5) * stride
+        counts = np.ones_like(s[:, 0], dtype=bool)
+        counts[1] = columns < SIZES[1][1]
+        expected += pkd(s, t, counts)
+    assert losses['loss_mimic'].item() == pytest.approx(expected, rel=1e-4)
+    losses['loss_mimic'].backward()
+    assert model.backbone.layer4[0].downsample[0].weight.grad.abs().sum() > 0
+
+
+def test_scale_and_offset_of_a_channel_do_not_matter_to_pkd():
+    """So a teacher's magnitude, which differs by architecture, is no target."""
+    loss = MODELS.build(dict(type='mmdist.DISTLoss', activation='identity', beta=0))
+    maps = torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    scale = torch.tensor([0.1, 1, 3, 10, 30, 100]).view(1, 6, 1, 1)
+    assert loss(maps, scale * maps + 5 * scale).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_strides_without_a_common_one_are_an_error(student):
+    mimic = FEATURES | dict(
+        student='backbone.layer1', teacher='backbone.layer4', levels='stride'
+    )
+    with pytest.raises(ValueError, match=r'strides \[4\], .* of \[32\]'):
+        build(student, student, mimic=mimic)
+    with pytest.raises(ValueError, match="indices, or 'stride'"):
+        MODELS.build(FEATURES | dict(levels='strides'))
 
 
 def test_any_loss_gets_the_maps(student, teacher):
