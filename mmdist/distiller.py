@@ -96,6 +96,7 @@ class DistilledMixin:
     distill: nn.ModuleDict
     distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
     class_match: ClassMatch | None = None
+    why_default = ''  # why that comparison was chosen, if `distill` is omitted
     _is_default = False
     _is_checked = False
 
@@ -168,7 +169,9 @@ class DistilledMixin:
         if not self._is_checked:
             self.teacher.load(self)
             if self._is_default:
-                self.distill['dist'] = default_for_pair(self, self.teacher)
+                self.distill['dist'], self.why_default = default_for_pair(
+                    self, self.teacher
+                )
             for comparison in self.distill.values():
                 comparison.check_pair(self, self.teacher.model)
             self._is_checked = True

@@ -32,6 +32,7 @@ from mmengine.utils import get_installed_path
 from torch import Tensor, nn
 
 from mmdist import Comparison, Pair
+from mmdist.comparisons import BoxLogits
 from mmdist.comparisons.default import KINDS
 from mmdist.lookup import class_name_in
 from mmdist.record import Recorder
@@ -48,7 +49,7 @@ model = dict(
     student=_base_.model,
     teacher=dict(
         config={teacher!r},
-        checkpoint={checkpoint!r},{class_map}
+        checkpoint={checkpoint!r},{names}
     ),{distill}
 )
 """
@@ -70,7 +71,13 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=[],
         metavar='STUDENT=TEACHER',
-        help="the teacher's names of classes that the student names differently",
+        help="the teacher's names of classes that the student names differently, or "
+        'several that are one class to the student: vehicle=car,truck',
+    )
+    parser.add_argument(
+        '--class-match',
+        choices=('strict', 'shared'),
+        help='shared: compare only the classes that both know',
     )
     parser.add_argument(
         '--distill',
@@ -122,6 +129,9 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope):
         pair = revert_sync_batchnorm(MODELS.build(model))
         pair.init_weights()
+    for comparison in pair.distill.values():
+        if isinstance(comparison, BoxLogits):
+            comparison.min_iou = 0.0  # boxes of random weights meet by chance alone
     return pair.train()
 
 
@@ -203,6 +213,8 @@ def findings(
     }
     for name, comparison in model.distill.items():
         lines[name] = _describe_comparison(comparison, pairs[name])
+    if model.why_default:
+        lines['chosen'] = f'because {model.why_default}'
     match = model.class_match
     lines['classes'] = f'{len(classes)}, ' + (
         'the same in the same order'
@@ -273,11 +285,17 @@ def main() -> None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
         if 'data_preprocessor' in student:  # as the Runner does
             student.model.setdefault('data_preprocessor', student.data_preprocessor)
-        class_map = dict(item.split('=', 1) for item in args.class_map)
+        names = {}
+        if args.class_map:
+            pairs = (item.split('=', 1) for item in args.class_map)
+            class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
+            names['class_map'] = class_map
+        if args.class_match:
+            names['class_match'] = args.class_match
         distiller = dict(
             type='mmdist.Distiller',
             student=student.model,
-            teacher=dict(config=args.teacher, class_map=class_map),
+            teacher=dict(config=args.teacher, **names),
         )
         if args.distill:
             distill = Config()
@@ -297,7 +315,7 @@ def main() -> None:
         student=base,
         teacher=args.teacher,
         checkpoint=checkpoint,
-        class_map=f'\n        class_map={class_map},' if class_map else '',
+        names=''.join(f'\n        {k}={v!r},' for k, v in names.items()),
         distill=f'\n    distill={distiller["distill"]},' if args.distill else '',
     )
     if args.out is None:

@@ -50,12 +50,15 @@ def default_for(student: nn.Module) -> dict:
     return dict(type=kind)
 
 
-def default_for_pair(student: nn.Module, teacher: Teacher) -> Comparison:
+def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, str]:
     """The comparison of the student's family, or of boxes if the teacher is no match.
 
     Args:
         student: The student.
         teacher: The teacher, loaded.
+
+    Returns:
+        The comparison, and why it is that one.
 
     Raises:
         ValueError: Neither works; it says why.
@@ -66,7 +69,7 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> Comparison:
     try:
         comparison.bind(student, teacher)
         comparison.check_pair(student, teacher.model)
-        return comparison
+        return comparison, 'student and teacher are of one kind'
     except ValueError as error:
         if SEG in (kind_of(student), kind_of(teacher.model)):
             raise
@@ -84,4 +87,4 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> Comparison:
         f'What the two say of the same boxes is compared (mmdist.BoxLogits). {reason}',
         logger='current',
     )
-    return boxes
+    return boxes, str(reason)
