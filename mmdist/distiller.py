@@ -6,7 +6,7 @@ import functools
 import re
 from copy import deepcopy
 
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
 
 from ._environment import check_ops
@@ -171,6 +171,11 @@ class DistilledMixin:
             if self._is_default:
                 self.distill['dist'], self.why_default = default_for_pair(
                     self, self.teacher
+                )
+                print_log(
+                    f'mmdist.{type(self.distill["dist"]).__name__} compares student '
+                    f'and teacher, because {self.why_default}.',
+                    logger='current',
                 )
             for comparison in self.distill.values():
                 comparison.check_pair(self, self.teacher.model)

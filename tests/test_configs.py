@@ -210,9 +210,10 @@ def test_published_schedule_on_cityscapes():
         assert config.crop_size == (512, 1024)
 
 
-def test_model_zoo_page_is_up_to_date(monkeypatch):
+@pytest.mark.parametrize('tool', ['make_model_zoo', 'make_pair_matrix'])
+def test_made_pages_are_up_to_date(tool, monkeypatch, uninitialized):
     monkeypatch.syspath_prepend(ROOT / 'tools')
-    made = runpy.run_path(str(ROOT / 'tools/make_model_zoo.py'))
+    made = runpy.run_path(str(ROOT / f'tools/{tool}.py'))
     text = made['PAGE'].read_text()
     assert made['page'](text) == text
 

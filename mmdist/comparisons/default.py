@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mmengine.logging import print_log
 from torch import nn
 
 from mmdist.lookup import by_class_name
@@ -83,8 +82,4 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
             'feature maps of any two models, `distill=dict(mimic=dict('
             "type='mmdist.Features', student='neck'))`."
         ) from None
-    print_log(
-        f'What the two say of the same boxes is compared (mmdist.BoxLogits). {reason}',
-        logger='current',
-    )
-    return boxes, str(reason)
+    return boxes, str(reason).split('. ')[0]
