@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from copy import deepcopy
+from typing import Any, NamedTuple
 
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor, nn
@@ -14,14 +17,15 @@ from .comparisons.base import Comparison, build_comparison
 from .comparisons.default import default_for, default_for_pair
 from .registry import MODELS
 from .step import Step
-from .teachers import ClassMatch, Teacher
+from .teachers import Teacher, build_teacher
 
 
 @MODELS.register_module(name='Distiller')
 def build_distiller(
     student: dict,
-    teacher: dict,
+    teacher: dict | None = None,
     distill: dict[str, dict] | None = None,
+    teachers: dict[str, dict] | None = None,
     **student_overrides,
 ) -> nn.Module:
     """Build a student that is distilled while it trains.
@@ -33,9 +37,13 @@ def build_distiller(
 
     Args:
         student: Config of the student model.
-        teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...
+        teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...; or
+            ``ema``, the arguments of :class:`MeanTeacher`.
         distill: What to compare, a dict of name -> config of a comparison. If omitted,
             it is named ``dist`` and chosen for the pair once the teacher is loaded.
+            With several teachers, ``from_teacher`` in a config is the name of one, or a
+            dict of name -> weight; if omitted, it is the mean over all.
+        teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. Only
             a ``data_preprocessor``, which the Runner adds where the model has none,
@@ -45,7 +53,8 @@ def build_distiller(
         The student.
 
     Raises:
-        ValueError: The student's family is not supported, or ``distill`` is malformed.
+        ValueError: The student's family is not supported, or ``distill`` or
+            ``teachers`` is malformed.
         RuntimeError: mmcv or its compiled ops are missing.
 
     Example:
@@ -65,15 +74,28 @@ def build_distiller(
     if is_default:
         distill = dict(dist=default_for(model))
     _check_names(distill)
-    teacher = Teacher(**teacher)
+    if (teacher is None) == (teachers is None):
+        raise ValueError(
+            'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
+            'name -> arguments.'
+        )
+    guests = {
+        name: build_teacher(cfg, student)
+        for name, cfg in ({'': teacher} if teachers is None else teachers).items()
+    }
+    lessons = {lesson.key: lesson for lesson in _lessons(distill, list(guests))}
     comparisons = nn.ModuleDict(
-        {name: build_comparison(name, cfg) for name, cfg in distill.items()}
+        {
+            key: build_comparison(lesson.name, lesson.cfg)
+            for key, lesson in lessons.items()
+        }
     )
-    for comparison in comparisons.values():
-        comparison.bind(model, teacher)
+    for key, comparison in comparisons.items():
+        comparison.bind(model, guests[lessons[key].teacher])
     model.__class__ = distilled_class(type(model))
-    model.teacher = teacher
+    model.teachers = guests
     model.distill = comparisons
+    model._lessons = lessons
     model._is_default = is_default
     model._dataset_meta_before = _dataset_meta()
     return model
@@ -89,24 +111,73 @@ def _check_names(distill: dict) -> None:
             )
 
 
+class Lesson(NamedTuple):
+    """An entry of ``distill``, learned from one teacher."""
+
+    name: str  # of the entry
+    cfg: dict  # of the comparison
+    teacher: str  # its name; '' if there is only one
+    weight: float
+
+    @property
+    def key(self) -> str:
+        """Its name in ``model.distill``."""
+        return '_'.join(filter(None, (self.name, self.teacher)))
+
+
+def _lessons(distill: dict[str, dict], teachers: list[str]) -> Iterator[Lesson]:
+    """Each entry of ``distill`` with each teacher that it learns from.
+
+    Raises:
+        ValueError: ``from_teacher`` names a teacher that is not there.
+    """
+    for name, entry in distill.items():
+        cfg = dict(entry) if isinstance(entry, Mapping) else entry
+        wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
+        weights = (
+            dict.fromkeys(teachers, 1.0)
+            if wanted is None
+            else wanted
+            if isinstance(wanted, Mapping)
+            else {wanted: 1.0}
+        )
+        unknown = sorted(set(map(str, weights)) - set(teachers))
+        if unknown or (wanted is not None and teachers == ['']):
+            raise ValueError(
+                f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
+                f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
+                if teachers != ['']
+                else f'`distill.{name}.from_teacher` chooses among several teachers, '
+                'but there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
+            )
+        for teacher, weight in weights.items():
+            yield Lesson(name, cfg, teacher, weight / sum(weights.values()))
+
+
 class DistilledMixin:
     """What a student's class gains by being distilled."""
 
-    teacher: Teacher
+    teachers: dict[str, Teacher]
     distill: nn.ModuleDict
     distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
-    class_match: ClassMatch | None = None
     why_default = ''  # why that comparison was chosen, if `distill` is omitted
     _is_default = False
     _is_checked = False
 
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, where there is one."""
+        if len(self.teachers) > 1:
+            raise ValueError(f'There are several: `teachers` {list(self.teachers)}.')
+        return next(iter(self.teachers.values()))
+
     def init_weights(self) -> None:
-        """Initialise the student as usual, then load the teacher.
+        """Initialise the student as usual, then load its teachers.
 
         The Runner calls this to train, not to test.
         """
         super().init_weights()
-        self._load_teacher()
+        self._load_teachers()
 
     def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict:
         """The student's losses, and those of each comparison.
@@ -117,83 +188,132 @@ class DistilledMixin:
 
         Returns:
             The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
-            ``<name>_intra`` of each entry of ``distill`` added.
+            ``<name>_intra`` of each entry of ``distill`` added. Of several teachers
+            ``loss_<name>`` is the weighted mean, and the correlations are
+            ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
         """
-        comparisons: dict[str, Comparison] = dict(self.distill.items())
+        for teacher in self.teachers.values():
+            teacher.follow(self)
         if self.distill_factor == 0:
             losses = super().loss(inputs, data_samples, **kwargs)
-            return losses | _zero_losses(comparisons)
+            return losses | self._zero_losses()
 
-        self._load_teacher()
+        self._load_teachers()
         self._match_classes()
-        self.teacher.move_to(inputs.device)
-        teacher_model = self.teacher.model
-        step = Step(
-            self,
-            self.teacher,
-            self.class_match,
-            inputs,
-            data_samples,
-            [m for c in comparisons.values() for m in c.student_modules(self)],
-            [m for c in comparisons.values() for m in c.teacher_modules(teacher_model)],
-        )
+        steps = {name: self._step(name, inputs, data_samples) for name in self.teachers}
+        comparisons: dict[str, Comparison] = dict(self.distill.items())
 
         # The teacher goes first where it can: its activations are freed before those
         # of the student, which the backward pass needs, take memory.
         answers = {}
-        for name, comparison in comparisons.items():
+        for key, comparison in comparisons.items():
             if comparison.asks_first:
-                with self.teacher.running():
-                    answers[name] = comparison.ask(step, None)
+                answers[key] = self._ask(key, steps, None)
         if len(answers) == len(comparisons):
-            step.forget_teacher_features()
+            for step in steps.values():
+                step.forget_teacher_features()
 
-        with step.recording():
+        with ExitStack() as recordings:
+            for step in steps.values():
+                recordings.enter_context(step.recording())
             losses = super().loss(inputs, data_samples, **kwargs)
 
-        for name, comparison in comparisons.items():
+        own = set(losses)
+        for key, comparison in comparisons.items():
+            lesson = self._lessons[key]
+            step = steps[lesson.teacher]
             recorded = comparison.record(step)
-            if name not in answers:
-                with self.teacher.running():
-                    answers[name] = comparison.ask(step, recorded)
-            pairs = comparison.pair(step, recorded, answers.pop(name))
-            for key, value in comparison(name, pairs).items():
-                if key.startswith('loss_'):
-                    value = self.distill_factor * value
-                # `distill=dict(cls=...)` must not replace the detector's loss_cls.
-                losses[f'{key}_distill' if key in losses else key] = value
+            if key not in answers:
+                answers[key] = self._ask(key, steps, recorded)
+            pairs = comparison.pair(step, recorded, answers.pop(key))
+            for term, value in comparison(lesson.name, pairs).items():
+                if term.startswith('loss_'):
+                    # `distill=dict(cls=...)` must not replace the detector's loss_cls.
+                    term = f'{term}_distill' if term in own else term
+                    value = self.distill_factor * lesson.weight * value
+                    losses[term] = losses[term] + value if term in losses else value
+                else:
+                    losses['_'.join(filter(None, (term, lesson.teacher)))] = value
         return losses
 
-    def _load_teacher(self) -> None:
-        """Load the teacher, and check it against what is compared."""
-        if not self._is_checked:
-            self.teacher.load(self)
+    def _step(self, teacher: str, inputs: Tensor, data_samples: list) -> Step:
+        """The batch, as it is for one of the teachers."""
+        guest = self.teachers[teacher]
+        guest.move_to(inputs.device)
+        comparisons = [
+            self.distill[key]
+            for key, lesson in self._lessons.items()
+            if lesson.teacher == teacher
+        ]
+        return Step(
+            self,
+            guest,
+            guest.classes,
+            inputs,
+            data_samples,
+            [m for c in comparisons for m in c.student_modules(self)],
+            [m for c in comparisons for m in c.teacher_modules(guest.model)],
+        )
+
+    def _ask(self, key: str, steps: dict[str, Step], recorded: Any) -> Any:
+        """The answer of a lesson's teacher; of several views the mean."""
+        comparison, teacher = self.distill[key], self._lessons[key].teacher
+        step = steps[teacher]
+        with self.teachers[teacher].running():
+            answer = comparison.ask(step, recorded)
+            if self.teachers[teacher].views:
+                mirrored = comparison.ask(step.mirrored, recorded)
+                answer = comparison.mean_of_views(step, answer, mirrored)
+        return answer
+
+    def _load_teachers(self) -> None:
+        """Load the teachers, and check them against what is compared."""
+        if self._is_checked:
+            return
+        for teacher in self.teachers.values():
+            teacher.load(self)
+        for key, lesson in self._lessons.items():
+            teacher = self.teachers[lesson.teacher]
             if self._is_default:
-                self.distill['dist'], self.why_default = default_for_pair(
-                    self, self.teacher
-                )
+                self.distill[key], self.why_default = default_for_pair(self, teacher)
                 print_log(
-                    f'mmdist.{type(self.distill["dist"]).__name__} compares student '
-                    f'and teacher, because {self.why_default}.',
+                    f'mmdist.{type(self.distill[key]).__name__} compares student and '
+                    f'teacher {lesson.teacher}, because {self.why_default}.',
                     logger='current',
                 )
-            for comparison in self.distill.values():
-                comparison.check_pair(self, self.teacher.model)
-            self._is_checked = True
+            self.distill[key].check_pair(self, teacher.model)
+            if teacher.views:
+                self.distill[key].check_views()
+        self._is_checked = True
 
     def _match_classes(self) -> None:
         """Match the classes once, when the Runner has said which the student has."""
-        if self.class_match is None:
-            meta = _dataset_meta()
-            # What was there when the model was built belongs to another run.
-            known = meta is not None and meta is not self._dataset_meta_before
-            if known:
-                _refuse_untried_strategies()
-            names = meta.get('classes') if known else None
-            self.class_match = self.teacher.match_classes(names)
+        meta = _dataset_meta()
+        # What was there when the model was built belongs to another run.
+        known = meta is not None and meta is not self._dataset_meta_before
+        names = meta.get('classes') if known else None
+        for teacher in self.teachers.values():
+            if teacher.classes is None:
+                if known:
+                    _refuse_untried_strategies()
+                teacher.classes = teacher.match_classes(names)
+
+    def _zero_losses(self) -> dict[str, Tensor]:
+        """Losses of 0 of the comparisons with parameters.
+
+        DDP stops at parameters that take no part in a step.
+        """
+        losses: dict[str, Tensor] = {}
+        for key, comparison in self.distill.items():
+            if any(True for _ in comparison.parameters()):
+                term = f'loss_{self._lessons[key].name}'
+                zero = 0 * sum(p.sum() for p in comparison.parameters())
+                losses[term] = losses.get(term, 0) + zero
+        return losses
 
     def _apply(self, fn, *args, **kwargs):
-        self.teacher.apply(fn)
+        for teacher in self.teachers.values():
+            teacher.apply(fn)
         return super()._apply(fn, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
@@ -214,18 +334,6 @@ def _new(student_class: type[nn.Module]) -> nn.Module:
     """A distilled model without its state, for pickle and copy."""
     cls = distilled_class(student_class)
     return cls.__new__(cls)
-
-
-def _zero_losses(comparisons: dict[str, Comparison]) -> dict[str, Tensor]:
-    """Losses of 0 of the comparisons with parameters.
-
-    DDP stops at parameters that take no part in a step.
-    """
-    return {
-        f'loss_{name}': 0 * sum(p.sum() for p in comparison.parameters())
-        for name, comparison in comparisons.items()
-        if any(True for _ in comparison.parameters())
-    }
 
 
 def _dataset_meta() -> dict | None:

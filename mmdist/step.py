@@ -117,9 +117,21 @@ class Step:
                 return self.teacher_model(self.teacher_inputs, self.valid_sizes)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
+    @cached_property
+    def mirrored(self) -> Step:
+        """The same batch, which the teacher sees mirrored, left to right."""
+        step = Step(
+            self.student, self._teacher, self.classes, self.inputs, self.data_samples
+        )
+        # the padding lies on the left, so the whole width is an image
+        step.valid_sizes = [tuple(self.inputs.shape[-2:])] * len(self.inputs)
+        step.teacher_inputs = self.teacher_inputs.flip(-1)
+        return step
+
     def forget_teacher_features(self) -> None:
         """Free the teacher's features, which nobody asks for any more."""
-        self.__dict__.pop('teacher_features', None)
+        for name in ('teacher_features', 'mirrored'):
+            self.__dict__.pop(name, None)
         self._teacher_recorder.forget()
 
     def teacher_calls(self, module: nn.Module) -> list[Call]:

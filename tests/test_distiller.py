@@ -274,7 +274,7 @@ def test_classes_of_the_runs_data_set_are_matched_by_name(config, monkeypatch):
         for p in conv.parameters():
             p.data = p.unflatten(0, (-1, 3))[:, order].flatten(0, 1)
     model.teacher.class_names = [names[i] for i in order]
-    model.class_match = None
+    model.teacher.classes = None
     losses = losses_of(model, data)
     for key in ('loss_dist', 'dist_inter', 'dist_intra'):
         torch.testing.assert_close(losses[key], expected[key])

@@ -215,7 +215,7 @@ def findings(
         lines[name] = _describe_comparison(comparison, pairs[name])
     if model.why_default:
         lines['chosen'] = f'because {model.why_default}'
-    match = model.class_match
+    match = teacher.classes
     lines['classes'] = f'{len(classes)}, ' + (
         'the same in the same order'
         if match.teacher is None

@@ -117,6 +117,16 @@ class Comparison(BaseModule):
         """The teacher's side, by the cheapest forward that gives the counterpart."""
         raise NotImplementedError
 
+    def mean_of_views(self, step: Step, asked: Any, mirrored: Any) -> Any:
+        """The mean of what the teacher says of a batch and of its mirror image.
+
+        Args:
+            step: The step.
+            asked: What :meth:`ask` gave.
+            mirrored: What :meth:`ask` gave for the images mirrored, left to right.
+        """
+        raise NotImplementedError
+
     def pair(self, step: Step, recorded, asked) -> Iterable[Pair]:
         """Logits of both sides, rows in the same order, with the rows that count."""
         raise NotImplementedError
@@ -152,6 +162,20 @@ class Comparison(BaseModule):
         if isinstance(self.loss, DISTLoss):
             activation = self.activation(student)
             self.loss = MODELS.build({'activation': activation, **self._loss_cfg})
+
+    def check_views(self) -> None:
+        """Stop before the first step if a teacher with ``views`` cannot be compared.
+
+        Raises:
+            ValueError: The comparison has no :meth:`mean_of_views`.
+        """
+        if type(self).mean_of_views is Comparison.mean_of_views:
+            raise ValueError(
+                '`teacher.views` averages what the teacher says of an image and of its '
+                f'mirror image at each location, but {type(self).__name__} does not '
+                'compare locations. mmdist.SegLogits and mmdist.DenseLogits do; else '
+                'omit `views`.'
+            )
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
         """Compute the distillation losses of one batch.

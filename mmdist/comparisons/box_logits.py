@@ -18,7 +18,8 @@ from mmdist.teachers import ForeignTeacher
 from .base import Comparison, Pair
 from .decode import decode_boxes, decodes
 from .default import DENSE, QUERIES, ROI, kind_of
-from .dense_logits import DenseLogits, activation_of, foreground
+from .dense_logits import DenseLogits, activation_of
+from .probabilities import foreground
 from .query_logits import QueryLogits
 from .roi_logits import Proposals, RoILogits
 

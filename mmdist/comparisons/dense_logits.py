@@ -18,6 +18,7 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
+from .probabilities import foreground, fp32, mean_probability
 
 
 class ClassMaps(NamedTuple):
@@ -43,14 +44,14 @@ def _split_yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
 
 def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
     return [
-        F.logsigmoid(_fp32(pred.unflatten(1, (head.num_base_priors, -1))[:, :, 4]))
+        F.logsigmoid(fp32(pred.unflatten(1, (head.num_base_priors, -1))[:, :, 4]))
         for pred in out[0]
     ]
 
 
 def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
     """Objectness, centerness or IoU, after the classes and the boxes."""
-    return [F.logsigmoid(_fp32(x)) for x in out[2]]
+    return [F.logsigmoid(fp32(x)) for x in out[2]]
 
 
 def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
@@ -58,16 +59,11 @@ def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
     confidences = []
     for buckets, offsets in out[1]:
         n, _, h, w = buckets.shape
-        predicted = [_fp32(as_rows(x)).contiguous() for x in (buckets, offsets)]
+        predicted = [fp32(as_rows(x)).contiguous() for x in (buckets, offsets)]
         boxes = predicted[0].new_zeros(len(predicted[0]), 4)
         _, confidence = head.bbox_coder.decode(boxes, predicted)
         confidences.append(confidence.view(n, 1, h, w).log())
     return confidences
-
-
-def _fp32(x: Tensor) -> Tensor:
-    """In fp32 at least: half precision rounds small probabilities away."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first of a head's
@@ -214,6 +210,17 @@ class DenseLogits(Comparison):
         head = self._head(step.teacher_model, self.teacher_path)
         return self.scores_of(head, self.run_teacher(step, head))
 
+    def mean_of_views(
+        self, step: Step, asked: Sequence[Tensor], mirrored: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Scores of the mean probabilities, level by level."""
+        head = self._head(step.teacher_model, self.teacher_path)
+        kind = 'identity' if self.score == 'joint' else activation_of(head)
+        return [
+            mean_probability(a, b.flip(-1), kind, 2)
+            for a, b in zip(asked, mirrored, strict=True)
+        ]
+
     def run_teacher(self, step: Step, head: nn.Module) -> tuple:
         """The output of a head of the teacher, on its features."""
         # The flag of the head alone: its layers, Dropout or BN, stay in eval.
@@ -349,21 +356,6 @@ def activation_of(head: nn.Module) -> str | None:
     return known
 
 
-def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
-    """Probabilities of the classes without background, in fp32 at least.
-
-    Args:
-        scores: Scores, with the classes along ``dim``.
-        activation: What turns them into probabilities; of a ``'softmax'`` the last
-            column is the background.
-        dim: The dimension of the classes.
-    """
-    scores = _fp32(scores)
-    if activation == 'softmax':
-        return scores.softmax(dim).narrow(dim, 0, scores.size(dim) - 1)
-    return scores.sigmoid() if activation == 'sigmoid' else scores
-
-
 def _joint(
     head: nn.Module, logits: Sequence[Tensor], output: tuple
 ) -> Sequence[Tensor]:
@@ -374,9 +366,9 @@ def _joint(
     # The logarithm of a product does not underflow, nor has its half, the root, an
     # infinite gradient at 0.
     if activation == 'sigmoid':
-        joint = [F.logsigmoid(_fp32(x)) for x in logits]
+        joint = [F.logsigmoid(fp32(x)) for x in logits]
     else:
-        joint = [_fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
+        joint = [fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
     if class_maps.factor is not None:
         factors = class_maps.factor(head, output)
         joint = [x + f.unsqueeze(2) for x, f in zip(joint, factors, strict=True)]

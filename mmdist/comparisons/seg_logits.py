@@ -17,7 +17,7 @@ from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher
 
 from .base import Comparison, Pair
-from .seg_map import SegMap, draw_pixels
+from .seg_map import SegMap, TwoViews, draw_pixels
 
 # Which of several outputs of a head's forward predicts at inference. Names, so that
 # mmseg does not have to be installed.
@@ -142,8 +142,17 @@ class SegLogits(Comparison):
             maps.append(self._map(step, teacher_head, output))
         return maps
 
+    def mean_of_views(
+        self, step: Step, asked: list[SegMap], mirrored: list[SegMap]
+    ) -> list[TwoViews]:
+        """Maps of the mean probabilities."""
+        return list(map(TwoViews, asked, mirrored))
+
     def pair(
-        self, step: Step, recorded: list[SegMap], asked: list[SegMap]
+        self,
+        step: Step,
+        recorded: list[SegMap],
+        asked: list[SegMap] | list[TwoViews],
     ) -> list[Pair]:
         """Logits or scores at the same pixels, with those that count."""
         heads = self.student_modules(step.student)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .probabilities import mean_probability
+
 
 @dataclass
 class SegMap:
@@ -107,6 +109,50 @@ class SegMap:
                 'nqc,nq...->nc...', queries.to(maps.dtype), maps.sigmoid()
             )
             return scores if self.as_scores else scores.clamp_min(1e-7).log()
+
+
+@dataclass
+class TwoViews:
+    """The mean of a map and of that of the mirrored image, read like a :class:`SegMap`.
+
+    The mean is that of probabilities. Read as logits, its softmax (its sigmoid, with
+    one channel) is this mean.
+
+    Attributes:
+        plain: The map of the image.
+        mirrored: The map of the image mirrored, left to right.
+    """
+
+    plain: SegMap
+    mirrored: SegMap
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the head computes."""
+        return self.plain.size
+
+    @property
+    def as_scores(self) -> bool:
+        """Whether probabilities are read, not logits."""
+        return self.plain.as_scores
+
+    def read(self, size: tuple[int, int]) -> Tensor:
+        """The whole map, (N, C, height, width); see :meth:`SegMap.read`."""
+        return self._mean(self.plain.read(size), self.mirrored.read(size).flip(-1))
+
+    def read_at(self, pixels: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The values at some pixels, (pixels, C); see :meth:`SegMap.read_at`."""
+        width = size[1]
+        mirrored = [i - i % width + (width - 1 - i % width) for i in pixels]
+        return self._mean(
+            self.plain.read_at(pixels, size), self.mirrored.read_at(mirrored, size)
+        )
+
+    def _mean(self, plain: Tensor, mirrored: Tensor) -> Tensor:
+        activation = 'sigmoid' if plain.shape[1] == 1 else 'softmax'
+        if self.as_scores:
+            activation = 'identity'
+        return mean_probability(plain, mirrored, activation)
 
 
 def draw_pixels(

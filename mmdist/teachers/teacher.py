@@ -55,9 +55,15 @@ class Teacher:
             and runs the teacher under autocast of that type.
         channels_last: Keep the weights in the memory format channels_last.
         compile: Compile the backbone and the neck with torch.compile.
+        views: ``['flip']``: the teacher also sees the mirrored images, and its
+            probabilities are averaged, where the comparison is dense.
+
+    Attributes:
+        classes: Which of its columns are the student's classes; None until these are
+            known.
 
     Raises:
-        ValueError: ``dtype`` or ``class_match`` is none of these.
+        ValueError: ``dtype``, ``class_match`` or ``views`` is none of these.
     """
 
     def __init__(
@@ -71,6 +77,7 @@ class Teacher:
         dtype: str | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        views: Sequence[str] = (),
     ) -> None:
         if dtype not in (None, *_HALF_PRECISION):
             raise ValueError(
@@ -81,6 +88,8 @@ class Teacher:
             raise ValueError(
                 f"`teacher.class_match` is 'strict' or 'shared', got {class_match!r}."
             )
+        if list(views) not in ([], ['flip']):
+            raise ValueError(f"`teacher.views` is ['flip'] or omitted, got {views!r}.")
         self.config = config
         self.checkpoint = checkpoint
         self.allow_random = allow_random
@@ -90,9 +99,11 @@ class Teacher:
         self.dtype = _HALF_PRECISION.get(dtype)
         self.channels_last = channels_last
         self.compile = compile
+        self.views = tuple(views)
         self.model: nn.Module | None = None
         self.renormalize: Renormalize | None = None
         self.class_names: Sequence[str] | None = None
+        self.classes: ClassMatch | None = None
 
     def __deepcopy__(self, memo: dict) -> Teacher:
         # A copy of the student (EMA makes one) has the same guest, not a second one.
@@ -114,7 +125,7 @@ class Teacher:
 
     def build(self) -> nn.Module:
         """A model of the teacher's config, without its weights; it is not kept."""
-        return _build(load_config(self.config), random=False)
+        return build_model(load_config(self.config))
 
     def load(self, student: nn.Module) -> None:
         """Build the teacher, load its weights strictly and freeze it.
@@ -137,7 +148,7 @@ class Teacher:
                 'The teacher has no checkpoint. Give `teacher.checkpoint`, a path or a '
                 'URL, or set `teacher.allow_random=True` if random weights are meant.'
             )
-        model = _build(config, random=needs_weights)
+        model = build_model(config, random=needs_weights)
         self.class_names = getattr(model, 'class_names', None) or class_names_of_config(
             config
         )
@@ -160,6 +171,9 @@ class Teacher:
                 if hasattr(model, part):
                     getattr(model, part).compile()
         self.model = model
+
+    def follow(self, student: nn.Module) -> None:
+        """Learn from the student, at the start of a step; see :class:`MeanTeacher`."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -233,7 +247,7 @@ def _brings_weights(config: Config) -> bool:
     return inspect.isclass(cls) and issubclass(cls, ForeignTeacher)
 
 
-def _build(config: Config, random: bool) -> nn.Module:
+def build_model(config: Config, random: bool = False) -> nn.Module:
     """Build without pretrained backbones, and without touching the student's RNG."""
     cfg = without_pretrained(config.model)
     scope = config.get('default_scope')

@@ -223,7 +223,7 @@ def test_the_rpn_of_a_two_stage_detector():
     """It knows no classes, so none are matched; a row is the anchors of a location."""
     distill = dense(student='rpn_head', loss=EXACT)
     model = build_pair(FASTER, distill=distill)
-    model.class_match = match_classes(['b', 'a'], ['a', 'b'])
+    model.teacher.classes = match_classes(['b', 'a'], ['a', 'b'])
     data = batch(model)
     losses = model(**data, mode='loss')
     with torch.no_grad():
@@ -256,7 +256,7 @@ def test_classes_are_matched_by_name():
         return edit
 
     model = build_pair(RETINANET, distill=dense(loss=EXACT), edit=classes(3))
-    model.class_match = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
+    model.teacher.classes = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
     data = batch(model, num_classes=2)
     losses = model(**data, mode='loss')
     expected = 0
@@ -654,7 +654,7 @@ def pairs_of_two_and_three_classes(distill: dict) -> tuple[nn.Module, dict, list
 
     sizes = ((64, 64), (64, 64))
     model = build_pair(YOLACT, distill=distill, edit=classes, sizes=sizes)
-    model.class_match = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
+    model.teacher.classes = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
     pairs = keep_pairs(model)
     data = batch(model, sizes, num_classes=2)
     model(**data, mode='loss')

@@ -98,7 +98,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
     model(**data, mode='loss')  # the first step loads the teacher
     as_on_a_gpu(model, monkeypatch)
     backwards = [(i,) for i in range(num_classes)][::-1]
-    model.class_match = ClassMatch(None, backwards, num_classes, num_classes)
+    model.teacher.classes = ClassMatch(None, backwards, num_classes, num_classes)
     counts = []
     for factor in (1.0, 0.0):  # at 0 the teacher rests
         model.distill_factor = factor

@@ -326,7 +326,7 @@ def test_a_runner_trains_it_and_its_checkpoint_is_the_students(
     )
     runner = Runner.from_cfg(config)
     runner.train()
-    assert runner.model.class_match.teacher == [1, 2, 0]
+    assert runner.model.teacher.classes.teacher == [(1,), (2,), (0,)]
     logged = runner.message_hub.log_scalars
     for key in ('loss_cls_distill', 'cls_inter', 'loss_rpn', 'rpn_intra'):
         assert np.isfinite(logged[f'train/{key}'].data[0]).all()

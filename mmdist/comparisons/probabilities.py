@@ -1,0 +1,56 @@
+"""Scores of a head as probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fp32(x: Tensor) -> Tensor:
+    """In fp32 at least: half precision rounds small probabilities away."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
+    """Probabilities of the classes without background, in fp32 at least.
+
+    Args:
+        scores: Scores, with the classes along ``dim``.
+        activation: What turns them into probabilities; of a ``'softmax'`` the last
+            column is the background.
+        dim: The dimension of the classes.
+    """
+    scores = fp32(scores)
+    if activation == 'softmax':
+        return scores.softmax(dim).narrow(dim, 0, scores.size(dim) - 1)
+    return scores.sigmoid() if activation == 'sigmoid' else scores
+
+
+def mean_probability(a: Tensor, b: Tensor, activation: str, dim: int = 1) -> Tensor:
+    """Scores whose probabilities are the mean of those of two.
+
+    Args:
+        a: Scores, with the classes along ``dim``.
+        b: Scores of the same shape.
+        activation: What turns scores into probabilities: ``'softmax'``, ``'sigmoid'``
+            or ``'identity'``.
+        dim: The dimension of the classes.
+
+    Returns:
+        Scores of the same shape, for the same activation, in fp32 at least.
+    """
+    a, b = fp32(a), fp32(b)
+    if activation == 'identity':
+        return (a + b) / 2
+    if activation == 'softmax':
+        both = torch.logaddexp(a.log_softmax(dim), b.log_softmax(dim))
+        return both - math.log(2)
+    # log-odds, which neither overflow nor round where a probability is almost 0 or 1
+    yes, no = (
+        torch.logaddexp(F.logsigmoid(sign * a), F.logsigmoid(sign * b))
+        for sign in (1, -1)
+    )
+    return yes - no

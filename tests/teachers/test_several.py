@@ -1,0 +1,283 @@
+"""Several teachers, and a teacher that sees the mirrored image too."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from det_zoo import batch, model_config
+from mmdet.utils import register_all_modules as register_mmdet
+from mmengine.registry import DefaultScope
+from mmseg.utils import register_all_modules as register_mmseg
+from scipy.special import expit, softmax
+from segmentors import calibrate, make_batch, zoo_model
+from torch import nn
+
+from mmdist.comparisons.probabilities import mean_probability
+from mmdist.record import Recorder
+from mmdist.registry import MODELS
+
+PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
+MASK2FORMER = 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024'
+RETINANET = 'retinanet/retinanet_r18_fpn_1x_coco.py'
+FCOS = 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+
+
+@pytest.fixture(autouse=True)
+def scopes():
+    register_mmdet()
+    register_mmseg(init_default_scope=False)
+
+
+def teacher(path: str, width: float = 1 / 8, **more) -> dict:
+    return dict(config=zoo_model(path, width), allow_random=True, **more)
+
+
+def build(distill: dict | None = None, student: str = PSPNET, **teachers) -> nn.Module:
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(
+            dict(
+                type='mmdist.Distiller',
+                student=zoo_model(student),
+                distill=distill,
+                **teachers,
+            )
+        )
+        model.init_weights()
+    for guest in model.teachers.values():
+        calibrate(guest.model)
+    return model.train()
+
+
+def losses_of(model: nn.Module, data: dict) -> dict:
+    torch.manual_seed(0)  # dropout
+    return model(**copy.deepcopy(data), mode='loss')
+
+
+def seg(**options) -> dict:
+    return dict(dist=dict(type='mmdist.SegLogits', **options))
+
+
+# ---- several teachers ------------------------------------------------------------
+
+
+def two(weights=None, **more) -> nn.Module:
+    options = {} if weights is None else dict(from_teacher=weights)
+    return build(
+        seg(**options),
+        teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET, 1 / 4, **more)),
+    )
+
+
+def test_two_equal_teachers_give_what_one_gives():
+    one = build(seg(), teacher=teacher(PSPNET))
+    both = build(seg(), teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET)))
+    for guest in both.teachers.values():
+        guest.model.load_state_dict(one.teacher.model.state_dict())
+    both.load_state_dict(one.state_dict())
+    data = make_batch(19)
+    expected, found = losses_of(one, data), losses_of(both, data)
+    for key in ('loss_dist', 'loss_dist_aux'):
+        assert found[key].item() == pytest.approx(expected[key].item(), rel=1e-6)
+    assert found['dist_inter_a'] == found['dist_inter_b'] == expected['dist_inter']
+    assert both.state_dict().keys() == one.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ('weights', 'shares'),
+    [
+        (None, (0.5, 0.5)),
+        (dict(a=3, b=1), (0.75, 0.25)),
+        ('a', (1, 0)),
+        ('b', (0, 1)),
+    ],
+)
+def test_the_term_is_the_weighted_mean_over_the_teachers(weights, shares):
+    data = make_batch(19)
+    terms = []
+    for name in 'ab':
+        model = two(name)
+        terms.append(losses_of(model, data)['loss_dist'].item())
+    assert terms[0] != pytest.approx(terms[1], rel=1e-3)
+    found = losses_of(two(weights), data)['loss_dist'].item()
+    assert found == pytest.approx(np.dot(shares, terms), rel=1e-5)
+
+
+def test_each_teacher_keeps_its_own_normalisation_and_classes():
+    """One of them gets BGR and 0 to 255, and has its classes in another order."""
+    model = two(class_map=None)
+    data = make_batch(19)
+    other = model.teachers['b']
+    other.model.data_preprocessor.mean.zero_()
+    other.model.data_preprocessor.std.fill_(1)
+    other.renormalize = type(other.renormalize)(
+        model.data_preprocessor, other.model.data_preprocessor
+    )
+    seen = {}
+    for name, guest in model.teachers.items():
+        guest.model.extract_feat = partial(
+            keep_inputs, seen, name, guest.model.extract_feat
+        )
+        guest.class_names = [str(i) for i in range(19)]
+    other.class_names = other.class_names[::-1]
+    names = [str(i) for i in range(19)]
+    for guest in model.teachers.values():
+        guest.classes = guest.match_classes(names)
+    losses_of(model, data)
+    assert model.teachers['a'].classes.teacher is None
+    assert other.classes.teacher == [(i,) for i in range(19)][::-1]
+    preprocessor = model.data_preprocessor
+    np.testing.assert_array_equal(seen['a'], data['inputs'])
+    pixels = data['inputs'] * preprocessor.std + preprocessor.mean
+    np.testing.assert_allclose(seen['b'], pixels, atol=1e-3)
+
+
+def keep_inputs(seen: dict, name: str, extract_feat, inputs):
+    seen[name] = inputs
+    return extract_feat(inputs)
+
+
+def test_teachers_of_two_architectures_with_the_comparison_chosen_for_each():
+    """A dense one of the same kind, and one whose boxes are compared."""
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=model_config(RETINANET),
+            teachers={
+                name: dict(config=model_config(path), allow_random=True)
+                for name, path in dict(same=RETINANET, other=FCOS).items()
+            },
+        )
+    )
+    model.init_weights()
+    kinds = {name: type(c).__name__ for name, c in model.distill.items()}
+    assert kinds == dict(dist_same='DenseLogits', dist_other='BoxLogits')
+    model.distill['dist_other'].min_iou = 0.0
+    losses = model.train()(**batch(model), mode='loss')
+    assert losses['loss_dist'].item() > 0
+    assert losses['dist_matched_other'] == 1
+
+
+@pytest.mark.parametrize(
+    ('distill', 'teachers', 'message'),
+    [
+        (seg(from_teacher='c'), dict(teachers=dict(a={}, b={})), r"names \['c'\]"),
+        (seg(from_teacher='a'), dict(teacher={}), 'there is one `teacher`'),
+        (None, {}, 'Give either'),
+        (None, dict(teacher={}, teachers={}), 'Give either'),
+    ],
+)
+def test_mistakes_stop_when_the_model_is_built(distill, teachers, message):
+    config = dict(config=zoo_model(PSPNET), allow_random=True)
+    teachers = {
+        key: {name: config for name in value} if key == 'teachers' else config
+        for key, value in teachers.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        build(distill, **teachers)
+
+
+# ---- views -----------------------------------------------------------------------
+
+
+def pair_of(model: nn.Module, data: dict):
+    comparison = model.distill['dist']
+    with Recorder([comparison]) as recorder:
+        losses_of(model, data)
+    return recorder.calls(comparison)[0].args[1][0]
+
+
+@pytest.mark.parametrize('max_rows', [None, 40])
+def test_probabilities_of_a_per_pixel_teacher_are_averaged(max_rows):
+    """Of both forward passes, in numpy."""
+    data = make_batch(19)
+    model = build(
+        seg(ignore_mask=False, max_rows=max_rows),
+        teacher=teacher(PSPNET, 1 / 4, views=['flip']),
+    )
+    guest = model.teacher.model
+    with torch.no_grad():
+        plain, mirrored = (
+            guest.decode_head.forward(guest.extract_feat(x)).double().numpy()
+            for x in (data['inputs'], data['inputs'].flip(-1))
+        )
+    expected = (softmax(plain, 1) + softmax(mirrored[..., ::-1], 1)) / 2
+    found = pair_of(model, data).teacher
+    if max_rows is None:
+        np.testing.assert_allclose(softmax(found.numpy(), 1), expected, atol=1e-5)
+        assert abs(softmax(plain, 1) - expected).max() > 1e-3
+    else:
+        rows = expected.transpose(0, 2, 3, 1).reshape(-1, 19)
+        for row in softmax(found.numpy(), 1):
+            assert abs(rows - row).max(1).min() < 1e-5
+
+
+def test_class_scores_of_masks_are_averaged():
+    data = make_batch(19)
+    model = build(seg(ignore_mask=False), teacher=teacher(MASK2FORMER, views=['flip']))
+    once = build(seg(ignore_mask=False), teacher=teacher(MASK2FORMER))
+    once.teacher.model.load_state_dict(model.teacher.model.state_dict())
+    scores = []
+    for inputs in (data['inputs'], data['inputs'].flip(-1)):
+        scores.append(pair_of(once, dict(data, inputs=inputs)).teacher.double().numpy())
+    expected = (scores[0] + scores[1][..., ::-1]) / 2
+    np.testing.assert_allclose(pair_of(model, data).teacher, expected, atol=1e-5)
+
+
+def test_probabilities_of_a_dense_detector_are_averaged():
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=model_config(RETINANET),
+            teacher=dict(
+                config=model_config(RETINANET, 4), allow_random=True, views=['flip']
+            ),
+        )
+    )
+    model.init_weights()
+    guest = model.teacher.model
+    nn.init.normal_(guest.bbox_head.retina_cls.weight, std=0.3)
+    data = batch(model.train())
+    pair = pair_of(model, data)
+    with torch.no_grad():
+        plain, mirrored = (
+            guest.bbox_head(guest.extract_feat(x))[0][0].double().numpy()
+            for x in (data['inputs'], data['inputs'].flip(-1))
+        )
+    expected = (expit(plain) + expit(mirrored[..., ::-1])) / 2
+    np.testing.assert_allclose(expit(pair.teacher.numpy()), expected, atol=1e-5)
+
+
+def test_views_are_refused_where_no_location_is_compared():
+    faster = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+    model = MODELS.build(
+        dict(
+            type='mmdist.Distiller',
+            student=model_config(faster),
+            teacher=dict(
+                config=model_config(faster), allow_random=True, views=['flip']
+            ),
+        )
+    )
+    with pytest.raises(ValueError, match='RoILogits does not compare locations'):
+        model.init_weights()
+    with pytest.raises(ValueError, match=r"is \['flip'\] or omitted"):
+        build(teacher=teacher(PSPNET, views=['scale']))
+
+
+@pytest.mark.parametrize('offset', [0.0, 50.0, -50.0])
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid', 'identity'])
+def test_scores_of_the_mean_probability(activation, offset):
+    a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64) * 4
+    to_probability = dict(
+        softmax=lambda x: softmax(x, 1), sigmoid=expit, identity=lambda x: x
+    )[activation]
+    found = mean_probability(a + offset, b + offset, activation)
+    expected = (to_probability(a + offset) + to_probability(b + offset)) / 2
+    np.testing.assert_allclose(to_probability(found.numpy()), expected, rtol=1e-6)
