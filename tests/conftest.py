@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+# Nothing is asked of the hub; read when transformers is imported, which mmengine does
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
 # Triton's kernels are interpreted where there is no GPU; read when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')

@@ -26,7 +26,7 @@ def zoo_model(name: str, width: float = 1 / 8, **overrides) -> dict:
     """
     directory, beginning = name.split('/')
     path = min((ZOO / directory).glob(f'{beginning}*.py'))
-    model = _thin(Config.fromfile(path).model, width)
+    model = thin(Config.fromfile(path).model, width)
     for key in ('size', 'size_divisor', 'test_cfg'):
         model.data_preprocessor.pop(key, None)
     config = Config(dict(model=model))
@@ -34,7 +34,8 @@ def zoo_model(name: str, width: float = 1 / 8, **overrides) -> dict:
     return config.model
 
 
-def _thin(cfg, width: float, key: str = ''):
+def thin(cfg, width: float, key: str = ''):
+    """A model's config with its channels times ``width``, without weights to load."""
     if isinstance(cfg, dict):
         kind = str(cfg.get('type'))
         if kind == 'SyncBN':
@@ -47,10 +48,10 @@ def _thin(cfg, width: float, key: str = ''):
             ):
                 cfg[k] = None
             else:
-                cfg[k] = _thin(cfg[k], width, k)
+                cfg[k] = thin(cfg[k], width, k)
         return cfg
     if isinstance(cfg, (list, tuple)):
-        return type(cfg)(_thin(value, width, key) for value in cfg)
+        return type(cfg)(thin(value, width, key) for value in cfg)
     counts_channels = key.endswith(('channels', 'dims', 'dim', 'num_feats'))
     wide = counts_channels and isinstance(cfg, int) and cfg >= 64
     return int(cfg * width) if wide else cfg

@@ -2,6 +2,7 @@
 
 from .classes import ClassMatch, match_classes
 from .foreign import ForeignTeacher
+from .huggingface import HFDetector, HFSegmentor
 from .mean_teacher import MeanTeacher
 from .renormalize import Renormalize
 from .teacher import Teacher
@@ -9,6 +10,8 @@ from .teacher import Teacher
 __all__ = [
     'ClassMatch',
     'ForeignTeacher',
+    'HFDetector',
+    'HFSegmentor',
     'MeanTeacher',
     'Renormalize',
     'Teacher',

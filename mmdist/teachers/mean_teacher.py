@@ -21,9 +21,9 @@ class MeanTeacher(Teacher):
     """An exponential moving average of the student's parameters.
 
     A mean teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780) needs no
-    weights to begin with: in the first step it is a copy of the student. Each later step
-    starts with teacher = momentum * teacher + (1 - momentum) * student. Buffers, such as
-    the statistics of batch norm, are the student's.
+    weights to begin with: in the first step it is a copy of the student. Each later
+    step starts with teacher = momentum * teacher + (1 - momentum) * student. Buffers,
+    such as the statistics of batch norm, are the student's.
 
     A checkpoint holds the mean in its message hub, not in the student's state dict, and
     a resumed run goes on with it.

@@ -1,0 +1,314 @@
+"""Segmentors and detectors of Hugging Face transformers as teachers.
+
+transformers is imported when such a teacher is built: ``pip install mmdist[hf]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .foreign import ForeignTeacher
+
+# The class of transformers that loads each kind of model, by its `model_type`.
+PER_PIXEL = (
+    *('beit', 'data2vec-vision', 'dpt', 'mobilenet_v2', 'mobilevit', 'mobilevitv2'),
+    *('segformer', 'upernet'),
+)
+MASKS = ('eomt', 'mask2former', 'maskformer', 'oneformer')
+# Their position embeddings are of one size.
+FIXED_SIZE = ('beit', 'data2vec-vision', 'dpt', 'eomt')
+
+
+class Detector(NamedTuple):
+    """How a detector of transformers is read."""
+
+    activation: str  # of its class logits
+    # It ignores padding, and its boxes are relative to the image without.
+    takes_mask: bool
+
+
+DETECTORS = {
+    'detr': Detector('softmax', True),
+    'table-transformer': Detector('softmax', True),
+    'yolos': Detector('softmax', False),
+    'conditional_detr': Detector('sigmoid', True),
+    'dab-detr': Detector('sigmoid', True),
+    'deformable_detr': Detector('sigmoid', True),
+    'd_fine': Detector('sigmoid', False),
+    'rt_detr': Detector('sigmoid', False),
+    'rt_detr_v2': Detector('sigmoid', False),
+}
+PROMPTED = ('grounding-dino', 'mm-grounding-dino')
+
+
+class HFTeacher(ForeignTeacher):
+    """What segmentors and detectors have in common.
+
+    Args:
+        name: Name on the hub, or a folder.
+        auto: Name of the class of transformers that loads it.
+        config: Its config.
+        class_names: The names of its classes; of the config if omitted.
+        resize: Resize each batch to the fixed size of the image processor.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        auto: str,
+        config: Any,
+        class_names: Sequence[str] | None = None,
+        resize: bool = False,
+    ) -> None:
+        processor = _load(name, 'AutoImageProcessor')
+        scale = processor.rescale_factor if processor.do_rescale else 1.0
+        mean, std = (
+            [x / scale for x in values] if processor.do_normalize else [constant] * 3
+            for values, constant in (
+                (processor.image_mean, 0.0),
+                (processor.image_std, 1 / scale),
+            )
+        )
+        names = [config.id2label[i] for i in range(len(config.id2label))]
+        super().__init__(class_names or names, mean, std)
+        self.size = _fixed_size(name, config, processor) if resize else None
+        self.model = _load_model(name, auto)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """The batch at the size that the model takes.
+
+        Args:
+            images: (N, 3, H, W).
+        """
+        if self.size is None or images.shape[-2:] == self.size:
+            return images
+        return F.interpolate(images, self.size, mode='bilinear', antialias=True)
+
+
+@MODELS.register_module()
+class HFSegmentor(HFTeacher):
+    """A semantic segmentor of transformers.
+
+    SegFormer, DPT, UPerNet, BEiT and others score the classes of each pixel;
+    MaskFormer, Mask2Former, OneFormer and EoMT classify masks.
+
+    Args:
+        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
+        resize: Resize each batch to the fixed size of the image processor. It is always
+            done for BEiT, DPT and EoMT, which take one size only. If omitted, the
+            others see the images as the student does.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: There is no such model, or the hub cannot be reached.
+        RuntimeError: Weights are missing, unexpected or of another shape.
+        ValueError: It is no segmentor that is known here.
+    """
+
+    def __init__(self, name: str, resize: bool = False) -> None:
+        config = _load(name, 'AutoConfig')
+        kind = config.model_type
+        if kind in PER_PIXEL:
+            auto, self.gives = 'AutoModelForSemanticSegmentation', 'pixels'
+        elif kind in MASKS:
+            auto, self.gives = 'AutoModelForUniversalSegmentation', 'masks'
+        else:
+            raise ValueError(_unknown(name, kind, (*PER_PIXEL, *MASKS)))
+        super().__init__(name, auto, config, resize=resize or kind in FIXED_SIZE)
+        self.task = None
+        if kind == 'oneformer':  # it is told its task in words
+            tokenizer = _load(name, 'AutoTokenizer')
+            self.task = tokenizer(
+                'the task is semantic',
+                padding='max_length',
+                max_length=config.task_seq_len,
+                truncation=True,
+                return_tensors='pt',
+            ).input_ids
+
+    def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
+        """Logits of the classes, or of the masks with their class probabilities."""
+        images = self.resized(images)
+        if self.gives == 'pixels':
+            return self.model(pixel_values=images).logits
+        more = {}
+        if self.task is not None:
+            more['task_inputs'] = self.task.to(images.device).expand(len(images), -1)
+        output = self.model(pixel_values=images, **more)
+        classes = output.class_queries_logits.softmax(-1)[..., :-1]
+        return output.masks_queries_logits, classes
+
+
+@MODELS.register_module()
+class HFDetector(HFTeacher):
+    """A detector of transformers: DETRs, YOLOS, or Grounding DINO with prompts.
+
+    Args:
+        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
+        prompts: Of Grounding DINO, what it is to detect: these are the names of its
+            classes. The score of one is that of its best token.
+        resize: Resize each batch to the fixed size of the image processor. If omitted,
+            the teacher sees the images as the student does.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: There is no such model, or the hub cannot be reached.
+        RuntimeError: Weights are missing, unexpected or of another shape.
+        ValueError: It is no detector that is known here, or ``prompts`` are missing or
+            not taken.
+    """
+
+    gives = 'boxes'
+
+    def __init__(
+        self,
+        name: str,
+        prompts: Sequence[str] | None = None,
+        resize: bool = False,
+    ) -> None:
+        config = _load(name, 'AutoConfig')
+        kind = config.model_type
+        if kind not in (*DETECTORS, *PROMPTED):
+            raise ValueError(_unknown(name, kind, (*DETECTORS, *PROMPTED)))
+        if (kind in PROMPTED) != bool(prompts):
+            raise ValueError(
+                f'{name!r} detects what `prompts` say, a list of names.'
+                if kind in PROMPTED
+                else f'{name!r} has a fixed list of classes and takes no `prompts`.'
+            )
+        self.activation, self.takes_mask = DETECTORS.get(
+            kind, Detector('sigmoid', True)
+        )
+        auto = 'AutoModelForObjectDetection'
+        if kind in PROMPTED:
+            auto = 'AutoModelForZeroShotObjectDetection'
+        super().__init__(name, auto, config, prompts, resize)
+        self.text, self.spans = None, []
+        if prompts:
+            self.text, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
+
+    def forward(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The boxes of all queries, and their class logits."""
+        full = tuple(images.shape[-2:])
+        images = self.resized(images)
+        more = {}
+        if self.takes_mask:
+            more['pixel_mask'] = self._mask(images, sizes, full)
+        if self.text is not None:
+            more['input_ids'] = self.text.to(images.device).expand(len(images), -1)
+        output = self.model(pixel_values=images, **more)
+        logits = output.logits
+        if self.spans:
+            logits = torch.stack(
+                [logits[..., start:end].amax(-1) for start, end in self.spans], -1
+            )
+        x, y, w, h = output.pred_boxes.unbind(-1)
+        boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+        results = []
+        for n, size in enumerate(sizes):
+            height, width = size if self.takes_mask else full
+            scale = boxes.new_tensor([width, height, width, height])
+            results.append((boxes[n] * scale, logits[n]))
+        return results
+
+    @staticmethod
+    def _mask(
+        images: Tensor, sizes: Sequence[tuple[int, int]], full: tuple[int, int]
+    ) -> Tensor:
+        """(N, h, w), 1 where an image is and not its padding."""
+        height, width = images.shape[-2:]
+        mask = torch.zeros(
+            (len(images), height, width), dtype=torch.long, device=images.device
+        )
+        for cells, (h, w) in zip(mask, sizes, strict=True):
+            cells[: round(h * height / full[0]), : round(w * width / full[1])].fill_(1)
+        return mask
+
+
+def _as_tokens(
+    tokenizer: Any, prompts: Sequence[str]
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The ids of 'a . b .', (1, tokens), and where in it each prompt is."""
+    dot = tokenizer.convert_tokens_to_ids('.')
+    ids, spans = [tokenizer.cls_token_id], []
+    for prompt in prompts:
+        tokens = tokenizer(prompt.lower(), add_special_tokens=False).input_ids
+        spans.append((len(ids), len(ids) + len(tokens)))
+        ids += [*tokens, dot]
+    return torch.tensor([[*ids, tokenizer.sep_token_id]]), spans
+
+
+def _load(name: str, auto: str, **options) -> Any:
+    """Something of a model, by a class of transformers.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: There is no such model, or the hub cannot be reached.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            'Teachers of Hugging Face need the package transformers: '
+            '`pip install mmdist[hf]`.'
+        ) from error
+    try:
+        return getattr(transformers, auto).from_pretrained(name, **options)
+    except OSError as error:
+        raise FileNotFoundError(
+            f'There is no model {name!r} on this machine, and it could not be fetched '
+            'from the hub. `name` is that of a model on the hub, or a folder that '
+            f'`save_pretrained` wrote, image processor included.\n{error}'
+        ) from error
+
+
+def _load_model(name: str, auto: str) -> nn.Module:
+    """The model with all its weights.
+
+    Raises:
+        RuntimeError: transformers would initialise some of them at random.
+    """
+    model, info = _load(
+        name, auto, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
+    if wrong:
+        raise RuntimeError(
+            f'The weights in {name!r} are not those of a {type(model).__name__}: '
+            + '; '.join(f'{what} {keys}' for what, keys in wrong.items())
+        )
+    return model
+
+
+def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
+    """Height and width that the model was trained at."""
+    size = processor.size
+    if config.model_type in FIXED_SIZE and getattr(config, 'image_size', None):
+        height = width = config.image_size
+        if not isinstance(height, int):
+            height, width = config.image_size
+        return height, width
+    height, width = (getattr(size, side, None) for side in ('height', 'width'))
+    if height is None or width is None:
+        raise ValueError(
+            f'The image processor of {name!r} has no fixed size, but {size}: omit '
+            '`resize`.'
+        )
+    return height, width
+
+
+def _unknown(name: str, kind: str, known: Sequence[str]) -> str:
+    return (
+        f'{name!r} is a {kind!r}, and mmdist reads {", ".join(sorted(known))}. Of any '
+        'other model a mmdist.ForeignTeacher of your own can be a teacher; see '
+        'docs/teachers.md.'
+    )
