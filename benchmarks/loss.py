@@ -6,7 +6,7 @@ import ast
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,12 +101,41 @@ def check_same(activation: str, device: str = 'cpu') -> None:
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-12)
 
 
-def speed(seconds: float, device: str = 'cpu') -> str:
-    """The table of speed and memory, with its goals."""
-    goals, on_gpu = GOALS[device], device == 'cuda'
+class Measured(NamedTuple):
+    """What was measured of one kind of logits."""
+
+    name: str
+    time: dict[str, float]  # seconds of a contestant
+    peak: dict[str, int]  # bytes
+    size: int  # bytes of the gradient
+
+    @property
+    def floor(self) -> float:
+        # a copy reads and writes once; the floor is four reads and one write
+        return 2.5 * self.time['copy']
+
+    @property
+    def faster(self) -> float:
+        return self.time['textbook'] / self.time['fast']
+
+    @property
+    def to_floor(self) -> float:
+        return self.time['fast'] / self.floor
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.prod(ratios) ** (1 / len(ratios))
+
+
+def measured(
+    seconds: float,
+    device: str = 'cpu',
+    shapes: Sequence[tuple[tuple[int, ...], str]] = SHAPES,
+) -> Iterator[Measured]:
+    """Measure kinds of logits one by one."""
+    on_gpu = device == 'cuda'
     dtypes = (torch.float32, torch.bfloat16) if on_gpu else (torch.float32,)
-    rows, ratios = [], []
-    for (shape, activation), dtype in itertools.product(SHAPES, dtypes):
+    for (shape, activation), dtype in itertools.product(shapes, dtypes):
         check_same(activation, device)
         student, teacher = pair(shape, device, dtype)
         out = torch.empty_like(student, requires_grad=False)
@@ -128,22 +157,27 @@ def speed(seconds: float, device: str = 'cpu') -> str:
         time = interleaved(steps, seconds)
         if on_gpu:
             time = {k: v / CALLS_ON_GPU for k, v in time.items()}
-        # a copy reads and writes once; the floor is four reads and one write
-        floor = 2.5 * time['copy']
-        size = student.nbytes
-        ratios.append(time['textbook'] / time['fast'])
-        to_floor = time['fast'] / floor
-        memory = peak['fast'] / peak['textbook'], peak['fast'] / size
         kind = f', {str(dtype).removeprefix("torch.")}' if on_gpu else ''
+        yield Measured(f'{shape} {activation}{kind}', time, peak, student.nbytes)
+
+
+def speed(seconds: float, device: str = 'cpu') -> str:
+    """The table of speed and memory, with its goals."""
+    goals, on_gpu = GOALS[device], device == 'cuda'
+    rows, ratios = [], []
+    for found in measured(seconds, device):
+        time, peak, size = found.time, found.peak, found.size
+        ratios.append(found.faster)
+        memory = peak['fast'] / peak['textbook'], peak['fast'] / size
         rows.append(
             [
-                f'{shape} {activation}{kind}',
+                found.name,
                 f'{1e3 * time["textbook"]:.{3 if on_gpu else 1}f}',
                 f'{1e3 * time["plain"]:.{3 if on_gpu else 1}f}',
                 f'{1e3 * time["fast"]:.{3 if on_gpu else 1}f}',
                 f'{ratios[-1]:.1f}x, {verdict(ratios[-1] >= 1)}',
-                f'{to_floor:.1f}x, {verdict(to_floor <= goals.floor)}',
-                f'{time["new"] / floor:.1f}x',
+                f'{found.to_floor:.1f}x, {verdict(found.to_floor <= goals.floor)}',
+                f'{time["new"] / found.floor:.1f}x',
                 f'{peak["textbook"] / size:.2f}',
                 f'{peak["fast"] / size:.2f}',
                 f'{memory[0]:.2f}, {verdict(memory[0] <= 0.25)}; '
@@ -151,7 +185,7 @@ def speed(seconds: float, device: str = 'cpu') -> str:
             ]
         )
         print(' | '.join(rows[-1]), flush=True)
-    mean = math.prod(ratios) ** (1 / len(ratios))
+    mean = geometric_mean(ratios)
     head = [
         'logits',
         'textbook, ms',

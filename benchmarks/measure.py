@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import importlib
+import importlib.util
 import os
 import platform
 import random
@@ -96,6 +96,7 @@ def machine() -> str:
     versions = [
         f'{name} {importlib.import_module(name).__version__}'
         for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
+        if importlib.util.find_spec(name)  # the loss needs torch and mmengine alone
     ]
     return (
         f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load '

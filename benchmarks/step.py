@@ -3,14 +3,16 @@ student's own step plus one bare forward of the compared parts of the teacher, w
 gradient: less is not possible. The *usual way* is that of the general distillation
 libraries: the teacher's whole loss pass without gradient, outputs caught by hooks, the
 textbook formula; for two-stage detectors it compares the boxes that either model
-happened to sample. *Peak* is as above, for the step; less than that of the student
-alone is not possible either.
+happened to sample; mmdet's DINO has no loss pass in eval. *Peak* is as above, for the
+step; less than that of the student alone is not possible either.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from benchmarks import textbook
+from benchmarks.loss import peak_on_gpu
 from benchmarks.measure import interleaved, peak_memory, table, verdict
 from mmdist.teachers.teacher import without_pretrained
 
@@ -29,30 +32,36 @@ from mmdist.teachers.teacher import without_pretrained
 class Pair(NamedTuple):
     student: str
     teacher: str
-    size: tuple[int, int]
+    size: tuple[int, int]  # on a CPU
+    full_size: tuple[int, int]  # on a GPU
     activation: str
-    hook: str  # modules whose output the usual way compares: the student's
+    hook: str  # modules whose output the usual way compares: the student's; '': none
     teacher_hook: str  # and the teacher's
-    bare: Callable[[nn.Module, torch.Tensor], None]
+    bare: Callable[[nn.Module, torch.Tensor, list], None]
     goals: tuple[float, float | None]  # at most this overhead, at least so much faster
 
 
-def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor) -> None:
+def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     features = teacher.extract_feat(inputs)
     teacher.decode_head(features)
-    teacher.auxiliary_head(features)
+    if teacher.with_auxiliary_head:
+        teacher.auxiliary_head(features)
 
 
-def bare_dense(teacher: nn.Module, inputs: torch.Tensor) -> None:
+def bare_dense(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     teacher.bbox_head(teacher.extract_feat(inputs))
 
 
-def bare_roi(teacher: nn.Module, inputs: torch.Tensor) -> None:
+def bare_roi(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     features = teacher.extract_feat(inputs)
-    corners = torch.rand((512, 2)) * 160
-    boxes = torch.cat([corners, corners + 16 + 140 * torch.rand((512, 2))], 1)
+    corners, sizes = torch.rand((2, 512, 2), device=inputs.device) * 140
+    boxes = torch.cat([corners, corners + 16 + sizes], 1)
     rois = [torch.cat([boxes.new_full((512, 1), i), boxes], 1) for i in range(2)]
     teacher.roi_head._bbox_forward(0, features, torch.cat(rois))
+
+
+def bare_detr(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
+    teacher(inputs, samples, mode='tensor')
 
 
 PAIRS = {
@@ -60,6 +69,7 @@ PAIRS = {
         'mmseg::deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py',
         'mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-80k_cityscapes-512x1024.py',
         (256, 512),
+        (512, 1024),
         'softmax',
         'decode_head.conv_seg',
         'decode_head.conv_seg',
@@ -70,6 +80,7 @@ PAIRS = {
         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
         'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py',
         (320, 320),
+        (800, 1333),
         'sigmoid',
         'bbox_head.retina_cls',
         'bbox_head.retina_cls',
@@ -80,13 +91,45 @@ PAIRS = {
         'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
         'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
         (320, 320),
+        (800, 1333),
         'softmax',
         'roi_head.bbox_head.fc_cls',
         'roi_head.bbox_head.0.fc_cls',
         bare_roi,
         (1.10, 1.25),
     ),
+    'SegFormer B0 <- B2': Pair(
+        'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
+        'mmseg::segformer/segformer_mit-b2_8xb1-160k_cityscapes-1024x1024.py',
+        (256, 512),
+        (512, 1024),
+        'softmax',
+        'decode_head.conv_seg',
+        'decode_head.conv_seg',
+        bare_segmentor,
+        (1.10, None),
+    ),
+    'DINO R50 <- DINO R50, 36 epochs': Pair(
+        'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
+        'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py',
+        (320, 320),
+        (800, 1333),
+        'sigmoid',
+        '',
+        '',
+        bare_detr,
+        (1.10, None),
+    ),
 }
+
+
+class Models(NamedTuple):
+    """What takes part in a comparison of steps, and the batch of all."""
+
+    student: nn.Module
+    teacher: nn.Module
+    distilled: nn.Module
+    data: dict
 
 
 def batch(library: str, size: tuple[int, int], model: nn.Module) -> dict:
@@ -110,9 +153,12 @@ def batch(library: str, size: tuple[int, int], model: nn.Module) -> dict:
 
 
 @functools.lru_cache(maxsize=1)
-def steps_of(name: str) -> dict[str, Callable[[], None]]:
-    """The contestants of a pair."""
+def models_of(
+    name: str, device: str = 'cpu', size: tuple[int, int] | None = None
+) -> Models:
+    """The models of a pair with random weights; ``size`` of the images, if another."""
     pair = PAIRS[name]
+    size = size or pair.size
     library = pair.student.split('::')[0]
     if library == 'mmdet':
         from mmdet.utils import register_all_modules
@@ -129,9 +175,11 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
     )
     if library == 'mmseg':  # the batch has the size already
         for cfg in (student_cfg, teacher_cfg):
-            cfg.data_preprocessor.size = pair.size
+            cfg.data_preprocessor.size = size
     student, teacher = (
-        revert_sync_batchnorm(MODELS.build(cfg)) for cfg in (student_cfg, teacher_cfg)
+        # a copy: DINO writes into its config
+        revert_sync_batchnorm(MODELS.build(deepcopy(cfg)))
+        for cfg in (student_cfg, teacher_cfg)
     )
     for model in (student, teacher):
         model.init_weights()
@@ -147,11 +195,27 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
     )
     distilled.init_weights()
     distilled.load_state_dict(student.state_dict())
-    data = batch(library, pair.size, student)
+    student, teacher, distilled = (x.to(device) for x in (student, teacher, distilled))
+    return Models(student, teacher, distilled, batch(library, size, student))
+
+
+def steps_of(
+    name: str,
+    device: str = 'cpu',
+    size: tuple[int, int] | None = None,
+    amp: torch.dtype | None = None,
+) -> dict[str, Callable[[], None]]:
+    """The contestants of a pair; ``amp`` is the type of autocast, if any."""
+    pair = PAIRS[name]
+    student, teacher, distilled, data = models_of(name, device, size)
     given = data['inputs'], data['data_samples']
+    autocast = functools.partial(
+        torch.autocast, device, dtype=amp, enabled=amp is not None
+    )
 
     def train(model: nn.Module, extra: Callable = lambda: 0) -> None:
-        loss = model.parse_losses(model.loss(*given))[0] + extra()
+        with autocast():
+            loss = model.parse_losses(model.loss(*given))[0] + extra()
         loss.backward()
         model.zero_grad()
 
@@ -159,7 +223,8 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
 
     @torch.no_grad()
     def bare() -> None:
-        pair.bare(teacher, data['inputs'])
+        with autocast():
+            pair.bare(teacher, *given)
 
     def usual() -> None:
         hooks = [
@@ -171,7 +236,7 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
                 ('teacher', teacher, pair.teacher_hook),
             )
         ]
-        with torch.no_grad():
+        with torch.no_grad(), autocast():
             teacher.loss(*given)
 
         def distil() -> torch.Tensor:
@@ -184,16 +249,129 @@ def steps_of(name: str) -> dict[str, Callable[[], None]]:
         for hook in hooks:
             hook.remove()
 
-    return {
+    steps = {
         'student': lambda: train(student),
         'teacher': bare,
         'distilled': lambda: train(distilled),
         'usual': usual,
     }
+    return steps if pair.hook else {k: v for k, v in steps.items() if k != 'usual'}
 
 
 def step_of(name: str, which: str) -> Callable[[], None]:
     return steps_of(name)[which]
+
+
+class Setting(NamedTuple):
+    """How a step is run."""
+
+    name: str
+    amp: torch.dtype | None = None
+    channels_last: bool = False
+    compile: bool = False
+
+
+# in this order: neither layout nor compilation is undone
+SETTINGS = [
+    Setting('fp32'),
+    Setting('bf16', torch.bfloat16),
+    Setting('fp16', torch.float16),
+    Setting('bf16, channels_last', torch.bfloat16, channels_last=True),
+    Setting('bf16, channels_last, compiled', torch.bfloat16, True, True),
+]
+
+
+class Step(NamedTuple):
+    """What was measured of a pair in a setting."""
+
+    setting: str
+    time: dict[str, float] = {}  # seconds of a contestant; of `both` in one go
+    peak: dict[str, int] = {}  # bytes beyond the weights, of a contestant; on a GPU
+    weights: int = 0  # bytes, of student and teacher
+    waits: dict[str, int] = {}  # how often a contestant waits for the device
+    error: str = ''  # why it does not run
+
+    @property
+    def overhead(self) -> float:
+        """Time of the distilled step over that of the student's and bare teacher's."""
+        return self.time['distilled'] / self.time['both']
+
+    @property
+    def memory(self) -> float:
+        """Peak of the distilled step over what student and teacher need."""
+        need = max(self.peak['student'], self.peak['teacher'])
+        return (self.weights + self.peak['distilled']) / (self.weights + need)
+
+
+def measured(
+    name: str, seconds: float, device: str, size: tuple[int, int], settings=SETTINGS
+) -> Iterator[Step]:
+    """Measure a pair in one setting after the other."""
+    on_gpu = device == 'cuda'
+    for setting in settings:
+        doing = 'building the models'
+        try:
+            models = models_of(name, device, size)
+            change(models, setting)
+            steps = steps_of(name, device, size, setting.amp)
+            alone, bare = steps['student'], steps['teacher']
+            steps['both'] = lambda bare=bare, alone=alone: (bare(), alone())
+            for doing in list(steps):
+                try:
+                    steps[doing]()
+                except Exception:
+                    if doing != 'usual':  # two models may sample other boxes
+                        raise
+                    del steps[doing]
+            doing = 'measuring'
+            state = [*models.student.state_dict().values()]
+            state += models.teacher.state_dict().values()
+            weights = sum(x.nbytes for x in state)
+            peak, waits = {}, {}
+            if on_gpu:
+                peak = {k: peak_on_gpu(v) for k, v in steps.items()}
+                waits = {k: waits_of(v) for k, v in steps.items()}
+                steps = {k: functools.partial(and_wait, v) for k, v in steps.items()}
+            time = interleaved(steps, seconds)
+            yield Step(setting.name, time, peak, weights, waits)
+        except Exception as error:  # of a library, a compiler or the device
+            message = (str(error).strip().splitlines() or [''])[0][:200]
+            message = f'{doing}: {type(error).__name__}: {message}'
+            yield Step(setting.name, error=message)
+
+
+def change(models: Models, setting: Setting) -> None:
+    """Bring the models into the layout of a setting; compile backbones and necks."""
+    guest = models.distilled.teacher.model
+    every = (models.student, models.teacher, models.distilled, guest)
+    if setting.channels_last:
+        for model in every:
+            nn.Module.to(model, memory_format=torch.channels_last)
+        inputs = models.data['inputs']
+        models.data['inputs'] = inputs.contiguous(memory_format=torch.channels_last)
+    if setting.compile:
+        for model in every:
+            for part in ('backbone', 'neck'):
+                if getattr(model, part, None) is not None:
+                    getattr(model, part).compile()
+
+
+def and_wait(call: Callable[[], None]) -> None:
+    call()
+    torch.cuda.synchronize()
+
+
+def waits_of(call: Callable[[], None]) -> int:
+    """How often a call waits for the GPU, the same random numbers each time."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        torch.cuda.set_sync_debug_mode('warn')
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    return sum('synchronizing' in str(x.message) for x in said)
 
 
 def steps(seconds: float) -> str:
@@ -205,20 +383,23 @@ def steps(seconds: float) -> str:
         peak = {
             which: peak_memory('benchmarks.step:step_of', name, which)
             for which in ('student', 'distilled', 'usual')
+            if which in time
         }
-        overhead, faster = time['distilled'] / bare, time['usual'] / time['distilled']
-        memory = peak['distilled'] / peak['usual']
+        overhead = time['distilled'] / bare
         cells = [
             f'{overhead:.2f} ({pair.goals[0]:.2f}), '
             f'{verdict(overhead <= pair.goals[0])}',
-            f'{faster:.2f}x',
-            f'{memory:.2f}',
-            f'{peak["student"] / peak["usual"]:.2f}',
+            *['—'] * 3,
         ]
+        if pair.hook:
+            faster = time['usual'] / time['distilled']
+            memory = peak['distilled'] / peak['usual']
+            alone = peak['student'] / peak['usual']
+            cells[1:] = [f'{faster:.2f}x', f'{memory:.2f}', f'{alone:.2f}']
         if pair.goals[1]:
             cells[1] += f' ({pair.goals[1]}x), {verdict(faster >= pair.goals[1])}'
             cells[2] += f' (0.8), {verdict(memory <= 0.8)}'
-        times = [f'{x:.2f}' for x in time.values()]
+        times = [f'{x:.2f}' for x in time.values()] + ['—'] * (4 - len(time))
         rows.append([f'{name}, {pair.size[0]}x{pair.size[1]}', *times, *cells])
         print(' | '.join(rows[-1]), flush=True)
     head = [

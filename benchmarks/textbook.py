@@ -28,7 +28,7 @@ def dist_loss(
     Args:
         student: Logits.
         teacher: Logits of the same shape.
-        activation: ``'softmax'`` or ``'sigmoid'``.
+        activation: ``'softmax'``, ``'sigmoid'`` or ``'identity'``.
         beta: Weight of the inter-class term.
         gamma: Weight of the intra-class term.
         tau: Temperature; its square multiplies the loss.
@@ -42,7 +42,7 @@ def dist_loss(
     )
     if activation == 'softmax':
         student, teacher = student.softmax(1), teacher.softmax(1)
-    else:
+    elif activation == 'sigmoid':
         student, teacher = student.sigmoid(), teacher.sigmoid()
     inter = 1 - pearson(student, teacher, eps).mean()
     intra = 1 - pearson(student.t(), teacher.t(), eps).mean()

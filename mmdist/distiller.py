@@ -18,6 +18,7 @@ from .comparisons.default import default_for, default_for_pair
 from .registry import MODELS
 from .step import Step
 from .teachers import Teacher, build_teacher
+from .unlabelled import Part, counting, joined, split, without
 
 
 @MODELS.register_module(name='Distiller')
@@ -194,13 +195,44 @@ class DistilledMixin:
         """
         for teacher in self.teachers.values():
             teacher.follow(self)
-        if self.distill_factor == 0:
-            losses = super().loss(inputs, data_samples, **kwargs)
+        rests = self.distill_factor == 0
+        if not rests:
+            self._load_teachers()
+            self._match_classes()
+        losses: dict[str, Any] = {}
+        pairs: dict[str, list] = {key: [] for key in self.distill}
+        for part in split(self, inputs, data_samples):
+            if rests:
+                with counting(self, part):
+                    own = super().loss(part.inputs, part.data_samples, **kwargs)
+            else:
+                own = self._learn(part, pairs, **kwargs)
+            losses |= own if any(part.labelled) else without(own, losses)
+        if rests:
             return losses | self._zero_losses()
 
-        self._load_teachers()
-        self._match_classes()
-        steps = {name: self._step(name, inputs, data_samples) for name in self.teachers}
+        own = set(losses)
+        for key, comparison in self.distill.items():
+            lesson = self._lessons[key]
+            terms = comparison(lesson.name, joined(pairs[key]))
+            for term, value in terms.items():
+                if term.startswith('loss_'):
+                    # `distill=dict(cls=...)` must not replace the detector's loss_cls.
+                    term = f'{term}_distill' if term in own else term
+                    value = self.distill_factor * lesson.weight * value
+                    losses[term] = losses[term] + value if term in losses else value
+                else:
+                    losses['_'.join(filter(None, (term, lesson.teacher)))] = value
+        return losses
+
+    def _learn(self, part: Part, pairs: dict[str, list], **kwargs) -> dict:
+        """The student's own losses of images; what is compared goes into ``pairs``.
+
+        Args:
+            part: Images that go through the student together.
+            pairs: For each comparison the pairs of the parts before.
+        """
+        steps = {name: self._step(name, part) for name in self.teachers}
         comparisons: dict[str, Comparison] = dict(self.distill.items())
 
         # The teacher goes first where it can: its activations are freed before those
@@ -216,30 +248,21 @@ class DistilledMixin:
         with ExitStack() as recordings:
             for step in steps.values():
                 recordings.enter_context(step.recording())
-            losses = super().loss(inputs, data_samples, **kwargs)
+            recordings.enter_context(counting(self, part))
+            losses = super().loss(part.inputs, part.data_samples, **kwargs)
 
-        own = set(losses)
         for key, comparison in comparisons.items():
-            lesson = self._lessons[key]
-            step = steps[lesson.teacher]
+            step = steps[self._lessons[key].teacher]
             recorded = comparison.record(step)
             if key not in answers:
                 answers[key] = self._ask(key, steps, recorded)
-            pairs = comparison.pair(step, recorded, answers.pop(key))
-            for term, value in comparison(lesson.name, pairs).items():
-                if term.startswith('loss_'):
-                    # `distill=dict(cls=...)` must not replace the detector's loss_cls.
-                    term = f'{term}_distill' if term in own else term
-                    value = self.distill_factor * lesson.weight * value
-                    losses[term] = losses[term] + value if term in losses else value
-                else:
-                    losses['_'.join(filter(None, (term, lesson.teacher)))] = value
+            pairs[key].append(comparison.pair(step, recorded, answers.pop(key)))
         return losses
 
-    def _step(self, teacher: str, inputs: Tensor, data_samples: list) -> Step:
-        """The batch, as it is for one of the teachers."""
+    def _step(self, teacher: str, part: Part) -> Step:
+        """A part of the batch, as it is for one of the teachers."""
         guest = self.teachers[teacher]
-        guest.move_to(inputs.device)
+        guest.move_to(part.inputs.device)
         comparisons = [
             self.distill[key]
             for key, lesson in self._lessons.items()
@@ -249,10 +272,11 @@ class DistilledMixin:
             self,
             guest,
             guest.classes,
-            inputs,
-            data_samples,
+            part.inputs,
+            part.data_samples,
             [m for c in comparisons for m in c.student_modules(self)],
             [m for c in comparisons for m in c.teacher_modules(guest.model)],
+            part.labelled,
         )
 
     def _ask(self, key: str, steps: dict[str, Step], recorded: Any) -> Any:

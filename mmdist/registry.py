@@ -3,10 +3,12 @@
 mmengine imports this module by itself when a config names a type ``mmdist.*``.
 """
 
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry(
@@ -30,6 +32,18 @@ TASK_UTILS = Registry(
 DATASETS = Registry(
     'dataset',
     parent=MMENGINE_DATASETS,
+    scope='mmdist',
+    locations=['mmdist.datasets'],
+)
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='mmdist',
+    locations=['mmdist.datasets'],
+)
+DATA_SAMPLERS = Registry(
+    'data sampler',
+    parent=MMENGINE_DATA_SAMPLERS,
     scope='mmdist',
     locations=['mmdist.datasets'],
 )

@@ -31,6 +31,8 @@ class Step:
         data_samples: The N data samples of the batch.
         student_modules: Modules of the student to record in :meth:`recording`.
         teacher_modules: Modules of the teacher to record in :attr:`teacher_features`.
+        labelled: For each image whether it has labels; None if all have. The student's
+            own losses of the others do not count.
 
     Attributes:
         student: The distilled model.
@@ -38,6 +40,7 @@ class Step:
         classes: As given.
         inputs: As given.
         data_samples: As given.
+        labelled: For each image whether it has labels.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Step:
         data_samples: Sequence[BaseDataElement],
         student_modules: Sequence[nn.Module] = (),
         teacher_modules: Sequence[nn.Module] = (),
+        labelled: Sequence[bool] | None = None,
     ) -> None:
         self.student = student
         self.teacher_model = teacher.model
         self.classes = classes
         self.inputs = inputs
         self.data_samples = data_samples
+        self.labelled = labelled or (True,) * len(data_samples)
         self._teacher = teacher
         self._student_recorder = Recorder(student_modules)
         self._teacher_recorder = Recorder(teacher_modules)

@@ -286,6 +286,9 @@ class SegLogits(Comparison):
         # None where the head's own loss ignores nothing
         ignore = -1 if head.ignore_index is None else head.ignore_index
         mask = labels != ignore
+        for pixels, labelled in zip(mask, step.labelled, strict=True):
+            if not labelled:  # void, and they count
+                pixels.fill_(True)
         return mask if valid is None else mask & valid
 
     def _generator(self, step: Step) -> torch.Generator:

@@ -233,6 +233,7 @@ def make_step(data: dict):
 
     step = Step.__new__(Step)
     step.inputs, step.data_samples = data['inputs'], data['data_samples']
+    step.labelled = [True] * len(step.data_samples)
     return step
 
 
