@@ -13,6 +13,8 @@ import pytest
 import torch
 from det_zoo import batch, build_pair
 from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -87,6 +89,51 @@ def train_in_two(make_config, tmp_path, **options) -> list[dict]:
     assert saved.keys() == first['weights'].keys()
     assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
     return results
+
+
+class Unlabel(Hook):
+    """Takes the labels of another mix of images in each process and iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        for i, sample in enumerate(data_batch['data_samples']):
+            mark = (runner.iter + get_rank()) % 3
+            sample.set_metainfo(dict(unlabelled=mark == 0 or (mark == 1 and i == 0)))
+
+
+def train_without_labels(cfg: Config) -> dict:
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(Unlabel())
+    runner.train()
+    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
+
+
+@pytest.mark.parametrize('family', ['seg', 'det'])
+def test_processes_with_other_mixes_of_labels_do_not_wait(
+    make_config, tmp_path, family
+):
+    """All images, some or none are labelled; the relations are over both processes."""
+    last = {'seg': {'train_cfg.max_iters': 4}, 'det': {'train_cfg.max_epochs': 2}}
+    loss = dict(type='mmdist.DISTLoss', sync=True)
+    kind = {'seg': 'mmdist.SegLogits', 'det': 'mmdist.DenseLogits'}[family]
+    cfg = make_config(
+        family,
+        tmp_path / 'work',
+        launcher='pytorch',
+        model_wrapper_cfg=WRAPPER,
+        **{'model.distill': dict(dist=dict(type=kind, loss=loss))},
+        **last[family],
+    )
+    results = in_processes(train_without_labels, cfg, world_size=2, folder=tmp_path)
+    assert all(isinstance(result, dict) for result in results), results
+    first, second = results
+    for name, value in first['weights'].items():
+        assert torch.equal(value, second['weights'][name]), name
+    of_the_student = {'seg': 'decode.loss_ce', 'det': 'loss_cls'}[family]
+    for rank, result in enumerate(results):
+        for i, losses in result['losses'].items():
+            assert losses['loss_dist'] > 0
+            assert (losses[of_the_student] == 0) == ((i + rank) % 3 == 0)
 
 
 @pytest.mark.parametrize('find_unused', [False, True])
