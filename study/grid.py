@@ -34,9 +34,17 @@ def methods(
         kl_options: Arguments of the comparison for KL over the classes.
     """
 
-    def dist(**options) -> dict:
+    def dist(kind: str = kind, **options) -> dict:
         # the published eps, with which the rows of docs/results.md were trained
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', eps=1e-8, **options))
+
+    across = {}
+    if kind != 'mmdist.SegLogits':
+        pkd = dist('mmdist.Features', beta=0.0) | dict(levels='stride')
+        across = {
+            'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
+            'pkd': dict(pkd=pkd),
+        }
 
     kl_binary = dict(
         type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
@@ -52,6 +60,7 @@ def methods(
         'dist-mimic': dict(
             dist=dist(), mimic=dict(type='mmdist.Features', adapt=True, **mimic)
         ),
+        **across,
     }
 
 
@@ -66,6 +75,7 @@ class Task:
     methods: dict
     num_images: int  # for training
     has_test: bool  # images by which nothing was chosen
+    other: str = ''  # the task whose strong teacher is the 'other' one
 
     def config(self, part: str, scale: str) -> Path:
         folder = self.folder + ('-full' if scale == 'full' else '')
@@ -80,7 +90,14 @@ ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
     'bccd-retinanet': Task(
-        'bccd-retinanet', 'coco/bbox_mAP', 'AP', 100, DENSE, 292, False
+        'bccd-retinanet',
+        'coco/bbox_mAP',
+        'AP',
+        100,
+        DENSE,
+        292,
+        False,
+        'bccd-faster-rcnn',
     ),
     'bccd-faster-rcnn': Task(
         'bccd-faster-rcnn', 'coco/bbox_mAP', 'AP', 100, ROI, 292, False
@@ -89,7 +106,8 @@ TASKS = {
 # Only every fourth training image is labelled for the students; not for the teachers.
 TASKS |= {f'{name}-25': task for name, task in TASKS.items()}
 METHODS = tuple(DENSE)
-TEACHERS = ('strong', 'weak')
+TEACHERS = ('strong', 'weak', 'other')
+ACROSS = ('dist-boxes', 'pkd')  # what takes a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
 
@@ -111,8 +129,10 @@ class Cell(NamedTuple):
     @property
     def its_teacher(self) -> Cell:
         """The students of all seeds and labelled shares have the same."""
-        task = TASKS[self.task].folder
-        return Cell(self.scale, task, 'teacher', self.teacher, 0)
+        task = TASKS[self.task]
+        if self.teacher == 'other':
+            return Cell(self.scale, task.other, 'teacher', 'strong', 0)
+        return Cell(self.scale, task.folder, 'teacher', self.teacher, 0)
 
     @property
     def command(self) -> str:
@@ -137,6 +157,8 @@ def grid(
         for method in methods:
             if method not in ('teacher', *TASKS[task].methods):
                 continue  # kl-binary, of heads with sigmoids
+            if teacher == 'other' and not (method in ACROSS and TASKS[task].other):
+                continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == 'alone':
                 yield cell._replace(teacher='')
