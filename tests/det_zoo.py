@@ -108,6 +108,21 @@ def model_config(path: str, factor: int = 8, edit: Callable | None = None):
     return cfg
 
 
+def keep_backbone(cfg, original, factor):
+    """The backbone has no number of channels to divide."""
+    cfg.backbone = shrink(original.backbone, 1)
+    cfg.neck.in_channels = original.neck.in_channels
+
+
+def keep_transformer(cfg, original, factor):
+    """The sine embedding of a box always has 512 channels."""
+    for key in ('encoder', 'decoder', 'positional_encoding', 'bbox_head', 'dn_cfg'):
+        if key in cfg:
+            cfg[key] = shrink(original[key], 1)
+    cfg.neck = shrink(original.neck, 1)
+    cfg.neck.in_channels = [x // factor for x in original.neck.in_channels]
+
+
 def build_pair(
     student: str,
     teacher: str | None = None,

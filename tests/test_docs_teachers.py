@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from det_zoo import batch, shrink
+from hf_models import DETECTORS, SEGMENTORS, grounding_dino, save_model, tokenizer
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -20,17 +20,6 @@ from segmentors import make_batch, thin
 from mmdist.registry import MODELS
 from mmdist.teachers.classes import class_names_of_config
 from mmdist.teachers.teacher import load_config
-
-transformers = pytest.importorskip('transformers')
-
-sys.path.insert(0, str(Path(__file__).parent / 'teachers'))
-from test_huggingface import (  # noqa: E402
-    DETECTORS,
-    SEGMENTORS,
-    grounding_dino,
-    save_model,
-    tokenizer,
-)
 
 PAGE = (Path(__file__).parents[1] / 'docs/teachers.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, flags=re.S)

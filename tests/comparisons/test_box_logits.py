@@ -7,11 +7,10 @@ import logging
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair
+from det_zoo import batch, build_pair, keep_transformer
 from mmdet.structures.bbox import bbox2roi
 from mmengine.logging import MMLogger
 from scipy.special import expit, softmax
-from test_det_zoo import keep_transformer
 from torch import nn
 
 from mmdist.comparisons.box_logits import WARN_AFTER, largest_overlap

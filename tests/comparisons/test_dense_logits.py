@@ -5,13 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from det_zoo import SIZES, batch, build_pair, model_config
+from det_zoo import SIZES, batch, build_pair, keep_backbone, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
-from test_det_zoo import keep_backbone
 from torch import nn
 from torch.utils._pytree import tree_map
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from det_zoo import CONFIGS, SIZES, Sizes, batch, build_pair, shrink
+from det_zoo import (
+    CONFIGS,
+    SIZES,
+    Sizes,
+    batch,
+    build_pair,
+    keep_backbone,
+    keep_transformer,
+    shrink,
+)
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -56,27 +65,12 @@ class Case:
 # ---- what shrinking cannot know --------------------------------------------------
 
 
-def keep_backbone(cfg, original, factor):
-    """The backbone has no number of channels to divide."""
-    cfg.backbone = shrink(original.backbone, 1)
-    cfg.neck.in_channels = original.neck.in_channels
-
-
 def take_resnet(cfg, original, factor):
     """The backbone is of mmpretrain or timm; the detector around it is not."""
     cfg.backbone = shrink(
         dict(type='ResNet', depth=50, norm_cfg=dict(type='BN')), factor
     )
     cfg.neck.in_channels = [x // factor for x in (256, 512, 1024, 2048)]
-
-
-def keep_transformer(cfg, original, factor):
-    """The sine embedding of a box always has 512 channels."""
-    for key in ('encoder', 'decoder', 'positional_encoding', 'bbox_head', 'dn_cfg'):
-        if key in cfg:
-            cfg[key] = shrink(original[key], 1)
-    cfg.neck = shrink(original.neck, 1)
-    cfg.neck.in_channels = [x // factor for x in original.neck.in_channels]
 
 
 def count_mask_parameters(cfg, original, factor):

@@ -7,12 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair
+from det_zoo import batch, build_pair, keep_backbone, keep_transformer
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.utils import register_all_modules as register_mmseg
 from segmentors import distilled, make_batch, zoo_model
-from test_det_zoo import keep_backbone, keep_transformer
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
