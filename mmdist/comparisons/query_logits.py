@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.structures import InstanceData
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdist.registry import MODELS, TASK_UTILS
@@ -212,6 +211,9 @@ class QueryLogits(Comparison):
         self, student: InstanceData, teacher: InstanceData, img_meta: dict
     ) -> tuple[Tensor, Tensor]:
         """Indices of the paired queries, the student's and the teacher's."""
+        # mmdet brings scipy; the loss alone, which imports this file too, needs neither
+        from scipy.optimize import linear_sum_assignment
+
         kept = (teacher.best >= self.min_score).nonzero().squeeze(1)
         # The matching would choose what costs least: of too many queries of the
         # teacher those as unsure as the student's, and none that has found an object.

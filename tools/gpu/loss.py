@@ -1,87 +1,18 @@
-"""The stages of tools/gpu_check.py, which runs each part of one in its own process."""
+"""Stages 1 to 4: the card, and the loss. They need torch, Triton and mmengine alone."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-CUDA = torch.cuda.is_available()
-DEVICE = 'cuda' if CUDA else 'cpu'
-if not CUDA:
-    os.environ['TRITON_INTERPRET'] = '1'  # read when Triton is imported
-NO_GPU = 'torch finds no CUDA device'
-
-
-class Skip(Exception):
-    """A part does not run here; the message says why."""
-
-
-class Run(argparse.Namespace):
-    """What a part is given, and where it reports to."""
-
-    small: bool
-    seconds: float
-    work: Path
-    out: Path
-    results: int
-
-    def row(self, table: str, name: str, **cells) -> None:
-        """Report a row of a table; one of the same name is replaced."""
-        # a column may be any text
-        cells = {key.replace('_', ' ').strip(): value for key, value in cells.items()}
-        self.write(dict(table=table, name=name, cells=cells))
-
-    def write(self, what: dict) -> None:
-        os.write(self.results, (json.dumps(what) + '\n').encode())
-
-
-def right(ok: bool, value: object = '') -> dict:
-    """What is right or wrong."""
-    return dict(value=value, met=bool(ok))
-
-
-def at_most(value: float, goal: float) -> dict:
-    return dict(value=value, goal=f'at most {goal:g}', met=bool(value <= goal))
-
-
-def at_least(value: float, goal: float) -> dict:
-    return dict(value=value, goal=f'at least {goal:g}', met=bool(value >= goal))
-
-
-def need_gpu(run: Run, small_will_do: bool = True) -> None:
-    """Skip what measures a GPU, unless it is only tried."""
-    if CUDA or (run.small and small_will_do):
-        return
-    raise Skip(NO_GPU + ('; --small tries it on the CPU' if small_will_do else ''))
-
-
-def need_ops() -> None:
-    """Skip what needs models where their libraries are not installed.
-
-    Raises:
-        Exception: They are there, and do not work.
-    """
-    from check_env import RUN_OPS
-
-    for name in ('mmcv', 'mmcv.ops', 'mmdet', 'mmseg', 'scipy', 'pycocotools'):
-        try:
-            __import__(name)
-        except ModuleNotFoundError as error:
-            raise Skip(f'needs mmcv with its ops, mmdet and mmseg: {error}') from None
-    exec(RUN_OPS, {})
-
+from .report import CUDA, DEVICE, NO_GPU, ROOT, Run, at_least, at_most, need_gpu, right
 
 # --- 1
 
@@ -324,7 +255,9 @@ def bad_teacher(run: Run) -> None:
         run.row(table, 'inside it', is_=right(expected, said))
     else:
         run.row(table, 'inside it', is_=right(False, 'no error'))
-    # On a GPU the process cannot use it any more: nothing may come after this.
+    if CUDA:  # the process cannot use the GPU any more, not even to clean up
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # --- 3
@@ -336,7 +269,7 @@ def loss_table(run: Run) -> None:
     need_gpu(run)
     shapes = loss.SHAPES
     if run.small:
-        shapes = [((2, 72, 10, 14), 'sigmoid'), ((64, 81), 'softmax')]
+        shapes = [((2, 72, 50, 68), 'sigmoid'), ((4, 19, 64, 64), 'softmax')]
     seconds = 0.1 if run.small else 2.0
     goals, found = loss.GOALS[DEVICE], []
     for one in loss.measured(seconds, DEVICE, shapes):
@@ -395,253 +328,3 @@ def waits(run: Run) -> None:
         run.row(
             'forward and backward of DISTLoss', words, waits=right(not said, said or 0)
         )
-
-
-# --- 5
-
-
-def step(run: Run, part: str) -> None:
-    need_gpu(run)
-    need_ops()
-    from benchmarks import step
-
-    wanted, compiled = part.removesuffix(', compiled'), part.endswith(', compiled')
-    (name,) = (x for x in step.PAIRS if x.startswith(wanted))
-    pair = step.PAIRS[name]
-    size, seconds = pair.full_size, 2.0
-    settings = step.SETTINGS[3:] if compiled else step.SETTINGS[:3]
-    if run.small:
-        # DINO looks for its 900 queries in the image
-        size, seconds = ((256, 256) if 'DINO' in name else (64, 64)), 0.0
-        settings = step.SETTINGS[3:4] if compiled else step.SETTINGS[:1]
-    table = f'{name}, {size[0]}x{size[1]}, batch of 2'
-    for one in step.measured(name, seconds, DEVICE, size, settings):
-        if one.error:
-            run.row(table, one.setting, does_not_run=one.error)
-            continue
-        cells = {f'{k}, ms': 1e3 * v for k, v in one.time.items()}
-        cells['distilled / both'] = at_most(one.overhead, pair.goals[0])
-        if one.peak:
-            for k, v in one.peak.items():
-                cells[f'peak of {k}, MiB'] = v / 2**20
-            cells['peak / what student and teacher need'] = at_most(one.memory, 1.05)
-            extra = one.waits['distilled'] - one.waits['both']
-            # queries are matched on the CPU
-            cells['waits more than both'] = (
-                extra if 'DINO' in name else at_most(extra, 0)
-            )
-        run.row(table, one.setting, **cells)
-
-
-# --- 6
-
-# A teacher with random weights will do: it is about how training runs.
-TRAINING = """
-_base_ = 'mmdist::{task}/quickstart/{name}.py'
-model = dict(teacher=dict(checkpoint=None, allow_random=True))
-{more}
-"""
-
-
-def train(run: Run, config: Path, folder: Path, *options: str, launcher=()) -> list:
-    """Train; returns what was logged."""
-    from tools import runs
-
-    command = [sys.executable, *launcher, str(ROOT / 'tools' / 'train.py'), str(config)]
-    command += ['--work-dir', str(folder), *options]
-    subprocess.run(command, cwd=run.work, check=True, env=training_environment())
-    return [x for x in runs.read_log(folder) if 'loss' in x]
-
-
-def training_environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    if not CUDA:
-        environment.pop('TRITON_INTERPRET')
-        environment['OMP_NUM_THREADS'] = '1'
-    return environment
-
-
-def make_digits(run: Run) -> None:
-    few = ['--train', '32', '--train-few', '32', '--val', '8'] if run.small else []
-    command = [sys.executable, str(ROOT / 'tools' / 'make_digits.py'), *few]
-    subprocess.run(command, cwd=run.work, check=True)
-
-
-def is_finite(entries: list[dict]) -> bool:
-    values = [v for x in entries for k, v in x.items() if 'loss' in k or 'dist_' in k]
-    return bool(values) and all(map(math.isfinite, values))
-
-
-def amp_ema_resume(run: Run) -> None:
-    need_gpu(run)
-    need_ops()
-    from mmdist.checkpoint import load_checkpoint
-
-    make_digits(run)
-    epochs = 1 if run.small else 2
-    more = (
-        "custom_hooks = [dict(type='EMAHook', momentum=0.01)]\n"
-        f'max_epochs = {epochs}\n'
-        'train_cfg = dict(max_epochs=max_epochs, val_interval=100)\n'
-        "default_hooks = dict(logger=dict(interval=1), checkpoint=dict(type='"
-        "CheckpointHook', interval=1, filename_tmpl='epoch_{}.pth'))\n"
-    )
-    config = run.work / 'det.py'
-    config.write_text(
-        TRAINING.format(task='det', name='dist_retinanet_w32-w16_digits', more=more)
-    )
-    amp = ['--amp'] * CUDA  # on a CPU, mmengine has none of fp16
-    folder = run.work / 'det'
-    table = 'RetinaNet on the digits' + (', AMP fp16' if CUDA else '')
-    logged = train(run, config, folder, *amp)
-    first, last = logged[0], logged[-1]
-    run.row(
-        table,
-        f'{last["step"]} steps',
-        losses_finite=right(is_finite(logged)),
-        loss=f'{first["loss"]:.3g} to {last["loss"]:.3g}',
-        inter=last['dist_inter'],
-        s_per_step=last['time'],
-        peak_MiB=last.get('memory', ''),
-    )
-    longer = [f'train_cfg.max_epochs={epochs + 1}']
-    again = train(run, config, folder, *amp, '--resume', '--cfg-options', *longer)
-    more_steps = [x['step'] for x in again[len(logged) :]]
-    follows = more_steps and more_steps[0] == last['step'] + 1
-    run.row(
-        table,
-        'resumed',
-        losses_finite=right(is_finite(again)),
-        goes_on=right(follows, f'at step {more_steps[0] if more_steps else None}'),
-        loss=f'{again[-1]["loss"]:.3g}',
-    )
-    checkpoint = load_checkpoint(str(folder / f'epoch_{epochs + 1}.pth'))
-    ema = checkpoint.get('ema_state_dict', {})
-    state = checkpoint['state_dict']
-    finite = [x.isfinite().all().item() for x in (*state.values(), *ema.values())]
-    run.row(
-        table,
-        'its checkpoint',
-        finite=right(all(finite), len(finite)),
-        teacher_in_it=right(not any('teacher' in key for key in state)),
-        mean_of_weights=right(len(ema) >= len(state), len(ema)),
-    )
-
-
-def nccl_syncbn(run: Run) -> None:
-    need_gpu(run)
-    need_ops()
-    make_digits(run)
-    steps = 3 if run.small else 30
-    more = (
-        f'train_cfg = dict(max_iters={steps}, val_interval=1000)\n'
-        'default_hooks = dict(logger=dict(interval=1))\n'
-        'custom_hooks = []\n'
-        'model["distill"] = dict(dist=dict(loss=dict(sync=True)))\n'
-        # it needs a GPU
-        + ("sync_bn = 'torch'\n" if CUDA else '')
-    )
-    config = run.work / 'seg.py'
-    config.write_text(
-        TRAINING.format(task='seg', name='dist_deeplabv3_w32-w8_digits', more=more)
-    )
-    table = 'DeepLabV3 on the digits' + (', SyncBN, NCCL' if CUDA else ', gloo')
-    cards = torch.cuda.device_count() if CUDA else 1
-    for processes in (1, 2):
-        name = f'{processes} process' + ('es' if processes > 1 else '')
-        if processes > cards:
-            run.row(table, name, losses_finite=f'not run: {cards} card')
-            continue
-        launcher = ['-m', 'torch.distributed.run', '--standalone']
-        launcher += [f'--nproc_per_node={processes}']
-        folder = run.work / f'seg_{processes}'
-        logged = train(run, config, folder, '--launcher', 'pytorch', launcher=launcher)
-        run.row(
-            table,
-            name,
-            losses_finite=right(len(logged) == steps and is_finite(logged)),
-            loss=f'{logged[0]["loss"]:.3g} to {logged[-1]["loss"]:.3g}',
-            s_per_step=logged[-1]['time'],
-        )
-
-
-def quickstart(run: Run) -> None:
-    need_gpu(run)
-    need_ops()
-    command = [sys.executable, str(ROOT / 'tools' / 'quickstart.py')]
-    command += ['--smoke'] * run.small
-    subprocess.run(command, cwd=run.work, check=True, env=training_environment())
-    report = (run.work / 'work_dirs' / 'quickstart' / 'report.md').read_text()
-    head, _, *rows = [x for x in report.splitlines() if x.startswith('|')]
-    titles, *cells = [
-        [x.strip() for x in li.strip('|').split('|')] for li in (head, *rows)
-    ]
-    for line in cells:
-        named = dict(zip(titles, line, strict=True))
-        run.row('quickstart', ', '.join(line[:2]), **dict([*named.items()][2:]))
-
-
-# --- 7
-
-
-def study(run: Run) -> None:
-    need_gpu(run, small_will_do=False)
-    need_ops()
-    if run.data_root is None:
-        raise Skip('needs its images, --data-root; see `python -m study --help`')
-    minutes = (run.seconds - 30) / 60
-    command = [sys.executable, '-m', 'study', '--scale', 'full']
-    command += ['--methods', 'alone', 'kl-t1', 'dist', '--budget', f'{minutes:.2f}']
-    command += ['--data-root', str(run.data_root), '--work-dir', str(run.work)]
-    command += ['--out', str(run.out / 'study')]
-    command += ['--weights', str(run.weights)] if run.weights else []
-    subprocess.run(command, cwd=ROOT, check=True)
-    lines = run.out / 'study' / 'results.jsonl'
-    for line in lines.read_text().splitlines() if lines.exists() else ():
-        cell = json.loads(line)
-        run.row(
-            'study',
-            f'{cell["task"]}, {cell["method"]}, seed {cell["seed"]}',
-            score=cell['score'],
-        )
-
-
-PARTS: dict[str, Callable[[Run], None]] = {
-    'machine': machine,
-    'hard scores': hard_scores,
-    'types and sizes': types_and_sizes,
-    'layouts and masks': layouts_and_masks,
-    'bad teacher': bad_teacher,
-    'loss': loss_table,
-    'waits': waits,
-    'AMP, EMA, resume': amp_ema_resume,
-    'NCCL, SyncBN': nccl_syncbn,
-    'quickstart': quickstart,
-    'study': study,
-}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('stage', type=int)
-    parser.add_argument('part')
-    parser.add_argument('--results', type=int, required=True, help='a file descriptor')
-    parser.add_argument('--seconds', type=float, required=True)
-    parser.add_argument('--work', type=Path, required=True)
-    parser.add_argument('--out', type=Path, required=True)
-    parser.add_argument('--small', action='store_true')
-    parser.add_argument('--data-root', type=Path)
-    parser.add_argument('--weights', type=Path)
-    run = parser.parse_args(namespace=Run())
-    try:
-        if run.stage == 5:
-            step(run, run.part)
-        else:
-            PARTS[run.part](run)
-    except Skip as skip:
-        print(skip, flush=True)
-        run.write(dict(skipped=str(skip)))
-
-
-if __name__ == '__main__':
-    main()
