@@ -103,6 +103,14 @@ def mask_classifier(name: str) -> transformers.PreTrainedModel:
     )
 
 
+def amplified(model: nn.Module) -> nn.Module:
+    """Keeps what random weights see of an image from fading layer by layer."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.fill_(0.001)
+    return model
+
+
 SEGMENTORS = {
     'segformer': lambda: transformers.SegformerForSemanticSegmentation(
         transformers.SegformerConfig(
@@ -124,6 +132,37 @@ SEGMENTORS = {
     'beit': lambda: transformers.BeitForSemanticSegmentation(
         transformers.BeitConfig(
             **vit(), out_indices=[1, 2, 3, 4], use_auxiliary_head=False, **LABELS
+        )
+    ),
+    'data2vec-vision': lambda: transformers.Data2VecVisionForSemanticSegmentation(
+        transformers.Data2VecVisionConfig(
+            **vit(), out_indices=[1, 2, 3, 4], use_auxiliary_head=False, **LABELS
+        )
+    ),
+    'mobilenet_v2': lambda: transformers.MobileNetV2ForSemanticSegmentation(
+        transformers.MobileNetV2Config(depth_multiplier=0.25, **LABELS)
+    ),
+    'mobilevit': lambda: amplified(
+        transformers.MobileViTForSemanticSegmentation(
+            transformers.MobileViTConfig(
+                image_size=SIZE,
+                hidden_sizes=[16, 24, 32],
+                neck_hidden_sizes=[8, 8, 8, 16, 16, 16, 32],
+                num_attention_heads=2,
+                aspp_out_channels=16,
+                **LABELS,
+            )
+        )
+    ),
+    'mobilevitv2': lambda: amplified(
+        transformers.MobileViTV2ForSemanticSegmentation(
+            transformers.MobileViTV2Config(
+                image_size=SIZE,
+                width_multiplier=0.25,
+                base_attn_unit_dims=[32, 48, 64],
+                aspp_out_channels=16,
+                **LABELS,
+            )
         )
     ),
     'dpt': lambda: transformers.DPTForSemanticSegmentation(
@@ -153,6 +192,17 @@ DETECTORS = {
     'detr': lambda: transformers.DetrForObjectDetection(
         transformers.DetrConfig(**DETR, backbone_config=resnet(), **LABELS)
     ),
+    'table-transformer': lambda: transformers.TableTransformerForObjectDetection(
+        transformers.TableTransformerConfig(**DETR, backbone_config=resnet(), **LABELS)
+    ),
+    'dab-detr': lambda: transformers.DabDetrForObjectDetection(
+        transformers.DabDetrConfig(
+            **{k: v for k, v in DETR.items() if k != 'd_model'},
+            hidden_size=32,
+            backbone_config=resnet(),
+            **LABELS,
+        )
+    ),
     'conditional_detr': lambda: transformers.ConditionalDetrForObjectDetection(
         transformers.ConditionalDetrConfig(**DETR, backbone_config=resnet(), **LABELS)
     ),
@@ -168,6 +218,15 @@ DETECTORS = {
     ),
     'rt_detr': lambda: transformers.RTDetrForObjectDetection(
         transformers.RTDetrConfig(
+            **HYBRID,
+            backbone_config=transformers.RTDetrResNetConfig(
+                **{**RESNET, 'out_features': ['stage2', 'stage3', 'stage4']}
+            ),
+            **LABELS,
+        )
+    ),
+    'rt_detr_v2': lambda: transformers.RTDetrV2ForObjectDetection(
+        transformers.RTDetrV2Config(
             **HYBRID,
             backbone_config=transformers.RTDetrResNetConfig(
                 **{**RESNET, 'out_features': ['stage2', 'stage3', 'stage4']}
@@ -218,8 +277,10 @@ def save_model(make, processor: str, folder, labels: dict | None = None) -> str:
     else:
         model = make()
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and 'embed' not in name:
-            nn.init.xavier_normal_(parameter.flatten(1))
+        # boxes would be those of the queries, as their last layer starts at zero
+        if parameter.ndim > 1 and ('embed' not in name or 'bbox_embed' in name):
+            # of any width and depth, so that its output depends on the image
+            nn.init.kaiming_normal_(parameter.flatten(1))
     model.save_pretrained(folder)
     getattr(transformers, processor)(
         image_mean=MEAN, image_std=STD, size=dict(height=SIZE, width=SIZE)
@@ -235,8 +296,11 @@ def tokenizer(folder: str, words: list[str]) -> None:
     transformers.BertTokenizer(path).save_pretrained(folder)
 
 
-def grounding_dino() -> transformers.PreTrainedModel:
-    config = transformers.GroundingDinoConfig(
+def grounding_dino(
+    config: type = transformers.GroundingDinoConfig,
+    model: type = transformers.GroundingDinoForObjectDetection,
+) -> transformers.PreTrainedModel:
+    made = config(
         backbone_config=transformers.SwinConfig(
             **{**SWIN, 'out_features': ['stage2', 'stage3', 'stage4']}
         ),
@@ -257,7 +321,14 @@ def grounding_dino() -> transformers.PreTrainedModel:
         num_queries=10,
         max_text_len=32,
     )
-    return transformers.GroundingDinoForObjectDetection(config)
+    return model(made)
+
+
+def mm_grounding_dino() -> transformers.PreTrainedModel:
+    return grounding_dino(
+        transformers.MMGroundingDinoConfig,
+        transformers.MMGroundingDinoForObjectDetection,
+    )
 
 
 def oneformer() -> transformers.PreTrainedModel:

@@ -48,7 +48,9 @@ class ForeignTeacher(nn.Module):
 
                 def __init__(self, checkpoint, class_names):
                     super().__init__(
-                        class_names, mean=[123.7, 116.3, 103.5], std=[58.4, 57.1, 57.4])
+                        class_names,
+                        mean=[123.675, 116.28, 103.53],
+                        std=[58.395, 57.12, 57.375])
                     self.model = lraspp_mobilenet_v3_large(
                         weights_backbone=None, num_classes=len(class_names))
                     self.model.load_state_dict(torch.load(checkpoint))

@@ -5,7 +5,10 @@ transformers is imported when such a teacher is built: ``pip install mmdist[hf]`
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import filterfalse
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,11 @@ PER_PIXEL = (
 MASKS = ('eomt', 'mask2former', 'maskformer', 'oneformer')
 # Their position embeddings are of one size.
 FIXED_SIZE = ('beit', 'data2vec-vision', 'dpt', 'eomt')
+# What a checkpoint may hold and no prediction needs: counters of BN, a buffer of Swin
+# that transformers computes, and OneFormer's text encoder, which is for training.
+UNUSED = re.compile(
+    r'\.(num_batches_tracked|relative_position_index)$|^model\.text_mapper\.'
+)
 
 
 class Detector(NamedTuple):
@@ -67,7 +75,11 @@ class HFTeacher(ForeignTeacher):
         class_names: Sequence[str] | None = None,
         resize: bool = False,
     ) -> None:
-        processor = _load(name, 'AutoImageProcessor')
+        options = {}
+        if config.model_type == 'oneformer':
+            # else names for its own post-processing are fetched from another repository
+            options['class_info_file'] = None
+        processor = _load(name, 'AutoImageProcessor', **options)
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = (
             [x / scale for x in values] if processor.do_normalize else [constant] * 3
@@ -76,8 +88,7 @@ class HFTeacher(ForeignTeacher):
                 (processor.image_std, 1 / scale),
             )
         )
-        names = [config.id2label[i] for i in range(len(config.id2label))]
-        super().__init__(class_names or names, mean, std)
+        super().__init__(class_names or _names_of_columns(config), mean, std)
         self.size = _fixed_size(name, config, processor) if resize else None
         self.model = _load_model(name, auto)
 
@@ -161,8 +172,8 @@ class HFDetector(HFTeacher):
         ImportError: transformers is not installed.
         FileNotFoundError: There is no such model, or the hub cannot be reached.
         RuntimeError: Weights are missing, unexpected or of another shape.
-        ValueError: It is no detector that is known here, or ``prompts`` are missing or
-            not taken.
+        ValueError: It is no detector that is known here, or ``prompts`` are missing,
+            not taken, or too many.
     """
 
     gives = 'boxes'
@@ -193,6 +204,11 @@ class HFDetector(HFTeacher):
         self.text, self.spans = None, []
         if prompts:
             self.text, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
+            if self.text.size(1) > config.max_text_len:
+                raise ValueError(
+                    f'The prompts are {self.text.size(1)} tokens, and {name!r} reads '
+                    f'{config.max_text_len}: give fewer, or shorter ones.'
+                )
 
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]]
@@ -247,6 +263,17 @@ def _as_tokens(
     return torch.tensor([[*ids, tokenizer.sep_token_id]]), spans
 
 
+def _names_of_columns(config: Any) -> list[str]:
+    """The name of each class; if several columns have the same, with its number.
+
+    COCO's unused ids are all called 'N/A'. A class is found by its name, which has to
+    be that of one column.
+    """
+    names = [config.id2label[i] for i in range(len(config.id2label))]
+    count = Counter(names)
+    return [x if count[x] == 1 else f'{x} {i}' for i, x in enumerate(names)]
+
+
 def _load(name: str, auto: str, **options) -> Any:
     """Something of a model, by a class of transformers.
 
@@ -272,15 +299,23 @@ def _load(name: str, auto: str, **options) -> Any:
 
 
 def _load_model(name: str, auto: str) -> nn.Module:
-    """The model with all its weights.
+    """The model with all its weights, in float32.
 
     Raises:
-        RuntimeError: transformers would initialise some of them at random.
+        RuntimeError: transformers would initialise some of them at random, or leave out
+            some that predictions need.
     """
     model, info = _load(
-        name, auto, output_loading_info=True, ignore_mismatched_sizes=True
+        name,
+        auto,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        # not that of the file; `teacher.dtype` says if it is to be half precision
+        dtype=torch.float32,
     )
-    wrong = {what: sorted(map(str, keys)) for what, keys in info.items() if keys}
+    info['unexpected_keys'] = filterfalse(UNUSED.search, info['unexpected_keys'])
+    wrong = {what: sorted(map(str, keys)) for what, keys in info.items()}
+    wrong = {what: keys for what, keys in wrong.items() if keys}
     if wrong:
         raise RuntimeError(
             f'The weights in {name!r} are not those of a {type(model).__name__}: '

@@ -1,0 +1,191 @@
+"""Models of torchvision as teachers, as docs/teachers.md and ForeignTeacher show."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from det_zoo import batch, model_config
+from mmdet.utils import register_all_modules as register_mmdet
+from mmengine.model import ImgDataPreprocessor
+from mmengine.registry import DefaultScope
+from mmseg.utils import register_all_modules as register_mmseg
+from segmentors import make_batch, zoo_model
+from torch import nn
+
+from mmdist import MODELS, ForeignTeacher
+from mmdist.teachers import Renormalize
+
+# Not among the pinned packages: the wheel of the package index needs CUDA's libraries.
+pytest.importorskip('torchvision', reason='torchvision is not installed')
+from torchvision.models import detection, segmentation
+from torchvision.transforms._presets import SemanticSegmentation
+
+PAGE = Path(__file__).parents[2] / 'docs/teachers.md'
+SIZES = [(40, 64), (48, 40)]  # the shorter side is torchvision's `min_size` of 40
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """The examples are registered for a test only, since other tests run them too."""
+    names = 'TorchvisionRetinaNet', 'LRASPP'
+    before = {name: MODELS.module_dict.pop(name, None) for name in names}
+    yield
+    for name, cls in before.items():
+        MODELS.module_dict.pop(name, None)
+        if cls is not None:
+            MODELS.module_dict[name] = cls
+
+
+def run_code(code: str, name: str) -> type:
+    """The class of this name in an example."""
+    there = {'ForeignTeacher': ForeignTeacher, 'MODELS': MODELS, 'torch': torch}
+    exec(code, there)
+    return there[name]
+
+
+def retinanet() -> type:
+    """The example of the page."""
+    blocks = re.findall(r'```python\n(.*?)```', PAGE.read_text(), flags=re.S)
+    (code,) = [b for b in blocks if 'class TorchvisionRetinaNet' in b]
+    return run_code(code, 'TorchvisionRetinaNet')
+
+
+def lraspp() -> type:
+    """The example of ForeignTeacher's docstring."""
+    text = inspect.getdoc(ForeignTeacher)
+    code = text[text.index('@MODELS.register_module') :]
+    code = textwrap.dedent('        ' + code)
+    load = 'from torchvision.models.segmentation import lraspp_mobilenet_v3_large\n'
+    return run_code(load + code, 'LRASPP')
+
+
+def pictures() -> list[torch.Tensor]:
+    """RGB images, (3, H, W), of values from 0 to 255."""
+    rng = np.random.default_rng(0)
+    return [torch.from_numpy(rng.integers(0, 256, (3, *size)) / 1.0) for size in SIZES]
+
+
+def as_of_the_student(teacher: nn.Module, images: list[torch.Tensor]) -> torch.Tensor:
+    """The images, normalised and padded for a student of BGR and mapped from there."""
+    student = ImgDataPreprocessor([103.5, 116.3, 123.7], [57.4, 57.1, 58.4])
+    inputs = torch.zeros(len(images), 3, 64, 64, dtype=torch.float64)
+    for cells, image in zip(inputs, images, strict=True):
+        height, width = image.shape[1:]
+        cells[:, :height, :width] = (image.flip(0) - student.mean) / student.std
+    renormalize = Renormalize(student, teacher.data_preprocessor)
+    return renormalize(inputs, [image.shape[1:] for image in images])
+
+
+def randomise(model: nn.Module) -> None:
+    """Weights that tell classes and places apart."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_normal_(parameter)
+
+
+def test_retinanet_gives_all_boxes_that_its_own_pipeline_filters():
+    """Its own normalisation, padding, head, decoding and post-processing."""
+    teacher = retinanet()(weights=None).double().eval()
+    library = teacher.model
+    randomise(library)
+    images = pictures()
+    library.transform.min_size = (40,)
+    library.score_thresh, library.nms_thresh = 0.0, 1.0  # nothing is left out
+    library.topk_candidates = library.detections_per_img = 10**6
+    with torch.no_grad():
+        expected = library([image / 255 for image in images])
+        found = teacher(as_of_the_student(teacher, images), SIZES)
+    for (boxes, logits), image, (height, width) in zip(
+        found, expected, SIZES, strict=True
+    ):
+        scores = logits.sigmoid()
+        assert scores.shape[1] == len(teacher.class_names) == 91
+        assert len(image['scores']) == scores.numel()
+        high = torch.tensor([width, height, width, height])
+        boxes = boxes.clamp(min=0).minimum(high)  # to the image, as torchvision does
+        for label in (1, 17, 90):
+            of_label = image['labels'] == label
+            column, order = scores[:, label].sort(descending=True)
+            close = dict(atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(column, image['scores'][of_label], **close)
+            torch.testing.assert_close(boxes[order], image['boxes'][of_label], **close)
+
+
+def test_a_segmentor_gives_what_its_own_pipeline_gives(tmp_path):
+    teacher = segmentor_of_torchvision(tmp_path).double()
+    images = pictures()[:1]
+    inputs = as_of_the_student(teacher, images)[:, :, :40]
+    normalise = SemanticSegmentation(resize_size=None)
+    with torch.no_grad():
+        found = teacher(inputs, SIZES[:1])
+        expected = teacher.model(normalise(images[0] / 255)[None].double())['out']
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def segmentor_of_torchvision(folder: Path) -> nn.Module:
+    cls = lraspp()
+    names = [f'class {i}' for i in range(19)]
+    model = segmentation.lraspp_mobilenet_v3_large(
+        weights_backbone=None, num_classes=len(names)
+    )
+    randomise(model)
+    torch.save(model.state_dict(), folder / 'lraspp.pth')
+    return cls(str(folder / 'lraspp.pth'), names).eval()
+
+
+# ---- a step of distillation ------------------------------------------------------
+
+
+def distil(student: dict, teacher: dict, scope: str, names: list[str]) -> nn.Module:
+    register_mmdet(init_default_scope=False)
+    register_mmseg(init_default_scope=False)
+    torch.manual_seed(0)
+    config = dict(
+        type='mmdist.Distiller', student=student, teacher=dict(config=teacher)
+    )
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(config)
+        model.init_weights()
+    (guest,) = model.teachers.values()
+    guest.classes = guest.match_classes(names)
+    return model.train()
+
+
+def gradient(losses: dict, model: nn.Module) -> float:
+    assert losses['loss_dist'].item() > 0
+    losses['loss_dist'].backward()
+    grads = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert torch.stack(grads).isfinite().all()
+    return torch.stack(grads).norm().item()
+
+
+def test_retinanet_teaches_mmdets_retinanet():
+    retinanet()
+    student = model_config('retinanet/retinanet_r18_fpn_1x_coco.py')
+    names = detection.RetinaNet_ResNet50_FPN_V2_Weights.DEFAULT.meta['categories']
+    names = [name for name in names if name not in ('__background__', 'N/A')]
+    teacher = dict(type='mmdist.TorchvisionRetinaNet', weights=None)
+    model = distil(student, teacher, 'mmdet', names)
+    (guest,) = model.teachers.values()
+    assert guest.classes.teacher[0] == (1,) and guest.classes.teacher[-1] == (90,)
+    model.distill['dist'].min_iou = 0.0
+    assert gradient(model(**batch(model), mode='loss'), model) > 1e-6
+
+
+def test_a_segmentor_teaches_mmsegs_pspnet(tmp_path):
+    names = list(segmentor_of_torchvision(tmp_path).class_names)
+    student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
+    teacher = dict(
+        type='mmdist.LRASPP',
+        checkpoint=str(tmp_path / 'lraspp.pth'),
+        class_names=names,
+    )
+    model = distil(student, teacher, 'mmseg', names)
+    assert gradient(model(**make_batch(19), mode='loss'), model) > 1e-6
