@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import loss, measure, step, teacher
+from benchmarks import loss, measure, step, teacher, unlabelled
 
-PARTS = ['loss', 'growth', 'step', 'teacher', 'gpu']
+PARTS = ['loss', 'growth', 'step', 'unlabelled', 'teacher', 'gpu']
 PAGE = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 # of a new page; what stands there above the first part is kept
 INTRODUCTION = """# Benchmarks
@@ -43,6 +43,7 @@ def main() -> None:
             args.seconds / 5, args.output.with_name('benchmarks_growth.png')
         ),
         'step': lambda: step.steps(args.seconds),
+        'unlabelled': lambda: unlabelled.steps(args.seconds),
         'teacher': lambda: teacher.options(args.seconds),
         'gpu': lambda: loss.speed(args.seconds, 'cuda'),
     }
@@ -50,6 +51,7 @@ def main() -> None:
         'loss': f'## The loss alone\n\n{LOSS}',
         'growth': f'## Growth\n\n{GROWTH}',
         'step': f'## A training step\n\n{step.__doc__}',
+        'unlabelled': f'## Half the batch unlabelled\n\n{unlabelled.__doc__}',
         'teacher': f'## Options of the teacher\n\n{teacher.__doc__}',
         'gpu': f'## On a GPU\n\n{GPU}',
     }

@@ -18,7 +18,7 @@ from .comparisons.default import default_for, default_for_pair
 from .registry import MODELS
 from .step import Step
 from .teachers import Teacher, build_teacher
-from .unlabelled import Part, counting, joined, split, without
+from .unlabelled import Part, counted, counting, joined, split
 
 
 @MODELS.register_module(name='Distiller')
@@ -199,15 +199,18 @@ class DistilledMixin:
         if not rests:
             self._load_teachers()
             self._match_classes()
+        modules = [m for c in self.distill.values() for m in c.student_modules(self)]
         losses: dict[str, Any] = {}
         pairs: dict[str, list] = {key: [] for key in self.distill}
-        for part in split(self, inputs, data_samples):
-            if rests:
+        for part in split(self, inputs, data_samples, modules):
+            if not rests:
+                own = self._learn(part, pairs, **kwargs)
+            elif part.is_rest:
+                continue
+            else:
                 with counting(self, part):
                     own = super().loss(part.inputs, part.data_samples, **kwargs)
-            else:
-                own = self._learn(part, pairs, **kwargs)
-            losses |= own if any(part.labelled) else without(own, losses)
+            losses |= counted(own, part)
         if rests:
             return losses | self._zero_losses()
 
@@ -247,7 +250,7 @@ class DistilledMixin:
 
         with ExitStack() as recordings:
             for step in steps.values():
-                recordings.enter_context(step.recording())
+                part.replay(recordings.enter_context(step.recording()))
             recordings.enter_context(counting(self, part))
             losses = super().loss(part.inputs, part.data_samples, **kwargs)
 

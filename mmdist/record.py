@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -42,6 +42,19 @@ class Recorder:
         """Drop all calls, and the tensors in them."""
         for calls in self._calls.values():
             calls.clear()
+
+    def changed(self, change: Callable[[Any], Any]) -> Recorder:
+        """The same calls with arguments and output changed."""
+        other = Recorder(self._modules)
+        for key, calls in self._calls.items():
+            other._calls[key] = [Call(*map(change, c[:3]), c.index) for c in calls]
+        return other
+
+    def replay(self, other: Recorder) -> None:
+        """See the calls of another recorder, as if they were made now."""
+        calls = [(c, m) for m in self._modules for c in other.calls(m)]
+        for call, module in sorted(calls, key=lambda item: item[0].index):
+            self.calls(module).append(call._replace(index=next(self._index)))
 
     def __enter__(self) -> Recorder:
         # A forward of the instance's own (activation checkpointing sets one) is

@@ -7,30 +7,49 @@ of the student's own losses.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .comparisons.base import Pair
 from .comparisons.default import DENSE, SEG, kind_of
 from .lookup import is_a
+from .record import Recorder
+
+
+class Extracted(NamedTuple):
+    """One pass of a whole batch through backbone and neck, for all of its parts."""
+
+    features: Any  # what `extract_feat` returned
+    recorder: Recorder  # the calls within
 
 
 class Part(NamedTuple):
-    """Images of a batch that go through the student together."""
+    """Images of a batch that go through the student's heads together."""
 
     inputs: Tensor  # (N, C, H, W)
     data_samples: list[BaseDataElement]
     labelled: tuple[bool, ...]  # for each image
+    is_rest: bool = False  # the unlabelled images, beside a part with labels
+    extracted: Extracted | None = None  # of these images
+
+    def replay(self, recorder: Recorder) -> None:
+        """Show a recorder what it would have seen in backbone and neck."""
+        if self.extracted:
+            recorder.replay(self.extracted.recorder)
 
 
 def split(
-    student: nn.Module, inputs: Tensor, data_samples: Sequence[BaseDataElement]
+    student: nn.Module,
+    inputs: Tensor,
+    data_samples: Sequence[BaseDataElement],
+    modules: Sequence[nn.Module] = (),
 ) -> list[Part]:
     """Split a batch with unlabelled images as the student can take it.
 
@@ -38,12 +57,13 @@ def split(
         student: The student.
         inputs: The batch, (N, C, H, W).
         data_samples: The N data samples.
+        modules: Modules of the student to record.
 
     Returns:
         The batch itself if all images are labelled. Else unlabelled images have samples
         of their own, without labels. It is one part if the student's losses can be told
         which images count (:func:`counting`), or if no image is labelled; else two, the
-        labelled images first.
+        labelled images first, with the features of one pass of the whole batch.
     """
     labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
     if all(labelled):
@@ -56,31 +76,87 @@ def split(
     ]
     if not any(labelled) or _heads(student):
         return [Part(inputs, samples, labelled)]
+    extracted = _extract(student, inputs, modules)
     parts = []
     for mark in (True, False):
         index = [i for i, own in enumerate(labelled) if own is mark]
         parts.append(
-            Part(inputs[index], [samples[i] for i in index], (mark,) * len(index))
+            Part(
+                inputs[index],
+                [samples[i] for i in index],
+                (mark,) * len(index),
+                not mark,
+                extracted and _of_images(extracted, index, len(labelled)),
+            )
         )
     return parts
+
+
+def _extract(
+    student: nn.Module, inputs: Tensor, modules: Sequence[nn.Module]
+) -> Extracted | None:
+    """Run backbone and neck; None if what they give is not a row per image."""
+    with Recorder(modules) as recorder:
+        features = student.extract_feat(inputs)
+    maps = [x for x in tree_leaves(features) if isinstance(x, Tensor)]
+    if any(len(x) != len(inputs) for x in maps):  # TridentNet: one for each branch
+        return None
+    return Extracted(features, recorder)
+
+
+def _of_images(whole: Extracted, index: list[int], number: int) -> Extracted:
+    def choose(x: Any) -> Any:
+        per_image = isinstance(x, Tensor) and x.ndim and len(x) == number
+        return x[index] if per_image else x
+
+    recorder = whole.recorder.changed(lambda value: tree_map(choose, value))
+    return Extracted(tree_map(choose, whole.features), recorder)
 
 
 @contextmanager
 def counting(student: nn.Module, part: Part) -> Iterator[None]:
     """Let the student's own losses see the labelled images of a part alone.
 
-    Its heads run on all images, so that batch norm sees one batch. What they give to
-    their ``loss_by_feat`` is that of the labelled images.
+    In a part with both, its heads run on all images, so that batch norm sees one batch,
+    and their ``loss_by_feat`` gets what belongs to the labelled ones. A part of a batch
+    that is split takes its features from the pass of the whole batch.
+
+    Args:
+        student: The student, which runs within.
+        part: The part.
     """
-    heads = _heads(student) if len(set(part.labelled)) > 1 else []
-    index = [i for i, mark in enumerate(part.labelled) if mark]
-    for head in heads:
-        head.loss_by_feat = _of_images(head.loss_by_feat, index, len(part.labelled))
+    with ExitStack() as swapped:
+        if part.extracted:
+            features = part.extracted.features
+            swapped.enter_context(
+                _swapped(student, 'extract_feat', lambda *_, **__: features)
+            )
+        if part.is_rest:
+            # Another process may have no such part, so this one must not wait for it:
+            # in losses that are dropped, or in batch norm.
+            swapped.enter_context(
+                _swapped(torch.distributed, 'is_initialized', lambda: False)
+            )
+        if len(set(part.labelled)) > 1:
+            index = [i for i, mark in enumerate(part.labelled) if mark]
+            for head in _heads(student):
+                loss = _loss_of_images(head.loss_by_feat, index, len(part.labelled))
+                swapped.enter_context(_swapped(head, 'loss_by_feat', loss))
+        yield
+
+
+@contextmanager
+def _swapped(owner: Any, name: str, function: Callable) -> Iterator[None]:
+    """Give an instance or a module of Python another function for a while."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        for head in heads:
-            del head.loss_by_feat
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def _heads(student: nn.Module) -> list[nn.Module]:
@@ -110,12 +186,24 @@ def _heads(student: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
-    """A head's loss, given what belongs to some of the images."""
+def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
+    """A head's loss, given what belongs to some of the images.
+
+    Raises:
+        RuntimeError: It is given a tensor without a row per image.
+    """
+    signature = inspect.signature(loss_by_feat)
 
     def choose(x: Any) -> Any:
         if isinstance(x, Tensor):
-            return x[index] if x.ndim and len(x) == number else x
+            if not x.ndim or len(x) != number:
+                raise RuntimeError(
+                    f'{loss_by_feat.__qualname__} is given a tensor of shape '
+                    f'{tuple(x.shape)} for {number} images, so mmdist does not know '
+                    'what of it belongs to the labelled images. Train this student '
+                    'with labels.'
+                )
+            return x[index]
         if not isinstance(x, (list, tuple)):
             return x
         per_image = len(x) == number and not any(
@@ -124,8 +212,12 @@ def _of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callabl
         return type(x)([x[i] for i in index] if per_image else map(choose, x))
 
     def loss(*args, **kwargs):
-        kwargs = {key: choose(value) for key, value in kwargs.items()}
-        return loss_by_feat(*map(choose, args), **kwargs)
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            # MaskFormer: (decoder layers, N, ...)
+            is_stack = name.startswith('all_') and isinstance(value, Tensor)
+            given.arguments[name] = value[:, index] if is_stack else choose(value)
+        return loss_by_feat(*given.args, **given.kwargs)
 
     return loss
 
@@ -140,14 +232,21 @@ def without_labels(
 
     Args:
         sample: A data sample of mmdet or mmseg, with labels, with garbage or without.
-        like: A sample of the same batch, which has the maps that the student expects.
+        like: A sample of the same batch, labelled if there is one, which has the fields
+            that the student expects.
         inputs: The batch, (N, C, H, W).
         ignore_index: The label of void pixels.
     """
-    blank = sample.new()
+    blank = type(sample)(metainfo=sample.metainfo)
+    if 'proposals' in sample:  # of a detector without RPN
+        blank.proposals = sample.proposals
     size, device = tuple(inputs.shape[-2:]), inputs.device
     if is_a(sample, 'DetDataSample'):
-        blank.gt_instances = no_instances(size, device)
+        blank.gt_instances = (
+            no_instances(size, device)
+            if like.metainfo.get('unlabelled')
+            else like.gt_instances[:0]  # with all that the student expects
+        )
         blank.ignored_instances = no_instances(size, device)
         maps = dict(gt_sem_seg='sem_seg')
     else:
@@ -198,18 +297,21 @@ def _void_label(student: nn.Module) -> int:
     return 0 if index is None else index  # it ignores nothing, and is dropped anyway
 
 
-def without(own: dict[str, Any], labelled: dict[str, Any]) -> dict[str, Any]:
-    """The student's own losses of unlabelled images, which do not count.
+def counted(own: dict[str, Any], part: Part) -> dict[str, Any]:
+    """The student's own losses of a part, as they count.
 
     Args:
         own: These losses.
-        labelled: Those of the labelled images of the batch.
+        part: The part.
 
     Returns:
-        Nothing beside labelled images. Without any, zeros that keep all parameters in
-        the graph, since DDP waits for those that take no part.
+        They themselves for a part with labels, and nothing for the rest beside one. For
+        a batch without any labels they are zeros that keep all parameters in the graph,
+        since DDP waits for those that take no part.
     """
-    if labelled:
+    if any(part.labelled):
+        return own
+    if part.is_rest:
         return {}
     return {
         key: tree_map(lambda loss: 0 * loss.nan_to_num(), value)

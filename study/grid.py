@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,8 @@ SEG = methods(
     'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
 )
 DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
+# class scores do not say where a box ends, and without labels nothing else does
+BOX = dict(type='mmdist.Features', student='bbox_head.retina_reg', adapt=False)
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
@@ -103,10 +105,22 @@ TASKS = {
         'bccd-faster-rcnn', 'coco/bbox_mAP', 'AP', 100, ROI, 292, False
     ),
 }
-# Only every fourth training image is labelled for the students; not for the teachers.
-TASKS |= {f'{name}-25': task for name, task in TASKS.items()}
-METHODS = tuple(DENSE)
-TEACHERS = ('strong', 'weak', 'other')
+# Only every fourth training image is labelled for the students; not for the teachers,
+# but for that of the name 'quarter'. The students of `dist-unlabelled` see the other
+# images without labels, in half of each batch.
+QUARTERS = {
+    f'{name}-25': replace(
+        task, methods={**task.methods, 'dist-unlabelled': task.methods['dist']}
+    )
+    for name, task in TASKS.items()
+}
+# The students of `dist-no-labels` see all images, none with its labels.
+for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
+    bare = {'dist-no-labels': {**TASKS[name].methods['dist'], **more}}
+    TASKS[name] = replace(TASKS[name], methods={**TASKS[name].methods, **bare})
+TASKS |= QUARTERS
+METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
+TEACHERS = ('strong', 'weak', 'other', 'quarter')
 ACROSS = ('dist-boxes', 'pkd')  # what takes a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
@@ -130,6 +144,8 @@ class Cell(NamedTuple):
     def its_teacher(self) -> Cell:
         """The students of all seeds and labelled shares have the same."""
         task = TASKS[self.task]
+        if self.teacher == 'quarter':  # trained with the labels of its students alone
+            return Cell(self.scale, self.task, 'teacher', 'quarter', 0)
         if self.teacher == 'other':
             return Cell(self.scale, task.other, 'teacher', 'strong', 0)
         return Cell(self.scale, task.folder, 'teacher', self.teacher, 0)
@@ -158,6 +174,8 @@ def grid(
             if method not in ('teacher', *TASKS[task].methods):
                 continue  # kl-binary, of heads with sigmoids
             if teacher == 'other' and not (method in ACROSS and TASKS[task].other):
+                continue
+            if teacher == 'quarter' and not task.endswith('-25'):
                 continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == 'alone':

@@ -31,6 +31,20 @@ def walk(node: Any, change) -> Any:
     return change(node) if isinstance(node, str) else node
 
 
+def without_labels(dataset: dict) -> dict:
+    """Config of the same data set, of which no label is read.
+
+    Args:
+        dataset: Config of a data set whose pipeline ends with packing.
+    """
+    bare = deepcopy(dataset)
+    bare.pipeline = [x for x in bare.pipeline if x.type != 'LoadAnnotations']
+    for transform in bare.pipeline:
+        transform.pop('cat_max_ratio', None)  # it chooses crops by their labels
+    bare.pipeline.append(dict(type='mmdist.MarkUnlabelled'))
+    return bare
+
+
 @dataclass
 class Study:
     """Where the data are and where cells are trained."""
@@ -44,6 +58,7 @@ class Study:
         task = TASKS[cell.task]
         is_teacher = cell.method == 'teacher'
         part = f'teacher-{cell.teacher}' if is_teacher else 'student'
+        part = part.replace('quarter', 'strong')
         path = task.config(part, cell.scale)
         if not path.is_file():
             raise SystemExit(
@@ -52,11 +67,20 @@ class Study:
             )
         cfg = Config.fromfile(path)
         cfg.randomness = dict(seed=cell.seed)
-        if is_teacher:
-            return cfg
+        loader = cfg.train_dataloader
+        bare = without_labels(loader.dataset)
         if cell.task.endswith('-25'):
             # neighbours are alike: every fourth, not the first quarter
-            cfg.train_dataloader.dataset.indices = list(range(0, task.num_images, 4))
+            loader.dataset.indices = list(range(0, task.num_images, 4))
+        if is_teacher:
+            return cfg
+        if cell.method == 'dist-no-labels':
+            loader.dataset = bare
+        if cell.method == 'dist-unlabelled':
+            bare.indices = [i for i in range(task.num_images) if i % 4]
+            loader.dataset = dict(type='ConcatDataset', datasets=[loader.dataset, bare])
+            half = loader.batch_size // 2
+            loader.sampler = dict(type='mmdist.MixedSampler', per_batch=[half, half])
         if cell.method != 'alone':
             cfg.model = dict(
                 type='mmdist.Distiller',

@@ -16,7 +16,9 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmseg.structures import SegDataSample
+from torch.utils.data import DataLoader
 
 from mmdist.datasets import ImageFolder, MarkUnlabelled, MixedSampler
 
@@ -104,6 +106,26 @@ def test_processes_share_an_epoch():
     assert sorted(i for i in indices if i < 12) == list(range(12))
     others = [i for i in indices if i >= 12]
     assert len(others) == len(set(others)) == 6
+
+
+def test_training_by_iterations_goes_on_where_it_was():
+    """mmengine starts anew and skips what was trained, over the end of an epoch too."""
+
+    def indices(skip: int) -> list[list[int]]:
+        data = ConcatDataset([Numbers(6), Numbers(10)])
+        sampler = MixedSampler(data, (2, 1), seed=0)
+        loader = DataLoader(data, batch_size=3, sampler=sampler, collate_fn=list)
+        batches = _InfiniteDataloaderIterator(loader)
+        return [
+            [item['number'] + 6 * (place == 2) for place, item in enumerate(batch)]
+            for _, batch in zip(range(8), batches, strict=False)
+        ][skip:]
+
+    every = indices(0)
+    assert indices(4) == every[4:]
+    assert sorted(i for batch in every[:3] for i in batch[:2]) == list(range(6))
+    assert sorted(i for batch in every[3:6] for i in batch[:2]) == list(range(6))
+    assert len({batch[2] for batch in every}) == 8  # across epochs, none twice
 
 
 def test_wrong_numbers_are_an_error():

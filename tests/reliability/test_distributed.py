@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from torch.nn.parallel import DistributedDataParallel
 from watch import WatchHook, in_processes, student
 
 REPO = Path(__file__).parents[2]
@@ -134,6 +135,45 @@ def test_processes_with_other_mixes_of_labels_do_not_wait(
         for i, losses in result['losses'].items():
             assert losses['loss_dist'] > 0
             assert (losses[of_the_student] == 0) == ((i + rank) % 3 == 0)
+
+
+def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
+    """Three steps; in each another mix of labelled images than the other process."""
+    model = build_pair(path, distill=distill)
+    data = batch(model)
+    model = DistributedDataParallel(model)
+    gradients = []
+    for iteration in range(3):
+        mark = (iteration + get_rank()) % 3
+        for i, sample in enumerate(data['data_samples']):
+            sample.set_metainfo(dict(unlabelled=mark == 0 or (mark == 1 and i == 0)))
+        model.zero_grad(set_to_none=True)
+        losses = model(**copy.deepcopy(data), mode='loss')
+        model.module.parse_losses(losses)[0].backward()
+        named = model.module.named_parameters()
+        gradients.append({k: p.grad.clone() for k, p in named if p.requires_grad})
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ('path', 'kind'),
+    [
+        ('detr/detr_r50_8xb2-150e_coco.py', 'mmdist.QueryLogits'),
+        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mmdist.RoILogits'),
+        ('atss/atss_r50_fpn_1x_coco.py', 'mmdist.DenseLogits'),
+    ],
+)
+def test_a_process_with_two_passes_does_not_wait_for_one_with_one(path, kind, tmp_path):
+    """DETR and ATSS divide by a number that is averaged over the processes."""
+    distill = dict(dist=dict(type=kind, loss=dict(type='mmdist.DISTLoss', sync=True)))
+    results = in_processes(
+        steps_of_other_mixes, path, distill, world_size=2, folder=tmp_path
+    )
+    assert all(isinstance(result, list) for result in results), results
+    for first, second in zip(*results, strict=True):
+        for name, gradient in first.items():
+            assert gradient.isfinite().all()
+            assert torch.equal(gradient, second[name]), name
 
 
 @pytest.mark.parametrize('find_unused', [False, True])

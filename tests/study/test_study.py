@@ -145,22 +145,62 @@ def test_settings_of_a_cell(task, tmp_path):
     cells = [
         grid.Cell('small', task, 'alone', '', 0),
         grid.Cell('small', task, 'alone', '', 1),
-        *grid.grid('small', [task], grid.METHODS[1:], ('strong', 'weak'), [0]),
+        *dict.fromkeys(
+            grid.grid('small', [task], grid.METHODS[1:], grid.TEACHERS, [0])
+        ),
     ]
     marks = {cell: study.fingerprint(cell) for cell in cells}
-    teachers = 2
-    trained = 2 + teachers + teachers * (len(grid.TASKS[task].methods) - 1)
-    assert len(set(marks.values())) == len(marks) == trained
-    assert ('kl-binary' in grid.TASKS[task].methods) == ('retinanet' in task)
+    assert len(set(marks.values())) == len(cells)
+    is_quarter = task.endswith('-25')
+    teachers = {'strong', 'weak'}
+    teachers |= {'quarter'} if is_quarter else set()
+    teachers |= {'other'} if 'retinanet' in task else set()
+    assert {cell.teacher for cell in cells} == {'', *teachers}
+    methods = grid.TASKS[task].methods
+    assert ('kl-binary' in methods) == ('retinanet' in task)
     whole = study.settings(grid.Cell('small', task.removesuffix('-25'), *cells[0][2:]))
     scarce = study.settings(cells[0])
-    if task.endswith('-25'):
+    if is_quarter:
         indices = scarce.train_dataloader.dataset.pop('indices')
         assert len(indices) == -(-grid.TASKS[task].num_images // 4)
     assert scarce._cfg_dict == whole._cfg_dict
-    teacher = study.settings(cells[2])
-    assert cells[2].method == 'teacher'
-    assert 'indices' not in teacher.train_dataloader.dataset
+    for cell in cells:
+        if cell.method == 'teacher':
+            cfg = study.settings(cell)
+            has_all = 'indices' not in cfg.train_dataloader.dataset
+            assert has_all == (cell.teacher != 'quarter')
+
+
+@pytest.mark.parametrize(
+    ('task', 'method'),
+    [
+        ('camvid', 'dist-no-labels'),
+        ('bccd-retinanet', 'dist-no-labels'),
+        ('camvid-25', 'dist-unlabelled'),
+        ('bccd-retinanet-25', 'dist-unlabelled'),
+    ],
+)
+def test_students_read_no_label_of_unlabelled_images(task, method, tmp_path):
+    """Each image is labelled or unlabelled, and the batch as large as without them."""
+    study = runs.Study(tmp_path, tmp_path)
+    usual, loader = (
+        Config(
+            study.settings(grid.Cell('small', task, m, 'strong', 0)).to_dict()
+        ).train_dataloader
+        for m in ('dist', method)
+    )
+    bare = loader.dataset
+    if method == 'dist-unlabelled':
+        assert sum(loader.sampler.per_batch) == usual.batch_size
+        labelled, bare = loader.dataset.datasets
+        assert labelled == usual.dataset
+        shown = sorted([*labelled.indices, *bare.indices])
+        assert shown == list(range(grid.TASKS[task].num_images))
+    else:
+        assert loader.sampler == usual.sampler
+    kinds = [transform.type for transform in bare.pipeline]
+    assert 'LoadAnnotations' not in kinds and kinds[-1] == 'mmdist.MarkUnlabelled'
+    assert 'cat_max_ratio' not in str(bare.pipeline)
 
 
 @pytest.mark.parametrize('scale', ['small', 'full'])
@@ -196,7 +236,7 @@ def batch(family: str) -> dict:
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for method in grid.TASKS[task].methods.keys() - {'alone'}:
+    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS}:
         cell = grid.Cell('small', task, method, 'strong', 0)
         cfg = study.settings(cell)
         teacher = study.settings(cell.its_teacher)
@@ -209,7 +249,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
             data = model.data_preprocessor(batch(family), True)
             losses = model.loss(**data)
         ours = {k: v for k, v in losses.items() if 'loss' in k and k.split('_')[-1] in
-                ('kl', 'dist', 'mimic')}  # fmt: skip
+                ('kl', 'dist', 'mimic', 'box')}  # fmt: skip
         added[method] = sorted(ours)
         total = sum(
             sum(v) if isinstance(v, (list, tuple)) else v for v in ours.values()
@@ -219,8 +259,14 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         # the head's for the logits, the backbone's for all
         gradient = model.backbone.conv1.conv.weight.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
-    kl_binary = {'kl-binary': ['loss_kl']} if task == 'bccd-retinanet' else {}
-    assert added == kl_binary | {
+    more = {
+        'camvid': {'dist-no-labels': ['loss_dist']},
+        'bccd-retinanet': {
+            'kl-binary': ['loss_kl'],
+            'dist-no-labels': ['loss_box', 'loss_dist'],
+        },
+    }.get(task, {})
+    assert added == more | {
         'kl-t1': ['loss_kl'],
         'kl-t4': ['loss_kl'],
         'dist': ['loss_dist'],
