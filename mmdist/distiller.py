@@ -135,21 +135,20 @@ def _lessons(distill: dict[str, dict], teachers: list[str]) -> Iterator[Lesson]:
     for name, entry in distill.items():
         cfg = dict(entry) if isinstance(entry, Mapping) else entry
         wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
-        weights = (
-            dict.fromkeys(teachers, 1.0)
-            if wanted is None
-            else wanted
-            if isinstance(wanted, Mapping)
-            else {wanted: 1.0}
-        )
-        unknown = sorted(set(map(str, weights)) - set(teachers))
-        if unknown or (wanted is not None and teachers == ['']):
+        if wanted is not None and teachers == ['']:
+            raise ValueError(
+                f'`distill.{name}.from_teacher` chooses among several teachers, but '
+                'there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
+            )
+        if wanted is None:
+            weights = dict.fromkeys(teachers, 1)
+        else:
+            weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
+        unknown = sorted(set(weights) - set(teachers))
+        if unknown:
             raise ValueError(
                 f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
                 f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
-                if teachers != ['']
-                else f'`distill.{name}.from_teacher` chooses among several teachers, '
-                'but there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
             )
         for teacher, weight in weights.items():
             yield Lesson(name, cfg, teacher, weight / sum(weights.values()))

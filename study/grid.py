@@ -43,6 +43,7 @@ def methods(
         pkd = dist('mmdist.Features', beta=0.0) | dict(levels='stride')
         across = {
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
+            'dist-anchors': dict(dist=dist('mmdist.BoxLogits') | dict(boxes='anchors')),
             'pkd': dict(pkd=pkd),
         }
 
@@ -121,7 +122,7 @@ for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
 TASKS |= QUARTERS
 METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
-ACROSS = ('dist-boxes', 'pkd')  # what takes a teacher of another family
+ACROSS = ('dist-boxes', 'dist-anchors', 'pkd')  # what takes a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
 

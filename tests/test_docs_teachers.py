@@ -77,7 +77,7 @@ def test_config_takes_a_step(block, tmp_path, monkeypatch):
         (tmp_path / 'torchvision_teacher.py').write_text(code)
         monkeypatch.syspath_prepend(tmp_path)
     lines = block.strip().splitlines()
-    assert len(lines) <= 17
+    assert len(lines) <= 15
     (tmp_path / 'config.py').write_text(block)
     config = Config.fromfile(tmp_path / 'config.py')
     scope = config.default_scope

@@ -56,7 +56,10 @@ class Comparison(BaseModule):
 
     A subclass says which modules it needs (:meth:`student_modules`), and how to
     :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
-    and :meth:`pair` the two. docs/own_comparison.md has an example.
+    and :meth:`pair` the two. docs/own_comparison.md has an example. One that compares
+    locations may have a ``mean_of_views(step, asked, mirrored)``, the mean of what
+    :meth:`ask` gave for a batch and for its mirror images, left to right; it takes
+    teachers with ``views``.
 
     Args:
         loss: Config of the loss, any module with a forward of (student logits, teacher
@@ -117,16 +120,6 @@ class Comparison(BaseModule):
         """The teacher's side, by the cheapest forward that gives the counterpart."""
         raise NotImplementedError
 
-    def mean_of_views(self, step: Step, asked: Any, mirrored: Any) -> Any:
-        """The mean of what the teacher says of a batch and of its mirror image.
-
-        Args:
-            step: The step.
-            asked: What :meth:`ask` gave.
-            mirrored: What :meth:`ask` gave for the images mirrored, left to right.
-        """
-        raise NotImplementedError
-
     def pair(self, step: Step, recorded, asked) -> Iterable[Pair]:
         """Logits of both sides, rows in the same order, with the rows that count."""
         raise NotImplementedError
@@ -167,9 +160,9 @@ class Comparison(BaseModule):
         """Stop before the first step if a teacher with ``views`` cannot be compared.
 
         Raises:
-            ValueError: The comparison has no :meth:`mean_of_views`.
+            ValueError: The comparison has no ``mean_of_views``.
         """
-        if type(self).mean_of_views is Comparison.mean_of_views:
+        if not hasattr(self, 'mean_of_views'):
             raise ValueError(
                 '`teacher.views` averages what the teacher says of an image and of its '
                 f'mirror image at each location, but {type(self).__name__} does not '

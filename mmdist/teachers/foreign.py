@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 GIVES = ('pixels', 'masks', 'boxes', 'features')
 
 
-class ForeignTeacher(nn.Module):
+class ForeignTeacher(nn.Module, ABC):
     """A model of any library as a teacher.
 
     A subclass builds the model, loads its weights itself, and runs it in
@@ -82,6 +83,7 @@ class ForeignTeacher(nn.Module):
         self.class_names = tuple(class_names)
         self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
 
+    @abstractmethod
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
         """Run the model.
 
@@ -93,4 +95,3 @@ class ForeignTeacher(nn.Module):
         Returns:
             What :attr:`gives` says.
         """
-        raise NotImplementedError

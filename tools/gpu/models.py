@@ -72,10 +72,16 @@ def step(run: Run, part: str) -> None:
 
 # A teacher with random weights will do: it is about how training runs.
 TRAINING = """
-_base_ = '{configs}/{task}/quickstart/{name}.py'
+_base_ = '{base}'
 model = dict(teacher=dict(checkpoint=None, allow_random=True))
 {more}
 """
+
+
+def write_config(run: Run, base: str, more: str) -> Path:
+    config = run.work / f'{base.split("/")[0]}.py'
+    config.write_text(TRAINING.format(base=ROOT / 'configs' / base, more=more))
+    return config
 
 
 def train(run: Run, config: Path, folder: Path, *options: str, launcher=()) -> list:
@@ -121,15 +127,7 @@ def amp_ema_resume(run: Run) -> None:
         "default_hooks = dict(logger=dict(interval=1), checkpoint=dict(type='"
         "CheckpointHook', interval=1, filename_tmpl='epoch_{}.pth'))\n"
     )
-    config = run.work / 'det.py'
-    config.write_text(
-        TRAINING.format(
-            configs=ROOT / 'configs',
-            task='det',
-            name='dist_retinanet_w32-w16_digits',
-            more=more,
-        )
-    )
+    config = write_config(run, 'det/quickstart/dist_retinanet_w32-w16_digits.py', more)
     amp = ['--amp'] * CUDA  # on a CPU, mmengine has none of fp16
     folder = run.work / 'det'
     table = 'RetinaNet on the digits' + (', AMP fp16' if CUDA else '')
@@ -181,15 +179,7 @@ def nccl_syncbn(run: Run) -> None:
         # it needs a GPU
         + ("sync_bn = 'torch'\n" if CUDA else '')
     )
-    config = run.work / 'seg.py'
-    config.write_text(
-        TRAINING.format(
-            configs=ROOT / 'configs',
-            task='seg',
-            name='dist_deeplabv3_w32-w8_digits',
-            more=more,
-        )
-    )
+    config = write_config(run, 'seg/quickstart/dist_deeplabv3_w32-w8_digits.py', more)
     table = 'DeepLabV3 on the digits' + (', SyncBN, NCCL' if CUDA else ', gloo')
     cards = torch.cuda.device_count() if CUDA else 1
     for processes in (1, 2):

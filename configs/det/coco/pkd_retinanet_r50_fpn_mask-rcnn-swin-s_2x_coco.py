@@ -1,5 +1,7 @@
-# PKD (arXiv 2207.02039): each channel of the FPN by its correlation.
-_base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
+_base_ = [
+    'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py',
+    '../../_base_/distill/pkd.py',
+]
 model = dict(
     _delete_=True,
     type='mmdist.Distiller',
@@ -8,12 +10,5 @@ model = dict(
         config='mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py',
         checkpoint='https://download.openmmlab.com/mmdetection/v2.0/swin/mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco/mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1.pth',
     ),
-    distill=dict(
-        pkd=dict(
-            type='mmdist.Features',
-            adapt=False,
-            levels='stride',
-            loss=dict(type='mmdist.DISTLoss', beta=0.0, loss_weight=6.0),
-        )
-    ),
+    distill=_base_.pkd,
 )
