@@ -337,11 +337,15 @@ def _join(pairs: Sequence[Pair]) -> Pair:
     masks = None
     if any(pair.mask is not None for pair in pairs):
         masks = torch.cat([_mask(pair) for pair in pairs])
+    row_weight = None
+    if first.row_weight is not None:
+        row_weight = torch.cat([pair.row_weight for pair in pairs])
     return dataclasses.replace(
         first,
         student=torch.cat([pair.student for pair in pairs]),
         teacher=torch.cat([pair.teacher for pair in pairs]),
         mask=masks,
+        row_weight=row_weight,
     )
 
 

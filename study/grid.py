@@ -38,14 +38,19 @@ def methods(
         # the published eps, with which the rows of docs/results.md were trained
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', eps=1e-8, **options))
 
-    across = {}
-    if kind != 'mmdist.SegLogits':
-        pkd = dist('mmdist.Features', beta=0.0) | dict(levels='stride')
+    pkd = dist('mmdist.Features', beta=0.0)
+    if kind == 'mmdist.SegLogits':
+        across = {}
+        pkd |= mimic
+    else:
+        box = dict(type='mmdist.Boxes')
         across = {
+            'dist-box': dict(dist=dist(), box=box),
+            'intra-box': dict(dist=dist(beta=0.0), box=box),
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
             'dist-anchors': dict(dist=dist('mmdist.BoxLogits') | dict(boxes='anchors')),
-            'pkd': dict(pkd=pkd),
         }
+        pkd |= dict(levels='stride')
 
     kl_binary = dict(
         type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
@@ -61,6 +66,8 @@ def methods(
         'dist-mimic': dict(
             dist=dist(), mimic=dict(type='mmdist.Features', adapt=True, **mimic)
         ),
+        'pkd': dict(pkd=pkd),
+        'intra-pkd': dict(dist=dist(beta=0.0), pkd=pkd),
         **across,
     }
 

@@ -4,9 +4,9 @@
     python3 tools/make_env.py [--stack upstream|onedl]
 
 Needs Python and a C++ compiler only. mmcv is compiled here, once, with its ops, from a
-few files that include its sources: one to two minutes instead of eleven on two cores. Its
-wheel is kept in the user's cache under the version of torch it was built for. What is
-finished is recognised, so an interrupted run continues (the compilation too) and a
+few files that include its sources: one or two minutes instead of eleven on two cores.
+Its wheel is kept in the user's cache under the version of torch it was built for. What
+is finished is recognised, so an interrupted run continues (the compilation too) and a
 second one ends at once. Environment variables:
 
     PIP_*                 pip's own, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU wheels

@@ -2,6 +2,7 @@
 
 from .base import Comparison, Pair
 from .box_logits import BoxLogits
+from .boxes import Boxes
 from .dense_logits import DenseLogits
 from .features import Features
 from .query_logits import QueryLogits
@@ -10,6 +11,7 @@ from .seg_logits import SegLogits
 
 __all__ = [
     'BoxLogits',
+    'Boxes',
     'Comparison',
     'DenseLogits',
     'Features',

@@ -29,6 +29,7 @@ class Pair:
         mask: True where a row counts, (rows,) or (N, *spatial); None counts all.
         weight: Factor of this term.
         name: The terms of one name are added up, and logged as one.
+        row_weight: Weight of each row, (rows,), for a loss that weights rows.
         activation: What turns these logits into probabilities, if it is not the
             activation of the student's head; 'identity' for probabilities.
     """
@@ -39,6 +40,7 @@ class Pair:
     weight: float = 1.0
     name: str = ''
     activation: str | None = None
+    row_weight: Tensor | None = None
 
 
 # Why the shapes of a pair differ.

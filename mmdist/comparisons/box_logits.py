@@ -21,7 +21,7 @@ from .default import DENSE, QUERIES, ROI, kind_of
 from .dense_logits import DenseLogits, activation_of
 from .probabilities import foreground
 from .query_logits import QueryLogits
-from .roi_logits import Proposals, RoILogits
+from .roi_logits import Proposals, RoILogits, mean_logits
 
 FEW_MATCHES = 0.05  # share of rows below which a warning says so
 WARN_AFTER = 100  # steps over which that share is averaged
@@ -124,7 +124,7 @@ class BoxLogits(Comparison):
         if kind == ROI:
             return [
                 Boxes(stage, rois, reader.per_class(student, stage, logits))
-                for stage, rois, logits in reader.record(step)
+                for stage, rois, logits, _ in reader.record(step)
             ]
         if kind == QUERIES:
             return [_as_boxes(reader.record(step)[-1])]
@@ -148,13 +148,13 @@ class BoxLogits(Comparison):
         kind = kind_of(teacher)
         reader = self._readers[kind]
         if kind == ROI:
-            judged = reader.ask(step, [Proposals(*boxes) for boxes in recorded])
+            judged = reader.judge(step, [Proposals(*boxes) for boxes in recorded])
             return [
                 (
-                    reader.per_class(teacher, -1, logits),
+                    reader.per_class(teacher, -1, mean_logits(said)),
                     torch.ones_like(boxes.rois[:, 0], dtype=torch.bool),
                 )
-                for boxes, logits in zip(recorded, judged, strict=True)
+                for boxes, said in zip(recorded, judged, strict=True)
             ]
         if kind == QUERIES:
             predictions = reader.ask(step, None)[-1]
@@ -237,7 +237,7 @@ class BoxLogits(Comparison):
     def _predictions_of_head(
         self, head: nn.Module, output: tuple, step: Step, anchors: bool = False
     ) -> list[InstanceData]:
-        """Per image the boxes, or the anchors, and logits of all locations of a head."""
+        """Per image the boxes or anchors, and the logits, of all locations."""
         reader: DenseLogits = self._readers[DENSE]
         levels = reader.scores_of(head, output)
         logits = torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], 1)

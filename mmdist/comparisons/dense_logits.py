@@ -222,13 +222,17 @@ class DenseLogits(Comparison):
         ]
 
     def run_teacher(self, step: Step, head: nn.Module) -> tuple:
-        """The output of a head of the teacher, on its features."""
-        # The flag of the head alone: its layers, Dropout or BN, stay in eval.
-        head.training = _class_maps(head).ask_as_in_training
-        try:
-            return head(step.teacher_features)
-        finally:
-            head.training = False
+        """The output of a head of the teacher, on its features, once a step."""
+
+        def run() -> tuple:
+            # The flag of the head alone: its layers, Dropout or BN, stay in eval.
+            head.training = _class_maps(head).ask_as_in_training
+            try:
+                return head(step.teacher_features)
+            finally:
+                head.training = False
+
+        return step.shared(f'head {self.teacher_path}', run)
 
     def pair(
         self, step: Step, recorded: Sequence[Tensor], asked: Sequence[Tensor]

@@ -176,21 +176,36 @@ class QueryLogits(Comparison):
     def _pair_layer(
         self, step: Step, student: list[InstanceData], teacher: list[InstanceData]
     ) -> Pair:
-        student_rows, teacher_rows = [], []
+        rows = self.matched(step, student, teacher)
+        return Pair(*(torch.cat([x.scores for x in side]) for side in rows))
+
+    def matched(
+        self, step: Step, student: list[InstanceData], teacher: list[InstanceData]
+    ) -> tuple[list[InstanceData], list[InstanceData]]:
+        """The queries of both sides, per image, paired, with the common classes.
+
+        Args:
+            step: The step.
+            student: The student's queries of a decoder layer, per image.
+            teacher: The teacher's.
+        """
+        ours, theirs = [], []
         for s, t, sample in zip(student, teacher, step.data_samples, strict=True):
             s_logits, t_logits = step.classes.select(
                 s.scores,
                 t.scores,
                 activation=self.activation(step.student),
             )
+            s = InstanceData(scores=s_logits, bboxes=s.bboxes)
+            t = InstanceData(scores=t_logits, bboxes=t.bboxes)
             of_student, of_teacher = self._match(
-                self._candidates(s_logits, s.bboxes, step),
-                self._candidates(t_logits, t.bboxes, step),
+                self._candidates(s.scores, s.bboxes, step),
+                self._candidates(t.scores, t.bboxes, step),
                 sample.metainfo,
             )
-            student_rows.append(s_logits[of_student])
-            teacher_rows.append(t_logits[of_teacher])
-        return Pair(torch.cat(student_rows), torch.cat(teacher_rows))
+            ours.append(s[of_student])
+            theirs.append(t[of_teacher])
+        return ours, theirs
 
     @staticmethod
     def _candidates(logits: Tensor, bboxes: Tensor, step: Step) -> InstanceData:

@@ -21,6 +21,15 @@ class Proposals(NamedTuple):
     stage: int
     rois: Tensor  # (rois, 5), the image's index in the batch and the box
     logits: Tensor  # (rois, classes + background), as the bbox head returned them
+    deltas: Tensor | None = None  # (rois, 4) or (rois, 4 * classes), likewise
+
+
+class Judged(NamedTuple):
+    """What one stage of the teacher says of proposals."""
+
+    stage: int
+    logits: Tensor  # (rois, classes + background)
+    deltas: Tensor  # (rois, 4) or (rois, 4 * classes)
 
 
 @MODELS.register_module()
@@ -66,13 +75,13 @@ class RoILogits(Comparison):
         """The extractors and bbox heads of all stages."""
         roi_head = self._roi_head(student)
         return [
-            *_stages(roi_head.bbox_roi_extractor),
-            *_stages(roi_head.bbox_head),
+            *stages_of(roi_head.bbox_roi_extractor),
+            *stages_of(roi_head.bbox_head),
         ]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a two-stage detector with the wanted stage."""
-        num_stages = len(_stages(self._roi_head(teacher).bbox_head))
+        num_stages = len(stages_of(self._roi_head(teacher).bbox_head))
         if isinstance(self.stage, int) and not -num_stages <= self.stage < num_stages:
             raise ValueError(
                 f'RoILogits asks for stage={self.stage} of the teacher, but its '
@@ -86,54 +95,66 @@ class RoILogits(Comparison):
         recorded = []
         for stage, (extractor, head) in enumerate(
             zip(
-                _stages(roi_head.bbox_roi_extractor),
-                _stages(roi_head.bbox_head),
+                stages_of(roi_head.bbox_roi_extractor),
+                stages_of(roi_head.bbox_head),
                 strict=True,
             )
         ):
             if stage > 0 and not step.has_run(head):
                 # A cascade stops where no proposal is left. All processes must call
                 # the loss equally often (`sync`), so here with no rows.
-                _, rois, logits = recorded[-1]
-                recorded.append(Proposals(stage, rois[:0], logits[:0]))
+                none = (x[:0] for x in recorded[-1][1:])
+                recorded.append(Proposals(stage, *none))
                 continue
             # Samplers that look for hard examples call the head before the loss does.
             said = step.calls(head)[-1]
             rois = sampled_rois(step.call_before(extractor, said))
-            recorded.append(Proposals(stage, rois, said.output[0]))
+            recorded.append(Proposals(stage, rois, *said.output[:2]))
         return recorded
 
     def ask(self, step: Step, recorded: list[Proposals]) -> list[Tensor]:
         """The teacher's logits of the same proposals, (rois, classes + background)."""
+        return [mean_logits(judged) for judged in self.judge_once(step, recorded)]
+
+    def judge_once(self, step: Step, recorded: list[Proposals]) -> list[list[Judged]]:
+        """As :meth:`judge`, of the student's own proposals, once a step."""
+        return step.shared(
+            f'proposals, stage {self.stage}', lambda: self.judge(step, recorded)
+        )
+
+    def judge(self, step: Step, recorded: list[Proposals]) -> list[list[Judged]]:
+        """What the teacher's RoI head says of proposals, of each stage that is asked.
+
+        Args:
+            step: The step.
+            recorded: Any boxes; their logits are not read.
+        """
         roi_head, features = step.teacher_model.roi_head, step.teacher_features
         context = {}
         if getattr(roi_head, 'with_semantic', False):  # HTC, SCNet
             context['semantic_feat'] = roi_head.semantic_head(features)[1]
         if getattr(roi_head, 'with_glbctx', False):  # SCNet
             context['glbctx_feat'] = roi_head.glbctx_head(features)[1]
-        if not isinstance(roi_head.bbox_head, nn.ModuleList):
-            return [
-                roi_head._bbox_forward(features, self._rois(step, p.rois), **context)[
-                    'cls_score'
-                ]
-                for p in recorded
-            ]
-        num_stages = len(roi_head.bbox_head)
-        asked = []
+        num_stages = len(stages_of(roi_head.bbox_head))
+        cascade = isinstance(roi_head.bbox_head, nn.ModuleList)
+        judged = []
         for proposals in recorded:
-            if self.stage == 'mean':
+            if not cascade:
+                stages = [0]
+            elif self.stage == 'mean':
                 stages = range(num_stages)
             elif self.stage is None:
                 stages = [min(proposals.stage, num_stages - 1)]
             else:
                 stages = [self.stage]
             rois = self._rois(step, proposals.rois)
-            scores = [
-                roi_head._bbox_forward(stage, features, rois, **context)['cls_score']
-                for stage in stages
-            ]
-            asked.append(torch.stack(scores).mean(0))
-        return asked
+            said = []
+            for stage in stages:
+                which = [stage] if cascade else []
+                results = roi_head._bbox_forward(*which, features, rois, **context)
+                said.append(Judged(stage, results['cls_score'], results['bbox_pred']))
+            judged.append(said)
+        return judged
 
     def pair(
         self, step: Step, recorded: list[Proposals], asked: list[Tensor]
@@ -142,7 +163,7 @@ class RoILogits(Comparison):
         student_head = self._roi_head(step.student)
         cascade = isinstance(student_head.bbox_head, nn.ModuleList)
         pairs = []
-        for (stage, _, student), teacher in zip(recorded, asked, strict=True):
+        for (stage, _, student, _), teacher in zip(recorded, asked, strict=True):
             student, teacher = step.classes.select(
                 self.per_class(step.student, stage, student),
                 self.per_class(step.teacher_model, -1, teacher),
@@ -162,7 +183,7 @@ class RoILogits(Comparison):
             stage: Of a cascade.
             logits: (rois, columns), as the bbox head returned them.
         """
-        return _per_class(_stages(model.roi_head.bbox_head)[stage], logits)
+        return _per_class(stages_of(model.roi_head.bbox_head)[stage], logits)
 
     @staticmethod
     def _rois(step: Step, rois: Tensor) -> Tensor:
@@ -188,7 +209,12 @@ class RoILogits(Comparison):
         return roi_head
 
 
-def _stages(module: nn.Module) -> Sequence[nn.Module]:
+def mean_logits(judged: list[Judged]) -> Tensor:
+    """The mean over the stages that were asked."""
+    return torch.stack([said.logits for said in judged]).mean(0)
+
+
+def stages_of(module: nn.Module) -> Sequence[nn.Module]:
     """The stages of a cascade, or the single stage in a list."""
     return module if isinstance(module, nn.ModuleList) else [module]
 

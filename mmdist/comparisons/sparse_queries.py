@@ -51,7 +51,7 @@ def record(step: Step) -> list[list[InstanceData]]:
             strict=True,
         ):
             bboxes = head.bbox_coder.decode(
-                rois[:, 1:], deltas.detach(), max_shape=sample.img_shape
+                rois[:, 1:], deltas, max_shape=sample.img_shape
             )
             images.append(InstanceData(scores=logits, bboxes=bboxes))
         stages.append(images)

@@ -95,6 +95,34 @@ class ClassMatch:
         """
         return _select(scores, self.teacher, self.num_teacher, dim, activation)
 
+    def best(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The common class of which the teacher is surest.
+
+        Args:
+            teacher: Its probabilities of all its classes, without background,
+                (rows, classes).
+
+        Returns:
+            The probability, and the index of the class for the student and for the
+            teacher, each (rows,).
+        """
+        if self.teacher is None:
+            probability, theirs = teacher.max(1)
+            return probability, theirs, theirs
+        columns = tuple(itertools.chain(*self.teacher))
+        ours = self.student or [(i,) for i in range(len(self.teacher))]
+        students = tuple(
+            mine
+            for (mine,), group in zip(ours, self.teacher, strict=True)
+            for _ in group
+        )
+        probability, index = _take(teacher, columns, 1).max(1)
+        return (
+            probability,
+            _on_device(students, teacher.device)[index],
+            _on_device(columns, teacher.device)[index],
+        )
+
     def describe(self, student: Sequence[str], teacher: Sequence[str]) -> str:
         """Say which classes are compared and which are not.
 

@@ -1,0 +1,267 @@
+"""The boxes that two detectors predict: what class scores do not say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmdist.lookup import is_a
+from mmdist.registry import MODELS
+from mmdist.step import Step
+from mmdist.teachers import Teacher
+
+from .base import Comparison, Pair
+from .decode import Code, decode, encoded, encodes
+from .default import DENSE, QUERIES, ROI, kind_of
+from .dense_logits import DenseLogits
+from .probabilities import foreground
+from .query_logits import QueryLogits
+from .roi_logits import Judged, Proposals, RoILogits, stages_of
+
+
+@MODELS.register_module()
+class Boxes(Comparison):
+    """Teach the boxes that the teacher predicts, row by row.
+
+    Class scores do not say where a box ends. This complements ``RoILogits``,
+    ``DenseLogits`` and ``QueryLogits``, with the same rows and the teacher's boxes as
+    targets:
+
+    - **two-stage**: a row is a proposal that the student sampled. The teacher regresses
+      it for its own best class, and the student's box is that of the same class.
+    - **dense**: a row is an anchor or point of a location. Both must have the same.
+    - **queries**: a row is a pair that :class:`QueryLogits` matches.
+
+    The weight of a row is the teacher's probability of its best class, or 0 if that is
+    below ``min_score``. The loss is the weighted mean over the rows.
+
+    Args:
+        loss: Config of a loss of mmdet for boxes. If omitted, it is that of the
+            student's head. A loss of IoU type gets boxes in pixels, any other (L1,
+            smooth L1) gets them as the student's head encodes them, relative to anchors
+            or proposals. Of queries it is of IoU type.
+        min_score: The least probability of the teacher's best class. Where a dense head
+            ranks by class times centerness, objectness or IoU, it is that product.
+        stage: The stage of a cascade teacher, as in :class:`RoILogits`.
+        weight: Factor of the loss.
+
+    Raises:
+        ValueError: ``min_score`` is no probability.
+    """
+
+    families = (
+        'two detectors of one family: dense with the same anchors, two-stage with bbox '
+        'heads that regress four numbers, or with object queries'
+    )
+
+    def __init__(
+        self,
+        loss: dict | None = None,
+        min_score: float = 0.3,
+        stage: int | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(loss or dict(type='mmdet.GIoULoss'))
+        if not 0 <= min_score < 1:
+            raise ValueError(
+                f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
+            )
+        self.is_own_loss = loss is None
+        self.min_score = min_score
+        self.weight = weight
+        self._readers = {
+            DENSE: DenseLogits(score='joint'),
+            ROI: RoILogits(stage=stage),
+            QUERIES: QueryLogits(min_score=min_score),
+        }
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether the loss is of IoU type, for boxes in pixels."""
+        return 'IoU' in type(self.loss).__name__
+
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the student, and take the loss of its head."""
+        super().bind(student, teacher)
+        is_queries = kind_of(student) == QUERIES
+        head = self._heads(student)[0]
+        own = getattr(head, 'loss_iou' if is_queries else 'loss_bbox', None)
+        if self.is_own_loss and own is not None:
+            self.loss = deepcopy(own)
+        if is_queries and not self.in_pixels:
+            raise ValueError(
+                'Boxes compares those of queries in pixels: `loss` is one of IoU type, '
+                f'such as mmdet.GIoULoss, got {type(self.loss).__name__}.'
+            )
+
+    def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
+        """Those of the class comparison of its family."""
+        for head in self._heads(student):
+            if not _is_known(head, kind_of(student)):
+                raise self.unsupported(
+                    student,
+                    f'how a {type(head).__name__} encodes its boxes is not known here',
+                )
+        return self._reader(student).student_modules(student)
+
+    def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Both are of one family, with boxes that are known here."""
+        if kind_of(student) != kind_of(teacher):
+            raise ValueError(
+                'Boxes compares rows of two detectors of one family, but the student '
+                f'is a {type(student).__name__}, the teacher a '
+                f'{type(teacher).__name__}.'
+            )
+        self._reader(student).check_pair(student, teacher)
+        self.student_modules(teacher)
+
+    def record(self, step: Step) -> list[Any]:
+        """Proposals of all stages, or queries, or the output of a dense head."""
+        reader = self._reader(step.student)
+        if kind_of(step.student) != DENSE:
+            return reader.record(step)
+        (head,) = reader.student_modules(step.student)
+        return [step.calls(head)[-1].output]
+
+    def ask(self, step: Step, recorded: list[Any]) -> list[Any]:
+        """What the teacher says of the same proposals, or its queries or output."""
+        kind, reader = kind_of(step.student), self._reader(step.student)
+        if kind == ROI:
+            return [judged[-1] for judged in reader.judge_once(step, recorded)]
+        if kind == QUERIES:
+            return reader.ask(step, None)
+        (head,) = reader.student_modules(step.teacher_model)
+        return [reader.run_teacher(step, head)]
+
+    def pair(self, step: Step, recorded: list[Any], asked: list[Any]) -> list[Pair]:
+        """A pair of boxes, (rows, 4), for each stage of the student."""
+        kind = kind_of(step.student)
+        if kind == ROI:
+            both = zip(recorded, asked, strict=True)
+            return [self._of_proposals(step, *one) for one in both]
+        compare = self._of_queries if kind == QUERIES else self._of_locations
+        return [compare(step, recorded[-1], asked[-1])]
+
+    def _of_proposals(self, step: Step, proposals: Proposals, judged: Judged) -> Pair:
+        roi_head = step.student.roi_head
+        student = stages_of(roi_head.bbox_head)[proposals.stage]
+        teacher = stages_of(step.teacher_model.roi_head.bbox_head)[judged.stage]
+        logits = self._readers[ROI].per_class(
+            step.teacher_model, judged.stage, judged.logits
+        )
+        scores, ours, theirs = step.classes.best(foreground(logits, 'softmax'))
+        priors = proposals.rois[:, 1:]
+        target = teacher.bbox_coder.decode(
+            priors, _of_class(teacher, judged.deltas, theirs)
+        )
+        code = _of_class(student, proposals.deltas, ours)
+        if self.in_pixels:
+            code = student.bbox_coder.decode(priors, code)
+        else:
+            target = student.bbox_coder.encode(priors, target)
+        weight, name = self.weight, ''
+        if isinstance(roi_head.bbox_head, nn.ModuleList):
+            weight = weight * roi_head.stage_loss_weights[proposals.stage]
+            name = f's{proposals.stage}'
+        return self._pair(code, target, scores, weight, name)
+
+    def _of_locations(self, step: Step, recorded: tuple, asked: tuple) -> Pair:
+        student, teacher = (
+            self._heads(model)[0] for model in (step.student, step.teacher_model)
+        )
+        scores = []
+        for level in self._readers[DENSE].scores_of(teacher, asked):
+            rows = level.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
+            best, *_ = step.classes.best(rows.flatten(0, 3))
+            best = best.view(rows.shape[:-1])
+            mask = step.valid_mask(*rows.shape[1:3])
+            if mask is not None:
+                best = best * mask.unsqueeze(-1)
+            scores.append(best.flatten(1))
+        code, theirs = encoded(student, recorded), encoded(teacher, asked)
+        target = decode(teacher, theirs)
+        if self.in_pixels:
+            code = Code(decode(student, code), code.priors)
+        else:
+            priors = code.priors.repeat(len(target), 1)
+            target = student.bbox_coder.encode(priors, target.flatten(0, 1))
+        return self._pair(
+            code.code.flatten(0, 1),
+            target.reshape(-1, 4),
+            torch.cat(scores, 1).flatten(),
+            self.weight,
+        )
+
+    def _of_queries(
+        self, step: Step, recorded: list[InstanceData], asked: list[InstanceData]
+    ) -> Pair:
+        reader = self._readers[QUERIES]
+        rows = reader.matched(step, recorded, asked)
+        code, target = (torch.cat([x.bboxes for x in side]) for side in rows)
+        logits = torch.cat([x.scores for x in rows[1]])
+        scores = foreground(logits, reader.activation(step.teacher_model)).amax(1)
+        return self._pair(code, target, scores, self.weight)
+
+    def _pair(
+        self,
+        code: Tensor,
+        target: Tensor,
+        scores: Tensor,
+        weight: float,
+        name: str = '',
+    ) -> Pair:
+        row_weight = scores * (scores >= self.min_score)
+        if self.in_pixels:
+            # RTMDet's distances may be negative: no box, and no IoU
+            sizes = torch.cat([x[:, 2:] - x[:, :2] for x in (code, target)], 1)
+            row_weight = row_weight * (sizes > 0).all(1)
+        return Pair(
+            code.float(), target.float(), None, weight, name, row_weight=row_weight
+        )
+
+    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
+        counts = pair.row_weight[:, None] > 0
+        # where no row counts a box may be of any size, and its loss NaN
+        target = torch.where(counts, pair.teacher, 0)
+        code = torch.where(counts, pair.student, target)
+        values = loss(code, target, reduction_override='none')
+        values = torch.where(counts, values.reshape(len(values), -1), 0).sum(1)
+        total = pair.row_weight.sum()
+        return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
+
+    def _reader(self, model: nn.Module) -> Comparison:
+        kind = kind_of(model)
+        if kind not in self._readers:
+            raise self.unsupported(model, 'it is of none of these families')
+        return self._readers[kind]
+
+    def _heads(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The heads that regress boxes, one for each stage."""
+        reader, kind = self._reader(model), kind_of(model)
+        modules = reader.student_modules(model)
+        if kind == ROI:
+            return stages_of(model.roi_head.bbox_head)
+        return modules[-1:]
+
+
+def _is_known(head: nn.Module, kind: str) -> bool:
+    if kind == DENSE:
+        return encodes(head)
+    if kind == QUERIES:
+        return True
+    # CrowdDet regresses several boxes of a proposal, SABL the sides of one
+    coder = getattr(head, 'bbox_coder', None)
+    return not hasattr(head, 'num_instance') and not is_a(head, 'SABLHead') and coder
+
+
+def _of_class(head: nn.Module, deltas: Tensor, classes: Tensor) -> Tensor:
+    """The four numbers of one class of each row."""
+    if head.reg_class_agnostic:
+        return deltas
+    index = classes[:, None, None].expand(-1, 1, 4)
+    return deltas.unflatten(1, (-1, 4)).gather(1, index).squeeze(1)
