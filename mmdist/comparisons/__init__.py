@@ -1,6 +1,7 @@
 """What can be compared between a student and its teacher, one kind a file."""
 
 from .base import Comparison, Pair
+from .box_distributions import BoxDistributions
 from .box_logits import BoxLogits
 from .boxes import Boxes
 from .dense_logits import DenseLogits
@@ -10,6 +11,7 @@ from .roi_logits import RoILogits
 from .seg_logits import SegLogits
 
 __all__ = [
+    'BoxDistributions',
     'BoxLogits',
     'Boxes',
     'Comparison',
