@@ -302,15 +302,23 @@ class DistilledMixin:
             teacher = self.teachers[lesson.teacher]
             if self._is_default:
                 self.distill[key], self.why_default = default_for_pair(self, teacher)
-                print_log(
-                    f'mmdist.{type(self.distill[key]).__name__} compares student and '
-                    f'teacher {lesson.teacher}, because {self.why_default}.',
-                    logger='current',
-                )
             self.distill[key].check_pair(self, teacher.model)
             if teacher.views:
                 self.distill[key].check_views()
+            print_log(self._in_words(key), logger='current')
         self._is_checked = True
+
+    def _in_words(self, key: str) -> str:
+        """What is distilled from which teacher into what, and why."""
+        lesson, comparison = self._lessons[key], self.distill[key]
+        teacher = self.teachers[lesson.teacher]
+        name = ' '.join(filter(None, (type(teacher.model).__name__, lesson.teacher)))
+        why = f', chosen because {self.why_default}' if self._is_default else ''
+        return (
+            f'mmdist: {type(self).__mro__[2].__name__} learns from {name} '
+            f'({teacher.origin}) by `{lesson.name}`, {type(comparison).__name__} with '
+            f'{type(comparison.loss).__name__}{why}.'
+        )
 
     def _match_classes(self) -> None:
         """Match the classes once, when the Runner has said which the student has."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import dataset_batch, distilled_text
 from mmengine.config import Config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -132,6 +132,24 @@ def test_the_teacher_is_a_guest(config):
     assert all(p.grad is None for p in teacher.parameters())
     after = teacher.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_log_says_once_who_learns_what_from_whom(config, family, monkeypatch):
+    lines = []
+    logger = MMLogger.get_current_instance()
+    monkeypatch.setattr(logger, 'handle', lambda record: lines.append(record.msg))
+    logger.setLevel('INFO')
+    model = build(config)
+    model._load_teachers()
+    said = [str(line) for line in lines if 'learns from' in str(line)]
+    names = dict(det=('RetinaNet', 'DenseLogits'), seg=('EncoderDecoder', 'SegLogits'))[
+        family
+    ]
+    assert said == [
+        f'mmdist: {names[0]} learns from {names[0]} ({config.model.teacher.checkpoint})'
+        f' by `dist`, {names[1]} with DISTLoss, chosen because student and teacher are '
+        'of one kind.'
+    ]
 
 
 def test_the_term_reaches_the_backbone_and_changes_with_the_student(config):

@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--checkpoint',
         help="the teacher's weights, path or URL; of a `pkg::path` those that the "
-        'library publishes, if left out',
+        'library publishes, if omitted',
     )
     parser.add_argument(
         '--class-map',
@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
         help='what is compared, <name>.type=... first; if omitted, the default of the '
         "student's family",
     )
-    parser.add_argument('--out', help='where the config goes; printed if left out')
+    parser.add_argument('--out', help='where the config goes; printed if omitted')
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ class MobileNetV2(MMSegMobileNetV2):
 
     Args:
         num_stages: How many of the seven stages there are.
-        out_indices: Stages whose maps are returned, from 0; the last one if left out.
+        out_indices: Stages whose maps are returned, from 0; the last one if omitted.
         kwargs: As for mmseg's ``MobileNetV2``.
 
     Raises:
@@ -75,7 +75,7 @@ def rename_torchvision_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
     Args:
         state_dict: Keys ``features.<block>...`` and ``classifier...``. The classifier
             and the last 1x1 convolution, ``features.18``, have no counterpart and are
-            left out.
+            omitted.
 
     Raises:
         ValueError: A key is not one of torchvision's ``mobilenet_v2``.

@@ -76,14 +76,14 @@ class QueryLogits(Comparison):
     QueryInst are queries as well, and each stage of their cascade is a decoder layer.
 
     Args:
-        loss: Config of the loss; ``mmdist.DISTLoss`` if left out.
+        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
         layers: 'last', the last decoder layer, or 'all', every layer that both have,
             counted from the last, each with a matching of its own; their terms are
             summed.
         match_costs: Configs of the costs to match by: :class:`ClassProbabilityCost` and
             any of mmdet's match costs of classes and boxes, which get the teacher's
-            queries as ground truth, labelled with their best class. Left out, they are
-            ``MATCH_COSTS``.
+            queries as ground truth, labelled with their best class;
+            ``MATCH_COSTS`` if omitted.
         min_score: Queries whose best class the teacher gives a smaller probability
             are not matched, so that a few objects are not outvoted by hundreds of
             empty queries. 0 takes all.

@@ -51,6 +51,11 @@ class MeanTeacher(Teacher):
         # What was there when the model was built belongs to another run.
         self._saved = MessageHub.get_current_instance().get_info(SAVED)
 
+    @property
+    def origin(self) -> str:
+        """Where its weights are from, in words."""
+        return "the mean of the student's weights"
+
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), 'average': None, '_saved': None}
 

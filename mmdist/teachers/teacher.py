@@ -105,6 +105,13 @@ class Teacher:
         self.class_names: Sequence[str] | None = None
         self.classes: ClassMatch | None = None
 
+    @property
+    def origin(self) -> str:
+        """Where its weights are from, in words."""
+        if self.checkpoint is not None:
+            return self.checkpoint
+        return 'random weights' if self.allow_random else 'weights of its own'
+
     def __deepcopy__(self, memo: dict) -> Teacher:
         # A copy of the student (EMA makes one) has the same guest, not a second one.
         return self
