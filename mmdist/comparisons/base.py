@@ -6,13 +6,16 @@ import copy
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmdist.lookup import by_class_name
 from mmdist.losses import DISTLoss, as_rows
 from mmdist.registry import MODELS
 from mmdist.step import Step
@@ -53,6 +56,14 @@ OTHER_CLASSES = (
 OTHER_ROWS = 'Use a teacher with the same strides and the same anchors per location.'
 
 
+# Losses that turn logits into probabilities themselves: what gives them back, from
+# sigmoids the log-odds, from a softmax the logarithms.
+LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    'BinaryKLDivLoss': partial(torch.logit, eps=1e-6),
+    'KnowledgeDistillationKLDivLoss': lambda p: p.clamp(min=1e-6).log(),
+}
+
+
 class Comparison(BaseModule):
     """What of the student is compared with what of the teacher, in three steps.
 
@@ -67,6 +78,8 @@ class Comparison(BaseModule):
         loss: Config of the loss, any module with a forward of (student logits, teacher
             logits) or (student logits, teacher logits, mask). If it has no ``mask``, it
             is called with the rows that count. If omitted, it is ``mmdist.DISTLoss``.
+            Where probabilities are compared, ``mmdist.BinaryKLDivLoss`` and mmdet's KL
+            get their log-odds or logarithms, and any other loss gets them as they are.
             Without an ``activation`` of its own that loss gets :meth:`activation`.
 
     Attributes:
@@ -232,9 +245,13 @@ class Comparison(BaseModule):
                 f'{type(self).__name__}: the student gives logits of shape {ours}, the '
                 f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
             )
+        student, teacher = pair.student, pair.teacher
+        to_logits = by_class_name(loss, LOSSES_OF_LOGITS)
+        if to_logits is not None and pair.activation == 'identity':
+            student, teacher = to_logits(student), to_logits(teacher)
         if self._loss_takes_mask:
-            return loss(pair.student, pair.teacher, mask=pair.mask)
-        student, teacher = as_rows(pair.student), as_rows(pair.teacher)
+            return loss(student, teacher, mask=pair.mask)
+        student, teacher = as_rows(student), as_rows(teacher)
         if pair.mask is not None:
             student, teacher = (
                 student[pair.mask.flatten()],

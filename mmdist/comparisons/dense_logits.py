@@ -139,7 +139,7 @@ class DenseLogits(Comparison):
             does not; False restores it.
         score: ``'class'``, the class scores alone (published), or ``'joint'``, the
             probabilities that ``predict`` ranks by: class times objectness, centerness
-            or IoU, without background. Any loss gets these, not logits. Heads with one
+            or IoU, without background. Heads with one
             anchor or point per location are then compared whatever it is.
     """
 

@@ -10,7 +10,7 @@ import torch
 from det_zoo import batch, build_pair, keep_transformer
 from mmdet.structures.bbox import bbox2roi
 from mmengine.logging import MMLogger
-from scipy.special import expit, softmax
+from scipy.special import expit, rel_entr, softmax
 from torch import nn
 
 from mmdist.comparisons.box_logits import WARN_AFTER, largest_overlap
@@ -317,3 +317,29 @@ def test_joint_scores_are_class_times_centerness():
         best.append(np.sort(np.concatenate(joint, 1).max(0))[::-1][:5])
     found = rows.student.detach().amax(1).numpy().reshape(2, 5)
     np.testing.assert_allclose(np.sort(found)[:, ::-1], best, rtol=1e-4)
+
+
+@pytest.mark.parametrize('is_binary', [True, False])
+def test_kl_of_probabilities_is_that_of_the_probabilities(is_binary):
+    """A sigmoid learns from a softmax; both KLs by scipy."""
+    loss = (
+        dict(type='mmdist.BinaryKLDivLoss')
+        if is_binary
+        else dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=1)
+    )
+    model = pair(RETINANET, CASCADE, boxes(top_k=10, loss=loss))
+    losses, (rows,), _ = step(model)
+    assert rows.activation == 'identity'
+    student, teacher = (
+        x.detach().double().clamp(1e-6, 1 - 1e-6).numpy()
+        for x in (rows.student, rows.teacher)
+    )
+    if is_binary:
+        both = rel_entr(teacher, student) + rel_entr(1 - teacher, 1 - student)
+        expected = both.sum(1).mean()
+    else:
+        student, teacher = (x / x.sum(1, keepdims=True) for x in (student, teacher))
+        expected = rel_entr(teacher, student).mean()
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+    losses['loss_dist'].backward()
+    assert model.bbox_head.retina_cls.weight.grad.abs().max() > 0
