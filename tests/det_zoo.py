@@ -31,6 +31,35 @@ CHANNELS = (
 )
 AT_MOST = {'num_queries': 30, 'num_proposals': 30, 'num': 64, 'num_points': 400}
 
+# A config of mmdet's zoo for each family, as short names in tests.
+FAMILIES = {
+    'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
+    'CenterNet': 'centernet/centernet_r18_8xb16-crop512-140e_coco.py',
+    'DDQ': 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
+    'DETR': 'detr/detr_r50_8xb2-150e_coco.py',
+    'DINO': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
+    'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'FSAF': 'fsaf/fsaf_r50_fpn_1x_coco.py',
+    'FreeAnchor': 'free_anchor/freeanchor_r50_fpn_1x_coco.py',
+    'GFL': 'gfl/gfl_r50_fpn_1x_coco.py',
+    'HTC': 'htc/htc_r50_fpn_1x_coco.py',
+    'Cascade R-CNN': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
+    'Faster R-CNN': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    'Mask R-CNN': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
+    'Mask2Former': 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+    'PAA': 'paa/paa_r50_fpn_1x_coco.py',
+    'RTMDet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
+    'RetinaNet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
+    'SOLO': 'solo/solo_r50_fpn_1x_coco.py',
+    'SSD': 'ssd/ssd300_coco.py',
+    'Sparse R-CNN': 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
+    'TOOD': 'tood/tood_r50_fpn_1x_coco.py',
+    'VFNet': 'vfnet/vfnet_r50_fpn_1x_coco.py',
+    'YOLOX': 'yolox/yolox_tiny_8xb8-300e_coco.py',
+    'YOLOv3': 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
+}
+
 Sizes = tuple[tuple[int, int], ...]
 SIZES: Sizes = ((64, 64), (48, 64))
 

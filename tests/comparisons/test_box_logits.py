@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair, keep_transformer
+from det_zoo import FAMILIES, batch, build_pair, keep_transformer
 from mmdet.structures.bbox import bbox2roi
 from mmengine.logging import MMLogger
 from scipy.special import expit, rel_entr, softmax
@@ -18,26 +18,22 @@ from mmdist.comparisons.decode import decode_boxes
 from mmdist.comparisons.dense_logits import activation_of
 from mmdist.record import Recorder
 
-RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
-ATSS = 'atss/atss_r50_fpn_1x_coco.py'
-FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-CASCADE = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
-DINO = 'dino/dino-4scale_r50_8xb2-12e_coco.py'
-FAMILIES = {
-    'RetinaNet': RETINANET,
-    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-    'ATSS': ATSS,
-    'RTMDet': 'rtmdet/rtmdet_s_8xb32-300e_coco.py',
-    'YOLOX': 'yolox/yolox_s_8xb8-300e_coco.py',
-    'TOOD': 'tood/tood_r50_fpn_1x_coco.py',
-    'Faster R-CNN': FASTER,
-    'Cascade R-CNN': CASCADE,
-    'DINO': DINO,
-    'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'Sparse R-CNN': 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
-    'SSD': 'ssd/ssd300_coco.py',
-}
-ANY_SIZE = [family for family in FAMILIES if family != 'SSD']
+RETINANET, ATSS, FASTER, CASCADE = (
+    FAMILIES[name] for name in ('RetinaNet', 'ATSS', 'Faster R-CNN', 'Cascade R-CNN')
+)
+ANY_SIZE = (
+    'RetinaNet',
+    'FCOS',
+    'ATSS',
+    'RTMDet',
+    'YOLOX',
+    'TOOD',
+    'Faster R-CNN',
+    'Cascade R-CNN',
+    'DINO',
+    'Deformable DETR',
+    'Sparse R-CNN',
+)  # and SSD
 SIZES = ((96, 96), (72, 96))
 
 

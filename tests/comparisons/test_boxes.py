@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair, keep_transformer
+from det_zoo import FAMILIES, batch, build_pair, keep_transformer
 from scipy.special import softmax
 from torch import nn
 
@@ -14,31 +14,15 @@ from mmdist.comparisons.dense_logits import activation_of
 from mmdist.record import Recorder
 from mmdist.teachers import match_classes
 
-RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
-ATSS = 'atss/atss_r50_fpn_1x_coco.py'
-FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-CASCADE = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
-DINO = 'dino/dino-4scale_r50_8xb2-12e_coco.py'
-DENSE = {
-    'RetinaNet': RETINANET,
-    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-    'ATSS': ATSS,
-    'GFL': 'gfl/gfl_r50_fpn_1x_coco.py',
-    'RTMDet': 'rtmdet/rtmdet_s_8xb32-300e_coco.py',
-    'YOLOX': 'yolox/yolox_s_8xb8-300e_coco.py',
-    'TOOD': 'tood/tood_r50_fpn_1x_coco.py',
-    'VFNet': 'vfnet/vfnet_r50_fpn_1x_coco.py',
-    'FreeAnchor': 'free_anchor/freeanchor_r50_fpn_1x_coco.py',
-    'FSAF': 'fsaf/fsaf_r50_fpn_1x_coco.py',
-}
-OTHERS = {
-    'Faster R-CNN': FASTER,
-    'Faster R-CNN, GIoU': 'faster_rcnn/faster-rcnn_r50_fpn_giou_1x_coco.py',
-    'Cascade R-CNN': CASCADE,
-    'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'DINO': DINO,
-    'Sparse R-CNN': 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
-}
+RETINANET, ATSS, FASTER, CASCADE, DINO = (
+    FAMILIES[name]
+    for name in ('RetinaNet', 'ATSS', 'Faster R-CNN', 'Cascade R-CNN', 'DINO')
+)
+DENSE = (
+    *('RetinaNet', 'FCOS', 'ATSS', 'GFL', 'RTMDet'),
+    *('YOLOX', 'TOOD', 'VFNet', 'FreeAnchor', 'FSAF'),
+)
+OTHERS = ('Faster R-CNN', 'Cascade R-CNN', 'Deformable DETR', 'DINO', 'Sparse R-CNN')
 SIZES = ((96, 96), (72, 96))
 
 
@@ -78,7 +62,7 @@ def step(model: nn.Module) -> tuple[dict, list]:
 
 @pytest.mark.parametrize('name', [*DENSE, *OTHERS])
 def test_a_student_learns_boxes(name):
-    model = pair({**DENSE, **OTHERS}[name])
+    model = pair(FAMILIES[name])
     losses, _ = step(model)
     terms = [v for k, v in losses.items() if k.startswith('loss_box')]
     assert len(terms) == (3 if name == 'Cascade R-CNN' else 1)
@@ -92,7 +76,7 @@ def test_a_student_learns_boxes(name):
 @pytest.mark.parametrize('name', [x for x in (*DENSE, *OTHERS) if x != 'FSAF'])
 def test_a_copy_of_the_student_teaches_nothing(name):
     """But for FSAF, whose loss changes what its head returned."""
-    model = copy_of_the_student({**DENSE, **OTHERS}[name])
+    model = copy_of_the_student(FAMILIES[name])
     losses, pairs = step(model)
     total = sum(v for k, v in losses.items() if k.startswith('loss_box'))
     assert total.item() == pytest.approx(0, abs=1e-4)
@@ -102,7 +86,7 @@ def test_a_copy_of_the_student_teaches_nothing(name):
 @pytest.mark.parametrize('name', DENSE)
 def test_boxes_of_locations_are_those_that_the_head_predicts(name):
     """Oracle: the head's own ``predict_by_feat``, which clips them to the image."""
-    model = pair(DENSE[name]).eval()
+    model = pair(FAMILIES[name]).eval()
     data = batch(model, SIZES)
     head, metas = model.bbox_head, [s.metainfo for s in data['data_samples']]
     with torch.no_grad():
@@ -189,6 +173,24 @@ def test_two_entries_ask_the_teachers_head_once():
         losses = model(**batch(model, SIZES), mode='loss')
     assert len(recorder.calls(head)) == 1
     assert {'loss_dist', 'loss_box', 'loss_bbox'} <= losses.keys()
+
+
+def test_images_without_labels_count_as_well():
+    """The proposals of both parts of the batch are rows, with their own weights."""
+    model = pair(FASTER)
+    data = batch(model, SIZES)
+    data['data_samples'][1].set_metainfo(dict(unlabelled=True))
+    comparison = model.distill['box']
+    with Recorder([comparison]) as recorder:
+        losses = model(**data, mode='loss')
+    (one,) = recorder.calls(comparison)[0].args[1]
+    weight, student, teacher = (
+        x.detach().double().numpy() for x in (one.row_weight, one.student, one.teacher)
+    )
+    assert len(weight) == len(student) > 300  # two images, up to 512 proposals each
+    values = np.abs(student - teacher).sum(1)
+    wanted = (weight * values).sum() / weight.sum()
+    assert losses['loss_box'].item() == pytest.approx(wanted, rel=1e-4)
 
 
 def test_padding_and_what_the_teacher_is_unsure_of_do_not_count():

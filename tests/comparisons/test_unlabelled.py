@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, build_pair, keep_backbone, keep_transformer
+from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from mmseg.utils import register_all_modules as register_mmseg
@@ -21,28 +21,28 @@ from mmdist.unlabelled import _loss_of_images, joined
 
 SIZES = ((160, 160), (128, 160))
 SMALL = ((96, 96), (72, 96))  # for slow transformers
-DETECTORS = {
-    'RetinaNet': 'retinanet/retinanet_r50_fpn_1x_coco.py',
-    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
-    'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
-    'TOOD': 'tood/tood_r50_fpn_1x_coco.py',
-    'RTMDet': 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
-    'YOLOX': 'yolox/yolox_tiny_8xb8-300e_coco.py',
-    'YOLOv3': 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
-    'PAA': 'paa/paa_r50_fpn_1x_coco.py',
-    'CenterNet': 'centernet/centernet_r18_8xb16-crop512-140e_coco.py',
-    'Faster R-CNN': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-    'Mask R-CNN': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',
-    'Cascade R-CNN': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-    'HTC': 'htc/htc_r50_fpn_1x_coco.py',
-    'SOLO': 'solo/solo_r50_fpn_1x_coco.py',
-    'Sparse R-CNN': 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py',
-    'DETR': 'detr/detr_r50_8xb2-150e_coco.py',
-    'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'DINO': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
-    'DDQ': 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
-    'Mask2Former': 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
-}
+DETECTORS = (
+    'RetinaNet',
+    'FCOS',
+    'ATSS',
+    'TOOD',
+    'RTMDet',
+    'YOLOX',
+    'YOLOv3',
+    'PAA',
+    'CenterNet',
+    'Faster R-CNN',
+    'Mask R-CNN',
+    'Cascade R-CNN',
+    'HTC',
+    'SOLO',
+    'Sparse R-CNN',
+    'DETR',
+    'Deformable DETR',
+    'DINO',
+    'DDQ',
+    'Mask2Former',
+)
 SEGMENTORS = {
     'PSPNet': 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024',
     'UPerNet': 'upernet/upernet_r50_4xb2-40k_cityscapes-512x1024',
@@ -78,7 +78,7 @@ def sizes_of(name: str) -> tuple:
 
 
 def detector(name: str) -> nn.Module:
-    return build_pair(DETECTORS[name], edit=as_it_is, sizes=sizes_of(name))
+    return build_pair(FAMILIES[name], edit=as_it_is, sizes=sizes_of(name))
 
 
 def segmentor(name: str) -> nn.Module:
@@ -154,13 +154,13 @@ def assert_close(a: dict, b: dict, **tolerance) -> None:
             torch.testing.assert_close(x, y, **tolerance, msg=key)
 
 
-FAMILIES = [
+EVERY = [
     *(('det', name) for name in DETECTORS),
     *(('seg', name) for name in SEGMENTORS),
 ]
 
 
-@pytest.mark.parametrize(('kind', 'name'), FAMILIES)
+@pytest.mark.parametrize(('kind', 'name'), EVERY)
 def test_own_losses_are_those_of_the_labelled_images(kind, name):
     """Whatever the labels of the others hold; and these are distilled."""
     model = freeze_norms(detector(name) if kind == 'det' else segmentor(name))
@@ -188,7 +188,7 @@ def test_own_losses_are_those_of_the_labelled_images(kind, name):
     assert any(added[k].item() != without[k].item() for k in terms)
 
 
-@pytest.mark.parametrize(('kind', 'name'), FAMILIES)
+@pytest.mark.parametrize(('kind', 'name'), EVERY)
 def test_without_any_label_only_distillation_learns(kind, name):
     model = detector(name) if kind == 'det' else segmentor(name)
     data = mark(data_for(kind, name, model), 0, 1, garbage=True)
@@ -231,7 +231,7 @@ def test_any_image_of_a_batch_may_be_unlabelled(kind, name):
 def test_a_batch_in_two_parts_has_one_pass_of_the_backbone():
     """Batch norm sees one batch; what is recorded there is of all images."""
     features = dict(type='mmdist.Features', student='neck', adapt=True)
-    path = DETECTORS['Faster R-CNN']
+    path = FAMILIES['Faster R-CNN']
     model = build_pair(
         path, distill=dict(dist=dict(type='mmdist.RoILogits'), mimic=features)
     )
