@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -80,3 +81,17 @@ class Recorder:
             return output
 
         return record
+
+
+@contextmanager
+def swapped(owner: Any, name: str, function: Callable) -> Iterator[None]:
+    """Give an instance or a module of Python another function for a while."""
+    own = vars(owner).get(name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)

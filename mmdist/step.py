@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .record import Call, Recorder
+from .record import Call, Recorder, swapped
 from .teachers import ClassMatch, ForeignTeacher, Teacher
 
 
@@ -152,13 +152,39 @@ class Step:
         return self._teacher_recorder.calls(module)
 
     def _teacher_forward(self, features: Any) -> None:
+        with self._teacher_recorder:
+            self._run_teacher(features, self.data_samples, mode='tensor')
+
+    def _run_teacher(self, features: Any, data_samples: list, mode: str) -> Any:
+        """The teacher's forward pass on its features, which are not computed again."""
         model = self.teacher_model
-        model.extract_feat = lambda *args, **kwargs: features
-        try:
-            with self._teacher_recorder:
-                model(self.teacher_inputs, self.data_samples, mode='tensor')
-        finally:
-            del model.extract_feat
+        with swapped(model, 'extract_feat', lambda *args, **kwargs: features):
+            return model(self.teacher_inputs, data_samples, mode=mode)
+
+    @cached_property
+    def teacher_predictions(self) -> list[BaseDataElement]:
+        """What the teacher predicts in a test, in the geometry of the batch.
+
+        Of a two-stage detector it is the boxes alone, without masks.
+        """
+        samples = []
+        for sample in self.data_samples:
+            # the size of the batch, and not of the file
+            metainfo = {
+                **sample.metainfo,
+                'ori_shape': sample.metainfo['img_shape'],
+                'scale_factor': (1.0, 1.0),
+            }
+            samples.append(type(sample)(metainfo=metainfo))
+            if 'proposals' in sample:  # of a detector without RPN
+                samples[-1].proposals = sample.proposals
+        with self._teacher.running(), ExitStack() as stack:
+            roi_head = getattr(self.teacher_model, 'roi_head', None)
+            if getattr(roi_head, 'mask_head', None) is not None:
+                modules = roi_head._modules
+                stack.callback(modules.update, mask_head=modules['mask_head'])
+                modules['mask_head'] = None
+            return self._run_teacher(self.teacher_features, samples, 'predict')
 
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute something of the teacher for whoever asks first, and keep it.

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .comparisons.base import Pair
 from .comparisons.default import DENSE, SEG, kind_of
 from .lookup import is_a
-from .record import Recorder
+from .record import Recorder, swapped
 
 
 class Extracted(NamedTuple):
@@ -125,38 +125,24 @@ def counting(student: nn.Module, part: Part) -> Iterator[None]:
         student: The student, which runs within.
         part: The part.
     """
-    with ExitStack() as swapped:
+    with ExitStack() as stack:
         if part.extracted:
             features = part.extracted.features
-            swapped.enter_context(
-                _swapped(student, 'extract_feat', lambda *_, **__: features)
+            stack.enter_context(
+                swapped(student, 'extract_feat', lambda *_, **__: features)
             )
         if part.is_rest:
             # Another process may have no such part, so this one must not wait for it:
             # in losses that are dropped, or in batch norm.
-            swapped.enter_context(
-                _swapped(torch.distributed, 'is_initialized', lambda: False)
+            stack.enter_context(
+                swapped(torch.distributed, 'is_initialized', lambda: False)
             )
         if len(set(part.labelled)) > 1:
             index = [i for i, mark in enumerate(part.labelled) if mark]
             for head in _heads(student):
                 loss = _loss_of_images(head.loss_by_feat, index, len(part.labelled))
-                swapped.enter_context(_swapped(head, 'loss_by_feat', loss))
+                stack.enter_context(swapped(head, 'loss_by_feat', loss))
         yield
-
-
-@contextmanager
-def _swapped(owner: Any, name: str, function: Callable) -> Iterator[None]:
-    """Give an instance or a module of Python another function for a while."""
-    own = vars(owner).get(name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 def _heads(student: nn.Module) -> list[nn.Module]:

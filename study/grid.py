@@ -47,6 +47,12 @@ def methods(
         across = {
             'dist-box': dict(dist=dist(), box=box),
             'intra-box': dict(dist=dist(beta=0.0), box=box),
+            'dist-detections': dict(
+                dist=dict(
+                    type='mmdist.Detections',
+                    loss=dict(type='mmdist.DISTLoss', beta=0.0, eps=1e-8),
+                )
+            ),
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
             'dist-anchors': dict(dist=dist('mmdist.BoxLogits') | dict(boxes='anchors')),
         }
@@ -129,7 +135,12 @@ for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
 TASKS |= QUARTERS
 METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
-ACROSS = ('dist-boxes', 'dist-anchors', 'pkd')  # what takes a teacher of another family
+ACROSS = (
+    'dist-detections',
+    'dist-boxes',
+    'dist-anchors',
+    'pkd',
+)  # what takes a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
 

@@ -5,6 +5,7 @@ from .box_distributions import BoxDistributions
 from .box_logits import BoxLogits
 from .boxes import Boxes
 from .dense_logits import DenseLogits
+from .detections import Detections
 from .features import Features
 from .query_logits import QueryLogits
 from .roi_logits import RoILogits
@@ -16,6 +17,7 @@ __all__ = [
     'Boxes',
     'Comparison',
     'DenseLogits',
+    'Detections',
     'Features',
     'Pair',
     'QueryLogits',

@@ -192,7 +192,7 @@ class DenseLogits(Comparison):
             self._head(student, self.student_path),
             self._head(teacher, self.teacher_path),
         ]
-        generators = [_prior_generator(head) for head in heads]
+        generators = [prior_generator(head) for head in heads]
         if self.anchors == 'best':
             self._levels = _common_levels(*generators)
         elif None not in generators:
@@ -381,7 +381,7 @@ def _joint(
     return [x.exp() for x in joint]
 
 
-def _prior_generator(head: nn.Module):
+def prior_generator(head: nn.Module):
     """What places the head's anchors or points, of mmdet; None if there is none."""
     for name in ('prior_generator', 'square_anchor_generator'):  # SABL, guided anchors
         if hasattr(head, name):

@@ -95,6 +95,24 @@ class ClassMatch:
         """
         return _select(scores, self.teacher, self.num_teacher, dim, activation)
 
+    def common_labels(self, labels: Tensor) -> Tensor:
+        """Among the common classes, those that the teacher's labels are.
+
+        Args:
+            labels: Indices of the teacher's classes.
+
+        Returns:
+            Indices of the columns that :meth:`select` gives, -1 where the student does
+            not know the class; of the same shape.
+        """
+        if self.teacher is None:
+            return labels
+        columns = [-1] * self.num_teacher
+        for column, group in enumerate(self.teacher):
+            for index in group:
+                columns[index] = column
+        return _on_device(tuple(columns), labels.device)[labels]
+
     def best(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The common class of which the teacher is surest.
 

@@ -1,0 +1,263 @@
+"""What any detector detects, at the anchors or proposals of the student."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
+from mmengine.structures import InstanceData
+from scipy.special import expit
+from scipy.stats import pearsonr
+from torch import nn
+
+from mmdist.comparisons.detections import best_scores
+from mmdist.record import Recorder
+from mmdist.teachers import match_classes
+
+STUDENTS = (
+    *('RetinaNet', 'FCOS', 'ATSS', 'RTMDet', 'YOLOX', 'TOOD', 'PAA', 'YOLOv3'),
+    *('Faster R-CNN', 'Cascade R-CNN', 'HTC'),
+)
+TEACHERS = (
+    *('RetinaNet', 'FCOS', 'YOLOX', 'PAA', 'YOLOv3', 'CenterNet', 'Mask R-CNN'),
+    *('Cascade R-CNN', 'HTC', 'DINO', 'Deformable DETR', 'DDQ', 'Sparse R-CNN'),
+)
+SIZES = ((96, 96), (72, 96))
+
+
+def for_its_family(cfg, original, factor):
+    if original.type in ('DINO', 'DDQDETR'):
+        keep_transformer(cfg, original, factor)
+    if original.type == 'YOLOV3':
+        keep_backbone(cfg, original, factor)
+    test_cfg = cfg.test_cfg.get('rcnn', cfg.test_cfg)
+    test_cfg.score_thr = 0.0  # random weights are sure of nothing
+
+
+def pair(student: str, teacher: str, factors=(8, 4), **kwargs) -> nn.Module:
+    distill = dict(dist=dict(type='mmdist.Detections', **kwargs))
+    return build_pair(
+        FAMILIES[student], FAMILIES[teacher], distill, factors, for_its_family, SIZES
+    )
+
+
+def step(model: nn.Module) -> tuple[dict, list, dict]:
+    """The losses, the pairs and the batch of one loss pass."""
+    data = batch(model, SIZES)
+    comparison = model.distill['dist']
+    with Recorder([comparison]) as recorder:
+        losses = model(**data, mode='loss')
+    return losses, recorder.calls(comparison)[0].args[1], data
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher'),
+    [
+        *((student, 'Mask R-CNN') for student in STUDENTS),
+        *(('RetinaNet', teacher) for teacher in TEACHERS),
+        *(('Faster R-CNN', teacher) for teacher in ('DINO', 'RTMDet')),
+    ],
+)
+def test_every_detector_teaches(student, teacher):
+    model = pair(student, teacher)
+    losses, pairs, _ = step(model)
+    keys = [k for k in losses if k.startswith('loss_dist')]
+    assert len(keys) == (3 if student in ('Cascade R-CNN', 'HTC') else 1)
+    assert any(p.teacher.std() > 0 for p in pairs)
+    total = sum(losses[k] for k in keys)
+    assert 0 < total.item() < 10
+    total.backward()
+    grads = [p.grad for p in model.backbone.parameters() if p.grad is not None]
+    assert any(grad.abs().max() > 0 for grad in grads)
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_teacher_predicts_as_in_a_test_on_features_that_are_there():
+    """Without masks, which nobody asks for."""
+    model = pair('RetinaNet', 'Mask R-CNN')
+    teacher = model.teacher.model
+    seen = []
+    for module in (teacher.backbone, teacher.roi_head.mask_head):
+        module.register_forward_hook(lambda module, *_: seen.append(module))
+    with Recorder([model.distill['dist']]) as recorder:
+        data = batch(model, SIZES)
+        asked = []
+        ask = model.distill['dist'].ask
+        model.distill['dist'].ask = lambda *args: asked.append(ask(*args)) or asked[0]
+        model(**data, mode='loss')
+    assert seen == [teacher.backbone] and recorder.calls(model.distill['dist'])
+    assert teacher.roi_head.with_mask
+    inputs = model.teacher.renormalize(data['inputs'], SIZES)
+    samples = [s.clone() for s in data['data_samples']]
+    with torch.no_grad():
+        wanted = teacher.predict(inputs, samples, rescale=False)
+    for found, sample in zip(asked[0], wanted, strict=True):
+        for name in ('bboxes', 'scores', 'labels'):
+            torch.testing.assert_close(found[name], sample.pred_instances[name])
+        assert len(found) > 5
+
+
+def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of each of a with each of b."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    inner = (high - low).clip(0).prod(2)
+    areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
+    return inner / (areas[0][:, None] + areas[1][None] - inner)
+
+
+def anchors_of(student: str, stride: int, cells: int) -> np.ndarray:
+    """Those of a level of cells x cells, as published, in the order y, x, anchor."""
+    if student == 'FCOS':
+        offset, sides = 0.5, [(8.0 * stride, 8.0 * stride)]
+    else:
+        scales = [4 * stride * 2 ** (k / 3) for k in range(3)]
+        offset = 0.0
+        sides = [(s / r**0.5, s * r**0.5) for r in (0.5, 1, 2) for s in scales]
+    boxes = []
+    for y, x in np.ndindex(cells, cells):
+        cx, cy = (x + offset) * stride, (y + offset) * stride
+        boxes += [(cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2) for w, h in sides]
+    return np.array(boxes)
+
+
+FOUND = [  # in the images of 96 x 96 and of 72 x 96
+    InstanceData(
+        bboxes=torch.tensor(
+            [[8.0, 8, 40, 42], [10, 9, 44, 40], [50, 50, 95, 90], [2, 50, 30, 75]]
+        ),
+        scores=torch.tensor([0.9, 0.5, 0.3, 0.2]),
+        labels=torch.tensor([79, 79, 0, 0]),
+    ),
+    InstanceData(
+        bboxes=torch.tensor([[60.0, 4, 90, 60]]),
+        scores=torch.tensor([0.8]),
+        labels=torch.tensor([79]),
+    ),
+]
+
+
+@pytest.mark.parametrize('student', ['RetinaNet', 'FCOS'])
+def test_rows_are_anchors_with_the_best_score_of_what_overlaps_them(student):
+    """All in numpy, with a teacher whose classes are in another order."""
+    model = pair(student, 'Faster R-CNN', min_iou=0.4)
+    names = [f'class {i}' for i in range(80)]
+    model.teacher.classes = match_classes(names, names[::-1])
+    model.distill['dist'].ask = lambda *args: FOUND
+    with Recorder([model.bbox_head]) as recorder:
+        losses, _, _ = step(model)
+    maps, *others = recorder.calls(model.bbox_head)[-1].output
+    strides = (8, 16, 32, 64, 128)
+    cells = [x.shape[-1] for x in maps]
+    anchors = [anchors_of(student, *x) for x in zip(strides, cells, strict=True)]
+    targets = []
+    for found in FOUND:
+        found_at = overlaps(np.concatenate(anchors), found.bboxes.double().numpy())
+        found_at = (found_at >= 0.4) | (found_at == found_at.max(0))
+        target = np.zeros((len(found_at), 80))
+        for d, (score, label) in enumerate(
+            zip(found.scores, found.labels, strict=True)
+        ):
+            column = target[:, 79 - label]
+            column[found_at[:, d]] = np.maximum(column[found_at[:, d]], score.item())
+        targets.append(target)
+    targets = np.split(np.stack(targets), np.cumsum([len(x) for x in anchors])[:-1], 1)
+    expected = 0.0
+    for level, (x, target) in enumerate(zip(maps, targets, strict=True)):
+        n, size = cells[level], 96 / cells[level]
+        rows = expit(x.detach().double().numpy()).reshape(2, -1, 80, n, n)
+        if student == 'FCOS':  # it ranks by class times centerness
+            rows = rows * expit(others[1][level].detach().double().numpy())[:, :, None]
+        rows = rows.transpose(0, 3, 4, 1, 2).reshape(2, -1, 80)
+        counts = np.ones(rows.shape[:2], bool)
+        counts[1] = np.repeat((np.arange(n) + 0.5) * size < 72, rows.shape[1] // n)
+        present = np.flatnonzero(target.max((0, 1)))
+        if len(present):
+            both = [(rows[counts][:, c], target[counts][:, c]) for c in present]
+            expected += 1 - np.mean(
+                [pearsonr(*x)[0] if x[1].std() else 0 for x in both]
+            )
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_proposals_have_the_best_score_of_what_overlaps_them():
+    model = pair('Faster R-CNN', 'RetinaNet')
+    model.distill['dist'].ask = lambda *args: FOUND
+    extractor = model.roi_head.bbox_roi_extractor
+    with Recorder([extractor]) as recorder:
+        _, (one,), _ = step(model)
+    rois = recorder.calls(extractor)[-1].args[1].double().numpy()
+    present = [0, 79]
+    assert one.student.shape == one.teacher.shape == (len(rois), len(present))
+    expected = np.zeros(one.teacher.shape)
+    for row, (image, *box) in zip(expected, rois, strict=True):
+        found = FOUND[int(image)]
+        at = overlaps(np.array([box]), found.bboxes.double().numpy())[0] >= 0.5
+        for column, label in enumerate(present):
+            scores = found.scores.numpy()[at & (found.labels.numpy() == label)]
+            row[column] = scores.max(initial=0)
+    np.testing.assert_allclose(one.teacher, expected, atol=1e-6)
+    assert 0 < (expected > 0).mean() < 1
+
+
+def test_where_nothing_is_detected_nothing_is_learned():
+    model = pair('RetinaNet', 'Faster R-CNN')
+    nothing = InstanceData(
+        bboxes=torch.zeros(0, 4),
+        scores=torch.zeros(0),
+        labels=torch.zeros(0, dtype=torch.long),
+    )
+    model.distill['dist'].ask = lambda *args: [nothing, nothing]
+    losses, _, _ = step(model)
+    assert losses['loss_dist'] == 0
+    losses['loss_dist'].backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(grad.abs().max() == 0 for grad in grads)
+
+
+def test_kl_sees_all_classes_and_dist_those_that_are_there():
+    for loss, columns in (
+        (dict(type='mmdist.BinaryKLDivLoss'), 80),
+        (dict(type='mmdist.DISTLoss', beta=0.0), 2),
+    ):
+        model = pair('RetinaNet', 'Faster R-CNN', loss=loss)
+        model.distill['dist'].ask = lambda *args: FOUND
+        losses, pairs, _ = step(model)
+        assert min(p.student.shape[1] for p in pairs) == columns
+        assert losses['loss_dist'].isfinite() and losses['loss_dist'] > 0
+
+
+def test_classes_that_the_student_does_not_know_are_dropped():
+    model = pair('RetinaNet', 'Faster R-CNN')
+    names = [f'class {i}' for i in range(80)]
+    model.teacher.classes = match_classes(
+        names, [*names[:79], 'other'], class_match='shared'
+    )
+    model.distill['dist'].ask = lambda *args: FOUND
+    _, pairs, _ = step(model)
+    assert max(p.teacher.amax() for p in pairs) == pytest.approx(0.3)  # 0.9 is `other`
+
+
+@pytest.mark.parametrize(
+    ('student', 'teacher', 'message'),
+    [
+        ('DINO', 'RetinaNet', 'DINO: it is of none of these families'),
+        ('CenterNet', 'RetinaNet', 'its head has no anchors or points'),
+        ('RetinaNet', 'SOLO', 'it detects no boxes'),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        pair(student, teacher)
+    with pytest.raises(ValueError, match='`min_iou` is an IoU'):
+        pair('RetinaNet', 'RetinaNet', min_iou=1.0)
+
+
+def test_best_scores():
+    detections = InstanceData(
+        scores=torch.tensor([0.9, 0.4, 0.7]), labels=torch.tensor([1, 1, 0])
+    )
+    matched = torch.tensor([[True, True, False], [False, True, True], [False] * 3])
+    wanted = torch.tensor([[0, 0.9], [0.7, 0.4], [0, 0]])
+    assert torch.equal(best_scores(matched, detections, 2), wanted)
