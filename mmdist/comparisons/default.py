@@ -13,6 +13,7 @@ from .base import Comparison
 SEG, DENSE, ROI, QUERIES, BOXES = (
     f'mmdist.{name}Logits' for name in ('Seg', 'Dense', 'RoI', 'Query', 'Box')
 )
+DETECTIONS = 'mmdist.Detections'
 # The comparison of each family, by the class of the model.
 KINDS: dict[str, str] = {
     'EncoderDecoder': SEG,
@@ -50,7 +51,11 @@ def default_for(student: nn.Module) -> dict:
 
 
 def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, str]:
-    """The comparison of the student's family, or of boxes if the teacher is no match.
+    """What is compared for a student and its teacher.
+
+    It is the comparison of the student's family. If the teacher is no match, it is what
+    the teacher detects (``Detections``), or, for queries, what it says of their boxes
+    (``BoxLogits``).
 
     Args:
         student: The student.
@@ -60,26 +65,25 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
         The comparison, and why it is that one.
 
     Raises:
-        ValueError: Neither works; it says why.
+        ValueError: None works; it says why.
     """
-    comparison, boxes = (
-        MODELS.build(cfg) for cfg in (default_for(student), dict(type=BOXES))
-    )
-    try:
-        comparison.bind(student, teacher)
-        comparison.check_pair(student, teacher.model)
+    own = default_for(student)['type']
+    reasons: list[str] = []
+    for kind in (own, DETECTIONS, BOXES):
+        comparison = MODELS.build(dict(type=kind))
+        try:
+            comparison.bind(student, teacher)
+            comparison.check_pair(student, teacher.model)
+        except ValueError as error:
+            if SEG in (own, kind_of(teacher.model)):
+                raise
+            reasons.append(str(error))
+            continue
+        if reasons:
+            return comparison, reasons[0].split('. ')[0]
         return comparison, 'student and teacher are of one kind'
-    except ValueError as error:
-        if SEG in (kind_of(student), kind_of(teacher.model)):
-            raise
-        reason = error
-    try:
-        boxes.bind(student, teacher)
-        boxes.check_pair(student, teacher.model)
-    except ValueError as error:
-        raise ValueError(
-            f'{reason}\nNor can boxes be compared. {error}\nmmdist.Features compares '
-            'feature maps of any two models, `distill=dict(mimic=dict('
-            "type='mmdist.Features', student='neck'))`."
-        ) from None
-    return boxes, str(reason).split('. ')[0]
+    raise ValueError(
+        f'{reasons[0]}\nNor can detections or boxes be compared. {reasons[1]} '
+        f'{reasons[2]}\nmmdist.Features compares feature maps of any two models, '
+        "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
+    )
