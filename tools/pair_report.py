@@ -139,10 +139,6 @@ class Report:
         )
         print(wrapper.fill(text), file=self._out)
 
-    def stop(self, error: Exception) -> None:
-        """Print why the training would not start, as the error says it."""
-        self.reasons.append(f'The training would not start.\n{error}')
-
     def finish(self) -> int:
         """Print the warnings and the verdict; gives the exit status."""
         if self.warnings:

@@ -338,7 +338,7 @@ def main() -> int:
             expected = (ValueError, RuntimeError, OSError)
             if hook.has_begun and not isinstance(error, expected):
                 raise  # a mistake of this tool
-            report.stop(error)
+            report.reasons.append(str(error) or repr(error))
     return report.finish()
 
 
