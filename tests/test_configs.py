@@ -227,7 +227,8 @@ def test_made_pages_are_up_to_date(tool, monkeypatch, uninitialized):
         for path in DISTILLED
     ],
 )
-def test_one_training_step_at_full_size(path):
+def test_one_training_step_at_full_size(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
     new_pair = runpy.run_path(str(ROOT / 'tools/new_pair.py'))
     config = load(path)
     model = new_pair['build_pair'](config.model, config.default_scope)

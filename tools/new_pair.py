@@ -29,6 +29,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmengine.utils import get_installed_path
+from pair_report import (
+    describe_comparison,
+    describe_model,
+    describe_preprocessing,
+)
 from torch import Tensor, nn
 
 from mmdist import Comparison, Pair
@@ -207,12 +212,12 @@ def findings(
     teacher = model.teacher
     family = class_name_in(model, KINDS)
     lines = {
-        'student': _describe(model),
-        'teacher': _describe(teacher.model),
+        'student': describe_model(model),
+        'teacher': describe_model(teacher.model),
         'family': family or 'none with a default comparison',
     }
     for name, comparison in model.distill.items():
-        lines[name] = _describe_comparison(comparison, pairs[name])
+        lines[name] = _describe_pairs(comparison, pairs[name])
     if model.why_default:
         lines['chosen'] = f'because {model.why_default}'
     match = teacher.classes
@@ -222,30 +227,15 @@ def findings(
         else f'{len(match.teacher)} of them matched by name with the '
         f"teacher's {match.num_teacher}"
     )
-    renormalize = teacher.renormalize
-    done = [
-        what
-        for what, needed in {
-            'channels swapped': renormalize.flip,
-            'mean and std changed': renormalize.rescale,
-            'padding refilled': renormalize.refill,
-        }.items()
-        if needed
-    ]
-    lines['preprocessing'] = (
-        f'for the teacher: {", ".join(done)}' if done else 'the same'
-    )
+    lines['preprocessing'] = describe_preprocessing(teacher.renormalize)
     lines['first step'] = ', '.join(
         f'{key} {value.item():.3g}' for key, value in losses.items() if 'loss' in key
     )
     return lines
 
 
-def _describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
-    """Kind, loss, activation, and what the loss was given."""
-    loss = comparison.loss
-    activation = pairs[0].activation or getattr(loss, 'activation', None)
-    kinds = [type(loss).__name__, activation]
+def _describe_pairs(comparison: Comparison, pairs: Sequence[Pair]) -> str:
+    """What is compared, and what the loss was given."""
     shapes, strides = [], []
     for pair in pairs:
         rows, *shape = pair.student.shape
@@ -255,21 +245,10 @@ def _describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
         else:
             shapes.append(f'{rows} rows of {shape[0]}')
     return (
-        f'{type(comparison).__name__} with {", ".join(filter(None, kinds))}; '
+        f'{describe_comparison(comparison, pairs)}; '
         + ', '.join(shapes)
         + (f'; strides {", ".join(strides)}' if strides else '')
     )
-
-
-def _describe(model: nn.Module) -> str:
-    parts = [model.backbone]
-    for head in ('decode_head', 'bbox_head', 'roi_head', 'mask_head'):
-        if isinstance(getattr(model, head, None), nn.Module):
-            parts.append(getattr(model, head))
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    names = [type(part).__name__ for part in parts]
-    name = type(model).__name__.removeprefix('Distilled')
-    return f'{name} of {", ".join(names)}; {millions:.1f} M parameters'
 
 
 def main() -> None:

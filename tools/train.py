@@ -64,6 +64,13 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def seed_iterations(cfg: Config) -> None:
+    """Let a resumed run draw the random numbers of one that was not interrupted."""
+    hooks = cfg.get('custom_hooks') or []
+    if all(hook.get('type') != 'mmdist.IterSeedHook' for hook in hooks):
+        cfg.custom_hooks = [*hooks, dict(type='mmdist.IterSeedHook')]
+
+
 def earlier_run(cfg: Config) -> tuple[str, dict] | None:
     """What to resume from, if that is wanted; nothing of another run is mixed in."""
     if cfg.get('resume') and cfg.get('load_from'):
@@ -122,9 +129,7 @@ def main() -> None:
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-    hooks = cfg.get('custom_hooks') or []
-    if all(hook.get('type') != 'mmdist.IterSeedHook' for hook in hooks):
-        cfg.custom_hooks = [*hooks, dict(type='mmdist.IterSeedHook')]
+    seed_iterations(cfg)
     found = earlier_run(cfg)
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         use_cpus(cfg)

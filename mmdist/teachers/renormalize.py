@@ -23,7 +23,7 @@ class Renormalize:
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         mean_s, std_s = _mean_std(student)
         mean_t, std_t = _mean_std(teacher)
-        self.flip = _swaps_channels(student) != _swaps_channels(teacher)
+        self.flip = swaps_channels(student) != swaps_channels(teacher)
         if self.flip:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
         self.scale = (std_s / std_t).float()
@@ -69,7 +69,7 @@ def _mean_std(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
     return preprocessor.mean.double().cpu(), preprocessor.std.double().cpu()
 
 
-def _swaps_channels(preprocessor: nn.Module) -> bool:
+def swaps_channels(preprocessor: nn.Module) -> bool:
     """Whether images are turned from BGR to RGB, by either library's name for it."""
     return bool(
         getattr(preprocessor, '_channel_conversion', False)

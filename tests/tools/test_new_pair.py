@@ -25,6 +25,7 @@ SEGMENTORS = (
 def new_pair(monkeypatch, capsys, tmp_path):
     """Run the tool in an empty directory; gives what it printed, by key."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(TOOL).parent)
 
     def run(student: str, teacher: str, *args: str) -> dict[str, str]:
         argv = ['new_pair.py', '--student', student, '--teacher', teacher, *args]

@@ -1,0 +1,416 @@
+"""tools/preflight.py: what it prints of real pairs, and which mistakes it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from builders import dataset_batch, distilled_text
+from conftest import (
+    DET_CLASSES,
+    DET_CONFIG,
+    SEG_CLASSES,
+    SEG_CONFIG,
+    SIZE,
+    TINY_RETINANET,
+    TINY_SEGMENTOR,
+)
+from mmengine.config import Config
+from torch import nn
+
+from mmdist.teachers.teacher import build_model, load_config
+
+TOOL = Path(__file__).parents[2] / 'tools' / 'preflight.py'
+RAMP = (
+    'custom_hooks = [dict(type="mmdist.DistillScheduleHook", '
+    'points=[(0, 0.0), (2, 1.0)])]'
+)
+
+
+class Result(NamedTuple):
+    status: int
+    text: str  # what it printed, its lines joined
+    lines: list[str]
+
+
+@pytest.fixture
+def preflight(monkeypatch, capsys, tmp_path):
+    """Run the tool in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(TOOL.parent)
+
+    def run(*args: str) -> Result:
+        monkeypatch.setattr(sys, 'argv', ['preflight.py', *args])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        printed = capsys.readouterr()
+        text = printed.out + (printed.err if stopped.value.code == 2 else '')
+        return Result(stopped.value.code, ' '.join(text.split()), text.splitlines())
+
+    return run
+
+
+def write_pair(
+    folder: Path, student: str, weights: dict | None = None, more: str = '', **teacher
+) -> None:
+    """Write a student, a teacher of its config, and the config of the pair.
+
+    Args:
+        folder: Where they go.
+        student: Text of the student's config.
+        weights: The teacher's; random ones if omitted.
+        more: Lines of the pair's config.
+        teacher: Arguments of the teacher.
+    """
+    (folder / 'student.py').write_text(student)
+    if weights is None:
+        torch.manual_seed(1)
+        config = load_config(folder / 'student.py')
+        weights = build_model(config, random=True).state_dict()
+    torch.save(dict(state_dict=weights), folder / 'teacher.pth')
+    teacher = dict(config='student.py', checkpoint='teacher.pth') | teacher
+    (folder / 'pair.py').write_text(distilled_text(more=more, **teacher))
+
+
+COLOURS = np.array([(255, 40, 40), (40, 255, 40), (40, 40, 255)])
+
+
+def coloured_images(folder: Path, num_classes: int) -> str:
+    """Four images whose colours are their classes; gives a segmentor's config."""
+    rng = np.random.default_rng(0)
+    for name in ('images', 'labels'):
+        (folder / name).mkdir()
+    for i in range(4):
+        label = rng.permutation(np.arange(12) % num_classes).reshape(3, 4)
+        label = np.kron(label, np.ones((32, 32))).astype(np.uint8)
+        noise = rng.integers(-30, 30, (*SIZE, 3))
+        image = (COLOURS[label] + noise).clip(0, 255).astype(np.uint8)
+        cv2.imwrite(str(folder / 'images' / f'{i}.png'), image)
+        cv2.imwrite(str(folder / 'labels' / f'{i}.png'), label)
+    return SEG_CONFIG.format(
+        model=TINY_SEGMENTOR.replace('num_classes=3', f'num_classes={num_classes}'),
+        classes=SEG_CLASSES[:num_classes],
+        data_root=str(folder),
+    )
+
+
+@pytest.fixture(scope='session')
+def learned(tmp_path_factory) -> tuple[str, dict]:
+    """A segmentor's config, and weights with which it knows colours by their names."""
+    text = coloured_images(tmp_path_factory.mktemp('coloured'), 3)
+    config = Config.fromstring(text, '.py')
+    torch.manual_seed(0)
+    model = build_model(config, random=True).train()
+    data = model.data_preprocessor(dataset_batch(config, 4), training=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.5  # the training is short
+    for step in range(20):
+        optimizer.param_groups[0]['lr'] = 0.01 * (1 - step / 20)
+        optimizer.zero_grad()
+        model.parse_losses(model.loss(**data))[0].backward()
+        optimizer.step()
+    return text, model.state_dict()
+
+
+def classifier(weights: dict, change) -> dict:
+    """Weights with the classifiers, (classes, ...), changed."""
+    return {k: change(v) if 'conv_seg' in k else v for k, v in weights.items()}
+
+
+def miou(line: str) -> float:
+    return float(re.search(r'mIoU ([\d.]+)', line)[1])
+
+
+def test_a_good_pair_of_segmentors(preflight, tmp_path, learned):
+    more = f'{RAMP}\nload_from = "teacher.pth"'
+    write_pair(tmp_path, *learned, more=more)
+    found = preflight('pair.py', '--images', '3')
+    assert found.status == 0
+    assert found.lines[-1] == 'GO ON'
+    assert len(found.lines) <= 45 and max(map(len, found.lines)) <= 100
+    for text in (
+        'SegLogits with DISTLoss, softmax',
+        'chosen because student and teacher are of one kind',
+        'decode_head, auxiliary_head (teacher: backbone, decode_head, auxiliary_head)',
+        'pairs 2: 2x3x12x16, 384 rows, 100.0% count;',
+        'Classes that are compared (3): sky, road, tree. They are in the same order.',
+        'images the same',
+        'the weight 0 in the first step; what follows is at its full weight, 1',
+        'dist_inter 0.',
+        'loss_dist 0.',
+        'own losses decode.loss_ce ',
+        'parameters of the backbone',
+        's with the teacher, ',
+    ):
+        assert text in found.text
+    # the student has the weights of its teacher
+    teacher, student = (line for line in found.lines if 'mIoU' in line)
+    assert teacher.startswith('  teacher') and student.startswith('  student')
+    assert miou(teacher) == miou(student) > 80
+    assert 'starts at random' not in found.text
+    assert not list(tmp_path.glob('work_dirs*'))
+
+
+def test_a_good_pair_of_detectors(preflight, tmp_path, det_config):
+    write_pair(tmp_path, det_config)
+    found = preflight('pair.py')
+    assert found.status == 0
+    assert 'DenseLogits with DISTLoss, sigmoid' in found.text
+    assert 'bbox_head (teacher: backbone, neck, bbox_head)' in found.text
+    assert '5: 2x27x12x16, 384 rows, 100.0% count; 2x27x6x8, 96 rows' in found.text
+    assert re.search(r'gradient distillation has \d+\.?\d* times', found.text)
+    assert 'SCORE' not in found.text
+    assert '3 of 5 pairs have few rows per process, 2 at least' in found.text
+    assert "student's head starts at random" in found.text
+    assert re.search(r'distillation is \d+\.?\d* times .* take one, or', found.text)
+
+
+def test_images_and_classes_of_another_teacher(preflight, tmp_path, learned):
+    """Its classes are brought into the student's order, its images normalised."""
+    text, weights = learned
+    order = [2, 0, 1]
+    write_pair(tmp_path, text, classifier(weights, lambda x: x[order]))
+    teacher = text.replace(str(SEG_CLASSES), "('tree', 'sky', 'road')")
+    teacher = teacher.replace(
+        'data_preprocessor=dict(',
+        'data_preprocessor=dict(bgr_to_rgb=False, mean=[103.53, 116.28, 123.675], '
+        'std=[57.375, 57.12, 58.395], ',
+    )
+    (tmp_path / 'teacher.py').write_text(teacher)
+    # the first layer reads the channels in the other order too
+    checkpoint = torch.load(tmp_path / 'teacher.pth')
+    first = 'backbone.stem.0.weight'
+    checkpoint['state_dict'][first] = checkpoint['state_dict'][first].flip(1)
+    torch.save(checkpoint, tmp_path / 'teacher.pth')
+    found = preflight(
+        'pair.py', '--images', '4', '--cfg-options', 'model.teacher.config=teacher.py'
+    )
+    assert found.status == 0
+    assert 'compared (3): sky, road, tree.' in found.text
+    assert 'in the same order' not in found.text
+    assert 'channels swapped' in found.text
+    assert 'teacher: BGR, mean 103.5 116.3 123.7, std 57.38 57.12 58.4' in found.text
+    assert miou(found.text) > 80
+
+
+@pytest.mark.parametrize('named', [True, False])
+def test_permuted_classes(preflight, tmp_path, learned, named):
+    text, weights = learned
+    config = (
+        {} if named else dict(config=Config.fromstring(text, '.py').model.to_dict())
+    )
+    order = [1, 0, 2]
+    write_pair(tmp_path, text, classifier(weights, lambda x: x[order]), **config)
+    found = preflight('pair.py', '--images', '4')
+    assert found.status == 1
+    assert (
+        "The teacher's classes look permuted: it takes sky for road, road for sky."
+        in found.text
+    )
+    unknown = 'The class names of the teacher are unknown'
+    assert (unknown in found.text) == (not named)
+
+
+def test_random_weights_score_like_noise(preflight, tmp_path, learned):
+    write_pair(tmp_path, learned[0])
+    found = preflight('pair.py', '--images', '4')
+    assert found.status == 1
+    assert re.search(r"teacher's mean IoU of \d+\.\d% is like noise", found.text)
+    assert 'permuted' not in found.text
+
+
+def test_a_random_detector_scores_like_noise(preflight, tmp_path, det_config):
+    write_pair(tmp_path, det_config)
+    found = preflight('pair.py', '--images', '2')
+    assert found.status == 1
+    assert 'SCORE ON 2 VALIDATION IMAGES' in found.text
+    assert re.search("The teacher's (AP|predictions).* like noise", found.text)
+
+
+ORACLE = """
+import torch
+from mmdist import MODELS
+from mmdist.teachers import ForeignTeacher
+
+@MODELS.register_module()
+class Oracle(ForeignTeacher):
+    gives = 'boxes'
+    activation = 'identity'
+
+    def __init__(self, class_names):
+        super().__init__(class_names, mean=[0, 0, 0], std=[1, 1, 1])
+        self.unused = torch.nn.Linear(1, 1)
+
+    def forward(self, images, sizes):
+        results = []
+        for image in images:
+            boxes = []
+            for channel in image:
+                y, x = torch.nonzero(channel > 200, as_tuple=True)
+                boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            results.append((image.new_tensor(boxes), torch.eye(3).to(image)))
+        return results
+"""
+
+
+def test_a_detector_of_another_library(preflight, monkeypatch, tmp_path):
+    """Every image is a red person, a green car and a blue dog, which Oracle sees."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / 'oracle.py').write_text(ORACLE)
+    rng = np.random.default_rng(0)
+    (tmp_path / 'images').mkdir()
+    images, annotations = [], []
+    for i in range(1, 5):
+        image = np.zeros((*SIZE, 3), np.uint8)
+        images.append(dict(id=i, file_name=f'{i}.png', height=SIZE[0], width=SIZE[1]))
+        for category in (1, 2, 3):
+            x, y = 40 * (category - 1), int(rng.integers(0, 60))
+            image[y : y + 30, x : x + 32, 3 - category] = 255  # BGR
+            box = dict(bbox=[x, y, 32, 30], area=960, iscrowd=0, image_id=i)
+            box |= dict(id=len(annotations) + 1, category_id=category)
+            annotations.append(box)
+        cv2.imwrite(str(tmp_path / 'images' / f'{i}.png'), image)
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(DET_CLASSES)]
+    (tmp_path / 'train.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+    (tmp_path / 'student.py').write_text(
+        DET_CONFIG.format(
+            model=TINY_RETINANET, classes=DET_CLASSES, data_root=str(tmp_path)
+        )
+    )
+    imports = 'custom_imports = dict(imports=["oracle"])'
+    for names, status in ((DET_CLASSES, 0), (('car', 'person', 'dog'), 1)):
+        oracle = dict(type='mmdist.Oracle', class_names=names)
+        pair = distilled_text(config=oracle, more=f'{RAMP}\n{imports}')
+        (tmp_path / 'pair.py').write_text(pair)
+        found = preflight('pair.py', '--images', '2')
+        assert found.status == status
+        # of the two images, not of all four
+        average = float(re.search(r'bbox_mAP ([\d.]+)', found.text)[1])
+        assert average > 0.95 or status
+        wrong = 'look permuted: it takes person for car, car for person.'
+        assert (wrong in found.text) == bool(status)
+        assert 'BoxLogits with DISTLoss' in found.text
+
+
+def test_a_constant_teacher(preflight, tmp_path, learned):
+    """Biases alone: each class has its score, the same everywhere."""
+    text, weights = learned
+
+    def constant(x):
+        return torch.zeros_like(x) if x.ndim > 1 else torch.arange(3.0)
+
+    write_pair(tmp_path, text, classifier(weights, constant))
+    found = preflight('pair.py')
+    assert found.status == 1
+    assert 'the teacher gives all rows the same scores' in found.text
+
+
+def test_two_classes(preflight, tmp_path):
+    write_pair(tmp_path, coloured_images(tmp_path, 2))
+    found = preflight('pair.py')
+    assert found.status == 0
+    assert 'the inter-class term is useless there' in found.text
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path, seg_config, det_config):
+    """As a user runs it: a sentence, and no traceback."""
+    write_pair(tmp_path, det_config)
+    (tmp_path / 'other.pth').write_bytes((tmp_path / 'teacher.pth').read_bytes())
+    write_pair(tmp_path, seg_config, checkpoint='other.pth')
+    done = subprocess.run(
+        [sys.executable, str(TOOL), 'pair.py'],
+        cwd=tmp_path,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith('DO NOT TRAIN')
+    assert "The weights in 'other.pth' do not fit the teacher's config." in done.stdout
+    assert 'missing in the file:' in done.stdout
+    assert 'Traceback' not in done.stdout + done.stderr
+
+
+def test_a_weight_that_hardly_counts(preflight, tmp_path, det_config):
+    write_pair(tmp_path, det_config)
+    option = 'model.distill.dist.loss.loss_weight=0.00001'
+    options = ['model.distill.dist.type=mmdist.DenseLogits', option]
+    kind = 'model.distill.dist.loss.type=mmdist.DISTLoss'
+    found = preflight('pair.py', '--cfg-options', *options, kind)
+    assert found.status == 0
+    assert 'it hardly counts. Take a larger weight.' in found.text
+    assert 'chosen' not in found.text  # by the user
+
+
+def test_a_term_of_weight_zero(preflight, tmp_path, det_config):
+    write_pair(tmp_path, det_config)
+    option = 'model.distill.dist.loss.loss_weight=0'
+    options = ['model.distill.dist.type=mmdist.DenseLogits', option]
+    kind = 'model.distill.dist.loss.type=mmdist.DISTLoss'
+    found = preflight('pair.py', '--cfg-options', *options, kind)
+    assert found.status == 1
+    assert '`loss_dist` is 0 in the first step.' in found.text
+    assert 'No gradient of distillation reaches the student.' in found.text
+
+
+@pytest.mark.parametrize(
+    ('args', 'says'),
+    [
+        (['nowhere.py'], 'nowhere.py'),
+        (['student.py'], 'does not distil'),
+        (['pair.py', '--images', '-1'], '--images is a number'),
+    ],
+)
+def test_wrong_usage(preflight, tmp_path, det_config, args, says):
+    write_pair(tmp_path, det_config)
+    found = preflight(*args)
+    assert found.status == 2
+    assert says in found.text
+
+
+# ---- what a score says --------------------------------------------------------------
+
+
+def confusion(order: list[int], share: list[float], right: float) -> torch.Tensor:
+    """Of classes with these shares: ``right`` of each are taken for ``order``."""
+    n = len(order)
+    table = torch.full((n, n + 1), (1 - right) / n)
+    table[:, -1] = 0
+    table[range(n), order] += right
+    return table * torch.tensor(share)[:, None] * 1000
+
+
+@pytest.mark.parametrize(
+    ('table', 'says'),
+    [
+        (confusion([0, 1], [0.9, 0.1], 0.8), ''),
+        (confusion([0, 1], [0.9, 0.1], 0.02), 'noise'),
+        (confusion([1, 0], [0.5, 0.5], 0.8), 'permuted: it takes a for b, b for a.'),
+        (confusion([0, 0], [0.9, 0.1], 1.0), 'noise'),  # one class for everything
+        (confusion([1, 1], [0.9, 0.1], 1.0), 'noise'),
+        (confusion([0, 2, 1, 3], [0.4, 0.3, 0.2, 0.1], 0.9), 'b for c, c for b.'),
+        (confusion(list(range(19)), [1 / 19] * 19, 0.3), ''),  # weak
+        (confusion([0, 1, 1, 3], [0.4, 0.3, 0.2, 0.1], 0.9), ''),  # a class is unknown
+    ],
+)
+def test_judge(monkeypatch, table, says):
+    monkeypatch.syspath_prepend(TOOL.parent)
+    from teacher_score import judge
+
+    names = 'abcdefghijklmnopqrs'
+    said = judge(dict(mIoU=1.0), table, names, range(len(table)))
+    assert says in said and bool(says) == bool(said)

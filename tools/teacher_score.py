@@ -1,0 +1,263 @@
+"""A teacher's score on validation images, its classes in the student's order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement, InstanceData
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from mmdist.comparisons import SegLogits
+from mmdist.comparisons.default import SEG, kind_of
+from mmdist.comparisons.probabilities import foreground
+from mmdist.comparisons.seg_map import SegMap
+from mmdist.step import Step
+from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
+
+VOID = 255  # the class of what the student has no class for
+MUCH = 0.2  # by so much a class fits another one better, if it is permuted
+
+
+def cannot_score(teacher: Teacher) -> str:
+    """Why a teacher's predictions have no score; empty if they have one."""
+    model = teacher.model
+    if isinstance(teacher, MeanTeacher):
+        return "it is the student's own mean"
+    if isinstance(model, ForeignTeacher) and model.gives == 'features':
+        return 'it gives features alone'
+    if hasattr(model, 'panoptic_head'):
+        return 'panoptic predictions are not'
+    return ''
+
+
+@torch.no_grad()
+def score(
+    runner: Runner,
+    number: int,
+    predict: Callable[[dict], Sequence[BaseDataElement]],
+    num_classes: int,
+) -> tuple[dict[str, float], Tensor]:
+    """Score predictions with the config's own evaluator.
+
+    Args:
+        runner: Its validation is used.
+        number: Number of images, which are spread over the whole data set.
+        predict: Gives the data samples, with predictions, of a batch.
+        num_classes: Number of the student's classes.
+
+    Returns:
+        The metrics, and the :func:`confusion` of the classes.
+    """
+    dataset = runner.val_dataloader.dataset
+    number = min(number, len(dataset))
+    subset = dataset.get_subset([i * len(dataset) // number for i in range(number)])
+    loader = Runner.build_dataloader(dict(runner.cfg.val_dataloader, dataset=subset))
+    evaluator = runner.val_evaluator
+    for metric in evaluator.metrics:
+        if hasattr(metric, 'img_ids'):  # of COCO: others would count as missed
+            metric.img_ids = [subset.get_data_info(i)['img_id'] for i in range(number)]
+    total = torch.zeros(num_classes, num_classes + 1)
+    for batch in loader:
+        samples = predict(batch)
+        total += sum(confusion(sample, num_classes) for sample in samples)
+        evaluator.process(data_samples=samples, data_batch=batch)
+    return evaluator.evaluate(number), total
+
+
+def predictor(
+    student: nn.Module, teacher: Teacher
+) -> Callable[[dict], list[BaseDataElement]]:
+    """What predicts as the teacher does, in the student's classes.
+
+    The teacher sees what it sees in training: the student's images in its own
+    normalisation.
+
+    Args:
+        student: The distilled model.
+        teacher: One of its teachers; its classes are matched.
+    """
+    model = teacher.model
+    is_foreign = isinstance(model, ForeignTeacher)
+    if teacher.dtype is not None and not is_foreign:
+        model = copy.deepcopy(model).float()  # NMS and metrics take no bf16
+    activation = None
+    if is_foreign:
+        activation = 'softmax' if model.gives == 'pixels' else 'identity'
+    elif kind_of(model) == SEG:
+        activation = SegLogits().activation(model)
+
+    def predict(batch: dict) -> list[BaseDataElement]:
+        data = student.data_preprocessor(batch, training=False)
+        step = Step(student, teacher, teacher.classes, **data)
+        samples = step.data_samples
+        if not is_foreign:
+            samples = model.predict(step.teacher_inputs, samples)
+        elif model.gives == 'boxes':
+            for sample, boxes in zip(samples, step.teacher_features, strict=True):
+                sample.pred_instances = _as_instances(model, sample, *boxes)
+        else:
+            scores = _as_map(model, step.teacher_features).read(step.inputs.shape[-2:])
+            samples = student.postprocess_result(scores.float(), samples)
+        for sample in samples:
+            _to_students_classes(sample, teacher.classes, activation)
+        return samples
+
+    return predict
+
+
+def _as_map(model: ForeignTeacher, output: Any) -> SegMap:
+    return SegMap(output) if model.gives == 'pixels' else SegMap(*output, True)
+
+
+def _as_instances(
+    model: ForeignTeacher, sample: BaseDataElement, boxes: Tensor, scores: Tensor
+) -> InstanceData:
+    """Boxes of an image after NMS, in the pixels of its file."""
+    from mmcv.ops import batched_nms
+
+    scores = foreground(scores, model.activation)
+    best, labels = scores.max(1)
+    _, keep = batched_nms(
+        boxes.float(), best, labels, dict(type='nms', iou_threshold=0.7)
+    )
+    keep = keep[:100]
+    boxes = boxes[keep] / boxes.new_tensor(sample.scale_factor).repeat(2)
+    return InstanceData(bboxes=boxes, scores=best[keep], labels=labels[keep])
+
+
+def _to_students_classes(
+    sample: BaseDataElement, match: ClassMatch, activation: str | None
+) -> None:
+    """Number the predicted classes as the student does."""
+    if match.teacher is None:
+        return
+    ours = match.student or [(i,) for i in range(len(match.teacher))]
+    if 'pred_sem_seg' in sample and len(sample.seg_logits.data) > 1:
+        scores = match.select_teacher(sample.seg_logits.data, 0, activation)
+        # after the classes that are compared comes, if at all, the background
+        table = torch.full((len(scores),), VOID)
+        table[: len(ours)] = torch.tensor(ours).flatten()
+        best = scores.argmax(0, keepdim=True)
+        sample.pred_sem_seg.data = table.to(best.device)[best]
+    elif 'pred_instances' in sample:
+        table = torch.full((match.num_teacher,), VOID)
+        for (mine,), group in zip(ours, match.teacher, strict=True):
+            table[list(group)] = mine
+        found = sample.pred_instances
+        found.labels = table.to(found.labels.device)[found.labels]
+        sample.pred_instances = found[found.labels != VOID]
+
+
+def confusion(sample: BaseDataElement, num_classes: int) -> Tensor:
+    """How often each class is taken for each, in pixels or in objects.
+
+    Args:
+        sample: With labels and predictions.
+        num_classes: Number of classes.
+
+    Returns:
+        (classes, classes + 1), labels by predictions; the last column is what is
+        nothing that the student knows, or is not found. Zeros without labels.
+    """
+    if 'pred_sem_seg' in sample and 'gt_sem_seg' in sample:
+        labels, found = sample.gt_sem_seg.data, sample.pred_sem_seg.data
+    elif 'pred_instances' in sample and 'gt_instances' in sample:
+        labels, found = sample.gt_instances.labels, _found(sample)
+    else:
+        return torch.zeros(num_classes, num_classes + 1)
+    labels, found = (x.flatten().cpu().long() for x in (labels, found))
+    pairs = (labels * (num_classes + 1) + found.clamp(max=num_classes))[
+        labels < num_classes
+    ]
+    size = (num_classes, num_classes + 1)
+    return torch.bincount(pairs, minlength=size[0] * size[1]).view(size).float()
+
+
+def _found(sample: BaseDataElement) -> Tensor:
+    """For each labelled object the class of the surest box at its place."""
+    from mmdet.structures.bbox import bbox_overlaps
+
+    truth, found = sample.gt_instances, sample.pred_instances
+    if not len(found) or not len(truth):
+        return torch.full((len(truth),), VOID)
+    overlap = bbox_overlaps(truth.bboxes, found.bboxes)
+    surest, index = (found.scores * (overlap >= 0.5)).max(1)
+    return torch.where(surest > 0, found.labels[index], VOID)
+
+
+def judge(
+    metrics: Mapping[str, float],
+    confusion: Tensor,
+    names: Sequence[str],
+    compared: Sequence[int],
+) -> str:
+    """What a score says against a teacher; empty if nothing.
+
+    Args:
+        metrics: What the evaluator gave.
+        confusion: Of the student's classes, (classes, classes + 1).
+        names: Their names.
+        compared: Indices of those that the teacher knows.
+    """
+    names = [names[i] for i in compared]
+    rows = confusion[list(compared)]
+    known = rows[:, list(compared)]
+    others = (rows.sum(1) - known.sum(1)).unsqueeze(1)
+    confusion = torch.cat([known, others], 1)
+    present = confusion.sum(1) > 0
+    ious = _ious(confusion)
+    # labelled class i is best matched by predictions of class best[i]
+    best = torch.from_numpy(linear_sum_assignment(ious.numpy(), maximize=True)[1])
+    index = torch.arange(len(best))
+    now, then = ious.diag(), ious[index, best]
+    moved = [i for i in index.tolist() if then[i] > now[i] + MUCH]
+    permuted = torch.cat([known[:, best], others], 1)
+    if len(moved) > 1 and not _is_chance(permuted):
+        found = ', '.join(f'{names[i]} for {names[best[i]]}' for i in moved[:10])
+        now, then = (x[present].mean() for x in (now, then))
+        return (
+            f'classes look permuted: it takes {found}. Its mean IoU is {now:.1%}, '
+            f'and would be {then:.1%} in the right order. '
+            'Check the class names of its checkpoint and config.'
+        )
+    average = [value for key, value in metrics.items() if key.endswith('mAP')]
+    if average and 0 <= average[0] < 0.01:  # -1 where there are no objects
+        return f'AP of {average[0]:.1%} is like noise.'
+    if present.any() and not known.any():
+        return 'predictions are like noise: none of the labels is found.'
+    if any(key.endswith('mIoU') for key in metrics) and _is_chance(confusion):
+        return (
+            f'mean IoU of {now[present].mean():.1%} is like noise: the same '
+            f'predictions dealt out at random have {_chance(confusion):.1%}.'
+        )
+    return ''
+
+
+def _ious(confusion: Tensor) -> Tensor:
+    """IoU of each labelled class with each predicted one, (classes, classes)."""
+    both = confusion[:, : len(confusion)]
+    union = confusion.sum(1, keepdim=True) + both.sum(0) - both
+    return both / union.clamp(min=1)
+
+
+def _chance(confusion: Tensor) -> float:
+    """Mean IoU of the labelled classes, were the predictions dealt out at random."""
+    total = confusion.sum().clamp(min=1)
+    dealt = confusion.sum(1, keepdim=True) * confusion.sum(0) / total
+    return _ious(dealt).diag()[confusion.sum(1) > 0].mean().item()
+
+
+def _is_chance(confusion: Tensor) -> bool:
+    """Whether the mean IoU is about that of chance.
+
+    It is below 2 / classes and, as that is much for few classes, less than a tenth of
+    the way from chance to 1.
+    """
+    miou = _ious(confusion).diag()[confusion.sum(1) > 0].mean().item()
+    chance = _chance(confusion)
+    return miou < min(2 / len(confusion), chance + (1 - chance) / 10)
