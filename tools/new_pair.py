@@ -134,10 +134,19 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope):
         pair = revert_sync_batchnorm(MODELS.build(model))
         pair.init_weights()
+    _expect_little(pair)
+    return pair.train()
+
+
+def _expect_little(pair: nn.Module) -> None:
+    """Random weights are sure of nothing, and their boxes meet by chance alone."""
     for comparison in pair.distill.values():
         if isinstance(comparison, BoxLogits):
-            comparison.min_iou = 0.0  # boxes of random weights meet by chance alone
-    return pair.train()
+            comparison.min_iou = 0.0
+    for module in pair.teacher.model.modules():
+        test_cfg = getattr(module, 'test_cfg', None)
+        if isinstance(test_cfg, dict) and 'score_thr' in test_cfg:
+            test_cfg['score_thr'] = 0.0
 
 
 def run_step(

@@ -96,8 +96,8 @@ REFUSED: dict[str, str] = {
 SAME_LOCATIONS = (
     'Take a teacher with the same levels, strides and anchors per location. '
     "`anchors='best'` compares what the best anchor of a location says, and "
-    'mmdist.BoxLogits what the two say of the same boxes. Where a location has a '
-    "single anchor or point, `score='joint'` takes any."
+    'mmdist.Detections what the teacher detects. Where a location has a single anchor '
+    "or point, `score='joint'` takes any."
 )
 
 
@@ -407,7 +407,7 @@ def _common_levels(student, teacher) -> list[tuple[int, int]] | None:
         raise ValueError(
             "DenseLogits with anchors='best' pairs levels of the same stride, but the "
             f'student has the strides {ours}, the teacher {theirs}. Compare what the '
-            "two say of the same boxes, `type='mmdist.BoxLogits'`."
+            "teacher detects, `type='mmdist.Detections'`."
         )
     if len(common) < max(len(ours), len(theirs)):
         print_log(

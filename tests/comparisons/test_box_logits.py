@@ -110,10 +110,10 @@ def test_ssd(student, teacher):
     ('student', 'teacher', 'kind'),
     [
         ('RetinaNet', 'RetinaNet', 'DenseLogits'),
-        ('RetinaNet', 'FCOS', 'BoxLogits'),
-        ('RetinaNet', 'Cascade R-CNN', 'BoxLogits'),
+        ('RetinaNet', 'FCOS', 'Detections'),
+        ('RetinaNet', 'Cascade R-CNN', 'Detections'),
         ('Faster R-CNN', 'Cascade R-CNN', 'RoILogits'),
-        ('Faster R-CNN', 'DINO', 'BoxLogits'),
+        ('Faster R-CNN', 'DINO', 'Detections'),
         ('Deformable DETR', 'DINO', 'QueryLogits'),
         ('DINO', 'TOOD', 'BoxLogits'),
     ],
@@ -125,10 +125,12 @@ def test_the_pair_decides_what_is_compared_by_default(student, teacher, kind):
 
 
 def test_what_cannot_be_compared_is_refused_with_what_can():
-    paa = 'paa/paa_r50_fpn_1x_coco.py'
-    message = r'(?s)how a PAAHead encodes its boxes is not known.*mmdist\.Features'
+    message = (
+        r'(?s)QueryLogits cannot compare a PAA.*Detections cannot compare a DINO.*'
+        r'how a PAAHead encodes its boxes is not known.*mmdist\.Features'
+    )
     with pytest.raises(ValueError, match=message):
-        pair(RETINANET, paa, None)
+        pair(FAMILIES['DINO'], FAMILIES['PAA'], None)
     for kwargs in (dict(top_k=0), dict(min_iou=1.0)):
         with pytest.raises(ValueError, match=rf'`{next(iter(kwargs))}` is'):
             pair(RETINANET, CASCADE, boxes(**kwargs))

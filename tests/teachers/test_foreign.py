@@ -165,9 +165,9 @@ def iou(a: list[float], b: list[float]) -> float:
     return both / max(sum(areas) - both, 1e-6)
 
 
-def test_boxes_are_the_default_of_a_detector():
+def test_detections_are_the_default_of_a_detector():
     model = detector(activation='sigmoid')
-    assert type(model.distill['dist']).__name__ == 'BoxLogits'
+    assert type(model.distill['dist']).__name__ == 'Detections'
     assert model(**batch(model), mode='loss')['loss_dist'].item() > 0
 
 
