@@ -148,8 +148,9 @@ class Comparison(BaseModule):
             model: The model.
             reason: What is wrong with it, a clause such as 'it has no ``neck``'.
         """
+        name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
-            f'{type(self).__name__} cannot compare a {type(model).__name__}: {reason}. '
+            f'{type(self).__name__} cannot compare a {name}: {reason}. '
             f'It compares {self.families}. For any other model write a comparison of '
             'your own; docs/own_comparison.md shows how.'
         )
