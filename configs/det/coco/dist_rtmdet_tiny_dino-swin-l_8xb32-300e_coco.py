@@ -1,4 +1,4 @@
-# What the teacher says of the student's boxes; see docs/detectors.md.
+# What the teacher detects, at the student's places; see docs/detectors.md.
 _base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
 model = dict(
     _delete_=True,

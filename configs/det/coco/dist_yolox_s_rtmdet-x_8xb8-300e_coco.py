@@ -1,4 +1,4 @@
-# What the teacher says of the student's boxes; see docs/detectors.md.
+# YOLOX ranks by class times objectness, RTMDet has both in its class score.
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
 model = dict(
     _delete_=True,
@@ -8,4 +8,5 @@ model = dict(
         config='mmdet::rtmdet/rtmdet_x_8xb32-300e_coco.py',
         checkpoint='https://download.openmmlab.com/mmdetection/v3.0/rtmdet/rtmdet_x_8xb32-300e_coco/rtmdet_x_8xb32-300e_coco_20220715_230555-cc79b9ae.pth',
     ),
+    distill=dict(dist=dict(type='mmdist.DenseLogits', score='joint')),
 )
