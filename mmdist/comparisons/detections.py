@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -112,12 +112,14 @@ class Detections(Comparison):
             )
             found.append(common[labels >= 0])
         if kind_of(step.student) == ROI:
-            pairs = [self._of_proposals(step, one, found) for one in recorded]
-        else:
-            pairs = self._of_locations(step, recorded[0], found)
+            return [self._of_proposals(step, one, found) for one in recorded]
+        return self._of_locations(step, recorded[0], found)
+
+    def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
+        """As in the base; DIST compares the classes that are there."""
         if isinstance(self.loss, DISTLoss):
             pairs = [self._of_classes_that_are_there(pair) for pair in pairs]
-        return pairs
+        return super().forward(name, pairs)
 
     def _of_classes_that_are_there(self, pair: Pair) -> Pair:
         """Without the classes of which nothing is detected.

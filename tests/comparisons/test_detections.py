@@ -7,10 +7,11 @@ import pytest
 import torch
 from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
 from mmengine.structures import InstanceData
-from scipy.special import expit
+from scipy.special import expit, rel_entr
 from scipy.stats import pearsonr
 from torch import nn
 
+from mmdist import Pair
 from mmdist.comparisons.detections import best_scores
 from mmdist.record import Recorder
 from mmdist.teachers import match_classes
@@ -122,6 +123,10 @@ def anchors_of(student: str, stride: int, cells: int) -> np.ndarray:
     return np.array(boxes)
 
 
+def as_numpy(one: Pair) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(x.detach().double().numpy() for x in (one.student, one.teacher))
+
+
 FOUND = [  # in the images of 96 x 96 and of 72 x 96
     InstanceData(
         bboxes=torch.tensor(
@@ -188,15 +193,14 @@ def test_proposals_have_the_best_score_of_what_overlaps_them():
     with Recorder([extractor]) as recorder:
         _, (one,), _ = step(model)
     rois = recorder.calls(extractor)[-1].args[1].double().numpy()
-    present = [0, 79]
-    assert one.student.shape == one.teacher.shape == (len(rois), len(present))
+    assert one.student.shape == one.teacher.shape == (len(rois), 80)
     expected = np.zeros(one.teacher.shape)
     for row, (image, *box) in zip(expected, rois, strict=True):
         found = FOUND[int(image)]
         at = overlaps(np.array([box]), found.bboxes.double().numpy())[0] >= 0.5
-        for column, label in enumerate(present):
+        for label in (0, 79):
             scores = found.scores.numpy()[at & (found.labels.numpy() == label)]
-            row[column] = scores.max(initial=0)
+            row[label] = scores.max(initial=0)
     np.testing.assert_allclose(one.teacher, expected, atol=1e-6)
     assert 0 < (expected > 0).mean() < 1
 
@@ -216,16 +220,44 @@ def test_where_nothing_is_detected_nothing_is_learned():
     assert all(grad.abs().max() == 0 for grad in grads)
 
 
-def test_kl_sees_all_classes_and_dist_those_that_are_there():
-    for loss, columns in (
-        (dict(type='mmdist.BinaryKLDivLoss'), 80),
-        (dict(type='mmdist.DISTLoss', beta=0.0), 2),
-    ):
-        model = pair('RetinaNet', 'Faster R-CNN', loss=loss)
-        model.distill['dist'].ask = lambda *args: FOUND
-        losses, pairs, _ = step(model)
-        assert min(p.student.shape[1] for p in pairs) == columns
-        assert losses['loss_dist'].isfinite() and losses['loss_dist'] > 0
+@pytest.mark.parametrize('is_dist', [True, False])
+def test_kl_sees_all_classes_and_dist_those_that_are_there(is_dist):
+    """A class of which nothing is detected has no relation."""
+    loss = (
+        dict(type='mmdist.DISTLoss', beta=0.0)
+        if is_dist
+        else dict(type='mmdist.BinaryKLDivLoss')
+    )
+    model = pair('Faster R-CNN', 'RetinaNet', loss=loss)
+    model.distill['dist'].ask = lambda *args: FOUND
+    losses, (one,), _ = step(model)
+    student, teacher = as_numpy(one)
+    if is_dist:
+        expected = 1 - np.mean(
+            [pearsonr(student[:, c], teacher[:, c])[0] for c in (0, 79)]
+        )
+    else:
+        s, t = (x.clip(1e-6, 1 - 1e-6) for x in (student, teacher))
+        expected = (rel_entr(t, s) + rel_entr(1 - t, 1 - s)).sum(1).mean()
+    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_proposals_of_images_without_labels_count():
+    """They go through the heads apart, and other classes are detected in them."""
+    model = pair('Faster R-CNN', 'RetinaNet')
+    model.distill['dist'].ask = lambda step, _: [
+        FOUND[int(mark)] for mark in step.labelled
+    ]
+    data = batch(model, SIZES)
+    data['data_samples'][0].set_metainfo(dict(unlabelled=True))
+    comparison = model.distill['dist']
+    with Recorder([comparison]) as recorder:
+        losses = model(**data, mode='loss')
+    (one,) = recorder.calls(comparison)[0].args[1]
+    student, teacher = as_numpy(one)
+    assert set(np.flatnonzero(teacher.max(0))) == {0, 79} and len(teacher) == 128
+    relations = [pearsonr(student[:, c], teacher[:, c])[0] for c in (0, 79)]
+    assert losses['loss_dist'].item() == pytest.approx(1 - np.mean(relations), rel=1e-3)
 
 
 def test_classes_that_the_student_does_not_know_are_dropped():
