@@ -101,7 +101,7 @@ SEG = methods(
 )
 DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
 # class scores do not say where a box ends, and without labels nothing else does
-BOX = dict(type='mmdist.Features', student='bbox_head.retina_reg', adapt=False)
+BOX = dict(type='mmdist.Boxes')
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),

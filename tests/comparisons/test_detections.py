@@ -250,10 +250,8 @@ def test_proposals_of_images_without_labels_count():
     truth = data['data_samples'][1].gt_instances.bboxes  # they are proposals too
     ones = torch.ones(len(truth))
     found = InstanceData(bboxes=truth, scores=0.6 * ones, labels=5 * ones.long())
-    model.distill['dist'].ask = lambda step, _: [
-        found if step.labelled[0] else FOUND[0]
-    ]
     comparison = model.distill['dist']
+    comparison.ask = lambda step, _: [found if step.labelled[0] else FOUND[0]]
     with Recorder([comparison]) as recorder:
         losses = model(**data, mode='loss')
     (one,) = recorder.calls(comparison)[0].args[1]
