@@ -52,18 +52,21 @@ def bare_dense(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     teacher.bbox_head(teacher.extract_feat(inputs))
 
 
-def bare_roi(
-    teacher: nn.Module, inputs: torch.Tensor, samples: list, number: int = 512
-) -> None:
+def bare_roi(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     features = teacher.extract_feat(inputs)
-    corners, sizes = torch.rand((2, number, 2), device=inputs.device) * 140
+    corners, sizes = torch.rand((2, 512, 2), device=inputs.device) * 140
     boxes = torch.cat([corners, corners + 16 + sizes], 1)
-    rois = [torch.cat([boxes.new_full((number, 1), i), boxes], 1) for i in range(2)]
+    rois = [torch.cat([boxes.new_full((512, 1), i), boxes], 1) for i in range(2)]
     teacher.roi_head._bbox_forward(0, features, torch.cat(rois))
 
 
 def bare_detr(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
     teacher(inputs, samples, mode='tensor')
+
+
+def bare_detections(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
+    samples = [type(sample)(metainfo=sample.metainfo) for sample in samples]
+    teacher.predict(inputs, samples, rescale=False)
 
 
 PAIRS = {
@@ -122,15 +125,15 @@ PAIRS = {
         bare_detr,
         (1.10, None),
     ),
-    'RetinaNet R50 <- Cascade Mask R-CNN R50': Pair(
+    'RetinaNet R50 <- Cascade R-CNN R50': Pair(
         'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+        'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
         (320, 320),
         (800, 1333),
         'sigmoid',
         '',
         '',
-        functools.partial(bare_roi, number=300),
+        bare_detections,
         (1.10, None),
     ),
     'RetinaNet R50 <- DINO R50': Pair(
@@ -141,7 +144,7 @@ PAIRS = {
         'sigmoid',
         '',
         '',
-        bare_detr,
+        bare_detections,
         (1.10, None),
     ),
 }
