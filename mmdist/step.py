@@ -167,6 +167,9 @@ class Step:
 
         Of a two-stage detector it is the boxes alone, without masks.
         """
+        from mmcv.ops.nms import NMSop
+
+        suppress = NMSop.apply  # on a CPU it takes float32 alone
         samples = []
         for sample in self.data_samples:
             # the size of the batch, and not of the file
@@ -178,7 +181,11 @@ class Step:
             samples.append(type(sample)(metainfo=metainfo))
             if 'proposals' in sample:  # of a detector without RPN
                 samples[-1].proposals = sample.proposals
-        with self._teacher.running(), ExitStack() as stack:
+        with (
+            self._teacher.running(),
+            swapped(NMSop, 'apply', lambda *args: suppress(*map(_in_float32, args))),
+            ExitStack() as stack,
+        ):
             roi_head = getattr(self.teacher_model, 'roi_head', None)
             if getattr(roi_head, 'mask_head', None) is not None:
                 modules = roi_head._modules
@@ -232,6 +239,10 @@ class Step:
             columns = math.ceil(valid_w * width / full_w - 0.5)
             cells[:rows, :columns].fill_(True)
         return mask
+
+
+def _in_float32(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) else x
 
 
 def _lost_gradient(module: nn.Module, calls: list[Call]) -> bool:

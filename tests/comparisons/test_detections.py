@@ -99,6 +99,24 @@ def test_the_teacher_predicts_as_in_a_test_on_features_that_are_there():
         assert len(found) > 5
 
 
+@pytest.mark.parametrize(
+    ('teacher', 'half'),
+    [  # mmcv's RoIAlign takes no bf16
+        ('Faster R-CNN', torch.float16),
+        ('YOLOX', torch.bfloat16),
+        ('DINO', torch.bfloat16),
+    ],
+)
+def test_a_teacher_in_half_precision_detects_about_the_same(teacher, half):
+    losses = []
+    for dtype in (None, half):
+        model = pair('RetinaNet', teacher)
+        model.teacher.dtype = dtype
+        nn.Module.to(model.teacher.model, dtype)
+        losses.append(step(model)[0]['loss_dist'].item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
 def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """IoU of each of a with each of b."""
     low = np.maximum(a[:, None, :2], b[None, :, :2])
