@@ -54,7 +54,6 @@ def methods(
                 )
             ),
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
-            'dist-anchors': dict(dist=dist('mmdist.BoxLogits') | dict(boxes='anchors')),
         }
         pkd |= dict(levels='stride')
 

@@ -52,8 +52,6 @@ class BoxLogits(Comparison):
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
-        boxes: Of a dense student: ``'decoded'``, the boxes that its head predicts, or
-            ``'anchors'``, which a head with anchors also learns from its labels by.
         top_k: Of a dense student, the number of boxes per image: those with the highest
             class score.
         add_gt: Of a dense student, add for each ground truth the box that overlaps it
@@ -76,7 +74,6 @@ class BoxLogits(Comparison):
     def __init__(
         self,
         loss: dict | None = None,
-        boxes: str = 'decoded',
         top_k: int = 300,
         add_gt: bool = False,
         min_iou: float = 0.5,
@@ -84,13 +81,10 @@ class BoxLogits(Comparison):
         score: str = 'class',
     ) -> None:
         super().__init__(loss)
-        if boxes not in ('decoded', 'anchors'):
-            raise ValueError(f"`boxes` is 'decoded' or 'anchors', got {boxes!r}.")
         if top_k < 1:
             raise ValueError(f'`top_k` is a number of boxes per image, got {top_k}.')
         if not 0 <= min_iou < 1:
             raise ValueError(f'`min_iou` is an IoU, 0 <= min_iou < 1, got {min_iou}.')
-        self.boxes = boxes
         self.top_k = top_k
         self.add_gt = add_gt
         self.min_iou = min_iou
@@ -129,10 +123,7 @@ class BoxLogits(Comparison):
         if kind == QUERIES:
             return [_as_boxes(reader.record(step)[-1])]
         (head,) = reader.student_modules(student)
-        output = step.calls(head)[-1].output
-        predictions = self._predictions_of_head(
-            head, output, step, anchors=self.boxes == 'anchors'
-        )
+        predictions = self._predictions_of_head(head, step.calls(head)[-1].output, step)
         chosen = [self._choose(p, step, i) for i, p in enumerate(predictions)]
         return [_as_boxes(chosen)]
 
@@ -235,19 +226,14 @@ class BoxLogits(Comparison):
         return self._readers[kind_of(model)].activation(model)
 
     def _predictions_of_head(
-        self, head: nn.Module, output: tuple, step: Step, anchors: bool = False
+        self, head: nn.Module, output: tuple, step: Step
     ) -> list[InstanceData]:
-        """Per image the boxes or anchors, and the logits, of all locations."""
+        """Per image the boxes and logits of all locations of a dense head."""
         reader: DenseLogits = self._readers[DENSE]
         levels = reader.scores_of(head, output)
         logits = torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], 1)
         metas = [sample.metainfo for sample in step.data_samples]
-        if anchors:
-            sizes = [x.shape[-2:] for x in output[0]]
-            priors = head.prior_generator.grid_priors(sizes, device=logits.device)
-            boxes = [torch.cat(priors)] * len(metas)
-        else:
-            boxes = decode_boxes(head, output, activation_of(head), metas)
+        boxes = decode_boxes(head, output, activation_of(head), metas)
         return [
             InstanceData(scores=scores, bboxes=bboxes)
             for scores, bboxes in zip(logits, boxes, strict=True)
