@@ -137,7 +137,6 @@ TEACHERS = ('strong', 'weak', 'other', 'quarter')
 ACROSS = (
     'dist-detections',
     'dist-boxes',
-    'dist-anchors',
     'pkd',
 )  # what takes a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model

@@ -27,7 +27,7 @@ FEW_MATCHES = 0.05  # share of rows below which a warning says so
 WARN_AFTER = 100  # steps over which that share is averaged
 
 
-class Boxes(NamedTuple):
+class BoxRows(NamedTuple):
     """Boxes of all images of a batch, and what one side says of them."""
 
     stage: int  # of a cascade
@@ -111,23 +111,23 @@ class BoxLogits(Comparison):
         elif teacher.gives != 'boxes':
             raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
-    def record(self, step: Step) -> list[Boxes]:
+    def record(self, step: Step) -> list[BoxRows]:
         """The student's boxes and its logits of them, per stage of a cascade."""
         kind, student = kind_of(step.student), step.student
         reader = self._readers[kind]
         if kind == ROI:
             return [
-                Boxes(stage, rois, reader.per_class(student, stage, logits))
+                BoxRows(stage, rois, reader.per_class(student, stage, logits))
                 for stage, rois, logits, _ in reader.record(step)
             ]
         if kind == QUERIES:
-            return [_as_boxes(reader.record(step)[-1])]
+            return [_as_rows(reader.record(step)[-1])]
         (head,) = reader.student_modules(student)
         predictions = self._predictions_of_head(head, step.calls(head)[-1].output, step)
         chosen = [self._choose(p, step, i) for i, p in enumerate(predictions)]
-        return [_as_boxes(chosen)]
+        return [_as_rows(chosen)]
 
-    def ask(self, step: Step, recorded: list[Boxes]) -> list[tuple[Tensor, Tensor]]:
+    def ask(self, step: Step, recorded: list[BoxRows]) -> list[tuple[Tensor, Tensor]]:
         """The teacher's logits of each box, and whether the row counts."""
         teacher = step.teacher_model
         if isinstance(teacher, ForeignTeacher):
@@ -159,7 +159,7 @@ class BoxLogits(Comparison):
     def pair(
         self,
         step: Step,
-        recorded: list[Boxes],
+        recorded: list[BoxRows],
         asked: list[tuple[Tensor, Tensor]],
     ) -> list[Pair]:
         """One pair per stage of the student, a row per box."""
@@ -294,10 +294,10 @@ def largest_overlap(
     return overlap, best
 
 
-def _as_boxes(predictions: Sequence[InstanceData]) -> Boxes:
+def _as_rows(predictions: Sequence[InstanceData]) -> BoxRows:
     from mmdet.structures.bbox import bbox2roi
 
     rois = bbox2roi([p.bboxes.detach() for p in predictions])
     # a head may predict a right edge that is left of the left one
     rois = torch.cat([rois[:, :3], torch.maximum(rois[:, 1:3], rois[:, 3:])], 1)
-    return Boxes(0, rois, torch.cat([p.scores for p in predictions]))
+    return BoxRows(0, rois, torch.cat([p.scores for p in predictions]))
