@@ -1,46 +1,20 @@
-"""What comes out: paired differences, tables, and a plot."""
+"""What comes out: tables of scores and paired differences, and a plot."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from tools.runs import replace_between
+from tools.seeds import interval, mean_and_spread, paired
 
 from .grid import METHODS, SINGLE, TASKS, TEACHERS, Cell
 
 BEGIN = '<!-- Made by `python -m study` from results.jsonl; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
-
-
-class Paired(NamedTuple):
-    """The mean of paired differences and its 95 % interval."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-
-
-def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired | None:
-    """Differences of two methods, paired by seed, with Student's t; None below two.
-
-    Args:
-        ours: Scores by seed.
-        theirs: Scores by seed; seeds that only one of the two has are left out.
-    """
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
-        return None
-    differences = np.array([ours[s] - theirs[s] for s in seeds])
-    n, mean = len(seeds), differences.mean()
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
-    return Paired(n, float(mean), float(mean - half), float(mean + half))
 
 
 def read_results(file: Path) -> dict[Cell, dict]:
@@ -55,22 +29,6 @@ def by_seed(results: dict[Cell, dict], key: str, *cell: str) -> dict[int, float]
     return {
         c.seed: row[key] for c, row in results.items() if c[:4] == cell and key in row
     }
-
-
-def mean_and_spread(scores: dict[int, float]) -> str:
-    """Mean and standard deviation over seeds; a dash for none."""
-    values = list(scores.values())
-    if not values:
-        return '-'
-    spread = f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else ''
-    return f'{np.mean(values):.2f}{spread}'
-
-
-def interval(difference: Paired | None) -> str:
-    if difference is None:
-        return '-'
-    _, mean, low, high = difference
-    return f'{mean:+.2f} [{low:+.2f}, {high:+.2f}]'
 
 
 def make_tables(results: dict[Cell, dict]) -> str:

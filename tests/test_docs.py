@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / 'README.md',
     ROOT / 'CHANGELOG.md',
+    ROOT / 'CONTRIBUTING.md',
     *sorted((ROOT / 'docs').glob('*.md')),
 ]
 

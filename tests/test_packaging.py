@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmdist.version import __version__
 
@@ -33,6 +35,24 @@ for scope in ('mmdet', 'mmseg'):
         assert MODELS.get('mmdist.DISTLoss').__name__ == 'DISTLoss', scope
 for known in ('mmdet::_base_/default_runtime.py', 'mmseg::_base_/default_runtime.py'):
     assert Config._get_cfg_path(known, '')[0].endswith('default_runtime.py')
+import mmdist
+print(mmdist.__file__)
+"""
+
+# Pairs that the package ships; to build them needs no weights.
+BUILD_DISTILLERS = """
+from mmengine.config import Config
+from mmengine.registry import DefaultScope, MODELS
+import mmdet.registry, mmseg.registry
+for path, scope, student in (
+    ('det/quickstart/dist_retinanet_w32-w16_digits.py', 'mmdet', 'RetinaNet'),
+    ('seg/quickstart/dist_deeplabv3_w32-w8_digits.py', 'mmseg', 'EncoderDecoder'),
+):
+    config = Config.fromstring(f'_base_ = "mmdist::{path}"', '.py')
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(config.model)
+    assert type(model).__mro__[2].__name__ == student, type(model).__mro__
+    assert list(model.distill) == ['dist']
 import mmdist
 print(mmdist.__file__)
 """
@@ -101,6 +121,16 @@ def test_installed(wheel, tmp_path):
     assert tmp_path / 'env' in package.parents
 
 
+@pytest.mark.slow
+def test_installed_builds_distillers_of_its_own_configs(wheel, tmp_path):
+    python = environment(tmp_path / 'env', wheel)
+    add_libraries(python)
+    (tmp_path / 'empty').mkdir()
+    command = (python, '-W', 'ignore', '-c', BUILD_DISTILLERS)
+    printed = run(*command, cwd=tmp_path / 'empty')
+    assert tmp_path / 'env' in Path(printed.splitlines()[-1]).parents
+
+
 def test_installed_editable(checkout, tmp_path):
     # What `pip install -e` asks the backend for; a bare environment has no backend.
     build = 'from hatchling.build import build_editable as b; print(b("dist/e"))'
@@ -141,6 +171,18 @@ def test_dependencies_do_not_name_what_pip_would_get_wrong(wheel):
     ]
     assert 'ftfy' in required
     assert not [name for name in required if name.startswith(('torch', 'mm', 'opencv'))]
+
+
+def test_the_version_is_the_same_everywhere():
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert citation['version'] == __version__
+    (paper,) = citation['references']
+    assert paper['identifiers'][0]['value'] == 'arXiv:2205.10536'
+    assert [a['family-names'] for a in paper['authors']] == [
+        'Huang', 'You', 'Wang', 'Qian', 'Xu',
+    ]  # fmt: skip
+    newest = re.search(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.M)
+    assert newest[1] == __version__
 
 
 def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):

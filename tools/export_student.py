@@ -2,7 +2,8 @@
 
 Left out are what was learned to distil (`distill.*`), the optimizer and the logs; of a
 model with EMA it is the averaged weights. The file's name ends in the first 8 digits of
-its sha256, as those of the model zoos do.
+its sha256, as those of the model zoos do. With --config, a config for testing and
+inference is written beside it, of the plain student and without `_base_`.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import OrderedDict
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mmdist.checkpoint import load_checkpoint
@@ -22,6 +25,14 @@ from mmdist.teachers.teacher import load_config
 PREFIX = 'distill.'
 # Not among them: the distillation config and the names of files where it was trained.
 META = ('dataset_meta', 'epoch', 'iter', 'mmengine_version')
+# What testing and inference read of a config; hooks and data sets of mmdist are not
+# among it, so they need no mmdist.
+FOR_TESTING = (
+    'default_scope', 'custom_imports', 'model', 'data_preprocessor', 'test_pipeline',
+    'test_dataloader', 'test_cfg', 'test_evaluator', 'tta_model', 'tta_pipeline',
+    'default_hooks', 'env_cfg', 'vis_backends', 'visualizer', 'log_level',
+    'log_processor',
+)  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--config',
         help="the student's config, or the distillation config: checks that the result "
-        'loads strictly',
+        'loads strictly, and writes a config of the plain student beside it',
     )
     parser.add_argument(
         '--weights-only',
@@ -73,15 +84,14 @@ def student_of(checkpoint: dict) -> dict:
     return dict(meta={k: meta[k] for k in META if k in meta}, state_dict=kept)
 
 
-def check(student: dict, config: str) -> None:
+def check(student: dict, cfg: Config) -> None:
     """Load strictly into the config's model.
 
     Raises:
         RuntimeError: A key is missing, unexpected or of another shape.
     """
-    cfg = load_config(config)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(cfg.model)
+        model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to what it is given
     model.load_state_dict(student['state_dict'], strict=True)
 
 
@@ -95,18 +105,28 @@ def save(student: dict, out: Path) -> Path:
     return unnamed.rename(out.with_name(f'{name}-{digits}.pth'))
 
 
+def for_testing(cfg: Config) -> Config:
+    """The part of a config that testing and inference read."""
+    whole = cfg.to_dict()
+    return Config({key: whole[key] for key in FOR_TESTING if key in whole})
+
+
 def main() -> None:
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint, args.weights_only)
     student = student_of(checkpoint)
     if args.config:
-        check(student, args.config)
+        cfg = load_config(args.config)  # its model is the plain student
+        check(student, cfg)
     path = Path(args.checkpoint)
     out = Path(args.out) if args.out else path.with_name(f'{path.stem}_student.pth')
     file = save(student, out)
     num, all_ = len(student['state_dict']), len(checkpoint['state_dict'])
     loads = f', loads strictly into {args.config}' if args.config else ''
     print(f'{file}: {num} tensors of the student, {all_ - num} left out{loads}')
+    if args.config:
+        for_testing(cfg).dump(file.with_suffix('.py'))
+        print(f'{file.with_suffix(".py")}: the config for testing and inference')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,8 @@
-"""The study: its statistics, its grid, and cells that are skipped, resumed, redone."""
+"""The study: its tables, its grid, and cells that are skipped, resumed, redone."""
 
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import threading
 import time
@@ -25,37 +24,7 @@ from study import __main__ as command
 from study import grid, report, runs
 from tools.runs import read_log
 
-# ---- statistics ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize('n', [2, 3, 8])
-def test_paired_interval_is_that_of_students_t(n):
-    rng = np.random.default_rng(n)
-    ours, theirs = rng.normal(42, 2, n), rng.normal(40, 2, n)
-    result = report.paired(
-        {**dict(enumerate(ours)), 99: 0.0}, {**dict(enumerate(theirs)), 77: 0.0}
-    )
-    test = scipy.stats.ttest_rel(ours, theirs)
-    low, high = test.confidence_interval(0.95)
-    assert result.n == n
-    np.testing.assert_allclose(
-        result[1:], ((ours - theirs).mean(), low, high), rtol=1e-10
-    )
-
-
-def test_one_seed_has_no_interval():
-    assert report.paired({0: 1.0, 1: 2.0}, {1: 1.0, 2: 3.0}) is None
-    assert report.interval(None) == '-'
-
-
-def test_spread_is_that_of_a_sample():
-    values = [35.3, 36.7, 36.7]
-    mean, spread = statistics.mean(values), statistics.stdev(values)
-    assert (
-        report.mean_and_spread(dict(enumerate(values))) == f'{mean:.2f} ± {spread:.2f}'
-    )
-    assert report.mean_and_spread({0: 41.0}) == '41.00'
-    assert report.mean_and_spread({}) == '-'
+# ---- the tables ----------------------------------------------------------------
 
 
 def row(method: str, teacher: str, seed: int, score: float, **more) -> dict:

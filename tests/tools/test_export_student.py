@@ -98,6 +98,22 @@ def test_the_distillation_config_serves_to_check_too(export):
     assert 'loads strictly into distilled.py' in output
 
 
+def test_the_config_beside_it_is_the_plain_students_and_for_testing_alone(
+    trained, export
+):
+    export('work/epoch_1.pth', '--config', 'distilled.py', '--out', 'both.pth')
+    (weights,) = trained.glob('both-*.pth')
+    written = Config.fromfile(weights.with_suffix('.py'))
+    student = Config.fromfile(trained / 'student.py')
+    for key in ('model', 'test_dataloader', 'test_evaluator', 'default_scope'):
+        assert written[key] == student[key], key
+    assert 'mmdist' not in written.pretty_text
+    assert not {'custom_hooks', 'train_cfg', 'train_dataloader', 'work_dir'} & {
+        *written
+    }
+    init_detector(written, str(weights), device='cpu')
+
+
 def test_a_config_that_does_not_fit_is_an_error(trained, export, det_config):
     (trained / 'other.py').write_text(
         det_config.replace('out_channels=16', 'out_channels=8')

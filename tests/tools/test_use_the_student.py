@@ -1,0 +1,172 @@
+"""docs/use_the_student.md, done where mmdist cannot be imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet.apis
+import mmseg.apis
+import numpy as np
+import pytest
+import torch
+from builders import distilled_text
+from mmengine.config import Config
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / 'docs' / 'use_the_student.md').read_text()
+BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, flags=re.S)
+COMPARED = dict(det='adapt=True', seg="adapt=True, student='backbone'")
+STEPS = dict(det='train_cfg.max_epochs=1', seg='train_cfg.max_iters=2')
+# what of mmdist a training uses, and testing must not
+HOOK = "custom_hooks = [dict(type='mmdist.DistillScheduleHook', stop=100)]"
+NAMES = dict(det='detector', seg='segmentor')
+
+
+def block(words: str) -> str:
+    (found,) = [text for text in BLOCKS if words in text]
+    return found
+
+
+def run(command: list, folder: Path, path: Path = ROOT) -> str:
+    """Run a command in a folder, with another one first on Python's path."""
+    environ = dict(os.environ, PYTHONPATH=str(path), OMP_NUM_THREADS='1')
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', *map(str, command)],
+        cwd=folder, env=environ, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def no_mmdist(tmp_path_factory) -> Path:
+    """First on Python's path, it makes `import mmdist` an error."""
+    folder = tmp_path_factory.mktemp('no_mmdist')
+    text = "raise ImportError('mmdist is not to be imported')\n"
+    (folder / 'mmdist.py').write_text(text)
+    done = subprocess.run(
+        [sys.executable, '-c', 'import mmdist'], cwd=folder, text=True,
+        env=dict(os.environ, PYTHONPATH=str(folder)), capture_output=True,
+    )  # fmt: skip
+    assert 'mmdist is not to be imported' in done.stderr
+    return folder
+
+
+def exported(family: str, config: str, data: Path, folder: Path) -> Path:
+    """A student that is distilled and exported, under the names of the page."""
+    os.link(next((data / 'images').glob('*.png')), folder / 'image.png')
+    (folder / 'student.py').write_text(config)
+    distill = f"dict(mimic=dict(type='mmdist.Features', {COMPARED[family]}))"
+    (folder / 'my_pair.py').write_text(
+        distilled_text(HOOK, distill, config='student.py', allow_random=True)
+    )
+    run([ROOT / 'tools/train.py', 'my_pair.py', '--cfg-options', STEPS[family]], folder)
+    (checkpoint,) = (folder / 'work_dirs/my_pair').glob('*.pth')
+    (command,) = re.findall(r'python (tools/export_student\.py.*)', PAGE)
+    command = command.replace('work_dirs/my_pair/epoch_12.pth', str(checkpoint))
+    name = NAMES[family]
+    tool, *args = command.replace('detector', name).split()
+    said = run([ROOT / tool, *args], folder)
+    assert 'loads strictly into my_pair.py' in said
+    for suffix in ('py', 'pth'):
+        (file,) = folder.glob(f'{name}-*.{suffix}')
+        assert file.name in said
+        os.link(file, folder / f'{name}.{suffix}')
+    checkpoint.rename(folder / 'distilled.pth')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def det(det_config, coco_root, tmp_path_factory) -> Path:
+    # one step of training makes no box sure
+    config = det_config.replace('bbox_head=', 'test_cfg=dict(score_thr=0), bbox_head=')
+    return exported('det', config, coco_root, tmp_path_factory.mktemp('det'))
+
+
+@pytest.fixture(scope='module')
+def seg(seg_config, seg_root, tmp_path_factory) -> Path:
+    return exported('seg', seg_config, seg_root, tmp_path_factory.mktemp('seg'))
+
+
+def run_block(words: str, more: str, folder: Path, no_mmdist: Path) -> str:
+    code = block(words) + more + '\nimport sys\nassert "mmdist" not in sys.modules\n'
+    (folder / 'block.py').write_text(code)
+    return run(['block.py'], folder, no_mmdist)
+
+
+@pytest.mark.parametrize('family', NAMES)
+def test_the_config_is_complete_and_knows_nothing_of_mmdist(family, request):
+    folder = request.getfixturevalue(family)
+    text = (folder / f'{NAMES[family]}.py').read_text()
+    assert 'mmdist' not in text
+    assert '_base_ =' not in text
+    cfg, student = (
+        Config.fromfile(folder / name) for name in (f'{NAMES[family]}.py', 'student.py')
+    )
+    for key in ('model', 'test_dataloader', 'test_evaluator', 'default_scope'):
+        assert cfg[key] == student[key], key
+    assert 'train_dataloader' not in cfg
+    assert 'custom_hooks' not in cfg
+
+
+def test_a_detector_predicts(det, no_mmdist):
+    save = "\nimport numpy as np\nnp.savez('first.npz', **first)\n"
+    run_block('DetInferencer', save, det, no_mmdist)
+    # what the distilled model itself says, read from the training's checkpoint
+    model = mmdet.apis.init_detector(
+        str(det / 'student.py'), str(det / 'distilled.pth'), device='cpu'
+    )
+    expected = mmdet.apis.inference_detector(model, str(det / 'image.png'))
+    expected = expected.pred_instances
+    found = np.load(det / 'first.npz')
+    assert len(found['scores']) > 0
+    np.testing.assert_allclose(found['bboxes'], expected.bboxes, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(found['labels'], expected.labels)
+    assert (det / 'predictions/vis/image.png').is_file()
+
+
+def expected_map(folder: Path) -> torch.Tensor:
+    """What the distilled segmentor itself says, from the training's checkpoint."""
+    model = mmseg.apis.init_model(
+        str(folder / 'student.py'), str(folder / 'distilled.pth'), device='cpu'
+    )
+    # this API reads `test_pipeline` instead, which the tiny config leaves as it was
+    model.cfg.test_pipeline = model.cfg.test_dataloader.dataset.pipeline
+    found = mmseg.apis.inference_model(model, str(folder / 'image.png'))
+    return found.pred_sem_seg.data[0]
+
+
+def test_a_segmentor_predicts(seg, no_mmdist):
+    save = "\nimport numpy as np\nnp.save('labels.npy', labels)\n"
+    run_block('MMSegInferencer', save, seg, no_mmdist)
+    np.testing.assert_array_equal(np.load(seg / 'labels.npy'), expected_map(seg))
+    assert (seg / 'predictions/vis/image.png').is_file()
+
+
+@pytest.mark.parametrize('family', NAMES)
+def test_the_librarys_own_tool_tests_with_augmentation(family, request, no_mmdist):
+    folder = request.getfixturevalue(family)
+    library = {'det': mmdet, 'seg': mmseg}[family]
+    commands = re.findall(r'python (mm\w+/\.mim/tools/test\.py) (.*)', PAGE)
+    (args,) = [args for tool, args in commands if tool.startswith(library.__name__)]
+    tool = Path(library.__file__).parent / '.mim/tools/test.py'
+    log = run([tool, *args.split()], folder, no_mmdist)
+    assert {'det': 'DetTTAModel', 'seg': 'SegTTAModel'}[family] in log
+    assert {'det': 'coco/bbox_mAP:', 'seg': 'mIoU:'}[family] in log
+
+
+def test_onnx_says_what_the_segmentor_says(seg, no_mmdist):
+    save = "\nnp.save('onnx.npy', logits.argmax(1)[0])\n"
+    run_block('onnxruntime', save, seg, no_mmdist)
+    same = np.load(seg / 'onnx.npy') == expected_map(seg).numpy()
+    assert same.mean() > 0.999
+
+
+def test_every_block_of_the_page_is_run():
+    assert len(BLOCKS) == 3
