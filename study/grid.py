@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 CONFIGS = Path(__file__).resolve().parent / 'configs'
 
 
+# class scores do not say where a box ends; without labels nothing else does
+BOX = dict(type='mmdist.Boxes')
+
+
 def kl(kind: str, classes: int, temperature: int, **options) -> dict:
     """Hinton's loss: mmdet's is a mean over the classes, the weight makes it a sum."""
     loss = dict(
@@ -43,10 +47,8 @@ def methods(
         across = {}
         pkd |= mimic
     else:
-        box = dict(type='mmdist.Boxes')
         across = {
-            'dist-box': dict(dist=dist(), box=box),
-            'intra-box': dict(dist=dist(beta=0.0), box=box),
+            'dist-box': dict(dist=dist(), box=BOX),
             'dist-detections': dict(
                 dist=dict(
                     type='mmdist.Detections',
@@ -99,8 +101,6 @@ SEG = methods(
     'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
 )
 DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
-# class scores do not say where a box ends, and without labels nothing else does
-BOX = dict(type='mmdist.Boxes')
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
     'camvid': Task('camvid', 'mIoU', 'mIoU', 1, SEG, 367, True),
@@ -134,11 +134,7 @@ for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
 TASKS |= QUARTERS
 METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
-ACROSS = (
-    'dist-detections',
-    'dist-boxes',
-    'pkd',
-)  # what takes a teacher of another family
+ACROSS = ('dist-detections', 'dist-boxes', 'pkd')  # take a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
 
