@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -20,6 +21,12 @@ from tools import runs
 from .grid import SINGLE, TASKS, Cell
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
+
+
+@functools.cache
+def read_config(path: Path) -> Config:
+    """A config file, read once; mmengine takes a second for each."""
+    return Config.fromfile(path)
 
 
 def walk(node: Any, change) -> Any:
@@ -65,7 +72,7 @@ class Study:
                 f'There is no {path}: the study has no task {cell.task!r} at --scale '
                 f'{cell.scale}.'
             )
-        cfg = Config.fromfile(path)
+        cfg = deepcopy(read_config(path))
         cfg.randomness = dict(seed=cell.seed)
         loader = cfg.train_dataloader
         bare = without_labels(loader.dataset)

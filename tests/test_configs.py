@@ -30,7 +30,6 @@ METHODS = {'DIST': 'dist', 'DIST + mimic': 'dist-mimic', 'KL': 'kl', 'PKD': 'pkd
 QUICK = (
     'dist-mimic_faster-rcnn',
     'kl_retinanet',
-    'dist_dino',
     'dist_pspnet_r18-d8_deeplabv3-r101-d8_8xb2-40k',
     'dist_segformer_mit-b2_mask2former',
 )

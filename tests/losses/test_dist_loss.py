@@ -9,6 +9,7 @@ import paths
 import published
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from scipy.special import expit
 from scipy.stats import pearsonr
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -268,7 +269,8 @@ def test_a_new_retinanet_head_and_its_copy_correlate_at_1():
     # the loss itself, and its other tests, need no mmdet
     heads = pytest.importorskip('mmdet.models.dense_heads')
     torch.manual_seed(0)
-    head = heads.RetinaHead(num_classes=80, in_channels=256)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        head = heads.RetinaHead(num_classes=80, in_channels=256)
     head.init_weights()
     levels, _ = head([torch.randn(1, 256, size, size) / 5 for size in (8, 4, 2)])
     for logits in levels:
