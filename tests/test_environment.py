@@ -10,6 +10,7 @@ import subprocess
 import sys
 import venv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -295,3 +296,15 @@ def test_gpu_without_a_cuda_compiler(monkeypatch, tmp_path):
     assert 'no CUDA compiler (nvcc)' in problem
     assert 'CUDA_VISIBLE_DEVICES= make env' in problem
     assert make_env.preflight('upstream', False, True, tmp_path) == []
+
+
+def test_upstream_is_not_built_with_python_313(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    make_env = importlib.import_module('make_env')
+    newer = SimpleNamespace(version_info=(3, 13, 0), version='3.13.0 (main)')
+    monkeypatch.setattr(make_env, 'sys', newer)
+    monkeypatch.setattr(make_env, 'find_spec', lambda name: True)
+    (problem,) = make_env.preflight('upstream', False, True, tmp_path)
+    assert 'mmcv 2.1.0 cannot be built with Python 3.13' in problem
+    assert make_env.preflight('onedl', False, True, tmp_path) == []
+    assert make_env.preflight('upstream', False, False, tmp_path) == []

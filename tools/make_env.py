@@ -97,6 +97,12 @@ def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
             f'The pinned versions need Python 3.11 or newer; this is '
             f'{sys.version.split()[0]}. Name another: make env PYTHON=python3.11'
         )
+    if stack == 'upstream' and compiles and sys.version_info >= (3, 13):
+        problems.append(
+            'mmcv 2.1.0 cannot be built with Python 3.13 or newer: its setup.py reads '
+            'its version in a way that Python has ended. Name another: '
+            'make env PYTHON=python3.12, or take the maintained fork: STACK=onedl'
+        )
     if not (venv / 'bin/pip').exists() and find_spec('ensurepip') is None:
         packages.append('python3-venv')
     if compiles:
@@ -374,14 +380,8 @@ class Builder:
 
 
 def fix_setup(setup: Path) -> None:
-    """Let mmcv's setup.py compile units, and read its version on Python 3.13.
-
-    It reads its version through exec() and locals(), which 3.13 has made independent.
-    """
-    text = setup.read_text()
-    text = text.replace("version_file, 'exec'))", "version_file, 'exec'), globals())")
-    text = text.replace("locals()['__version__']", '__version__')
-    text = text.replace('sources=op_files,', 'sources=as_units(op_files),')
+    """Let mmcv's setup.py compile units."""
+    text = setup.read_text().replace('sources=op_files,', 'sources=as_units(op_files),')
     tools = str(Path(__file__).resolve().parent)
     load = f'import sys\nsys.path.append({tools!r})\nfrom make_env import as_units\n'
     setup.write_text(load + text)
