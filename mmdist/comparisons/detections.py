@@ -127,7 +127,7 @@ class Detections(Comparison):
         They have no relation, and would only divide the mean over all classes: of
         COCO's 80 a batch shows a few.
         """
-        there = pair.teacher.amax(0).float()
+        there = pair.teacher.float().sum(0)
         if self.loss.sync:  # the same columns in all processes
             there = sum_over_processes(there, process_group())
         index = there.nonzero().squeeze(1)

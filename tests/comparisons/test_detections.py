@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 from mmdist import Pair
 from mmdist.comparisons.detections import best_scores
 from mmdist.record import Recorder
+from mmdist.registry import MODELS
 from mmdist.teachers import match_classes
 
 STUDENTS = (
@@ -313,3 +317,53 @@ def test_best_scores():
     matched = torch.tensor([[True, True, False], [False, True, True], [False] * 3])
     wanted = torch.tensor([[0, 0.9], [0.7, 0.4], [0, 0]])
     assert torch.equal(best_scores(matched, detections, 2), wanted)
+
+
+def rows_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one process: other classes are there; the last has no row at all."""
+    g = torch.Generator().manual_seed(rank)
+    student, teacher = torch.rand((2, 20, 6), generator=g).double()
+    teacher *= torch.tensor([[1, 1, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0], [0] * 6])[rank]
+    return (student, teacher) if rank < 2 else (student[:0], teacher[:0])
+
+
+def compare(student: torch.Tensor, teacher: torch.Tensor, sync: bool) -> torch.Tensor:
+    loss = dict(type='mmdist.DISTLoss', beta=0.0, sync=sync)
+    comparison = MODELS.build(dict(type='mmdist.Detections', loss=loss))
+    pair = Pair(student, teacher, activation='identity')
+    return comparison.forward('dist', [pair])['loss_dist']
+
+
+def run(rank: int, port: int, results: dict) -> None:
+    torch.distributed.init_process_group(
+        'gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=3
+    )
+    student, teacher = rows_of(rank)
+    loss = compare(student.requires_grad_(), teacher, sync=True)
+    loss.backward()
+    results[rank] = loss.item(), student.grad.tolist()
+    torch.distributed.barrier()
+    os._exit(0)  # torch may wait for ever for a thread of gloo
+
+
+def test_processes_that_see_other_classes_are_one_process_with_all():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(run, (port, results), nprocs=3)
+        results = dict(results)
+    student, teacher = (torch.cat(x) for x in zip(*map(rows_of, range(3)), strict=True))
+    loss = compare(student.requires_grad_(), teacher, sync=False)
+    loss.backward()
+    found = torch.cat([torch.tensor(results[r][1]).reshape(-1, 6) for r in range(3)])
+    # DDP averages over the processes
+    torch.testing.assert_close(found.double() / 3, student.grad, rtol=1e-4, atol=1e-7)
+    values = [results[r][0] for r in range(3)]
+    assert values == pytest.approx([loss.item()] * 3, rel=1e-6)
+    columns = [0, 1, 4]
+    relations = [
+        pearsonr(student.detach()[:, c], teacher[:, c]).statistic for c in columns
+    ]
+    assert loss.item() == pytest.approx(1 - np.mean(relations), rel=1e-6)
