@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement, InstanceData
+from mmengine.structures import BaseDataElement
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdist.comparisons import SegLogits
 from mmdist.comparisons.default import SEG, kind_of
-from mmdist.comparisons.probabilities import foreground
+from mmdist.comparisons.detections import after_nms
 from mmdist.comparisons.seg_map import SegMap
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
@@ -99,7 +99,10 @@ def predictor(
             samples = model.predict(step.teacher_inputs, samples)
         elif model.gives == 'boxes':
             for sample, boxes in zip(samples, step.teacher_features, strict=True):
-                sample.pred_instances = _as_instances(model, sample, *boxes)
+                found = after_nms(model, *boxes)
+                # in the pixels of its file
+                found.bboxes /= found.bboxes.new_tensor(sample.scale_factor).repeat(2)
+                sample.pred_instances = found
         else:
             scores = _as_map(model, step.teacher_features).read(step.inputs.shape[-2:])
             samples = student.postprocess_result(scores.float(), samples)
@@ -112,22 +115,6 @@ def predictor(
 
 def _as_map(model: ForeignTeacher, output: Any) -> SegMap:
     return SegMap(output) if model.gives == 'pixels' else SegMap(*output, True)
-
-
-def _as_instances(
-    model: ForeignTeacher, sample: BaseDataElement, boxes: Tensor, scores: Tensor
-) -> InstanceData:
-    """Boxes of an image after NMS, in the pixels of its file."""
-    from mmcv.ops import batched_nms
-
-    scores = foreground(scores, model.activation)
-    best, labels = scores.max(1)
-    _, keep = batched_nms(
-        boxes.float(), best, labels, dict(type='nms', iou_threshold=0.7)
-    )
-    keep = keep[:100]
-    boxes = boxes[keep] / boxes.new_tensor(sample.scale_factor).repeat(2)
-    return InstanceData(bboxes=boxes, scores=best[keep], labels=labels[keep])
 
 
 def _to_students_classes(

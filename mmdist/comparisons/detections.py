@@ -23,7 +23,7 @@ from .probabilities import foreground
 from .roi_logits import Proposals, RoILogits
 
 # Of teachers of other libraries; those of mmdet have their own.
-NMS, MAX_PER_IMAGE = dict(type='nms', iou_threshold=0.5), 100
+MIN_SCORE, NMS, MAX_PER_IMAGE = 0.05, dict(type='nms', iou_threshold=0.5), 100
 # A point stands for a square of so many strides, the anchor of ATSS, which does as well
 # as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
 POINT_SIZE = 8
@@ -99,7 +99,7 @@ class Detections(Comparison):
     def ask(self, step: Step, recorded: None) -> list[InstanceData]:
         """The teacher's detections in each image: boxes, scores and labels."""
         if isinstance(step.teacher_model, ForeignTeacher):
-            return step.shared('detections', lambda: _after_nms(step))
+            return [after_nms(step.teacher_model, *x) for x in step.teacher_features]
         return [sample.pred_instances for sample in step.teacher_predictions]
 
     def pair(self, step: Step, recorded: list, asked: list[InstanceData]) -> list[Pair]:
@@ -247,18 +247,22 @@ def _overlaps(places: Tensor, boxes: Tensor) -> Tensor:
     return bbox_overlaps(places.float(), boxes.float())
 
 
-def _after_nms(step: Step) -> list[InstanceData]:
-    """The detections of a teacher that gives all its boxes."""
+def after_nms(model: ForeignTeacher, boxes: Tensor, scores: Tensor) -> InstanceData:
+    """The detections in an image by a model that gives all its boxes.
+
+    Args:
+        model: The model.
+        boxes: (M, 4), x1 y1 x2 y2 in pixels.
+        scores: (M, classes), as its ``activation`` says.
+
+    Returns:
+        ``bboxes``, ``scores`` and ``labels``.
+    """
     from mmdet.models.layers import multiclass_nms
 
-    results = []
-    for boxes, scores in step.teacher_features:
-        scores = foreground(scores, step.teacher_model.activation)
-        none = scores.new_zeros(len(scores), 1)  # the background, which is ignored
-        found, labels = multiclass_nms(
-            boxes.float(), torch.cat([scores, none], 1), 0.05, NMS, MAX_PER_IMAGE
-        )
-        results.append(
-            InstanceData(bboxes=found[:, :4], scores=found[:, 4], labels=labels)
-        )
-    return results
+    scores = foreground(scores, model.activation)
+    background = scores.new_zeros(len(scores), 1)  # a column that is ignored
+    found, labels = multiclass_nms(
+        boxes.float(), torch.cat([scores, background], 1), MIN_SCORE, NMS, MAX_PER_IMAGE
+    )
+    return InstanceData(bboxes=found[:, :4], scores=found[:, 4], labels=labels)

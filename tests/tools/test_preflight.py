@@ -303,7 +303,7 @@ def test_a_detector_of_another_library(preflight, monkeypatch, tmp_path):
         assert average > 0.95 or status
         wrong = 'look permuted: it takes person for car, car for person.'
         assert (wrong in found.text) == bool(status)
-        assert 'BoxLogits with DISTLoss' in found.text
+        assert 'Detections with DISTLoss' in found.text
 
 
 def test_a_constant_teacher(preflight, tmp_path, learned):
