@@ -29,7 +29,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PAIRS = ('DeepLabV3', 'RetinaNet', 'Faster R-CNN', 'SegFormer', 'DINO')
+PAIRS = (
+    *('DeepLabV3', 'RetinaNet R50 <- R101', 'Faster R-CNN', 'SegFormer', 'DINO'),
+    *('RetinaNet R50 <- Cascade', 'RetinaNet R50 <- DINO'),
+)
 
 
 class Part(NamedTuple):

@@ -26,8 +26,6 @@ sys.path.append(str(ROOT / 'tools'))  # they import one another
 import gpu_bundle  # noqa: E402
 import gpu_check  # noqa: E402
 
-pytestmark = pytest.mark.slow
-
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason='about a machine without a GPU'
 )
@@ -62,6 +60,7 @@ def test_names_of_stages():
         gpu_check.stage_numbers('8')
 
 
+@pytest.mark.slow
 @without_gpu
 def test_without_a_gpu_and_without_the_libraries_of_models(tmp_path, monkeypatch):
     (tmp_path / 'sitecustomize.py').write_text(BLOCK)

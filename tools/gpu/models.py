@@ -39,7 +39,7 @@ def step(run: Run, part: str) -> None:
     from benchmarks import step
 
     wanted, compiled = part.removesuffix(', compiled'), part.endswith(', compiled')
-    name = next(x for x in step.PAIRS if x.startswith(wanted))
+    (name,) = (x for x in step.PAIRS if x.startswith(wanted))
     pair = step.PAIRS[name]
     size, seconds = pair.full_size, 2.0
     settings = step.SETTINGS[3:] if compiled else step.SETTINGS[:3]
