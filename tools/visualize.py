@@ -2,9 +2,8 @@
 
     python tools/visualize.py CONFIG CHECKPOINT [IMAGES ...] --out DIR
 
-CONFIG distils; CHECKPOINT is of its student, distilled or plain. Without IMAGES, the
-first samples of `val_dataloader` are shown, with their labels. DIR gets a picture of
-each image, and index.html with the pictures and the correlation of each class.
+CONFIG distils; CHECKPOINT is of its student, distilled or plain. Without IMAGES, it is
+the first samples of `val_dataloader`. DIR gets a picture of each, and index.html.
 """
 
 from __future__ import annotations
@@ -78,14 +77,14 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     """The distilled model with one comparison, its teacher, and the data set."""
     cfg = copy.deepcopy(args.cfg)
     cfg.merge_from_dict(dict(resume=False, load_from=None, log_level='ERROR'))
-    cfg.pop('visualizer', None)  # it may log in to a service
+    for name in ('visualizer', 'runner_type', 'strategy'):
+        cfg.pop(name, None)  # they may log in to a service, or shard the model
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = RUNNERS.build(cfg)
     model, weights = runner.model, load_checkpoint(args.checkpoint)
     advice = 'Check that the student was trained with this config.'
     load_strictly(model, weights, args.checkpoint, args.config, advice)
-    # images of the command line need no annotations
-    lazy = dict(lazy_init=True) if args.images else {}
+    lazy = dict(lazy_init=True) if args.images else {}  # without annotations
     dataset = DATASETS.build({**cfg.val_dataloader.dataset, **lazy})
     if not dataset.metainfo.get('classes'):
         raise ValueError('The classes of the validation data set have no names.')
@@ -103,6 +102,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
     model.distill[key].max_rows = None  # of SegLogits: a map has all pixels
+    model._lessons = {key: model._lessons[key]}
     teacher = model.teachers[model._lessons[key].teacher]
     if reason := cannot_score(teacher):
         raise ValueError(f'What the teacher predicts is not shown: {reason}.')
@@ -159,12 +159,10 @@ def inter_class(scores: Tensor, activation: str, pair: Pair) -> Tensor:
 
 
 def gram(scores: Tensor, classes: int, activation: str, mask: Tensor | None) -> Tensor:
-    """Number, sums and products over the rows that count, (3, 3, classes).
-
-    Scores are (2, rows, columns): of several anchors, and of a softmax with background.
-    """
+    """Number, sums and products over the rows that count, (3, 3, classes)."""
     columns = scores.shape[2]
-    widths = [classes, classes + 1, 1]  # 1: the second class of two
+    # a row has several anchors, of a softmax with background; or one class of two
+    widths = [classes, classes + 1, 1]
     if activation == 'softmax' and columns != classes:
         widths = widths[1::-1]
     width = next(width for width in widths if columns % width == 0)
@@ -188,7 +186,7 @@ def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, Instanc
     """Boxes at one place with one class, as the student has them, and the others."""
     from mmdet.structures.bbox import bbox_overlaps
 
-    iou = bbox_overlaps(student.bboxes, teacher.bboxes)
+    iou = bbox_overlaps(student.bboxes, teacher.bboxes).nan_to_num()
     iou = iou * (student.labels[:, None] == teacher.labels) * (iou >= MIN_IOU)
     ours, theirs = map(torch.from_numpy, linear_sum_assignment(iou, maximize=True))
     matched = iou[ours, theirs] > 0
@@ -239,12 +237,11 @@ PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 sans-serif; max-width: 1120px; margin: 2em auto }}
 td, th {{ padding: 0 1em; text-align: right }} img {{ width: 100% }}
 td:first-child, th:first-child {{ text-align: left }} i {{ padding: 0 .5em }}</style>
-<h1>{title}</h1><p>The <b>correlation</b> of a class is that of its {activation} scores
-by student and teacher, over {rows} of all images: 1 where the student follows, 0 where
-it does not, nan where a side is constant. {how}</p><table>{table}</table>{images}"""
-MAP = """<b>Inter-class correlation</b> is that of the classes of a pixel, at the size
-of training: 1 (blue) where the student orders the classes as the teacher does, -1 (red)
-where it does the opposite. Grey pixels do not count in training."""
+<h1>{title}</h1><p>The <b>correlation</b> of a class is that of its scores by student
+and teacher, over {rows} of all images: 1 where the student follows, 0 where it does
+not, nan where a side is constant. {how}</p><table>{table}</table>{images}"""
+MAP = """<b>Inter-class correlation</b>: 1 (blue) where the student orders the classes
+as the teacher does, -1 (red) where it is the opposite. Grey pixels do not count."""
 BOXES = f"""<b>Both</b> have a box if they give it one class, with an IoU of at least
 {MIN_IOU}; drawn is the student's. Boxes have a score of at least {{}}."""
 
@@ -253,9 +250,9 @@ def table(meta: dict, index: list[int], columns: dict[str, Tensor]) -> Iterator[
     """The compared classes in HTML, those with the smallest correlation first."""
     yield ''.join(f'<th>{name}</th>' for name in ('class', *columns))
     for i in columns['correlation'].argsort().tolist():  # NaN comes last
-        name, colour = (meta[key][index[i]] for key in ('classes', 'palette'))
-        rgb = tuple(map(int, colour))
-        cells = [f'<i style="background: rgb{rgb}"></i>&ensp;{escape(name)}']
+        name, rgb = (meta[key][index[i]] for key in ('classes', 'palette'))
+        style = f'background: rgb{tuple(map(int, rgb))}'
+        cells = [f'<i style="{style}"></i>&ensp;{escape(name)}']
         cells += [f'{column[i].item():.4g}' for column in columns.values()]
         yield '<tr>' + ''.join(f'<td>{cell}</td>' for cell in cells)
 
@@ -311,6 +308,7 @@ def main() -> None:
         save(args.out / f'{n:03}.png', panels)
         text = escape(f'{Path(path).name}. {text}')
         images.append(f'<h3>{text}</h3><img src="{n:03}.png" alt="{text}">')
+    index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]
     columns = {'correlation': intra_class(sums, activation)}
     columns |= {"student's mean": means[0], "teacher's mean": means[1]}
@@ -318,7 +316,6 @@ def main() -> None:
     title = f'{Path(args.config).name}: {describe_comparison(comparison, pairs)}'
     page = PAGE.format(
         title=escape(title),
-        activation=activation,
         rows=f'{sums[0, 0].max():.0f} {"pixels" if is_seg else "anchors or boxes"}',
         how=MAP if is_seg else BOXES.format(args.score_thr),
         table='\n'.join(table(visualizer.dataset_meta, index, columns)),

@@ -270,6 +270,23 @@ def test_errors(visualize, tmp_path, seg_config, args, status, says):
 
 
 @pytest.mark.slow
+def test_an_entry_of_several_teachers(visualize, tmp_path, seg_config):
+    """One of them is the student itself, the other one is not."""
+    write_pair(tmp_path, seg_config)
+    pair = (tmp_path / 'pair.py').read_text()
+    one, two = (
+        f"dict(config='student.py', checkpoint='{name}.pth')"
+        for name in ('student', 'teacher')
+    )
+    pair = re.sub('teacher={.*}', f'teachers=dict(a={one}, b={two})', pair)
+    (tmp_path / 'pair.py').write_text(pair)
+    for entry, is_same in (('dist_a', True), ('dist_b', False)):
+        found = visualize('pair.py', 'student.pth', '--num', '1', '--entry', entry)
+        assert found.status == 0, found.text
+        assert (set(found.correlations.values()) == {1.0}) == is_same
+
+
+@pytest.mark.slow
 def test_features_alone_have_no_classes(visualize, tmp_path, det_config):
     entry = "dict(mimic=dict(type='mmdist.Features', student='neck'))"
     write_pair(tmp_path, det_config, distill=entry)
