@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmdist import Comparison, DISTLoss, Pair
 from mmdist.lookup import is_a
 from mmdist.losses import as_rows
+from mmdist.losses.correlations.plain import ACTIVATIONS
 from mmdist.teachers import MeanTeacher, Renormalize
 from mmdist.teachers.renormalize import swaps_channels
 
@@ -37,6 +38,27 @@ def describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
     activation = pairs[0].activation or getattr(loss, 'activation', None)
     kinds = filter(None, (type(loss).__name__, activation))
     return f'{type(comparison).__name__} with {", ".join(kinds)}'
+
+
+def probabilities(
+    comparison: Comparison, student: nn.Module, pair: Pair
+) -> tuple[Tensor, str]:
+    """What is correlated in a pair, and the activation that it comes from.
+
+    Args:
+        comparison: It gave the pair.
+        student: The distilled model.
+        pair: The pair.
+
+    Returns:
+        Scores of student and teacher, (2, rows, columns) in float64, on the CPU.
+    """
+    loss = comparison._loss_for(pair)
+    activation = getattr(loss, 'activation', None) or pair.activation
+    activation = activation or comparison.activation(student)
+    tau = getattr(loss, 'tau', 1.0)
+    both = [as_rows(x).double().cpu() / tau for x in (pair.student, pair.teacher)]
+    return torch.stack([ACTIVATIONS[activation](x) for x in both]), activation
 
 
 def describe_preprocessing(renormalize: Renormalize) -> str:

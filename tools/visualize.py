@@ -1,0 +1,329 @@
+"""Show what a teacher teaches, and where its student disagrees.
+
+    python tools/visualize.py CONFIG CHECKPOINT [IMAGES ...] --out DIR
+
+CONFIG distils; CHECKPOINT is of its student, distilled or plain. Without IMAGES, it is
+the first samples of `val_dataloader`. DIR gets a picture of each, and index.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import warnings
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import DictAction
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS
+from mmengine.structures import InstanceData
+from mmengine.visualization import Visualizer
+from pair_report import describe_comparison, parts, probabilities
+from scipy.optimize import linear_sum_assignment
+from teacher_score import cannot_score, predictor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from train import load_config
+
+from mmdist import Pair, comparisons
+from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.losses.correlations.common import Settings, is_constant
+from mmdist.losses.correlations.plain import pearson
+from mmdist.record import Recorder
+from mmdist.teachers import Teacher
+
+NO_CLASSES = comparisons.Features, comparisons.Boxes, comparisons.BoxDistributions
+MIN_IOU = 0.5  # of boxes that agree
+COLOURS = {'both': 'lime', 'only teacher': 'blue', 'only student': 'red'}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('config', help='path of a config that distils')
+    add('checkpoint', help="path or URL of the student's checkpoint")
+    add('images', nargs='*', help='image files, shown without labels')
+    add('--num', type=int, default=8, help='number of validation samples; 8')
+    add('--out', type=Path, required=True, help='the folder of the page')
+    add('--score-thr', type=float, default=0.3, help='lowest score of a box; 0.3')
+    add('--entry', help='what to show of `distill`: <name>, or <name>_<teacher>')
+    add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
+    parser.set_defaults(launcher='none', work_dir=None)
+    args = parser.parse_args()
+    if args.num < 1:
+        parser.error(f'--num is a number of images, got {args.num}.')
+    for path in args.images:
+        if not Path(path).is_file() or mmcv.imread(path) is None:
+            parser.error(f'{path} does not exist or is no image.')
+    try:
+        args.cfg = load_config(args)
+    except OSError as error:
+        parser.error(str(error))
+    if (args.cfg.get('model') or {}).get('student') is None:
+        parser.error(f'{args.config} does not distil: `model` has no `student`.')
+    if not args.cfg.get('val_dataloader'):
+        parser.error(f'{args.config} has no `val_dataloader`.')
+    return args
+
+
+def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
+    """The distilled model with one comparison, its teacher, and the data set."""
+    cfg = copy.deepcopy(args.cfg)
+    cfg.merge_from_dict(dict(resume=False, load_from=None, log_level='ERROR'))
+    for name in ('visualizer', 'runner_type', 'strategy'):
+        cfg.pop(name, None)  # they may log in to a service, or shard the model
+    with tempfile.TemporaryDirectory() as cfg.work_dir:
+        runner = RUNNERS.build(cfg)
+    model, weights = runner.model, load_checkpoint(args.checkpoint)
+    advice = 'Check that the student was trained with this config.'
+    load_strictly(model, weights, args.checkpoint, args.config, advice)
+    lazy = dict(lazy_init=True) if args.images else {}  # without annotations
+    dataset = DATASETS.build({**cfg.val_dataloader.dataset, **lazy})
+    if not dataset.metainfo.get('classes'):
+        raise ValueError('The classes of the validation data set have no names.')
+    # what the hooks of a training tell the distiller and some heads
+    counters = dict(epoch=0, iter=0)
+    runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
+    model._load_teachers()
+    model._match_classes()
+    found = model.distill
+    keys = [k for k in found if not isinstance(found[k], NO_CLASSES)]
+    # an RPN does not know the classes
+    keys = [k for k in keys if getattr(found[k], 'student_path', '') != 'rpn_head']
+    key = args.entry or next(iter(keys), None)
+    if key not in keys:
+        raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
+    model.distill = nn.ModuleDict({key: found[key]})
+    model.distill[key].max_rows = None  # of SegLogits: a map has all pixels
+    model._lessons = {key: model._lessons[key]}
+    teacher = model.teachers[model._lessons[key].teacher]
+    if reason := cannot_score(teacher):
+        raise ValueError(f'What the teacher predicts is not shown: {reason}.')
+    return model.eval(), teacher, dataset
+
+
+def images_of(args: argparse.Namespace, dataset: Dataset) -> Iterator[tuple]:
+    """The path of each image, its batch, and a sample with labels or None."""
+    if args.images:
+        cfg = args.cfg.val_dataloader.dataset
+        while 'pipeline' not in cfg:  # a wrapper
+            cfg = cfg.get('dataset') or cfg['datasets'][0]
+        steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
+    for i, path in enumerate(args.images):
+        data = Compose(steps)(dict(img_path=path, img_id=i))
+        yield path, pseudo_collate([data]), None
+    for i in range(0 if args.images else min(args.num, len(dataset))):
+        data, info = dataset[i], dataset.get_data_info(i)
+        sample = data['data_samples']
+        truth = sample if 'gt_sem_seg' in sample else None
+        if 'instances' in info:  # in pixels of the file; those of the sample may not be
+            boxes = [x for x in info['instances'] if not x.get('ignore_flag')]
+            found = InstanceData(labels=torch.tensor([x['bbox_label'] for x in boxes]))
+            found.bboxes = torch.tensor([x['bbox'] for x in boxes]).view(-1, 4)
+            truth = type(sample)(gt_instances=found)
+        yield sample.img_path, pseudo_collate([data]), truth
+
+
+@torch.no_grad()
+def pairs_of(model: nn.Module, batch: dict) -> tuple[list[Pair], np.ndarray]:
+    """What is compared in an image, and how much of height and width is no padding."""
+    (comparison,) = model.distill.values()
+    data = model.data_preprocessor(copy.deepcopy(batch), training=False)
+    (sample,) = data['data_samples']
+    # a test pipeline does not scale boxes with the image
+    sample.set_metainfo(dict(unlabelled='gt_sem_seg' not in sample))
+    # Only in train mode do heads return what a loss needs; dropout and batch norm lie
+    # within them and stay as in a test.
+    for part in (model, *parts(model)):
+        part.training = True
+    with Recorder([comparison]) as recorder:
+        model.loss(**data)
+    model.eval()
+    shares = np.divide(sample.img_shape[:2], data['inputs'].shape[-2:])
+    return list(recorder.calls(comparison)[0].args[1]), shares
+
+
+def inter_class(scores: Tensor, activation: str, pair: Pair) -> Tensor:
+    """Correlation of each pixel, (height, width); NaN where it does not count."""
+    values = pearson(*scores, 1, None, Settings(activation))
+    if pair.mask is not None:
+        values[~pair.mask.flatten().cpu()] = torch.nan
+    return values.view(pair.student.shape[-2:])
+
+
+def gram(scores: Tensor, classes: int, activation: str, mask: Tensor | None) -> Tensor:
+    """Number, sums and products over the rows that count, (3, 3, classes)."""
+    columns = scores.shape[2]
+    # a row has several anchors, of a softmax with background; or one class of two
+    widths = [classes, classes + 1, 1]
+    if activation == 'softmax' and columns != classes:
+        widths = widths[1::-1]
+    width = next(width for width in widths if columns % width == 0)
+    if mask is not None:
+        scores = scores[:, mask.flatten().cpu()]
+    rows = scores.reshape(2, -1, width)[..., :classes]
+    rows = torch.cat([torch.ones_like(rows[:1]), rows])
+    return torch.einsum('arc,brc->abc', rows, rows)
+
+
+def intra_class(gram: Tensor, activation: str) -> Tensor:
+    """Correlation of each class, (classes,); NaN where a side is constant."""
+    count, sums = gram[0, 0], gram[0, 1:]
+    cov = gram[1:, 1:] - sums[:, None] * sums / count
+    variances = torch.stack([cov[0, 0], cov[1, 1]])
+    constant = is_constant(variances, sums / count, count, activation).any(0)
+    return (cov[0, 1] / variances.prod(0).sqrt()).masked_fill(constant, torch.nan)
+
+
+def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, InstanceData]:
+    """Boxes at one place with one class, as the student has them, and the others."""
+    from mmdet.structures.bbox import bbox_overlaps
+
+    iou = bbox_overlaps(student.bboxes, teacher.bboxes).nan_to_num()
+    iou = iou * (student.labels[:, None] == teacher.labels) * (iou >= MIN_IOU)
+    ours, theirs = map(torch.from_numpy, linear_sum_assignment(iou, maximize=True))
+    matched = iou[ours, theirs] > 0
+    both = [torch.zeros(len(x.labels), dtype=torch.bool) for x in (student, teacher)]
+    both[0][ours[matched]] = both[1][theirs[matched]] = True
+    groups = student[both[0]], teacher[~both[1]], student[~both[0]]
+    return dict(zip(COLOURS, groups, strict=True))
+
+
+def painter(is_seg: bool, meta: dict) -> Visualizer:
+    """The library's visualizer, with the names and the colours of the classes."""
+    kind = 'mmseg.SegLocalVisualizer' if is_seg else 'mmdet.DetLocalVisualizer'
+    visualizer = VISUALIZERS.build(dict(type=kind, name='page', alpha=0.6))
+    names, palette = meta['classes'], meta.get('palette')
+    if not palette:  # mmseg's data sets have one
+        from mmdet.visualization import get_palette
+
+        palette = get_palette('random', len(names))
+    visualizer.dataset_meta = dict(classes=names, palette=palette)
+    return visualizer
+
+
+def draw(
+    visualizer: Visualizer, image: np.ndarray, sample, is_found: bool, options: dict
+) -> np.ndarray:
+    """Labels or what was found over an image, (height, width, 3) in RGB."""
+    options = dict(options, draw_gt=not is_found, draw_pred=is_found)
+    with tempfile.NamedTemporaryFile(suffix='.png') as file:
+        visualizer.add_datasample('', image, sample, out_file=file.name, **options)
+        return mmcv.imread(file.name, channel_order='rgb')
+
+
+def save(file: Path, panels: dict[str, np.ndarray]) -> None:
+    """Write the panels of an image: RGB images, and of pixels their correlations."""
+    height, width = next(iter(panels.values())).shape[:2]
+    figure = Figure((11, 11 * height / width + 1), layout='compressed')
+    axes = figure.subplots(2, 2).flatten()
+    options = dict(cmap='RdBu', vmin=-1, vmax=1, extent=(0, width, height, 0))
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        shown = axis.imshow(values, **options)  # RGB is shown as it is
+        axis.set(title=title, xticks=[], yticks=[], facecolor='grey')
+    if values.ndim == 2:
+        figure.colorbar(shown, ax=axes, location='bottom', shrink=0.5, aspect=40)
+    figure.savefig(file, dpi=100, bbox_inches='tight')
+
+
+PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 16px/1.5 sans-serif; max-width: 1120px; margin: 2em auto }}
+td, th {{ padding: 0 1em; text-align: right }} img {{ width: 100% }}
+td:first-child, th:first-child {{ text-align: left }} i {{ padding: 0 .5em }}</style>
+<h1>{title}</h1><p>The <b>correlation</b> of a class is that of its scores by student
+and teacher, over {rows} of all images: 1 where the student follows, 0 where it does
+not, nan where a side is constant. {how}</p><table>{table}</table>{images}"""
+MAP = """<b>Inter-class correlation</b>: 1 (blue) where the student orders the classes
+as the teacher does, -1 (red) where it is the opposite. Grey pixels do not count."""
+BOXES = f"""<b>Both</b> have a box if they give it one class, with an IoU of at least
+{MIN_IOU}; drawn is the student's. Boxes have a score of at least {{}}."""
+
+
+def table(meta: dict, index: list[int], columns: dict[str, Tensor]) -> Iterator[str]:
+    """The compared classes in HTML, those with the smallest correlation first."""
+    yield ''.join(f'<th>{name}</th>' for name in ('class', *columns))
+    for i in columns['correlation'].argsort().tolist():  # NaN comes last
+        name, rgb = (meta[key][index[i]] for key in ('classes', 'palette'))
+        style = f'background: rgb{tuple(map(int, rgb))}'
+        cells = [f'<i style="{style}"></i>&ensp;{escape(name)}']
+        cells += [f'{column[i].item():.4g}' for column in columns.values()]
+        yield '<tr>' + ''.join(f'<td>{cell}</td>' for cell in cells)
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.simplefilter('ignore')  # of the libraries
+    try:
+        model, teacher, dataset = prepare(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    (comparison,) = model.distill.values()
+    ask = predictor(model, teacher)
+    is_seg = isinstance(comparison, comparisons.SegLogits)
+    visualizer = painter(is_seg, dataset.metainfo)
+    classes = len(dataset.metainfo['classes'])
+    index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
+    for n, (path, batch, truth) in enumerate(images_of(args, dataset)):
+        torch.manual_seed(n)  # proposals may be drawn
+        pairs, shares = pairs_of(model, batch)
+        for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
+            scores, activation = probabilities(comparison, model, pair)
+            sums = sums + gram(scores, len(index), activation, pair.mask)
+        with torch.no_grad():
+            found = model.val_step(copy.deepcopy(batch)) + ask(batch)
+        image = mmcv.imread(path, channel_order='rgb')
+        options = dict(with_labels=False) if is_seg else dict(pred_score_thr=0)
+        panels = {'image': image}
+        if truth is not None:
+            panels = {'labels': draw(visualizer, image, truth, False, options)}
+        for name, sample in zip(('student', 'teacher'), found, strict=True):
+            if not is_seg:
+                boxes = sample.pred_instances.cpu()
+                boxes.pop('masks', None)
+                sample.pred_instances = boxes[boxes.scores >= args.score_thr]
+            panels[name] = draw(visualizer, image, sample, True, options)
+        if is_seg:
+            values = inter_class(scores, activation, pair)
+            height, width = map(round, np.multiply(values.shape, shares).tolist())
+            panels['inter-class correlation'] = values[:height, :width]
+            text = f'mean inter-class correlation {values.nanmean():.3f}'
+        else:
+            groups = agreement(*(sample.pred_instances for sample in found))
+            visualizer.set_image(image)
+            for name, boxes in groups.items():
+                counts[name] += boxes.labels.bincount(minlength=classes)
+                if len(boxes):
+                    visualizer.draw_bboxes(boxes.bboxes, COLOURS[name], line_widths=2)
+            text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
+            panels[', '.join(map(': '.join, COLOURS.items()))] = visualizer.get_image()
+        save(args.out / f'{n:03}.png', panels)
+        text = escape(f'{Path(path).name}. {text}')
+        images.append(f'<h3>{text}</h3><img src="{n:03}.png" alt="{text}">')
+    index = index[-sums.shape[2] :]  # one channel scores the second class of two
+    means = sums[0, 1:] / sums[0, 0]
+    columns = {'correlation': intra_class(sums, activation)}
+    columns |= {"student's mean": means[0], "teacher's mean": means[1]}
+    columns |= {} if is_seg else {name: x[index] for name, x in counts.items()}
+    title = f'{Path(args.config).name}: {describe_comparison(comparison, pairs)}'
+    page = PAGE.format(
+        title=escape(title),
+        rows=f'{sums[0, 0].max():.0f} {"pixels" if is_seg else "anchors or boxes"}',
+        how=MAP if is_seg else BOXES.format(args.score_thr),
+        table='\n'.join(table(visualizer.dataset_meta, index, columns)),
+        images='\n'.join(images),
+    )
+    (args.out / 'index.html').write_text(page)
+    print(args.out / 'index.html')
+
+
+if __name__ == '__main__':
+    main()
