@@ -40,7 +40,7 @@ from pair_report import (
 )
 from teacher_score import cannot_score, judge, predictor, score
 from torch import nn
-from train import load_config, seed_iterations
+from train import load_distilling, seed_iterations
 
 from mmdist import DISTLoss
 from mmdist.hooks import DistillScheduleHook
@@ -72,12 +72,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.images < 0:
         parser.error(f'--images is a number of images, got {args.images}.')
-    try:
-        args.cfg = load_config(args)
-    except OSError as error:
-        parser.error(str(error))
-    if (args.cfg.get('model') or {}).get('student') is None:
-        parser.error(f'{args.config} does not distil: `model` has no `student`.')
+    args.cfg = load_distilling(args, parser)
     return args
 
 

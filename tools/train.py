@@ -64,6 +64,19 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def load_distilling(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Config:
+    """As :func:`load_config`; the parser stops where there is no config that distils."""
+    try:
+        cfg = load_config(args)
+    except OSError as error:
+        parser.error(str(error))
+    if (cfg.get('model') or {}).get('student') is None:
+        parser.error(f'{args.config} does not distil: `model` has no `student`.')
+    return cfg
+
+
 def seed_iterations(cfg: Config) -> None:
     """Let a resumed run draw the random numbers of one that was not interrupted."""
     hooks = cfg.get('custom_hooks') or []

@@ -30,7 +30,7 @@ from scipy.optimize import linear_sum_assignment
 from teacher_score import cannot_score, predictor
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from train import load_config
+from train import load_distilling
 
 from mmdist import Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
@@ -62,12 +62,7 @@ def parse_args() -> argparse.Namespace:
     for path in args.images:
         if not Path(path).is_file() or mmcv.imread(path) is None:
             parser.error(f'{path} does not exist or is no image.')
-    try:
-        args.cfg = load_config(args)
-    except OSError as error:
-        parser.error(str(error))
-    if (args.cfg.get('model') or {}).get('student') is None:
-        parser.error(f'{args.config} does not distil: `model` has no `student`.')
+    args.cfg = load_distilling(args, parser)
     if not args.cfg.get('val_dataloader'):
         parser.error(f'{args.config} has no `val_dataloader`.')
     return args
