@@ -67,7 +67,7 @@ def load_config(args: argparse.Namespace) -> Config:
 def load_distilling(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> Config:
-    """As :func:`load_config`; the parser stops where there is no config that distils."""
+    """As :func:`load_config`; the parser stops if the config does not distil."""
     try:
         cfg = load_config(args)
     except OSError as error:
