@@ -106,7 +106,8 @@ class Detections(Comparison):
         """A pair for each level of a dense head or stage of a cascade."""
         found = []
         for detections in asked:
-            labels = step.classes.common_labels(detections.labels)
+            labels = detections.labels.long()  # CrowdDet's are floats
+            labels = step.classes.common_labels(labels)
             common = InstanceData(
                 bboxes=detections.bboxes, scores=detections.scores, labels=labels
             )
@@ -145,9 +146,12 @@ class Detections(Comparison):
         logits = self._readers[ROI].per_class(step.student, stage, logits)
         logits = step.classes.select_student(logits, 1, 'softmax')
         student = foreground(logits, 'softmax')
+        # CrowdDet predicts several times for a proposal, TridentNet in several branches
+        rois = rois.repeat_interleave(len(student) // max(len(rois), 1), 0)
+        images = rois[:, 0] % len(found)
         teacher = torch.zeros_like(student)
         for image, detections in enumerate(found):
-            here = rois[:, 0] == image
+            here = images == image
             if here.any() and len(detections):
                 overlaps = _overlaps(rois[here, 1:], detections.bboxes)
                 matched = overlaps >= self.min_iou

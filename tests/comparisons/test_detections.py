@@ -12,6 +12,7 @@ from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
 from mmengine.structures import InstanceData
 from scipy.special import expit, rel_entr
 from scipy.stats import pearsonr
+from test_det_zoo import CASES
 from torch import nn
 
 from mmdist import Pair
@@ -206,6 +207,23 @@ def test_rows_are_anchors_with_the_best_score_of_what_overlaps_them(student):
                 [pearsonr(*x)[0] if x[1].std() else 0 for x in both]
             )
     assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        'tridentnet/tridentnet_r50-caffe_1x_coco.py',
+        'crowddet/crowddet-rcnn_r50_fpn_8xb2-30e_crowdhuman.py',
+    ],
+)
+def test_several_branches_and_several_predictions_of_a_proposal(path):
+    case = CASES[path.split('/')[0]]
+    distill = dict(dist=dict(type='mmdist.Detections'))
+    model = build_pair(path, path, distill, case.factors, case.edit, case.sizes)
+    model.teacher.model.roi_head.test_cfg.score_thr = 0.0
+    data = batch(model, case.sizes, num_classes=case.num_classes)
+    losses = model(**data, mode='loss')
+    assert losses['loss_dist'].isfinite() and losses['loss_dist'] > 0
 
 
 def test_proposals_have_the_best_score_of_what_overlaps_them():
