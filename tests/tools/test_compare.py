@@ -172,6 +172,7 @@ def test_a_real_training(seg_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile('distilled.py')
     cfg.work_dir = 'work'
+    cfg.visualizer.name = str(tmp_path)  # that of another test logs to another place
     runner = Runner.from_cfg(cfg)
     runner.train()
     score = runner.message_hub.get_scalar('val/mIoU').current()

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 from builders import dataset_batch, distilled_text
-from conftest import (
+from mmengine.config import Config
+from tiny import (
     DET_CLASSES,
     DET_CONFIG,
     SEG_CLASSES,
@@ -25,7 +26,6 @@ from conftest import (
     TINY_RETINANET,
     TINY_SEGMENTOR,
 )
-from mmengine.config import Config
 from torch import nn
 
 from mmdist.teachers.teacher import build_model, load_config
