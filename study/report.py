@@ -99,10 +99,13 @@ def draw(results: dict[Cell, dict], file: Path) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    panels = sorted({cell[:2] for cell in results if cell.method not in SINGLE})
+    cells = {cell[:4] for cell in results if cell.method not in SINGLE}
+    panels = sorted({cell[:2] for cell in cells})
+    # a line for each method, and its axis
+    heights = [0.8 + 0.2 * sum(c[:2] == panel for c in cells) for panel in panels]
     figure, rows = plt.subplots(
-        len(panels), 1, figsize=(8, 0.6 + 2.6 * len(panels)), squeeze=False,
-        layout='constrained',
+        len(panels), 1, figsize=(8, 0.6 + sum(heights)), squeeze=False,
+        layout='constrained', height_ratios=heights,
     )  # fmt: skip
     for axes, (scale, task) in zip(rows[:, 0], panels, strict=True):
         alone = by_seed(results, 'score', scale, task, 'alone', '')
