@@ -14,7 +14,7 @@ export PYTHONWARNINGS := ignore:pkg_resources is deprecated
 
 help:
 	@echo 'make env         the environment in $(VENV); two to five minutes, once'
-	@echo 'make quickstart  distil a small detector and a small segmentor, 9 minutes'
+	@echo 'make quickstart  distil a small detector and a small segmentor, 6 to 9 minutes'
 	@echo 'make test        the quick tests;  make test-all: the slow ones too'
 	@echo 'make lint        ruff;  make format: fix what ruff can fix'
 	@echo 'make bench       timings and memory'
