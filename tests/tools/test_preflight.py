@@ -345,26 +345,34 @@ def test_a_checkpoint_of_another_architecture(tmp_path, seg_config, det_config):
     assert 'Traceback' not in done.stdout + done.stderr
 
 
-def test_a_weight_that_hardly_counts(preflight, tmp_path, det_config):
+@pytest.mark.parametrize(
+    ('weight', 'status', 'sentences'),
+    [
+        ('0.00001', 0, ['it hardly counts. Take a larger weight.']),
+        (
+            '0',
+            1,
+            [
+                '`loss_dist` is 0 in the first step.',
+                'No gradient of distillation reaches the student.',
+            ],
+        ),
+    ],
+)
+def test_a_weight_that_hardly_counts(
+    preflight, tmp_path, det_config, weight, status, sentences
+):
     write_pair(tmp_path, det_config)
-    option = 'model.distill.dist.loss.loss_weight=0.00001'
-    options = ['model.distill.dist.type=mmdist.DenseLogits', option]
-    kind = 'model.distill.dist.loss.type=mmdist.DISTLoss'
-    found = preflight('pair.py', '--cfg-options', *options, kind)
-    assert found.status == 0
-    assert 'it hardly counts. Take a larger weight.' in found.text
+    found = preflight(
+        'pair.py',
+        '--cfg-options',
+        'model.distill.dist.type=mmdist.DenseLogits',
+        'model.distill.dist.loss.type=mmdist.DISTLoss',
+        f'model.distill.dist.loss.loss_weight={weight}',
+    )
+    assert found.status == status
+    assert all(sentence in found.text for sentence in sentences)
     assert 'chosen' not in found.text  # by the user
-
-
-def test_a_term_of_weight_zero(preflight, tmp_path, det_config):
-    write_pair(tmp_path, det_config)
-    option = 'model.distill.dist.loss.loss_weight=0'
-    options = ['model.distill.dist.type=mmdist.DenseLogits', option]
-    kind = 'model.distill.dist.loss.type=mmdist.DISTLoss'
-    found = preflight('pair.py', '--cfg-options', *options, kind)
-    assert found.status == 1
-    assert '`loss_dist` is 0 in the first step.' in found.text
-    assert 'No gradient of distillation reaches the student.' in found.text
 
 
 @pytest.mark.parametrize(
