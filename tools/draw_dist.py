@@ -48,13 +48,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def against_sharpness() -> tuple[Tensor, dict[str, list[float]]]:
+def against_sharpness() -> tuple[list[float], dict[str, list[float]]]:
     """Losses of the teacher's logits times a factor; 1 is a student without relation.
 
     That student has the teacher's predictions for other pixels: the mean over all ways
     to shift them.
     """
-    factors = torch.linspace(0.1, 3, 59)
+    factors = torch.linspace(0.1, 3, 59).tolist()
     losses = {}
     for name, loss in (('KL', kl), ('DIST', DISTLoss())):
         shifted = [
@@ -65,7 +65,7 @@ def against_sharpness() -> tuple[Tensor, dict[str, list[float]]]:
     return factors, losses
 
 
-def against_scale(num_rows: int = 2000) -> tuple[Tensor, dict[str, list[float]]]:
+def against_scale(num_rows: int = 2000) -> tuple[list[float], dict[str, list[float]]]:
     """Norms of the gradient at a head whose random logits have some spread."""
     noise = torch.Generator().manual_seed(0)
     labels = torch.randint(len(CLASSES), (num_rows,), generator=noise)
@@ -77,7 +77,7 @@ def against_scale(num_rows: int = 2000) -> tuple[Tensor, dict[str, list[float]]]
         'KL': lambda logits: kl(logits, teacher),
         'DIST': lambda logits: DISTLoss()(logits, teacher),
     }
-    scales = torch.logspace(-2, 0.7, 28)
+    scales = torch.logspace(-2, 0.7, 28).tolist()
     norms: dict[str, list[float]] = {}
     for scale in scales:
         for name, loss in losses.items():
@@ -89,7 +89,7 @@ def against_scale(num_rows: int = 2000) -> tuple[Tensor, dict[str, list[float]]]
 
 def draw_matrix(axes: plt.Axes, scores: Tensor, title: str) -> None:
     """Probabilities, with the marked row and column."""
-    axes.imshow(scores, cmap='Greys', vmin=0, vmax=1.3, aspect='auto')
+    axes.imshow(scores.numpy(), cmap='Greys', vmin=0, vmax=1.3, aspect='auto')
     for (row, column), value in zip(
         [(r, c) for r in range(len(scores)) for c in range(len(CLASSES))],
         scores.flatten().tolist(),
@@ -125,10 +125,13 @@ def draw_relation(
     colour: str,
 ) -> None:
     """Two vectors side by side, and their correlation."""
-    places = torch.arange(len(teacher))
-    axes.bar(places - 0.2, teacher, 0.38, color=colour, label='teacher')
-    axes.bar(places + 0.2, student, 0.38, color=colour, alpha=0.4, label='student')
-    axes.set_xticks(places, names, fontsize=9)
+    for scores, shift, alpha, label in (
+        (teacher, -0.2, 1.0, 'teacher'),
+        (student, 0.2, 0.4, 'student'),
+    ):
+        places = [place + shift for place in range(len(scores))]
+        axes.bar(places, scores.tolist(), 0.38, color=colour, alpha=alpha, label=label)
+    axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(0, 0.9)
     axes.set_yticks([])
     rho = correlation(student, teacher)
