@@ -7,8 +7,11 @@ VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 PY := $(VENV)/bin/python
 # mmengine looks for packages by pkg_resources, which warns each time
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated
+# where `make docs` puts the site, and the small environment that builds it
+SITE ?= site
+DOCS_VENV ?= .venv-docs
 
-.PHONY: help env check quickstart test test-all lint format bench study clean \
+.PHONY: help env check quickstart test test-all lint format bench study docs clean \
 	distclean
 .DEFAULT_GOAL := help
 
@@ -19,6 +22,7 @@ help:
 	@echo 'make lint        ruff;  make format: fix what ruff can fix'
 	@echo 'make bench       timings and memory'
 	@echo 'make study       does a student gain on real images? hours; see docs/results.md'
+	@echo 'make docs        the documentation as a site, in $(SITE)/; seconds'
 	@echo 'make clean       what the tools leave behind;  make distclean: also the'
 	@echo '                 environments and work_dirs'
 
@@ -51,9 +55,19 @@ bench: env
 study: env
 	$(PY) -m study
 
+docs: $(DOCS_VENV)/made
+	@# the theme advertises its successor; see requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict \
+		--site-dir '$(abspath $(SITE))'
+
+$(DOCS_VENV)/made: requirements-docs.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache
+	rm -rf build dist site .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-onedl work_dirs
+	rm -rf .venv .venv-onedl .venv-docs work_dirs
