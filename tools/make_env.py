@@ -51,7 +51,7 @@ SECONDS = {
     'torch and build tools': 60,
     'mmengine and opencv': 20,
     'mmcv': 10,
-    'the other libraries': 40,
+    'the other libraries': 60,
     'mmdist': 5,
     'check': 20,
 }
