@@ -48,7 +48,7 @@ from mmdist.registry import MODELS
 from mmdist.teachers.classes import class_names_of_config
 
 SHELL = ('shell', 'bash', 'sh', 'console', 'indented', 'inline')
-SHOWN = ('', 'text', 'mermaid')  # drawings, folders, and what a program prints
+SHOWN = ('', 'text', 'math', 'mermaid')  # formulas, drawings, what a program prints
 # Page, words of the blocks, and the test that runs them.
 RUN_BY = [
     ('README.md', 'retinanet_r18_fpn_1x_coco.py', 'test_readme_pair.py'),

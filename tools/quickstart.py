@@ -72,7 +72,7 @@ TASKS = (
         'AP',
         100,
         {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1},
-        (150, 90, 120, 120),
+        (140, 80, 110, 115),
     ),
     Task(
         'seg',
@@ -87,7 +87,7 @@ TASKS = (
         1,
         # two steps, DIST in both
         {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'custom_hooks': []},
-        (150, 90, 120, 120),
+        (110, 50, 70, 95),
     ),
 )
 
