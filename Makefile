@@ -33,7 +33,7 @@ check: env
 	$(PY) tools/check_env.py
 
 quickstart: env
-	$(PY) tools/quickstart.py
+	@$(PY) tools/quickstart.py
 
 test: env
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'

@@ -222,6 +222,8 @@ def models_of(
     )
     distilled.init_weights()
     distilled.load_state_dict(student.state_dict())
+    # the same weights: how long a detector predicts depends on what it finds
+    distilled.teacher.model.load_state_dict(teacher.state_dict())
     student, teacher, distilled = (x.to(device) for x in (student, teacher, distilled))
     return Models(student, teacher, distilled, batch(library, size, student))
 

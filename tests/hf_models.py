@@ -354,3 +354,13 @@ def oneformer() -> transformers.PreTrainedModel:
         **LABELS,
     )
     return transformers.OneFormerForUniversalSegmentation(config)
+
+
+# Of the models that docs/teachers.md names, those that stand in for them, and their
+# image processors.
+STANDS_IN = {
+    'nvidia/segformer-b5': (SEGMENTORS['segformer'], 'SegformerImageProcessor'),
+    'facebook/mask2former': (SEGMENTORS['mask2former'], 'Mask2FormerImageProcessor'),
+    'PekingU/rtdetr': (DETECTORS['rt_detr'], 'RTDetrImageProcessor'),
+    'IDEA-Research/grounding-dino': (grounding_dino, 'GroundingDinoImageProcessor'),
+}

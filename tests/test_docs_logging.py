@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from builders import distilled_text
+from docs_blocks import code, only
 from mmengine.config import Config
 from mmengine.registry import VISBACKENDS
 from mmengine.runner import Runner
 
-PAGE = (Path(__file__).parents[1] / 'docs/logging.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, flags=re.S)
+BLOCKS = code('docs/logging.md')
 
 
 @pytest.fixture
@@ -34,8 +34,7 @@ def pair(seg_config, tmp_path, monkeypatch) -> Path:
 
 def config_with(backend: str) -> Config:
     """The config of the page that names a backend."""
-    (block,) = [block for block in BLOCKS if backend in block]
-    Path('config.py').write_text(block)
+    Path('config.py').write_text(only(BLOCKS, backend))
     config = Config.fromfile('config.py')
     assert [entry.type for entry in config.visualizer.vis_backends] == [
         'LocalVisBackend', backend,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_blocks import blocks
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -27,10 +28,8 @@ DOCS = Path(__file__).parents[1] / 'docs' / 'own_comparison.md'
 @pytest.fixture
 def example(tmp_path, monkeypatch):
     """The page's two files, in a directory on the path."""
-    for name, code in re.findall(
-        r'`(\w+\.py)`:\n\n```python\n(.*?)```', DOCS.read_text(), re.DOTALL
-    ):
-        (tmp_path / name).write_text(code)
+    for block in blocks('docs/own_comparison.md', 'python'):
+        (tmp_path / block.file).write_text(block.code)
     monkeypatch.syspath_prepend(tmp_path)
     init_default_scope('mmdet')
     MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter

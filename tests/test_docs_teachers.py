@@ -5,62 +5,23 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from det_zoo import batch, shrink
-from hf_models import DETECTORS, SEGMENTORS, grounding_dino, save_model, tokenizer
+from det_zoo import batch
+from docs_blocks import code, only, replace_teacher, small
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
-from segmentors import make_batch, thin
+from segmentors import make_batch
 
 from mmdist.comparisons import detections
 from mmdist.registry import MODELS
 from mmdist.teachers.classes import class_names_of_config
-from mmdist.teachers.teacher import load_config
 
-PAGE = (Path(__file__).parents[1] / 'docs/teachers.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, flags=re.S)
+BLOCKS = code('docs/teachers.md')
 CONFIGS = [block for block in BLOCKS if 'mmdist.Distiller' in block]
-# Of the named models, those that stand in for them, and their image processors.
-STANDS_IN = {
-    'nvidia/segformer-b5': (SEGMENTORS['segformer'], 'SegformerImageProcessor'),
-    'facebook/mask2former': (SEGMENTORS['mask2former'], 'Mask2FormerImageProcessor'),
-    'PekingU/rtdetr': (DETECTORS['rt_detr'], 'RTDetrImageProcessor'),
-    'IDEA-Research/grounding-dino': (grounding_dino, 'GroundingDinoImageProcessor'),
-}
-
-
-def small(model: dict, scope: str) -> dict:
-    if scope == 'mmdet':
-        return shrink(model, 8)
-    for key in ('size', 'test_cfg'):
-        model.data_preprocessor.pop(key, None)
-    return thin(model, 1 if 'MixVisionTransformer' in str(model) else 1 / 8)
-
-
-def replace_teacher(teacher: dict, names: list[str], scope: str, folder: Path) -> None:
-    """A small model for the named one, with the classes that the config expects."""
-    if 'ema' in teacher:
-        return
-    if isinstance(teacher.config, str):
-        # the ADE20K teacher's attention is slow on a CPU
-        config = load_config(teacher.config.replace('b5_8xb2', 'b0_8xb2'))
-        config.model = small(config.model, scope)
-        teacher.update(config=config, checkpoint=None, allow_random=True)
-    elif 'Torchvision' in teacher.config.type:
-        teacher.config.weights = None
-    else:
-        (key,) = [key for key in STANDS_IN if teacher.config.name.startswith(key)]
-        renamed = teacher.get('class_map', {})
-        labels = {i: renamed.get(name, name) for i, name in enumerate(names)}
-        make, processor = STANDS_IN[key]
-        teacher.config.name = save_model(make, processor, folder / 'hf', labels)
-        if 'prompts' in teacher.config:
-            tokenizer(teacher.config.name, ['person', 'car', 'drone'])
 
 
 def title(block: str) -> str:
@@ -73,10 +34,8 @@ def test_config_takes_a_step(block, tmp_path, monkeypatch):
     if 'torchvision' in block:
         if importlib.util.find_spec('torchvision') is None:
             pytest.skip('torchvision is not installed')
-        (code,) = [
-            b for b in BLOCKS if 'import ForeignTeacher' in b.replace('MODELS, ', '')
-        ]
-        (tmp_path / 'torchvision_teacher.py').write_text(code)
+        teacher = only(BLOCKS, 'class TorchvisionRetinaNet')
+        (tmp_path / 'torchvision_teacher.py').write_text(teacher)
         monkeypatch.syspath_prepend(tmp_path)
     lines = block.strip().splitlines()
     assert len(lines) <= 15

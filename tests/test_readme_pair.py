@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_blocks import blocks
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
@@ -28,14 +29,9 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope='module')
-def section() -> str:
-    text = (ROOT / 'README.md').read_text()
-    return re.search(r'^## Your own pair\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
-
-
-def blocks(section: str, language: str) -> list[str]:
-    return re.findall(rf'^```{language}\n(.*?)^```', section, re.M | re.S)
+def section(language: str) -> list[str]:
+    found = blocks('README.md', language)
+    return [block.code for block in found if block.section == 'Your own pair']
 
 
 @pytest.fixture
@@ -57,8 +53,8 @@ def folder(coco_root, tmp_path) -> Path:
     return tmp_path
 
 
-def test_as_written(section, folder):
-    (config,) = blocks(section, 'python')
+def test_as_written(folder):
+    (config,) = section('python')
     (folder / 'my_pair.py').write_text(config)
     assert len(config.splitlines()) <= 12
 
@@ -71,7 +67,7 @@ def test_as_written(section, folder):
         model = MODELS.build(teacher_config.model)
     torch.save(dict(state_dict=model.state_dict(), meta={}), folder / 'teacher.pth')
 
-    commands = '\n'.join(blocks(section, 'shell')).splitlines()
+    commands = '\n'.join(section('shell')).splitlines()
     assert 'python tools/train.py my_pair.py' in commands
     for command in commands:
         program, script, *args = shlex.split(command)

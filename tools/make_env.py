@@ -26,10 +26,13 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from check_env import RUN_OPS
+from progress import Plan, Progress, clock
 
 ROOT = Path(__file__).resolve().parent.parent
 # stack: requirements, environment, the distribution that holds mmcv's ops
@@ -42,6 +45,17 @@ OPENCV_GUI = (
     'import cv2, re; print(re.search(r"GUI: *(\\w+)", cv2.getBuildInformation())[1])'
 )
 MIN_DISK_GB = 8
+# of each step, on two cores with a fast network
+SECONDS = {
+    'virtual environment': 10,
+    'torch and build tools': 60,
+    'mmengine and opencv': 20,
+    'mmcv': 10,
+    'the other libraries': 60,
+    'mmdist': 5,
+    'check': 20,
+}
+COMPILE_SECONDS = 180  # on one core
 # mmcv's sources that define the same helpers, so no two of them fit in one unit
 APART = (
     'bezier_align.cpp',
@@ -167,13 +181,14 @@ class Builder:
 
     def __init__(self, stack: str, cuda: bool) -> None:
         requirements, venv, self.mmcv = STACKS[stack]
+        self.plan = Plan(SECONDS)
+        self.progress = Progress('env', len(SECONDS))
         self.cuda = cuda
         self.requirements = ROOT / requirements
         self.pins = pins(self.requirements.read_text())
         self.venv = ROOT / venv
         self.python = self.venv / 'bin/python'
         self.log = self.venv / 'make_env.log'
-        self.began = time.time()
 
     def stamp(self) -> str:
         """Changes with whatever a finished environment was made from."""
@@ -198,32 +213,34 @@ class Builder:
 
     def build(self) -> None:
         (self.venv / STAMP).unlink(missing_ok=True)
-        self.say(f'Building {self.venv.name} with {self.requirements.name}.')
-        self.step('virtual environment', '10 s', self.make_venv)
-        self.step('torch and build tools', '1 to 10 min, a download', self.add_torch)
-        self.step('mmengine and opencv', '30 s', self.add_mmengine)
-        ready = self.has_ops() or self.cached_wheel()
-        self.step('mmcv', '10 s' if ready else '2 to 12 min, once', self.add_mmcv)
-        self.step('the other libraries', '1 min', self.add_libraries)
-        self.step('mmdist (editable)', '5 s', self.add_mmdist)
-        self.step('check', '20 s', self.check)
+        wheels = self.wheels().parent.glob(f'*/{self.wheel_name()}')
+        if not (any(wheels) or self.has_ops()):
+            self.plan.waiting['mmcv'] += COMPILE_SECONDS / jobs()
+        self.step('virtual environment', self.make_venv)
+        self.step('torch and build tools', self.add_torch)
+        self.step('mmengine and opencv', self.add_mmengine)
+        self.step('mmcv', self.add_mmcv)
+        self.step('the other libraries', self.add_libraries)
+        self.step('mmdist', self.add_mmdist)
+        self.step('check', self.check)
         (self.venv / STAMP).write_text(self.stamp())
-        self.say(f'{self.venv.name} is ready, after {clock(self.began)}.')
+        took = clock(self.progress.elapsed())
+        self.progress.say(f'{self.venv.name} is ready, after {took}.')
 
-    def say(self, text: str) -> None:
-        print(f'[env] {text}', flush=True)
-
-    def step(self, title: str, estimate: str, action) -> None:
-        self.say(f'{title} ({estimate}) ...')
-        began = time.time()
+    def step(self, title: str, action: Callable[[], str | None]) -> None:
+        self.plan.begin(title)
+        self.title = title
+        self.progress.show(title, self.plan.left())
         note = action()
-        self.say(f'{title}: {note or "done"}, {clock(began)}')
+        self.progress.done(f'{title}: {note or "done"}')
 
     def run(self, *command, progress: str | None = None, **environ: str) -> None:
         """Run a command into the log; its end is shown where it fails."""
         with self.log.open('a') as log:
             log.write(f'\n$ {" ".join(map(str, command))}\n')
             log.flush()
+            start, began = log.tell(), time.monotonic()
+            running = True
             process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=ROOT,
@@ -234,22 +251,31 @@ class Builder:
                     'PATH': f'{self.venv / "bin"}:{os.environ["PATH"]}',
                     **environ,
                 },
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=subprocess.STDOUT,
-                text=True,
-                errors='replace',
             )
-            tail, shown, began = [], time.time(), time.time()
-            for line in process.stdout:
-                log.write(line)
-                tail = [*tail[-29:], line]
-                count = progress and re.match(progress, line.strip())
-                if count and time.time() - shown > 20:
-                    shown = time.time()
-                    self.say(f'    {count[1]} of {count[2]}, {clock(began)}')
-        if process.wait():
-            print(''.join(tail), file=sys.stderr)
-            raise Stop(f'This failed: {" ".join(map(str, command))} (log: {self.log})')
+            while running:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
+                running = process.poll() is None
+                said = self.log.read_bytes()[start:].decode(errors='replace')
+                counts = re.findall(progress, said, flags=re.M) if progress else []
+                parts = map(int, counts[-1]) if counts else ()
+                self.show(time.monotonic() - began, *parts)
+        if process.returncode:
+            tail = '\n'.join(said.splitlines()[-30:])
+            raise Stop(
+                f'The end of {self.log}:\n{tail}\n'
+                f'This failed: {" ".join(map(str, command))}'
+            )
+
+    def show(self, spent: float, part: int = 0, parts: int = 0) -> None:
+        """How far the current step is, and how many of its parts are done, if known."""
+        text = f'{self.title}, {part} of {parts}' if parts else self.title
+        # of a few units two end at the same time; they say little
+        known = part and parts > 2 * len(APART)
+        eta = spent * (parts - part) / part if known else None
+        self.progress.show(text, self.plan.left(eta))
 
     def pip(self, *arguments, **environ: str) -> None:
         flags = ('--disable-pip-version-check', '--no-input')
@@ -261,8 +287,10 @@ class Builder:
         # --clear: a torso, or one that was copied here from another place
         self.venv.mkdir(exist_ok=True)
         command = [sys.executable, '-m', 'venv', '--clear', str(self.venv)]
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise Stop(f'This failed: {" ".join(command)}')
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            said = done.stdout + done.stderr
+            raise Stop(f'{said}\nThis failed: {" ".join(command)}')
         return None
 
     def moved(self) -> bool:
@@ -309,9 +337,11 @@ class Builder:
         return cache / 'mmdist' / f'torch-{torch}-{"cuda" if self.cuda else "cpu"}'
 
     def cached_wheel(self) -> Path | None:
+        return next(iter(sorted(self.wheels().glob(self.wheel_name()))), None)
+
+    def wheel_name(self) -> str:
         tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
-        name = f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}-{tag}-*.whl'
-        return next(iter(sorted(self.wheels().glob(name))), None)
+        return f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}-{tag}-*.whl'
 
     def add_mmcv(self) -> str | None:
         if self.has_ops():
@@ -343,7 +373,7 @@ class Builder:
         try:
             self.build_wheel(tree, units='1')
         except Stop:
-            self.say('mmcv does not compile from few files; now file by file ...')
+            self.progress.say('mmcv does not compile from few files; now file by file.')
             self.build_wheel(tree, units='0')
         built = next(sources.glob(f'{tree.name}-cp*.whl'))
         self.wheels().mkdir(parents=True, exist_ok=True)
@@ -357,7 +387,7 @@ class Builder:
         flags = ('-v', '--no-build-isolation', '--no-deps', '-w', tree.parent)
         self.pip(
             *('wheel', *flags, tree),
-            progress=r'\[(\d+)/(\d+)\]',
+            progress=r'^\s*\[(\d+)/(\d+)\]',
             MMCV_WITH_OPS='1',
             MMDIST_UNITS=units,
             # distutils asks for debug symbols, which take a third of the time
@@ -375,8 +405,7 @@ class Builder:
         self.pip('install', *flags, '-e', ROOT)
 
     def check(self) -> None:
-        if subprocess.run([self.python, ROOT / 'tools/check_env.py']).returncode:
-            raise Stop('The environment is not complete: see the lines above.')
+        self.run(self.python, ROOT / 'tools/check_env.py')
 
 
 def fix_setup(setup: Path) -> None:
@@ -422,11 +451,6 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(memory / 2)))
 
 
-def clock(began: float) -> str:
-    seconds = round(time.time() - began)
-    return f'{seconds // 60} min {seconds % 60} s' if seconds > 59 else f'{seconds} s'
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -454,11 +478,12 @@ def main() -> int:
         if problems:
             raise Stop('\n  '.join(['Nothing was built.', *problems]))
         if cuda:
-            builder.say(
+            builder.progress.say(
                 'A GPU: the onedl fork is taken, since upstream mmcv does not compile '
                 'for CUDA 13. Nobody has run this build yet; tell us how it went.'
             )
-        builder.build()
+        with builder.progress:
+            builder.build()
     except Stop as stop:
         print(f'[env] {stop}', file=sys.stderr)
         return 1

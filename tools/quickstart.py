@@ -15,19 +15,25 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import make_digits
 import numpy as np
 import runs
-from mmengine.config import Config
+from progress import Plan, Progress
 
-from mmdist.checkpoint import load_checkpoint
+# make_digits and mm* are imported where they are used: what they print as they are
+# imported goes into the log
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK_DIR = Path('work_dirs/quickstart')
 PARTS = ('teacher', 'student alone', 'student + KL', 'student + DIST')
+REPORT_SECONDS = 20
+NOTE = """inter and intra: the mean correlations with the teacher, as last logged in
+training. The teachers train on all scenes of `train`, the students on its
+first ones (`train-few`), alone or distilled."""
 COLOURS = ('0.6', 'tab:blue', 'tab:orange', 'tab:green')
 
 
@@ -41,6 +47,7 @@ class Task:
     label: str
     scale: float  # from the log to percent
     smoke: dict  # settings of a dry run
+    seconds: tuple[int, ...]  # of each part, on one core of two
 
     def config(self, part: str) -> Path:
         name = self.configs[PARTS.index(part)]
@@ -65,6 +72,7 @@ TASKS = (
         'AP',
         100,
         {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1},
+        (140, 80, 110, 115),
     ),
     Task(
         'seg',
@@ -79,12 +87,22 @@ TASKS = (
         1,
         # two steps, DIST in both
         {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'custom_hooks': []},
+        (110, 50, 70, 95),
     ),
 )
 
 
+class State(NamedTuple):
+    """How far a task is."""
+
+    text: str
+    left: float  # seconds
+
+
 def fingerprint(task: Task, part: str, options: dict) -> str:
     """Hash of all that a result depends on: settings, data, and the teacher's."""
+    from mmengine.config import Config
+
     parts = [
         Config.fromfile(task.config(part)).pretty_text,
         repr(sorted(options.items())),
@@ -100,14 +118,21 @@ def result_of(task: Task, part: str, seed: int) -> dict:
     return json.loads((task.folder(part, seed) / 'metrics.json').read_text())
 
 
-def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterator:
+def train(
+    task: Task, part: str, seed: int, smoke: bool, plan: Plan, progress: Progress
+) -> Iterator[State]:
     """Train one part in a process of its own; yields while that runs."""
+    from mmdist.checkpoint import load_checkpoint
+
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
     folder = task.folder(part, seed)
-    title = f'[{task.name}] {part:14}' + (f' seed {seed}' if seed else '')
+    # short: two of them are in one line
+    title = f'{task.name} {part.removeprefix("student ")}'
+    title += f' seed {seed}' if seed else ''
+    plan.begin((part, seed))
     mark = fingerprint(task, part, options)
     if runs.finished(folder, mark):
-        print(f'{title} finished before: {folder}', flush=True)
+        progress.done(f'{title}: finished before, {folder}')
         return
     shutil.rmtree(folder, ignore_errors=True)  # what was interrupted, or is outdated
     folder.mkdir(parents=True)
@@ -115,23 +140,20 @@ def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterat
     arguments += [f'{key}={value}' for key, value in options.items()]
     threads = str(max(1, (os.cpu_count() or 1) // len(TASKS)))
     environment = {**os.environ, 'OMP_NUM_THREADS': threads}
-    began = time.time()
     log_file = folder / 'train.log'
     with runs.tool('train.py', arguments, log_file, env=environment) as process:
-        shown, running = 0, True
-        while running:
-            running = process.poll() is None
-            scores = [e for e in runs.read_log(folder) if task.metric in e]
-            for entry in scores[shown:]:
-                print(
-                    f'[{time.time() - start:4.0f} s] {title} '
-                    f'step {entry["step"]:4}  '
-                    f'{task.label} {task.scale * entry[task.metric]:5.1f}',
-                    flush=True,
-                )
-            shown = len(scores)
-            if running:
-                yield
+        step, said = None, 0.0
+        while process.poll() is None:
+            last = runs.last_step(log_file.read_text())
+            if last != step:
+                step, said = last, plan.spent()
+            if step is None:
+                yield State(title, plan.left())
+            else:
+                eta = max(0, step.eta - (plan.spent() - said))
+                yield State(f'{title} {step.share:.0%}', plan.left(eta))
+    entries = runs.read_log(folder)
+    scores = [entry for entry in entries if task.metric in entry]
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
     result = {
         'fingerprint': mark,
@@ -139,18 +161,39 @@ def train(task: Task, part: str, seed: int, smoke: bool, start: float) -> Iterat
         'score': task.scale * scores[-1][task.metric] if scores else 0.0,
         'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
         'parameters': runs.count_parameters(state),
-        'seconds': time.time() - began,
-        **runs.last_correlations(runs.read_log(folder)),
+        'seconds': plan.spent(),
+        **runs.last_correlations(entries),
     }
     runs.save_result(folder, result)
+    progress.done(f'{title}: {task.label} {result["score"]:.1f}')
 
 
-def lane(task: Task, seeds: list[int], smoke: bool, start: float) -> Iterator:
+def lane(
+    task: Task, seeds: list[int], smoke: bool, progress: Progress
+) -> Iterator[State]:
     """The parts of one task, one after the other."""
-    yield from train(task, 'teacher', 0, smoke, start)
-    for seed in seeds:
-        for part in PARTS[1:]:
-            yield from train(task, part, seed, smoke, start)
+    parts = [('teacher', 0), *((part, seed) for seed in seeds for part in PARTS[1:])]
+    seconds = dict(zip(PARTS, task.seconds, strict=True))
+    plan = Plan({each: 20 if smoke else seconds[each[0]] for each in parts})
+    for part, seed in parts:
+        yield from train(task, part, seed, smoke, plan, progress)
+
+
+def train_all(seeds: list[int], smoke: bool, progress: Progress) -> None:
+    """Train all parts of the tasks, which run side by side."""
+    lanes = {task.name: lane(task, seeds, smoke, progress) for task in TASKS}
+    try:
+        while lanes:
+            states = {name: next(one, None) for name, one in lanes.items()}
+            lanes = {name: one for name, one in lanes.items() if states[name]}
+            running = [state for state in states.values() if state]
+            if running:
+                left = max(state.left for state in running) + REPORT_SECONDS
+                progress.show(', '.join(state.text for state in running), left)
+            time.sleep(0.5)
+    finally:
+        for one in lanes.values():
+            one.close()  # ends its process
 
 
 def results(task: Task, part: str, seeds: list[int]) -> list[dict]:
@@ -299,6 +342,41 @@ def demo_command(task: Task, seed: int) -> str:
     )
 
 
+def distil(seeds: list[int], smoke: bool) -> str:
+    """Make the data, train, and write the report; what is to be said of it."""
+    WORK_DIR.mkdir(parents=True, exist_ok=True)
+    steps = 2 + len(TASKS) * (1 + len(seeds) * len(PARTS[1:]))
+    with (
+        Progress('quickstart', steps) as progress,
+        # what the libraries print
+        (WORK_DIR / 'quickstart.log').open('w') as log,
+        redirect_stdout(log),
+        redirect_stderr(log),
+    ):
+        progress.show('scenes of digits')
+        import make_digits
+
+        make_digits.main(
+            ['--train', '16', '--train-few', '16', '--val', '8'] if smoke else []
+        )
+        progress.done('scenes of digits: data/digits')
+        train_all(seeds, smoke, progress)
+        progress.show('report', REPORT_SECONDS)
+        draw_report(seeds[0], WORK_DIR / 'report.png')
+        progress.done(f'report: {WORK_DIR}/report.md and report.png')
+        progress.show('done')
+    table = make_table(seeds)
+    commands = '\n\n'.join(demo_command(task, seeds[0]) for task in TASKS)
+    (WORK_DIR / 'report.md').write_text(
+        f'# Quickstart\n\n{table}\n\n{NOTE}\n\n![curves and val images](report.png)\n\n'
+        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
+    )
+    return (
+        f'\n{table}\n\n{NOTE}\n\nReport: {WORK_DIR}/report.md and report.png\n'
+        f'The distilled students on an image:\n\n{commands}\n'
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -310,34 +388,12 @@ def main() -> None:
         help='a dry run: few scenes, hardly any training',
     )
     args = parser.parse_args()
-    start = time.time()
-    make_digits.main(
-        ['--train', '16', '--train-few', '16', '--val', '8'] if args.smoke else []
-    )
-    lanes = [lane(task, args.seeds, args.smoke, start) for task in TASKS]
     try:
-        while lanes:
-            lanes = [one for one in lanes if next(one, lanes) is not lanes]
-            time.sleep(0.2)
-    finally:
-        for one in lanes:
-            one.close()  # ends its process
-
-    table = make_table(args.seeds)
-    draw_report(args.seeds[0], WORK_DIR / 'report.png')
-    commands = '\n\n'.join(demo_command(task, args.seeds[0]) for task in TASKS)
-    note = (
-        'inter and intra: the mean correlations with the teacher, as last logged in\n'
-        'training. The teachers train on all scenes of `train`, the students on its\n'
-        'first ones (`train-few`), alone or distilled.'
-    )
-    (WORK_DIR / 'report.md').write_text(
-        f'# Quickstart\n\n{table}\n\n{note}\n\n![curves and val images](report.png)\n\n'
-        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
-    )
-    print(f'\n{table}\n\n{note}\n\nReport: {WORK_DIR}/report.md and report.png')
-    print(f'The distilled students on an image:\n\n{commands}\n')
-    print(f'{time.time() - start:.0f} s')
+        print(distil(args.seeds, args.smoke))
+    except KeyboardInterrupt:
+        raise SystemExit(
+            'Interrupted. What is finished is kept: run this again.'
+        ) from None
 
 
 if __name__ == '__main__':

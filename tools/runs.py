@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -75,6 +77,27 @@ def read_log(folder: Path) -> list[dict]:
         for line in file.read_text().splitlines()
         if line.endswith('}')
     ]
+
+
+class LoggedStep(NamedTuple):
+    """How far a training is, as its log says."""
+
+    share: float
+    eta: float  # seconds
+
+
+def last_step(log: str) -> LoggedStep | None:
+    """The last training step in the text of a log; None before the first one."""
+    steps = re.findall(
+        r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\].*? eta: (\d+):(\d\d):(\d\d)', log
+    )
+    if not steps:
+        return None
+    epoch, step, of, hours, minutes, seconds = (int(n or 0) for n in steps[-1])
+    share = step / of
+    if epoch:
+        share = (epoch - 1 + share) / int(re.search(r'max_epochs=(\d+)', log)[1])
+    return LoggedStep(share, 3600 * hours + 60 * minutes + seconds)
 
 
 def last_correlations(entries: list[dict]) -> dict[str, float]:

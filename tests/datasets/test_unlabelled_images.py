@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders import distilled_text
+from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
@@ -22,10 +23,7 @@ from torch.utils.data import DataLoader
 
 from mmdist.datasets import ImageFolder, MarkUnlabelled, MixedSampler
 
-PAGE = (Path(__file__).parents[2] / 'docs/unlabelled.md').read_text()
-BLOCKS = dict(
-    zip(('seg', 'det'), re.findall(r'```python\n(.*?)```', PAGE, re.S), strict=True)
-)
+BLOCKS = dict(zip(('seg', 'det'), code('docs/unlabelled.md'), strict=True))
 
 
 @pytest.fixture

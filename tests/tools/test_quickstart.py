@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,15 +17,23 @@ ROOT = Path(__file__).parents[2]
 def run(cwd: Path) -> str:
     command = [sys.executable, str(ROOT / 'tools' / 'quickstart.py'), '--smoke']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run(
+    done = subprocess.run(
         command, cwd=cwd, env=env, check=True, capture_output=True, text=True
-    ).stdout
+    )
+    assert not done.stderr  # what the libraries warn of is in the log
+    return done.stdout
 
 
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     output = run(tmp_path)
     work_dir = tmp_path / 'work_dirs' / 'quickstart'
+    assert 'Warning' in (work_dir / 'quickstart.log').read_text()
+    progress = output.partition('\n\n')[0]
+    steps = re.findall(r'^\[quickstart\] (\d+)/10 .*; \d+:\d\d', progress, re.M)
+    assert len(steps) == progress.count('\n') + 1
+    assert set(map(int, steps)) >= set(range(1, 11))
+    assert 'mmengine' not in output
     rows = [line for line in output.splitlines() if line.startswith(('| det', '| seg'))]
     assert len(rows) == 8
     assert all(row in (work_dir / 'report.md').read_text() for row in rows)

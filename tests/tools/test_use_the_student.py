@@ -14,23 +14,19 @@ import numpy as np
 import pytest
 import torch
 from builders import distilled_text
+from docs_blocks import code, only
 from mmengine.config import Config
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / 'docs' / 'use_the_student.md').read_text()
-BLOCKS = re.findall(r'```python\n(.*?)```', PAGE, flags=re.S)
+BLOCKS = code('docs/use_the_student.md')
 COMPARED = dict(det='adapt=True', seg="adapt=True, student='backbone'")
 STEPS = dict(det='train_cfg.max_epochs=1', seg='train_cfg.max_iters=2')
 # what of mmdist a training uses, and testing must not
 HOOK = "custom_hooks = [dict(type='mmdist.DistillScheduleHook', stop=100)]"
 NAMES = dict(det='detector', seg='segmentor')
-
-
-def block(words: str) -> str:
-    (found,) = [text for text in BLOCKS if words in text]
-    return found
 
 
 def run(command: list, folder: Path, path: Path = ROOT) -> str:
@@ -95,8 +91,8 @@ def seg(seg_config, seg_root, tmp_path_factory) -> Path:
 
 
 def run_block(words: str, more: str, folder: Path, no_mmdist: Path) -> str:
-    code = block(words) + more + '\nimport sys\nassert "mmdist" not in sys.modules\n'
-    (folder / 'block.py').write_text(code)
+    check = '\nimport sys\nassert "mmdist" not in sys.modules\n'
+    (folder / 'block.py').write_text(only(BLOCKS, words) + more + check)
     return run(['block.py'], folder, no_mmdist)
 
 
