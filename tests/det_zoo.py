@@ -44,6 +44,7 @@ FAMILIES = {
     'FreeAnchor': 'free_anchor/freeanchor_r50_fpn_1x_coco.py',
     'GFL': 'gfl/gfl_r50_fpn_1x_coco.py',
     'HTC': 'htc/htc_r50_fpn_1x_coco.py',
+    'Cascade Mask R-CNN': 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     'Cascade R-CNN': 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
     'Faster R-CNN': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
     'Mask R-CNN': 'mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py',

@@ -85,6 +85,7 @@ if sys.argv[1:2] == ['clone']:
 # The pair that a `distill` is tried on, by the first of these types that is in it.
 PAIRS = {
     'BoxDistributions': ('GFL', 'GFL'),
+    'Masks': ('Mask R-CNN', 'Cascade Mask R-CNN'),
     'RoILogits': ('Faster R-CNN', 'Cascade R-CNN'),
     'BoxLogits': ('Faster R-CNN', 'RetinaNet'),
     'QueryLogits': ('Sparse R-CNN', 'Sparse R-CNN'),

@@ -7,6 +7,7 @@ from .boxes import Boxes
 from .dense_logits import DenseLogits
 from .detections import Detections
 from .features import Features
+from .masks import Masks
 from .query_logits import QueryLogits
 from .roi_logits import RoILogits
 from .seg_logits import SegLogits
@@ -19,6 +20,7 @@ __all__ = [
     'DenseLogits',
     'Detections',
     'Features',
+    'Masks',
     'Pair',
     'QueryLogits',
     'RoILogits',
