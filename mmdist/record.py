@@ -84,10 +84,10 @@ class Recorder:
 
 
 @contextmanager
-def swapped(owner: Any, name: str, function: Callable) -> Iterator[None]:
-    """Give an instance or a module of Python another function for a while."""
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an instance or a module of Python another attribute for a while."""
     own = vars(owner).get(name)
-    setattr(owner, name, function)
+    setattr(owner, name, value)
     try:
         yield
     finally:

@@ -137,6 +137,9 @@ def counting(student: nn.Module, part: Part) -> Iterator[None]:
             stack.enter_context(
                 swapped(torch.distributed, 'is_initialized', lambda: False)
             )
+            for module in student.modules():
+                if is_a(module, 'SyncBatchNorm'):  # mmcv's does not ask
+                    stack.enter_context(swapped(module, 'group_size', 1))
         if len(set(part.labelled)) > 1:
             index = [i for i, mark in enumerate(part.labelled) if mark]
             for head in _heads(student):

@@ -13,13 +13,11 @@ import pytest
 import torch
 from det_zoo import batch, build_pair
 from mmengine.config import Config
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
-from watch import WatchHook, in_processes, student
+from watch import Unlabel, WatchHook, in_processes, student, unlabel
 
 REPO = Path(__file__).parents[2]
 # mmengine passes device_ids, which is wrong on CPUs
@@ -92,15 +90,6 @@ def train_in_two(make_config, tmp_path, **options) -> list[dict]:
     return results
 
 
-class Unlabel(Hook):
-    """Takes the labels of another mix of images in each process and iteration."""
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        for i, sample in enumerate(data_batch['data_samples']):
-            mark = (runner.iter + get_rank()) % 3
-            sample.set_metainfo(dict(unlabelled=mark == 0 or (mark == 1 and i == 0)))
-
-
 def train_without_labels(cfg: Config) -> dict:
     runner = Runner.from_cfg(cfg)
     runner.register_hook(Unlabel())
@@ -144,9 +133,7 @@ def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
     model = DistributedDataParallel(model)
     gradients = []
     for iteration in range(3):
-        mark = (iteration + get_rank()) % 3
-        for i, sample in enumerate(data['data_samples']):
-            sample.set_metainfo(dict(unlabelled=mark == 0 or (mark == 1 and i == 0)))
+        unlabel(data['data_samples'], iteration)
         model.zero_grad(set_to_none=True)
         losses = model(**copy.deepcopy(data), mode='loss')
         model.module.parse_losses(losses)[0].backward()

@@ -9,7 +9,7 @@ import torch
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
-from watch import WatchHook, in_processes, student
+from watch import Unlabel, WatchHook, in_processes, student
 
 # On CPUs both wrappers are told so; mmengine names a GPU to them.
 STRATEGIES_OF_TWO = dict(
@@ -28,8 +28,10 @@ STRATEGIES_OF_TWO = dict(
 )
 
 
-def train(cfg: Config) -> dict:
+def train(cfg: Config, unlabelled: bool) -> dict:
     runner = RUNNERS.build(cfg)
+    if unlabelled:
+        runner.register_hook(Unlabel())
     runner.train()
     watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
     model = student(runner)
@@ -59,15 +61,21 @@ def test_a_single_device(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_training_is_that_of_ddp(make_config, tmp_path):
-    """FSDP in two processes, on CPUs over gloo: the same losses; 30 seconds alone."""
+@pytest.mark.parametrize('unlabelled', [False, True])
+def test_sharded_training_is_that_of_ddp(make_config, tmp_path, unlabelled):
+    """FSDP in two processes, on CPUs over gloo: the same losses; 30 seconds alone.
+
+    With images without labels, each process has another mix of them.
+    """
     results = {}
     for name, strategy in STRATEGIES_OF_TWO.items():
         cfg = make_config(
             'seg', tmp_path / name, launcher='pytorch', runner_type='FlexibleRunner',
             strategy=strategy,
         )  # fmt: skip
-        results[name] = in_processes(train, cfg, world_size=2, folder=tmp_path)
+        results[name] = in_processes(
+            train, cfg, unlabelled, world_size=2, folder=tmp_path
+        )
         assert all(isinstance(x, dict) for x in results[name]), results[name]
         assert {x['runner'] for x in results[name]} == {'FlexibleRunner'}
     assert results['fsdp'][0]['wrapper'] == 'MMFullyShardedDataParallel'

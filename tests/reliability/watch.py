@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
@@ -37,6 +38,20 @@ class WatchHook(Hook):
         }
         if WatchHook.after is not None:
             self.seen.append(WatchHook.after(runner, outputs))
+
+
+class Unlabel(Hook):
+    """Takes the labels of another mix of images in each process and iteration."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        unlabel(data_batch['data_samples'], runner.iter)
+
+
+def unlabel(data_samples: list, iteration: int) -> None:
+    """Of two images both, the first or none is unlabelled: by iteration and rank."""
+    turn = (iteration + get_rank()) % 3
+    for i, sample in enumerate(data_samples):
+        sample.set_metainfo(dict(unlabelled=turn == 0 or (turn == 1 and i == 0)))
 
 
 def student(runner):
