@@ -47,11 +47,8 @@ def methods(
         across = {}
         pkd |= mimic
     else:
-        pkd |= dict(levels='stride')
         across = {
             'dist-box': dict(dist=dist(), box=BOX),
-            'intra-box': dict(dist=dist(beta=0.0), box=BOX),
-            'intra-box-pkd': dict(dist=dist(beta=0.0), box=BOX, pkd=pkd),
             'dist-detections': dict(
                 dist=dict(
                     type='mmdist.Detections',
@@ -60,6 +57,7 @@ def methods(
             ),
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
         }
+        pkd |= dict(levels='stride')
 
     kl_binary = dict(
         type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)

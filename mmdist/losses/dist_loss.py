@@ -38,7 +38,8 @@ class DISTLoss(nn.Module):
     however small their probabilities are, and smaller logits of the student get larger
     gradients. In the first steps of a head that starts from scratch these outweigh the
     student's own losses by far. Where that holds a short training back,
-    ``mmdist.DistillScheduleHook`` ramps the loss in. The published code adds
+    ``mmdist.DistillScheduleHook`` ramps the loss in, or ``damping`` does as far as the
+    logits are small. The published code adds
     ``eps=1e-8`` to the product of the norms, which is larger than this product for the
     scores of a head that was just initialised: a RetinaNet and its copy then correlate
     at 0.5. In a trained model it changes little (of a correlation, 1e-4 or less), but
@@ -72,6 +73,10 @@ class DISTLoss(nn.Module):
             ``torch.distributed`` it changes nothing.
         eps: Added to the product of the norms in a correlation; 1e-8 in the published
             code, see above.
+        damping: If the standard deviation of the student's logits is below this
+            multiple of the teacher's, the loss is multiplied by their ratio, as a
+            constant: small logits get gradients as logits of that spread do. 0, as
+            published, never does.
 
     Attributes:
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
@@ -82,7 +87,8 @@ class DISTLoss(nn.Module):
             :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
 
     Raises:
-        ValueError: ``activation`` is unknown or ``tau`` is not positive.
+        ValueError: ``activation`` is unknown, ``tau`` is not positive, or ``damping``
+            is negative.
 
     Example:
         >>> loss = DISTLoss(activation='sigmoid')
@@ -102,6 +108,7 @@ class DISTLoss(nn.Module):
         loss_weight: float = 1.0,
         sync: bool = False,
         eps: float = 0.0,
+        damping: float = 0.0,
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
@@ -111,6 +118,8 @@ class DISTLoss(nn.Module):
             )
         if not tau > 0:
             raise ValueError(f'DISTLoss needs a temperature tau > 0, got tau={tau!r}.')
+        if damping < 0:
+            raise ValueError(f'DISTLoss needs a damping >= 0, got {damping!r}.')
         self.beta = beta
         self.gamma = gamma
         self.tau = tau
@@ -119,6 +128,7 @@ class DISTLoss(nn.Module):
         self.loss_weight = loss_weight
         self.sync = sync
         self.eps = eps
+        self.damping = damping
         self.inter_corr: Tensor | None = None
         self.intra_corr: Tensor | None = None
         self.path = 'auto'
@@ -127,7 +137,8 @@ class DISTLoss(nn.Module):
         return (
             f'beta={self.beta}, gamma={self.gamma}, tau={self.tau}, '
             f'activation={self.activation!r}, scale_by_tau={self.scale_by_tau}, '
-            f'loss_weight={self.loss_weight}, sync={self.sync}, eps={self.eps}'
+            f'loss_weight={self.loss_weight}, sync={self.sync}, eps={self.eps}, '
+            f'damping={self.damping}'
         )
 
     def forward(
@@ -168,11 +179,36 @@ class DISTLoss(nn.Module):
 
             scale = self.loss_weight * (self.tau**2 if self.scale_by_tau else 1.0)
             scale = scale * any_row(student_logits, mask, group)
+            if self.damping:
+                ours, theirs = (
+                    spread(logits.detach().to(dtype), mask, group)
+                    for logits in (student_logits, teacher_logits)
+                )
+                tiny = torch.finfo(dtype).tiny
+                scale = scale * (ours / (self.damping * theirs + tiny)).clamp(max=1)
             terms = ((self.beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out the loss is 0, and still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
             losses = [weight * scale * (1 - corr) for weight, corr in terms]
             return sum(losses[1:], losses[0]).to(dtype)
+
+
+def spread(
+    logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Standard deviation of the logits in all rows that count."""
+    if mask is not None:
+        rows = mask.view(len(logits), 1, *logits.shape[2:])
+        logits = torch.where(rows, logits, 0)
+        count = rows.sum() * logits.shape[1]
+    else:
+        count = torch.full((), logits.numel(), device=logits.device)
+    count = sum_over_processes(count, group).clamp(min=1)
+    mean = sum_over_processes(logits.sum(), group) / count
+    deviations = (logits - mean).square()
+    if mask is not None:
+        deviations = torch.where(rows, deviations, 0)
+    return (sum_over_processes(deviations.sum(), group) / count).sqrt()
 
 
 def any_row(

@@ -302,6 +302,7 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     # Another teacher: it and its student are out of date, the student alone is not.
     with (tiny / 'teacher-strong.py').open('a') as file:
         file.write('optim_wrapper = dict(optimizer=dict(lr=0.001))\n')
+    runs.read_config.cache_clear()  # as in another process
     main('--methods', 'alone', 'dist')
     assert [Path(a[1][0]).parent.name for a in calls] == ['teacher_strong_seed0']
     assert not list(Path('work/small/tiny/teacher_strong_seed0').glob('*.pth'))
