@@ -198,7 +198,7 @@ def spread(
 ) -> Tensor:
     """Standard deviation of the logits in all rows that count."""
     if mask is not None:
-        rows = mask.view(len(logits), 1, *logits.shape[2:])
+        rows = mask.reshape(len(logits), 1, *logits.shape[2:])
         logits = torch.where(rows, logits, 0)
         count = rows.sum() * logits.shape[1]
     else:

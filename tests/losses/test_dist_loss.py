@@ -189,6 +189,13 @@ def test_damping_of_nothing(make_loss):
         assert np.isfinite(value) and grad.isfinite().all()
 
 
+def test_damping_with_a_mask_that_is_not_contiguous(make_loss):
+    student, teacher = map(torch.tensor, logits((2, 5, 4, 3)))
+    mask = (torch.rand(2, 3, 4) < 0.5).transpose(1, 2)
+    loss = make_loss(damping=4.0)
+    assert loss(student, teacher, mask) == loss(student, teacher, mask.contiguous())
+
+
 def test_both_terms_left_out(make_loss):
     student, teacher = logits((12, 5))
     value, grad = value_and_grad(make_loss(beta=0, gamma=0), student, teacher)
