@@ -208,7 +208,7 @@ def build_ops(site: Path, wheels: Path, card: str) -> str:
         'CPATH': os.pathsep.join([*filter(None, [os.environ.get('CPATH')]), *more]),
         'PYTHONPATH': os.pathsep.join([str(site), os.environ.get('PYTHONPATH', '')]),
         'PATH': os.pathsep.join([str(site / 'bin'), os.environ['PATH']]),
-        'CFLAGS': f'{os.environ.get("CFLAGS", "")} -g0',
+        'CFLAGS': make_env.compiler_flags(),
         'MAX_JOBS': os.environ.get('MAX_JOBS') or str(make_env.jobs()),
     }
     flags = ['-v', '--no-build-isolation', '--no-deps', '--no-index', '--target', site]

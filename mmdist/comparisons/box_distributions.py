@@ -11,6 +11,7 @@ from mmdist.step import Step
 
 from .base import Comparison, Pair
 from .dense_logits import DenseLogits
+from .probabilities import check_min_score
 
 
 @MODELS.register_module()
@@ -37,10 +38,7 @@ class BoxDistributions(Comparison):
     def __init__(self, loss: dict | None = None, min_score: float = 0.05) -> None:
         kl = dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=10, loss_weight=0.25)
         super().__init__(loss or kl)
-        if not 0 <= min_score < 1:
-            raise ValueError(
-                f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
-            )
+        check_min_score(min_score)
         self.min_score = min_score
         self._reader = DenseLogits()
 

@@ -19,7 +19,7 @@ from .base import Comparison, Pair
 from .decode import Code, decode, encoded, encodes
 from .default import DENSE, QUERIES, ROI, kind_of
 from .dense_logits import DenseLogits
-from .probabilities import foreground
+from .probabilities import check_min_score, foreground
 from .query_logits import QueryLogits
 from .roi_logits import Judged, Proposals, RoILogits, stages_of
 
@@ -67,10 +67,7 @@ class Boxes(Comparison):
         weight: float = 1.0,
     ) -> None:
         super().__init__(loss or dict(type='mmdet.GIoULoss'))
-        if not 0 <= min_score < 1:
-            raise ValueError(
-                f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
-            )
+        check_min_score(min_score)
         self.is_own_loss = loss is None
         self.min_score = min_score
         self.weight = weight

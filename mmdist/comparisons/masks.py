@@ -13,7 +13,7 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
-from .probabilities import foreground
+from .probabilities import check_min_score, foreground
 from .roi_logits import Proposals, RoILogits, stages_of
 from .sparse_queries import sampled_rois
 
@@ -75,10 +75,7 @@ class Masks(Comparison):
         stage: int | None = None,
     ) -> None:
         super().__init__(loss or dict(type='mmdist.DISTLoss', gamma=0.0))
-        if not 0 <= min_score < 1:
-            raise ValueError(
-                f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
-            )
+        check_min_score(min_score)
         self.min_score = min_score
         self._reader = RoILogits(stage=stage)
 

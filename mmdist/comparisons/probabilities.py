@@ -14,6 +14,18 @@ def fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def check_min_score(min_score: float) -> None:
+    """Stop where the least score of a row that counts is no probability.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 0 <= min_score < 1:
+        raise ValueError(
+            f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
+        )
+
+
 def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
     """Probabilities of the classes without background, in fp32 at least.
 

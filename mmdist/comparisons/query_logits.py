@@ -13,6 +13,7 @@ from mmdist.step import Step
 
 from . import sparse_queries
 from .base import Comparison, Pair
+from .probabilities import check_min_score
 
 # Per decoder layer, per image: `scores`, logits (queries, classes), and `bboxes`,
 # (queries, 4), x1 y1 x2 y2 in pixels; the form that mmdet's match costs take.
@@ -104,10 +105,7 @@ class QueryLogits(Comparison):
         super().__init__(loss)
         if layers not in ('last', 'all'):
             raise ValueError(f"`layers` is 'last' or 'all', got {layers!r}.")
-        if not 0 <= min_score < 1:
-            raise ValueError(
-                f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
-            )
+        check_min_score(min_score)
         self.layers = layers
         self.min_score = min_score
         self.match_costs = [

@@ -38,8 +38,8 @@ class DISTLoss(nn.Module):
     however small their probabilities are, and smaller logits of the student get larger
     gradients. In the first steps of a head that starts from scratch these outweigh the
     student's own losses by far. Where that holds a short training back,
-    ``mmdist.DistillScheduleHook`` ramps the loss in, or ``damping`` does as far as the
-    logits are small. The published code adds
+    ``mmdist.DistillScheduleHook`` ramps the loss in by a schedule, ``damping`` by the
+    spread of the logits. The published code adds
     ``eps=1e-8`` to the product of the norms, which is larger than this product for the
     scores of a head that was just initialised: a RetinaNet and its copy then correlate
     at 0.5. In a trained model it changes little (of a correlation, 1e-4 or less), but
@@ -73,10 +73,10 @@ class DISTLoss(nn.Module):
             ``torch.distributed`` it changes nothing.
         eps: Added to the product of the norms in a correlation; 1e-8 in the published
             code, see above.
-        damping: If the standard deviation of the student's logits is below this
-            multiple of the teacher's, the loss is multiplied by their ratio, as a
-            constant: small logits get gradients as logits of that spread do. 0, as
-            published, never does.
+        damping: While the standard deviation of the student's logits is below this
+            multiple of the teacher's, the loss is multiplied by the ratio of the two,
+            through which no gradient flows. Small logits then get gradients no larger
+            than logits of that spread. 0, as published, leaves it out.
 
     Attributes:
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
