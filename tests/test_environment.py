@@ -325,3 +325,17 @@ def test_mmcv_is_compiled_with_optimization(monkeypatch):
     assert {'-O2', '-O3'} & set(flags), done.stderr
     assert '-funroll-loops' in flags
     assert [flag for flag in flags if flag.startswith('-g')][-1] == '-g0'
+
+
+def test_ops_of_another_build_are_compiled_again(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    make_env = importlib.import_module('make_env')
+    builder = make_env.Builder('upstream', False)
+    builder.mmcv_build = tmp_path / 'mmcv_build'
+    monkeypatch.setattr(builder, 'version', lambda name: builder.pins[name])
+    monkeypatch.setattr(make_env, 'ask', lambda *_: 'fine')
+    assert not builder.has_ops()  # of a time when no build had a number
+    builder.mmcv_build.write_text('1')
+    assert not builder.has_ops()
+    builder.mmcv_build.write_text(make_env.BUILD)
+    assert builder.has_ops()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
+from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
 from scipy.special import expit, rel_entr
 from scipy.stats import pearsonr
@@ -16,6 +17,7 @@ from test_det_zoo import CASES
 from torch import nn
 
 from mmdist import Pair
+from mmdist.comparisons import detections
 from mmdist.comparisons.detections import best_scores
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
@@ -326,6 +328,14 @@ def test_what_cannot_be_compared_is_refused(student, teacher, message):
         pair(student, teacher)
     with pytest.raises(ValueError, match='`min_iou` is an IoU'):
         pair('RetinaNet', 'RetinaNet', min_iou=1.0)
+
+
+def test_places_are_compared_in_chunks(monkeypatch):
+    corners = torch.rand(2, 20, 2, generator=torch.manual_seed(0))
+    places, boxes = (torch.cat([xy, xy + 0.5], 1) for xy in corners)
+    wanted = bbox_overlaps(places, boxes)
+    monkeypatch.setattr(detections, 'CHUNK', 7)
+    assert torch.equal(detections._overlaps(places, boxes), wanted)
 
 
 def test_best_scores():

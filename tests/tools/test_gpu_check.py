@@ -167,6 +167,27 @@ def test_what_is_reported_is_written_at_once(tmp_path):
     assert '| n | 2 |' in (tmp_path / 'gpu_check.md').read_text()
 
 
+def test_the_bundle_compiles_with_optimization(tmp_path, monkeypatch):
+    folder = tmp_path / 'onedl_mmcv-1'
+    folder.mkdir()
+    (folder / 'setup.py').touch()
+    wheels = tmp_path / 'wheels'
+    wheels.mkdir()
+    shutil.make_archive(str(wheels / 'onedl_mmcv-1'), 'gztar', tmp_path, folder.name)
+    environments = []
+
+    def run(*args, env, **kwargs):
+        environments.append(env)
+        return subprocess.CompletedProcess(args, 0)
+
+    monkeypatch.setattr(gpu_bundle, 'cuda_home', lambda: '/cuda')
+    monkeypatch.setattr(gpu_bundle.make_env, 'fix_setup', lambda setup: None)
+    monkeypatch.setattr(gpu_bundle.subprocess, 'run', run)
+    assert gpu_bundle.build_ops(tmp_path / 'site', wheels, '9.0') == ''
+    (environment,) = environments
+    assert {'-O2', '-O3'} & set(environment['CFLAGS'].split())
+
+
 def test_cuda_sources_are_compiled_from_few_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu_bundle.make_env, 'jobs', lambda: 3)
