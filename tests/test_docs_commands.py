@@ -190,7 +190,7 @@ def shell_text(block: Block) -> str:
     variables = re.findall(r'^[A-Z]+=\S+$', '\n'.join(before), re.M)
     text = block.code
     if block.language == 'inline':
-        # a sentence may leave Python away, and say N for a number
+        # a sentence may omit Python, and say N for a number
         text = re.sub(r'^((?:\w+=\S* )*)(tools/\w+\.py)', r'\1python \2', text)
         text = re.sub(r'\bN\b', '1', text)
     return '\n'.join([*variables, text])

@@ -6,8 +6,10 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +105,7 @@ def check_env(tmp_path):
     return check
 
 
-def test_a_good_environment_has_nothing_to_mend(check_env):
+def test_a_good_environment_has_nothing_to_fix(check_env):
     assert check_env(DISTRIBUTIONS, MODULES) == (0, {})
 
 
@@ -339,3 +341,88 @@ def test_ops_of_another_build_are_compiled_again(monkeypatch, tmp_path):
     assert not builder.has_ops()
     builder.mmcv_build.write_text(make_env.BUILD)
     assert builder.has_ops()
+
+
+@pytest.fixture
+def builder(monkeypatch, tmp_path):
+    """What builds an environment; its folders are there, its pip does nothing."""
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    make_env = importlib.import_module('make_env')
+    builder = make_env.Builder('upstream', False)
+    builder.venv = tmp_path
+    builder.log = tmp_path / 'log'
+    builder.plan.begin('mmcv')
+    builder.title = 'mmcv'
+    builder.pip_calls = []
+    monkeypatch.setattr(builder, 'pip', lambda *args: builder.pip_calls.append(args))
+    monkeypatch.setattr(builder, 'wheels', lambda: tmp_path / 'wheels')
+    return builder
+
+
+def test_mmcv_is_compiled_while_the_libraries_are_installed(builder, monkeypatch):
+    order = []
+    for name in ('begin_mmcv', 'add_libraries', 'add_mmcv', 'end_mmcv'):
+        monkeypatch.setattr(builder, name, lambda name=name: order.append(name))
+    for name in ('make_venv', 'add_torch', 'add_mmengine', 'add_mmdist', 'check'):
+        monkeypatch.setattr(builder, name, lambda: None)
+    builder.plan = type(builder.plan)({**builder.plan.waiting, 'mmcv': 10})
+    builder.build()
+    assert order == ['begin_mmcv', 'add_libraries', 'add_mmcv', 'end_mmcv']
+    assert not builder.plan.waiting
+
+
+def test_the_libraries_are_installed_without_mmcv(builder):
+    builder.add_libraries()
+    (call,) = builder.pip_calls
+    assert '--no-deps' in call  # or they ask for mmcv, if a release of theirs does
+    lines = Path(call[-1]).read_text().splitlines()
+    wanted = builder.requirements.read_text().splitlines()
+    assert set(wanted) - set(lines) == {f'mmcv=={builder.pins["mmcv"]}'}
+
+
+def test_mmcv_that_fails_in_few_files_is_compiled_file_by_file(builder, monkeypatch):
+    builder.tree = builder.venv / 'src' / 'mmcv-1'
+    builder.tree.parent.mkdir()
+    scripts = {
+        '1': 'echo broken; exit 1',
+        '0': f'echo whole > {builder.tree}-cp311.whl',
+    }
+    tried, said = [], []
+    monkeypatch.setattr(builder.progress, 'say', said.append)
+
+    def compile(units):
+        tried.append(units)
+        return builder.start('sh', '-c', scripts[units], group=True)
+
+    monkeypatch.setattr(builder, 'compile', compile)
+    builder.compiling = builder.compile('1')
+    wheel = builder.compiled_wheel()
+    assert tried == ['1', '0']
+    assert wheel == builder.wheels() / 'mmcv-1-cp311.whl'
+    assert wheel.read_text() == 'whole\n'
+    assert 'file by file' in said[0]
+
+
+def test_a_failure_stops_the_compilation_and_what_it_runs(builder, monkeypatch):
+    make_env = importlib.import_module('make_env')
+    mark = builder.venv / 'mark'
+    script = f'(sleep 1.5; touch {mark}) & echo started; wait'
+
+    def begin():
+        builder.compiling = builder.start('sh', '-c', script, group=True)
+
+    def fail():
+        while 'started\n' not in builder.log.read_text().splitlines(keepends=True):
+            time.sleep(0.01)
+        raise make_env.Stop('no network')
+
+    monkeypatch.setattr(builder, 'begin_mmcv', begin)
+    monkeypatch.setattr(builder, 'add_mmengine', fail)
+    for name in ('make_venv', 'add_torch'):
+        monkeypatch.setattr(builder, name, lambda: None)
+    builder.plan = type(builder.plan)({**builder.plan.waiting, 'mmcv': 10})
+    with pytest.raises(make_env.Stop, match='no network'):
+        builder.build()
+    assert builder.compiling.process.wait(10) == -signal.SIGTERM
+    time.sleep(2)
+    assert not mark.exists()

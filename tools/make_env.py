@@ -4,10 +4,10 @@
     python3 tools/make_env.py [--stack upstream|onedl]
 
 Needs Python and a C++ compiler only. mmcv is compiled here, once, with its ops, from a
-few files that include its sources: one or two minutes instead of eleven on two cores.
-Its wheel is kept in the user's cache under the version of torch it was built for. What
-is finished is recognised, so an interrupted run continues (the compilation too) and a
-second one ends at once. Environment variables:
+few files that include its sources: two minutes instead of eleven on two cores. The
+other libraries are installed meanwhile. The wheel is kept in the user's cache under the
+version of torch it was built for. What is finished is recognised, so an interrupted run
+continues (the compilation too) and a second one ends at once. Environment variables:
 
     PIP_*                 pip's own, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU wheels
     MAX_JOBS              compilers that run side by side
@@ -22,6 +22,7 @@ import hashlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +31,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from check_env import RUN_OPS
 from progress import Plan, Progress, clock
@@ -50,12 +52,13 @@ SECONDS = {
     'virtual environment': 10,
     'torch and build tools': 60,
     'mmengine and opencv': 20,
-    'mmcv': 10,
     'the other libraries': 60,
+    'mmcv': 10,
     'mmdist': 5,
     'check': 20,
 }
-COMPILE_SECONDS = 180  # on one core
+COMPILE_SECONDS = 120  # on one core, beyond what the steps beside it take
+COMPILED = r'^\s*\[(\d+)/(\d+)\]'  # what ninja says: 1 of 4
 BUILD = '2'  # another one where mmcv must be compiled again
 # mmcv's sources that define the same helpers, so no two of them fit in one unit
 APART = (
@@ -139,8 +142,8 @@ def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
     if cuda and stack == 'upstream':
         problems.append(
             'There is a GPU, and mmcv 2.1.0 does not compile for CUDA with the torch '
-            'that is pinned (it does not from torch 2.9 and CUDA 13 on). Leave STACK '
-            'away (or STACK=onedl) for the maintained fork, which does; or build for '
+            'that is pinned (it does not from torch 2.9 and CUDA 13 on). Omit STACK '
+            '(or STACK=onedl) for the maintained fork, which does; or build for '
             'the CPU: CUDA_VISIBLE_DEVICES= make env STACK=upstream; or bring an '
             'environment of your own and let tools/check_env.py look at it.'
         )
@@ -177,6 +180,15 @@ def ask(python: Path, code: str) -> str:
     return run.stdout.strip() if run.returncode == 0 else ''
 
 
+class Running(NamedTuple):
+    """A command that has been started."""
+
+    process: subprocess.Popen
+    log: Path
+    start: int  # where its output begins in the log
+    began: float
+
+
 class Builder:
     """The steps, each of which skips what is finished."""
 
@@ -191,6 +203,7 @@ class Builder:
         self.python = self.venv / 'bin/python'
         self.log = self.venv / 'make_env.log'
         self.mmcv_build = self.venv / 'mmcv_build'
+        self.compiling: Running | None = None
 
     def stamp(self) -> str:
         """Changes with whatever a finished environment was made from."""
@@ -220,9 +233,13 @@ class Builder:
             self.plan.waiting['mmcv'] += COMPILE_SECONDS / jobs()
         self.step('virtual environment', self.make_venv)
         self.step('torch and build tools', self.add_torch)
-        self.step('mmengine and opencv', self.add_mmengine)
-        self.step('mmcv', self.add_mmcv)
-        self.step('the other libraries', self.add_libraries)
+        try:
+            self.begin_mmcv()
+            self.step('mmengine and opencv', self.add_mmengine)
+            self.step('the other libraries', self.add_libraries)
+            self.step('mmcv', self.add_mmcv)
+        finally:
+            self.end_mmcv()
         self.step('mmdist', self.add_mmdist)
         self.step('check', self.check)
         (self.venv / STAMP).write_text(self.stamp())
@@ -236,13 +253,25 @@ class Builder:
         note = action()
         self.progress.done(f'{title}: {note or "done"}')
 
-    def run(self, *command, progress: str | None = None, **environ: str) -> None:
+    def run(self, *command) -> None:
         """Run a command into the log; its end is shown where it fails."""
-        with self.log.open('a') as log:
-            log.write(f'\n$ {" ".join(map(str, command))}\n')
-            log.flush()
-            start, began = log.tell(), time.monotonic()
-            running = True
+        self.wait(self.start(*command))
+
+    def start(
+        self, *command, log: Path | None = None, group: bool = False, **environ: str
+    ) -> Running:
+        """Start a command that writes into a log.
+
+        Args:
+            command: The program and its arguments.
+            log: Where its output is appended; ``self.log`` if omitted.
+            group: Give it a process group, so that it can be stopped with all it runs.
+            environ: Environment variables.
+        """
+        log = log or self.log
+        with log.open('a') as file:
+            file.write(f'\n$ {" ".join(map(str, command))}\n')
+            file.flush()
             process = subprocess.Popen(
                 [str(part) for part in command],
                 cwd=ROOT,
@@ -253,22 +282,37 @@ class Builder:
                     'PATH': f'{self.venv / "bin"}:{os.environ["PATH"]}',
                     **environ,
                 },
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
+                start_new_session=group,
             )
-            while running:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=0.5)
-                running = process.poll() is None
-                said = self.log.read_bytes()[start:].decode(errors='replace')
-                counts = re.findall(progress, said, flags=re.M) if progress else []
-                parts = map(int, counts[-1]) if counts else ()
-                self.show(time.monotonic() - began, *parts)
+            return Running(process, log, file.tell(), time.monotonic())
+
+    def wait(self, running: Running, progress: str | None = None) -> None:
+        """Wait for a command, and show how far it is.
+
+        Args:
+            running: The command.
+            progress: Regular expression of the number of parts that are done, and of
+                all, in its output.
+
+        Raises:
+            Stop: It failed.
+        """
+        process, log, start, began = running
+        ended = False
+        while not ended:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.5)
+            ended = process.poll() is not None
+            said = log.read_bytes()[start:].decode(errors='replace')
+            counts = re.findall(progress, said, flags=re.M) if progress else []
+            parts = map(int, counts[-1]) if counts else ()
+            self.show(time.monotonic() - began, *parts)
         if process.returncode:
             tail = '\n'.join(said.splitlines()[-30:])
             raise Stop(
-                f'The end of {self.log}:\n{tail}\n'
-                f'This failed: {" ".join(map(str, command))}'
+                f'The end of {log}:\n{tail}\nThis failed: {" ".join(process.args)}'
             )
 
     def show(self, spent: float, part: int = 0, parts: int = 0) -> None:
@@ -279,9 +323,12 @@ class Builder:
         eta = spent * (parts - part) / part if known else None
         self.progress.show(text, self.plan.left(eta))
 
-    def pip(self, *arguments, **environ: str) -> None:
+    def pip(self, *arguments) -> None:
+        self.run(*self.pip_command(*arguments))
+
+    def pip_command(self, *arguments) -> tuple:
         flags = ('--disable-pip-version-check', '--no-input')
-        self.run(self.python, '-m', 'pip', *arguments, *flags, **environ)
+        return (self.python, '-m', 'pip', *arguments, *flags)
 
     def make_venv(self) -> str | None:
         if ask(self.python, 'import pip; print(1)') and not self.moved():
@@ -347,23 +394,10 @@ class Builder:
         tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
         return f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}-{tag}-*.whl'
 
-    def add_mmcv(self) -> str | None:
-        if self.has_ops():
-            return 'was there, with its ops'
-        wheel = self.cached_wheel()
-        note = f'its wheel was at hand in {self.wheels()}'
-        if wheel is None:
-            wheel, note = self.compile_mmcv(), None
-        self.pip('install', '--force-reinstall', '--no-deps', wheel)
-        self.mmcv_build.write_text(BUILD)
-        if not self.has_ops():
-            raise Stop(
-                f'The ops of mmcv do not run: `{self.python} tools/check_env.py` says '
-                f'more. To compile them once more, delete {wheel}'
-            )
-        return note
-
-    def compile_mmcv(self) -> Path:
+    def begin_mmcv(self) -> None:
+        """Start to compile mmcv, if it must be."""
+        if self.has_ops() or self.cached_wheel():
+            return
         if self.cuda:
             check_toolkit(self.python)
         version = self.pins[self.mmcv]
@@ -375,24 +409,54 @@ class Builder:
             shutil.unpack_archive(f'{tree}.tar.gz', f'{tree}.tmp')
             fix_setup(Path(f'{tree}.tmp', tree.name, 'setup.py'))
             Path(f'{tree}.tmp', tree.name).rename(tree)
+        self.tree = tree
+        self.compiling = self.compile(units='1')
+
+    def end_mmcv(self) -> None:
+        """Stop the compilation where another step has failed."""
+        if self.compiling and self.compiling.process.poll() is None:
+            os.killpg(self.compiling.process.pid, signal.SIGTERM)
+
+    def add_mmcv(self) -> str | None:
+        if self.compiling is None and self.has_ops():
+            return 'was there, with its ops'
+        note = None
+        if self.compiling is None:
+            wheel = self.cached_wheel()
+            note = f'its wheel was at hand in {self.wheels()}'
+        else:
+            wheel = self.compiled_wheel()
+        self.pip('install', '--force-reinstall', '--no-deps', wheel)
+        self.mmcv_build.write_text(BUILD)
+        if not self.has_ops():
+            raise Stop(
+                f'The ops of mmcv do not run: `{self.python} tools/check_env.py` says '
+                f'more. To compile them once more, delete {wheel}'
+            )
+        return note
+
+    def compiled_wheel(self) -> Path:
+        """Wait for the wheel, and keep it."""
         try:
-            self.build_wheel(tree, units='1')
+            self.wait(self.compiling, COMPILED)
         except Stop:
             self.progress.say('mmcv does not compile from few files; now file by file.')
-            self.build_wheel(tree, units='0')
-        built = next(sources.glob(f'{tree.name}-cp*.whl'))
+            self.compiling = self.compile(units='0')
+            self.wait(self.compiling, COMPILED)
+        built = next(self.tree.parent.glob(f'{self.tree.name}-cp*.whl'))
         self.wheels().mkdir(parents=True, exist_ok=True)
         wheel = shutil.copy(built, self.wheels() / f'{built.name}.part')
         wheel = Path(wheel).rename(self.wheels() / built.name)
-        shutil.rmtree(sources)
+        shutil.rmtree(self.tree.parent)
         return wheel
 
-    def build_wheel(self, tree: Path, units: str) -> None:
+    def compile(self, units: str) -> Running:
         # pip builds a directory in place, so ninja goes on where it was interrupted.
-        flags = ('-v', '--no-build-isolation', '--no-deps', '-w', tree.parent)
-        self.pip(
-            *('wheel', *flags, tree),
-            progress=r'^\s*\[(\d+)/(\d+)\]',
+        flags = ('-v', '--no-build-isolation', '--no-deps', '-w', self.tree.parent)
+        return self.start(
+            *self.pip_command('wheel', *flags, self.tree),
+            log=self.venv / 'make_env_mmcv.log',
+            group=True,
             MMCV_WITH_OPS='1',
             MMDIST_UNITS=units,
             CFLAGS=compiler_flags(),
@@ -401,10 +465,18 @@ class Builder:
         )
 
     def add_libraries(self) -> None:
+        # mmcv may not be there yet: without it, and without what asks for it
+        others = self.venv / 'requirements.txt'
+        lines = self.requirements.read_text().splitlines()
+        others.write_text(
+            '\n'.join(x for x in lines if not x.startswith(f'{self.mmcv}=='))
+        )
         # --no-build-isolation: the fork's libraries are source only and import torch
-        self.pip('install', '--no-build-isolation', '-r', self.requirements)
+        self.pip('install', '--no-build-isolation', '--no-deps', '-r', others)
 
     def add_mmdist(self) -> None:
+        # what the libraries ask for is pinned; were it not, it would be added here
+        self.pip('install', '--no-build-isolation', '-r', self.requirements)
         flags = ('--no-deps', '--no-build-isolation')
         self.pip('install', *flags, '-e', ROOT)
 
@@ -475,6 +547,8 @@ def main() -> int:
         '--which', action='store_true', help='print the default stack and stop'
     )
     args = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end what runs
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     cuda = wants_cuda()
     stack = args.stack or ('onedl' if cuda else 'upstream')
     if args.which:

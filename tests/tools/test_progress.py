@@ -170,7 +170,7 @@ def test_make_env_counts_what_is_compiled(builder, monkeypatch):
     shown = []
     monkeypatch.setattr(builder.progress, 'show', lambda *args: shown.append(args))
     code = 'print("  [3/4] c++ a.cpp\\n[40/98] c++ b.cpp")'
-    builder.run(sys.executable, '-c', code, progress=r'^\s*\[(\d+)/(\d+)\]')
+    builder.wait(builder.start(sys.executable, '-c', code), make_env.COMPILED)
     text, left = shown[-1]
     assert text == 'mmcv, 40 of 98'
     assert left > 0
