@@ -426,3 +426,20 @@ def test_a_failure_stops_the_compilation_and_what_it_runs(builder, monkeypatch):
     assert builder.compiling.process.wait(10) == -signal.SIGTERM
     time.sleep(2)
     assert not mark.exists()
+
+
+def test_mmcv_is_compiled_by_the_standard_that_torch_asks_for(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / 'tools')
+    make_env = importlib.import_module('make_env')
+    setup = tmp_path / 'setup.py'
+    setup.write_text(
+        "op_files, cuda = ['a.cpp'], '-O2'\n"
+        "args = {'cxx': ['-std=c++14'], 'nvcc': [cuda, '-std=c++14']}\n"
+        "args['cxx'] = ['-Wall', '-std=c++17']\n"
+        'extension = dict(sources=op_files, args=args)\n'
+    )
+    make_env.fix_setup(setup)
+    space = {}
+    exec(setup.read_text(), space)
+    assert space['extension']['args'] == {'cxx': ['-Wall'], 'nvcc': ['-O2']}
+    assert space['extension']['sources'] == ['a.cpp']

@@ -310,7 +310,10 @@ class Builder:
             parts = map(int, counts[-1]) if counts else ()
             self.show(time.monotonic() - began, *parts)
         if process.returncode:
-            tail = '\n'.join(said.splitlines()[-30:])
+            lines = said.splitlines()
+            # a compiler's is far from the end
+            first = [f'{x.strip()}\n...' for x in lines if ' error: ' in x][:1]
+            tail = '\n'.join([*first, *lines[-30:]])
             raise Stop(
                 f'The end of {log}:\n{tail}\nThis failed: {" ".join(process.args)}'
             )
@@ -492,8 +495,10 @@ def compiler_flags() -> str:
 
 
 def fix_setup(setup: Path) -> None:
-    """Let mmcv's setup.py compile units."""
+    """Let mmcv's setup.py compile units, by the C++ standard that torch asks for."""
     text = setup.read_text().replace('sources=op_files,', 'sources=as_units(op_files),')
+    # torch adds the flag where there is none: C++20 from 2.14 on
+    text = re.sub(r"(, )?'-std=c\+\+\d\d'", '', text)
     tools = str(Path(__file__).resolve().parent)
     load = f'import sys\nsys.path.append({tools!r})\nfrom make_env import as_units\n'
     setup.write_text(load + text)

@@ -158,10 +158,14 @@ def builder(tmp_path, monkeypatch) -> make_env.Builder:
 
 
 def test_make_env_shows_the_end_of_the_log_of_what_failed(builder):
-    code = 'for i in range(100): print("line", i)\nraise SystemExit("no compiler")'
+    code = (
+        'print("a.h:5:2: error: C++20")\nprint("b.h:6:1: error: more")\n'
+        'for i in range(100): print("line", i)\nraise SystemExit("no compiler")'
+    )
     with pytest.raises(make_env.Stop) as stop:
         builder.run(sys.executable, '-c', code)
     assert 'line 99\nno compiler\nThis failed: ' in str(stop.value)
+    assert ':\na.h:5:2: error: C++20\n...\nline 7' in str(stop.value)
     assert 'line 50' not in str(stop.value)
     assert 'line 50' in builder.log.read_text()
 
