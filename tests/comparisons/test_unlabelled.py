@@ -160,6 +160,14 @@ EVERY = [
 ]
 
 
+@pytest.fixture
+def without_onednn():
+    """Convolutions that round an image alike in any batch; proposals depend on it."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+@pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize(('kind', 'name'), EVERY)
 def test_own_losses_are_those_of_the_labelled_images(kind, name):
     """Whatever the labels of the others hold; and these are distilled."""
