@@ -237,9 +237,15 @@ def make(*args: str) -> None:
 
 
 def pip(args: list[str]) -> None:
-    from pip._internal.commands import create_command
-
-    create_command(args[0]).parse_args(args[1:])
+    # in a process of its own: where pip is imported, setuptools gives up its distutils,
+    # which torch.compile needs
+    code = (
+        'import sys; from pip._internal.commands import create_command; '
+        'create_command(sys.argv[1]).parse_args(sys.argv[2:])'
+    )
+    command = [sys.executable, '-c', code, *args]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def python(args: list[str], checkout: Path, monkeypatch) -> None:
