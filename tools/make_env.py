@@ -397,22 +397,26 @@ class Builder:
         tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
         return f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}-{tag}-*.whl'
 
+    @property
+    def tree(self) -> Path:
+        """Where mmcv's sources are unpacked, its wheel beside them."""
+        name = f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}'
+        return self.venv / 'src' / name
+
     def begin_mmcv(self) -> None:
         """Start to compile mmcv, if it must be."""
         if self.has_ops() or self.cached_wheel():
             return
         if self.cuda:
             check_toolkit(self.python)
-        version = self.pins[self.mmcv]
-        sources = self.venv / 'src'
-        tree = sources / f'{self.mmcv.replace("-", "_")}-{version}'
+        tree = self.tree
         if not tree.exists():
+            pinned = f'{self.mmcv}=={self.pins[self.mmcv]}'
             build = ('--no-build-isolation', '--no-binary', ':all:', '--no-deps')
-            self.pip('download', *build, '-d', sources, f'{self.mmcv}=={version}')
+            self.pip('download', *build, '-d', tree.parent, pinned)
             shutil.unpack_archive(f'{tree}.tar.gz', f'{tree}.tmp')
             fix_setup(Path(f'{tree}.tmp', tree.name, 'setup.py'))
             Path(f'{tree}.tmp', tree.name).rename(tree)
-        self.tree = tree
         self.compiling = self.compile(units='1')
 
     def end_mmcv(self) -> None:
@@ -421,14 +425,13 @@ class Builder:
             os.killpg(self.compiling.process.pid, signal.SIGTERM)
 
     def add_mmcv(self) -> str | None:
-        if self.compiling is None and self.has_ops():
+        if self.compiling:
+            wheel, note = self.compiled_wheel(), None
+        elif self.has_ops():
             return 'was there, with its ops'
-        note = None
-        if self.compiling is None:
+        else:
             wheel = self.cached_wheel()
             note = f'its wheel was at hand in {self.wheels()}'
-        else:
-            wheel = self.compiled_wheel()
         self.pip('install', '--force-reinstall', '--no-deps', wheel)
         self.mmcv_build.write_text(BUILD)
         if not self.has_ops():
