@@ -50,9 +50,14 @@ class Terminal:
 
     def screen(self) -> list[str]:
         """What has been written since the last call, as it is seen."""
+        # a read returns what has got through so far: read up to a mark
+        self.stream.write('\0')
+        self.stream.flush()
+        written = b''
+        while not written.endswith(b'\0'):
+            written += os.read(self.master, 65536)
         lines = []
-        written = os.read(self.master, 65536).decode().replace('\r\n', '\n')
-        for line in written.split('\n'):
+        for line in written[:-1].decode().replace('\r\n', '\n').split('\n'):
             seen = ''
             for text in line.split('\r'):
                 seen = text + seen[len(text) :]
