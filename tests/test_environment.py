@@ -247,6 +247,15 @@ def test_pins(name):
     pinned = pins(name)
     assert pinned['opencv-python'] == pinned['opencv-python-headless']
     assert int(pinned['setuptools'].split('.')[0]) < 81
+    # the fork has the same import names: of two, one overwrites the other
+    names = ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']
+    if 'onedl' in name:
+        fork = ['mmdetection' if x == 'mmdet' else x for x in names]
+        assert {f'onedl-{x}' for x in fork} <= pinned.keys()
+        assert not pinned.keys() & set(names)
+    else:
+        assert set(names) <= pinned.keys()
+        assert not any(x.startswith('onedl') for x in pinned)
 
 
 @pytest.fixture
