@@ -2,8 +2,8 @@
 
 Makes scenes of digits, then trains for detection and for segmentation a teacher, a
 student alone, a student with KL and a student with DIST, each by `tools/train.py` from
-a config of `configs/*/quickstart`. The two tasks run side by side. Writes report.md
-and report.png. A part that is finished is skipped when this is run again.
+a config of `configs/*/quickstart`, two at a time. Writes report.md and report.png. A
+part that is finished is skipped when this is run again.
 """
 
 from __future__ import annotations
@@ -92,11 +92,31 @@ TASKS = (
 )
 
 
+class Part(NamedTuple):
+    """A training of one of the models of a task."""
+
+    task: Task
+    name: str  # of PARTS
+    seed: int
+
+    @property
+    def teacher(self) -> Part | None:
+        """What must be trained before it."""
+        alone = self.name in PARTS[:2]
+        return None if alone else Part(self.task, 'teacher', 0)
+
+    @property
+    def seconds(self) -> int:
+        """How long it takes on one core of two, on some machine."""
+        return self.task.seconds[PARTS.index(self.name)]
+
+
 class State(NamedTuple):
-    """How far a task is."""
+    """How far a training is."""
 
     text: str
     left: float  # seconds
+    pace: float  # this machine's time over that of the other
 
 
 def fingerprint(task: Task, part: str, options: dict) -> str:
@@ -118,25 +138,26 @@ def result_of(task: Task, part: str, seed: int) -> dict:
     return json.loads((task.folder(part, seed) / 'metrics.json').read_text())
 
 
-def train(
-    task: Task, part: str, seed: int, smoke: bool, plan: Plan, progress: Progress
-) -> Iterator[State]:
+def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[State]:
     """Train one part in a process of its own; yields while that runs."""
     from mmdist.checkpoint import load_checkpoint
 
+    task, name, seed = part
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
-    folder = task.folder(part, seed)
+    folder = task.folder(name, seed)
     # short: two of them are in one line
-    title = f'{task.name} {part.removeprefix("student ")}'
+    title = f'{task.name} {name.removeprefix("student ")}'
     title += f' seed {seed}' if seed else ''
-    plan.begin((part, seed))
-    mark = fingerprint(task, part, options)
+    plan = Plan({name: 20 if smoke else part.seconds})
+    plan.pace = pace
+    plan.begin(name)
+    mark = fingerprint(task, name, options)
     if runs.finished(folder, mark):
         progress.done(f'{title}: finished before, {folder}')
         return
     shutil.rmtree(folder, ignore_errors=True)  # what was interrupted, or is outdated
     folder.mkdir(parents=True)
-    arguments = [task.config(part), '--work-dir', folder, '--cfg-options']
+    arguments = [task.config(name), '--work-dir', folder, '--cfg-options']
     arguments += [f'{key}={value}' for key, value in options.items()]
     threads = str(max(1, (os.cpu_count() or 1) // len(TASKS)))
     environment = {**os.environ, 'OMP_NUM_THREADS': threads}
@@ -148,10 +169,11 @@ def train(
             if last != step:
                 step, said = last, plan.spent()
             if step is None:
-                yield State(title, plan.left())
+                yield State(title, plan.left(), plan.pace)
             else:
                 eta = max(0, step.eta - (plan.spent() - said))
-                yield State(f'{title} {step.share:.0%}', plan.left(eta))
+                left = plan.left(eta)
+                yield State(f'{title} {step.share:.0%}', left, plan.pace)
     entries = runs.read_log(folder)
     scores = [entry for entry in entries if task.metric in entry]
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
@@ -168,31 +190,46 @@ def train(
     progress.done(f'{title}: {task.label} {result["score"]:.1f}')
 
 
-def lane(
-    task: Task, seeds: list[int], smoke: bool, progress: Progress
-) -> Iterator[State]:
-    """The parts of one task, one after the other."""
-    parts = [('teacher', 0), *((part, seed) for seed in seeds for part in PARTS[1:])]
-    seconds = dict(zip(PARTS, task.seconds, strict=True))
-    plan = Plan({each: 20 if smoke else seconds[each[0]] for each in parts})
-    for part, seed in parts:
-        yield from train(task, part, seed, smoke, plan, progress)
+def next_part(waiting: list[Part], running: list[Part]) -> Part | None:
+    """The first that need not wait for its teacher."""
+    unfinished = [*waiting, *running]
+    ready = (part for part in waiting if part.teacher not in unfinished)
+    return next(ready, None)
 
 
 def train_all(seeds: list[int], smoke: bool, progress: Progress) -> None:
-    """Train all parts of the tasks, which run side by side."""
-    lanes = {task.name: lane(task, seeds, smoke, progress) for task in TASKS}
+    """Train all parts, as many at a time as there are tasks.
+
+    The longest of each seed go first, so that the last ones end together.
+    """
+    waiting = [Part(task, 'teacher', 0) for task in TASKS]
+    for seed in seeds:
+        students = [Part(task, name, seed) for task in TASKS for name in PARTS[1:]]
+        waiting += sorted(students, key=lambda part: -part.seconds)
+    running: list[tuple[Part, Iterator[State]]] = []
+    pace = 1.0
     try:
-        while lanes:
-            states = {name: next(one, None) for name, one in lanes.items()}
-            lanes = {name: one for name, one in lanes.items() if states[name]}
-            running = [state for state in states.values() if state]
-            if running:
-                left = max(state.left for state in running) + REPORT_SECONDS
-                progress.show(', '.join(state.text for state in running), left)
+        while waiting or running:
+            while len(running) < len(TASKS):
+                part = next_part(waiting, [part for part, _ in running])
+                if part is None:
+                    break
+                waiting.remove(part)
+                running.append((part, train(part, smoke, pace, progress)))
+            states = [next(one, None) for _, one in running]
+            both = zip(running, states, strict=True)
+            running = [one for one, state in both if state]
+            states = [state for state in states if state]
+            if states:
+                pace = float(np.mean([state.pace for state in states]))
+                lefts = [state.left for state in states]
+                rest = 0 if smoke else pace * sum(part.seconds for part in waiting)
+                left = max(*lefts, (sum(lefts) + rest) / len(TASKS))
+                text = ', '.join(state.text for state in states)
+                progress.show(text, left + REPORT_SECONDS)
             time.sleep(0.5)
     finally:
-        for one in lanes.values():
+        for _, one in running:
             one.close()  # ends its process
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+sys.path.append(str(Path(__file__).parents[2] / 'tools'))
+
+from quickstart import ROOT, TASKS, Part, next_part
 
 
 def run(cwd: Path) -> str:
@@ -22,6 +24,17 @@ def run(cwd: Path) -> str:
     )
     assert not done.stderr  # what the libraries warn of is in the log
     return done.stdout
+
+
+def test_a_distilled_student_waits_for_its_own_teacher():
+    det, seg = (Part(task, 'teacher', 0) for task in TASKS)
+    det_dist, seg_dist = (Part(task, 'student + DIST', 1) for task in TASKS)
+    alone = Part(TASKS[0], 'student alone', 1)
+    assert next_part([det, seg, det_dist], []) == det
+    assert next_part([seg, det_dist], [det]) == seg
+    assert next_part([det_dist, seg_dist], [det]) == seg_dist
+    assert next_part([det_dist, seg_dist, alone], [det, seg]) == alone
+    assert next_part([det_dist, seg_dist], [det, seg]) is None
 
 
 @pytest.mark.slow
