@@ -26,7 +26,12 @@ def kl(kind: str, classes: int, temperature: int, **options) -> dict:
 
 
 def methods(
-    kind: str, classes: int, mimic: dict, sigmoid: bool = False, **kl_options
+    kind: str,
+    classes: int,
+    mimic: dict,
+    sigmoid: bool = False,
+    damping: float = 0.0,
+    **kl_options,
 ) -> dict[str, Any]:
     """What `distill` is for each method; None where there is no teacher.
 
@@ -35,11 +40,14 @@ def methods(
         classes: Number of columns of a softmax.
         mimic: Arguments of the comparison of features.
         sigmoid: Whether the head has a sigmoid per class.
+        damping: That of DIST.
         kl_options: Arguments of the comparison for KL over the classes.
     """
 
     def dist(kind: str = kind, **options) -> dict:
         # the published eps, with which the rows of docs/results.md were trained
+        if damping:
+            options['damping'] = damping
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', eps=1e-8, **options))
 
     pkd = dist('mmdist.Features', beta=0.0)
@@ -97,9 +105,8 @@ class Task:
         return CONFIGS / folder / f'{part}.py'
 
 
-SEG = methods(
-    'mmdist.SegLogits', 11, dict(student='backbone', levels=[-1], teacher_levels=[-1])
-)
+MIMIC = dict(student='backbone', levels=[-1], teacher_levels=[-1])
+SEG = methods('mmdist.SegLogits', 11, MIMIC)
 DENSE = methods('mmdist.DenseLogits', 3, {}, sigmoid=True, anchors='separate')
 ROI = methods('mmdist.RoILogits', 4, {})
 TASKS = {
@@ -132,6 +139,9 @@ for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
     bare = {'dist-no-labels': {**TASKS[name].methods['dist'], **more}}
     TASKS[name] = replace(TASKS[name], methods={**TASKS[name].methods, **bare})
 TASKS |= QUARTERS
+# These models start from scratch: DIST is damped while their logits are small.
+DIGITS = methods('mmdist.SegLogits', 10, MIMIC, damping=1.0)
+TASKS['digits'] = Task('digits', 'mIoU', 'mIoU', 1, DIGITS, 300, False)
 METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
 ACROSS = ('dist-detections', 'dist-boxes', 'pkd')  # take a teacher of another family
