@@ -306,7 +306,7 @@ def test_gpu_without_a_cuda_compiler(monkeypatch, tmp_path):
     (problem,) = make_env.preflight('onedl', True, True, tmp_path)
     assert 'no CUDA compiler (nvcc)' in problem
     assert 'CUDA_VISIBLE_DEVICES= make env' in problem
-    assert make_env.preflight('upstream', False, True, tmp_path) == []
+    assert make_env.preflight('onedl', False, True, tmp_path) == []
 
 
 def test_upstream_is_not_built_with_python_313(monkeypatch, tmp_path):
