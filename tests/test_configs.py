@@ -25,7 +25,14 @@ from mmdist.teachers.classes import class_names_of_config
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / 'configs').glob('[!_]*/*/*.py'))
 METAFILES = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
-METHODS = {'DIST': 'dist', 'DIST + mimic': 'dist-mimic', 'KL': 'kl', 'PKD': 'pkd'}
+METHODS = {
+    'DIST': 'dist',
+    'DIST + mimic': 'dist-mimic',
+    'DIST + boxes': 'dist-box',
+    'DIST, intra-class term': 'dist-intra',
+    'KL': 'kl',
+    'PKD': 'pkd',
+}
 # One pair of each kind of comparison; the others are slow.
 QUICK = (
     'dist-mimic_faster-rcnn',
