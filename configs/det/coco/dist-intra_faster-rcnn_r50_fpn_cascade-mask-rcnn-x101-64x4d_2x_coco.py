@@ -2,8 +2,6 @@
 _base_ = './dist_faster-rcnn_r50_fpn_cascade-mask-rcnn-x101-64x4d_2x_coco.py'
 model = dict(
     distill=dict(
-        dist=dict(
-            type='mmdist.RoILogits', loss=dict(type='mmdist.DISTLoss', beta=0.0)
-        ),
+        dist=dict(type='mmdist.RoILogits', loss=dict(type='mmdist.DISTLoss', beta=0.0)),
     ),
 )
