@@ -45,9 +45,9 @@ def methods(
     """
 
     def dist(kind: str = kind, **options) -> dict:
-        # the published eps, with which the rows of docs/results.md were trained
         if damping:
             options['damping'] = damping
+        # the published eps, with which the rows of docs/results.md were trained
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', eps=1e-8, **options))
 
     pkd = dist('mmdist.Features', beta=0.0)
