@@ -2,8 +2,9 @@
 
 Makes scenes of digits, then trains for detection and for segmentation a teacher, a
 student alone, a student with KL and a student with DIST, each by `tools/train.py` from
-a config of `configs/*/quickstart`, two at a time. Writes report.md and report.png. A
-part that is finished is skipped when this is run again.
+a config of `configs/*/quickstart`, two at a time. Writes report.md and report.png as
+soon as one of the two is finished, and again with both. A part that is finished is
+skipped when this is run again.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,7 @@ first ones (`train-few`), alone or distilled."""
 COLOURS = ('0.6', 'tab:blue', 'tab:orange', 'tab:green')
 
 
-@dataclass
+@dataclass(eq=False)
 class Task:
     """One of the two tasks: its four configs and how it is scored."""
 
@@ -190,47 +191,57 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     progress.done(f'{title}: {task.label} {result["score"]:.1f}')
 
 
-def next_part(waiting: list[Part], running: list[Part]) -> Part | None:
+def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
     """The first that need not wait for its teacher."""
     unfinished = [*waiting, *running]
     ready = (part for part in waiting if part.teacher not in unfinished)
     return next(ready, None)
 
 
-def train_all(seeds: list[int], smoke: bool, progress: Progress) -> None:
+def train_all(
+    seeds: list[int], smoke: bool, progress: Progress
+) -> Iterator[list[Task]]:
     """Train all parts, as many at a time as there are tasks.
 
-    The longest of each seed go first, so that the last ones end together.
+    The students of the shorter task go first, so that there is a first result soon;
+    of a task the longest go first, so that the last ones end together.
+
+    Yields:
+        The finished tasks, whenever there is one more.
     """
-    waiting = [Part(task, 'teacher', 0) for task in TASKS]
-    for seed in seeds:
-        students = [Part(task, name, seed) for task in TASKS for name in PARTS[1:]]
+    tasks = sorted(TASKS, key=lambda task: sum(task.seconds))
+    waiting = [Part(task, 'teacher', 0) for task in tasks]
+    for task in tasks:
+        students = [Part(task, name, seed) for seed in seeds for name in PARTS[1:]]
         waiting += sorted(students, key=lambda part: -part.seconds)
-    running: list[tuple[Part, Iterator[State]]] = []
+    running: dict[Part, Iterator[State]] = {}
+    finished: list[Task] = []
     pace = 1.0
     try:
-        while waiting or running:
-            while len(running) < len(TASKS):
-                part = next_part(waiting, [part for part, _ in running])
-                if part is None:
-                    break
+        while len(finished) < len(TASKS):
+            while len(running) < len(TASKS) and (part := next_part(waiting, running)):
                 waiting.remove(part)
-                running.append((part, train(part, smoke, pace, progress)))
-            states = [next(one, None) for _, one in running]
-            both = zip(running, states, strict=True)
-            running = [one for one, state in both if state]
-            states = [state for state in states if state]
-            if states:
-                pace = float(np.mean([state.pace for state in states]))
-                lefts = [state.left for state in states]
+                training = train(part, smoke, pace, progress)
+                if next(training, None):  # or it was finished before
+                    running[part] = training
+            unfinished = {part.task.name for part in (*waiting, *running)}
+            if len(unfinished) + len(finished) < len(TASKS):
+                finished = [task for task in TASKS if task.name not in unfinished]
+                yield finished
+            states = {part: next(training, None) for part, training in running.items()}
+            running = {part: running[part] for part, state in states.items() if state}
+            if running:
+                shown = [states[part] for part in running]
+                pace = float(np.mean([state.pace for state in shown]))
+                lefts = [state.left for state in shown]
                 rest = 0 if smoke else pace * sum(part.seconds for part in waiting)
                 left = max(*lefts, (sum(lefts) + rest) / len(TASKS))
-                text = ', '.join(state.text for state in states)
+                text = ', '.join(state.text for state in shown)
                 progress.show(text, left + REPORT_SECONDS)
             time.sleep(0.5)
     finally:
-        for _, one in running:
-            one.close()  # ends its process
+        for training in running.values():
+            training.close()  # ends its process
 
 
 def results(task: Task, part: str, seeds: list[int]) -> list[dict]:
@@ -239,14 +250,14 @@ def results(task: Task, part: str, seeds: list[int]) -> list[dict]:
     return [result_of(task, part, s) for s in seeds]
 
 
-def make_table(seeds: list[int]) -> str:
-    """The results as a table in Markdown."""
+def make_table(tasks: list[Task], seeds: list[int]) -> str:
+    """The results of the tasks as a table in Markdown."""
     spread = ', mean ± std over seeds' if len(seeds) > 1 else ''
     lines = [
         f'|     | model          | parameters | AP / mIoU{spread} | inter | intra |',
         '|-----|----------------|-----------:|----------:|------:|------:|',
     ]
-    for task in TASKS:
+    for task in tasks:
         for part in PARTS:
             found = results(task, part, seeds)
             scores = [result['score'] for result in found]
@@ -287,7 +298,7 @@ def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
     ]
 
 
-def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
+def draw_report(tasks: list[Task], seed: int, file: Path, num_images: int = 4) -> None:
     """Draw the validation curves, and val images with truth and predictions."""
     import matplotlib
 
@@ -309,9 +320,10 @@ def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
     ]
     truth = {'det': boxes, 'seg': [m.clip(1, 10) - 1 for m in maps]}
 
-    figure = plt.figure(figsize=(15, 12), layout='constrained')
+    figure = plt.figure(figsize=(7.5 * len(tasks), 12), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
-    for axes, task in zip(top.subplots(1, 2), TASKS, strict=True):
+    plots = top.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(plots, tasks, strict=True):
         for part, colour in zip(PARTS, COLOURS, strict=True):
             curve = results(task, part, [seed])[0]['curve'] or [(1, 0)]
             steps, scores = np.array(curve, float).T
@@ -325,8 +337,8 @@ def draw_report(seed: int, file: Path, num_images: int = 4) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     palette = plt.get_cmap('tab10')
-    columns = bottom.subfigures(1, 2)
-    for column, task in zip(columns, TASKS, strict=True):
+    columns = bottom.subfigures(1, len(tasks), squeeze=False)[0]
+    for column, task in zip(columns, tasks, strict=True):
         with DefaultScope.overwrite_default_scope('mmdet'):
             shown = [truth[task.name]]
             shown += [predict(task, p, seed, images) for p in (PARTS[1], PARTS[3])]
@@ -379,6 +391,21 @@ def demo_command(task: Task, seed: int) -> str:
     )
 
 
+def write_report(tasks: list[Task], seeds: list[int]) -> str:
+    """Write report.md and report.png; the lines that are to be seen as well."""
+    table = make_table(tasks, seeds)
+    commands = '\n\n'.join(demo_command(task, seeds[0]) for task in tasks)
+    draw_report(tasks, seeds[0], WORK_DIR / 'report.png')
+    (WORK_DIR / 'report.md').write_text(
+        f'# Quickstart\n\n{table}\n\n{NOTE}\n\n![curves and val images](report.png)\n\n'
+        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
+    )
+    return (
+        f'\n{table}\n\n{NOTE}\n\nReport: {WORK_DIR}/report.md and report.png\n'
+        f'The distilled students on an image:\n\n{commands}\n'
+    )
+
+
 def distil(seeds: list[int], smoke: bool) -> str:
     """Make the data, train, and write the report; what is to be said of it."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
@@ -397,21 +424,18 @@ def distil(seeds: list[int], smoke: bool) -> str:
             ['--train', '16', '--train-few', '16', '--val', '8'] if smoke else []
         )
         progress.done('scenes of digits: data/digits')
-        train_all(seeds, smoke, progress)
-        progress.show('report', REPORT_SECONDS)
-        draw_report(seeds[0], WORK_DIR / 'report.png')
+        with closing(train_all(seeds, smoke, progress)) as training:
+            for finished in training:
+                progress.show('report', REPORT_SECONDS)
+                report = write_report(finished, seeds)
+                if finished != list(TASKS):
+                    names = ', '.join(task.name for task in finished)
+                    progress.say(
+                        f'{names} is finished: {WORK_DIR}/report.md and report.png'
+                    )
         progress.done(f'report: {WORK_DIR}/report.md and report.png')
         progress.show('done')
-    table = make_table(seeds)
-    commands = '\n\n'.join(demo_command(task, seeds[0]) for task in TASKS)
-    (WORK_DIR / 'report.md').write_text(
-        f'# Quickstart\n\n{table}\n\n{NOTE}\n\n![curves and val images](report.png)\n\n'
-        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
-    )
-    return (
-        f'\n{table}\n\n{NOTE}\n\nReport: {WORK_DIR}/report.md and report.png\n'
-        f'The distilled students on an image:\n\n{commands}\n'
-    )
+    return report
 
 
 def main() -> None:
