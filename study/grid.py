@@ -52,11 +52,14 @@ def methods(
 
     pkd = dist('mmdist.Features', beta=0.0)
     if kind == 'mmdist.SegLogits':
-        across = {}
+        of_detectors = {}
         pkd |= mimic
     else:
-        across = {
+        pkd |= dict(levels='stride')
+        of_detectors = {
             'dist-box': dict(dist=dist(), box=BOX),
+            'intra-box': dict(dist=dist(beta=0.0), box=BOX),
+            'intra-box-pkd': dict(dist=dist(beta=0.0), box=BOX, pkd=pkd),
             'dist-detections': dict(
                 dist=dict(
                     type='mmdist.Detections',
@@ -65,7 +68,6 @@ def methods(
             ),
             'dist-boxes': dict(dist=dist('mmdist.BoxLogits')),
         }
-        pkd |= dict(levels='stride')
 
     kl_binary = dict(
         type=kind, loss=dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
@@ -83,7 +85,7 @@ def methods(
         ),
         'pkd': dict(pkd=pkd),
         'intra-pkd': dict(dist=dist(beta=0.0), pkd=pkd),
-        **across,
+        **of_detectors,
     }
 
 
