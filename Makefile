@@ -16,7 +16,7 @@ DOCS_VENV ?= .venv-docs
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make env         the environment in $(VENV); three to five minutes, once'
+	@echo 'make env         the environment in $(VENV); two to five minutes, once'
 	@echo 'make quickstart  distil a small detector and a small segmentor, 6 to 20 minutes'
 	@echo 'make test        the quick tests;  make test-all: the slow ones too'
 	@echo 'make lint        ruff;  make format: fix what ruff can fix'
