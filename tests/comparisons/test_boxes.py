@@ -210,6 +210,13 @@ def test_padding_and_what_the_teacher_is_unsure_of_do_not_count():
     assert torch.equal(other.row_weight, wanted)
 
 
+@pytest.mark.parametrize('path', [FASTER, DINO])
+def test_a_teacher_that_is_sure_of_nothing_teaches_nothing(path):
+    model = pair(path, min_score=0.99)
+    losses, _ = step(model)
+    assert losses['loss_box'] == 0
+
+
 @pytest.mark.parametrize(
     ('student', 'teacher', 'message'),
     [
