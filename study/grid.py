@@ -144,6 +144,10 @@ TASKS |= QUARTERS
 # These models start from scratch: DIST is damped while their logits are small.
 DIGITS = methods('mmdist.SegLogits', 10, MIMIC, damping=1.0)
 TASKS['digits'] = Task('digits', 'mIoU', 'mIoU', 1, DIGITS, 300, False)
+QUERIES = methods('mmdist.QueryLogits', 3, {}, sigmoid=True)
+TASKS['bccd-dino'] = Task(
+    'bccd-dino', 'coco/bbox_mAP', 'AP', 100, QUERIES, 292, False, 'bccd-faster-rcnn'
+)
 METHODS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.methods))
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
 ACROSS = ('dist-detections', 'dist-boxes', 'pkd')  # take a teacher of another family
