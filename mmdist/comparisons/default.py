@@ -54,8 +54,8 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
     """What is compared for a student and its teacher.
 
     It is the comparison of the student's family. If the teacher is no match, it is what
-    the teacher detects (``Detections``), or, for queries, what it says of their boxes
-    (``BoxLogits``).
+    the teacher detects (``Detections``), and if that does not fit either, what it says
+    of the student's boxes (``BoxLogits``).
 
     Args:
         student: The student.

@@ -1,4 +1,4 @@
-"""What a teacher detects, at the student's anchors or proposals."""
+"""What a teacher detects, at the student's anchors, proposals or queries."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .base import Comparison, Pair
 from .default import DENSE, QUERIES, ROI, kind_of
 from .dense_logits import DenseLogits, prior_generator
 from .probabilities import foreground
+from .query_logits import QueryLogits
 from .roi_logits import Proposals, RoILogits
 
 # Of teachers of other libraries; those of mmdet have their own.
@@ -36,15 +37,17 @@ class Detections(Comparison):
     """Compare the student's scores with what any detector detects at the same places.
 
     The teacher predicts as it does in a test, NMS included. A row is an anchor of the
-    dense student, or a proposal that the two-stage student sampled. The teacher's
-    probability of a class there is the score of its best detection of that class which
-    overlaps the anchor or proposal, and 0 where none does; both sides are probabilities
-    without background. So all that is asked of the teacher is ``predict``: it may be of
-    any architecture, and its own anchors, strides and queries do not matter.
+    dense student, a proposal that the two-stage student sampled, or a query. The
+    teacher's probability of a class there is the score of its best detection of that
+    class which overlaps the anchor or proposal, and 0 where none does; both sides are
+    probabilities without background. So all that is asked of the teacher is
+    ``predict``: it may be of any architecture, and its own anchors, strides and queries
+    do not matter.
 
     An anchor is overlapped as mmdet's ``MaxIoUAssigner`` has it: with an IoU of
     ``min_iou``, or if it is the one that overlaps the detection most. Anchors in the
-    padding do not count.
+    padding do not count. Queries are to find each object once: they are assigned to the
+    detections one to one, as :class:`QueryLogits` does it, whatever the IoU.
 
     Args:
         loss: Config of the loss; if omitted, ``mmdist.DISTLoss`` with ``beta=0``. Most
@@ -56,8 +59,8 @@ class Detections(Comparison):
     """
 
     families = (
-        'students with a dense head, or a RoI head of extractor and bbox head, and '
-        'any detector as teacher'
+        'students with a dense head, a RoI head of extractor and bbox head, or object '
+        'queries, and any detector as teacher'
     )
     asks_first = True
 
@@ -67,14 +70,18 @@ class Detections(Comparison):
             raise ValueError(f'`min_iou` is an IoU, 0 < min_iou < 1, got {min_iou}.')
         self.min_iou = min_iou
         # what `predict` ranks by
-        self._readers = {DENSE: DenseLogits(score='joint'), ROI: RoILogits()}
+        self._readers = {
+            DENSE: DenseLogits(score='joint'),
+            ROI: RoILogits(),
+            QUERIES: QueryLogits(),
+        }
 
     def activation(self, student: nn.Module) -> str:
         """Probabilities are compared."""
         return 'identity'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
-        """The dense head, or the extractor and the bbox head."""
+        """The dense head, extractor and bbox head, or the head of the queries."""
         modules = self._reader(student).student_modules(student)
         if kind_of(student) == DENSE and prior_generator(modules[0]) is None:
             raise self.unsupported(student, 'its head has no anchors or points')
@@ -91,10 +98,12 @@ class Detections(Comparison):
             raise self.unsupported(teacher, 'it detects no boxes')
 
     def record(self, step: Step) -> list:
-        """The output of the dense head, or the proposals of all stages."""
+        """The output of the dense head, all stages' proposals, or the queries."""
         reader = self._reader(step.student)
         if kind_of(step.student) == ROI:
             return reader.record(step)
+        if kind_of(step.student) == QUERIES:
+            return reader.record(step)[-1:]
         (head,) = reader.student_modules(step.student)
         return [step.calls(head)[-1].output]
 
@@ -116,6 +125,8 @@ class Detections(Comparison):
             found.append(common[labels >= 0])
         if kind_of(step.student) == ROI:
             return [self._of_proposals(step, one, found) for one in recorded]
+        if kind_of(step.student) == QUERIES:
+            return [self._of_queries(step, recorded[0], found)]
         return self._of_locations(step, recorded[0], found)
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
@@ -163,6 +174,34 @@ class Detections(Comparison):
         if isinstance(roi_head.bbox_head, nn.ModuleList):
             weight, name = roi_head.stage_loss_weights[stage], f's{stage}'
         return Pair(student, teacher, None, weight, name, 'identity')
+
+    def _of_queries(
+        self, step: Step, queries: list[InstanceData], found: list[InstanceData]
+    ) -> Pair:
+        reader = self._readers[QUERIES]
+        activation = reader.activation(step.student)
+        students, teachers = [], []
+        for query, detections, sample in zip(
+            queries, found, step.data_samples, strict=True
+        ):
+            logits = step.classes.select_student(query.scores, 1, activation)
+            student = foreground(logits, activation)
+            best, labels = detections.scores.to(student), detections.labels
+            probs = best[:, None] * nn.functional.one_hot(labels, student.shape[1])
+            candidates = reader.candidates(logits, query.bboxes, step)
+            candidates.probs = student.detach()  # without background, as the teacher's
+            of_student, of_teacher = reader.match(
+                candidates,
+                InstanceData(
+                    probs=probs, best=best, labels=labels, bboxes=detections.bboxes
+                ),
+                sample.metainfo,
+            )
+            teacher = torch.zeros_like(student)
+            teacher[of_student] = probs[of_teacher]
+            students.append(student)
+            teachers.append(teacher)
+        return Pair(torch.cat(students), torch.cat(teachers), activation='identity')
 
     def _of_locations(
         self, step: Step, output: tuple, found: list[InstanceData]

@@ -196,9 +196,9 @@ class QueryLogits(Comparison):
             )
             s = InstanceData(scores=s_logits, bboxes=s.bboxes)
             t = InstanceData(scores=t_logits, bboxes=t.bboxes)
-            of_student, of_teacher = self._match(
-                self._candidates(s.scores, s.bboxes, step),
-                self._candidates(t.scores, t.bboxes, step),
+            of_student, of_teacher = self.match(
+                self.candidates(s.scores, s.bboxes, step),
+                self.candidates(t.scores, t.bboxes, step),
                 sample.metainfo,
             )
             ours.append(s[of_student])
@@ -206,7 +206,7 @@ class QueryLogits(Comparison):
         return ours, theirs
 
     @staticmethod
-    def _candidates(logits: Tensor, bboxes: Tensor, step: Step) -> InstanceData:
+    def candidates(logits: Tensor, bboxes: Tensor, step: Step) -> InstanceData:
         """What the match costs look at."""
         # Half precision would round the costs, and the matching with them.
         logits, bboxes = logits.detach().float(), bboxes.detach().float()
@@ -220,7 +220,7 @@ class QueryLogits(Comparison):
             scores=logits, probs=probs, best=best, labels=labels, bboxes=bboxes
         )
 
-    def _match(
+    def match(
         self, student: InstanceData, teacher: InstanceData, img_meta: dict
     ) -> tuple[Tensor, Tensor]:
         """Indices of the paired queries, the student's and the teacher's."""

@@ -1,4 +1,4 @@
-"""What any detector detects, at the anchors or proposals of the student."""
+"""What any detector detects, at the anchors, proposals or queries of the student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
-from scipy.special import expit, rel_entr
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
+from scipy.special import expit, rel_entr, softmax
 from scipy.stats import pearsonr
 from test_det_zoo import CASES
 from torch import nn
@@ -26,6 +28,7 @@ from mmdist.teachers import match_classes
 STUDENTS = (
     *('RetinaNet', 'FCOS', 'ATSS', 'RTMDet', 'YOLOX', 'TOOD', 'PAA', 'YOLOv3'),
     *('Faster R-CNN', 'Cascade R-CNN', 'HTC'),
+    *('DETR', 'DINO', 'Deformable DETR', 'DDQ', 'Sparse R-CNN'),
 )
 TEACHERS = (
     *('RetinaNet', 'FCOS', 'YOLOX', 'PAA', 'YOLOv3', 'CenterNet', 'Mask R-CNN'),
@@ -131,6 +134,23 @@ def overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     inner = (high - low).clip(0).prod(2)
     areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
     return inner / (areas[0][:, None] + areas[1][None] - inner)
+
+
+def generalized_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """That of each of a with each of b (Rezatofighi et al., CVPR 2019, algorithm 1)."""
+    low = np.minimum(a[:, None, :2], b[None, :, :2])
+    high = np.maximum(a[:, None, 2:], b[None, :, 2:])
+    hull = (high - low).prod(2)
+    areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (a, b)]
+    iou = overlaps(a, b)
+    union = (areas[0][:, None] + areas[1][None]) / (1 + iou)
+    return iou - (hull - union) / hull
+
+
+def centres(boxes: np.ndarray) -> np.ndarray:
+    """Boxes as centre and size."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([(low + high) / 2, high - low], 1)
 
 
 def anchors_of(student: str, stride: int, cells: int) -> np.ndarray:
@@ -247,6 +267,36 @@ def test_proposals_have_the_best_score_of_what_overlaps_them():
     assert 0 < (expected > 0).mean() < 1
 
 
+@pytest.mark.parametrize('student', ['DINO', 'DETR'])
+def test_queries_are_assigned_to_the_detections_one_to_one(student):
+    model = pair(student, 'RetinaNet')
+    comparison = model.distill['dist']
+    comparison.ask = lambda *args: FOUND
+    queries = []
+    record = comparison.record
+    comparison.record = lambda step: queries.extend(record(step)) or queries
+    _, (one,), data = step(model)
+    expected = np.zeros((len(one.teacher), 80))
+    for image, (query, found) in enumerate(zip(queries[0], FOUND, strict=True)):
+        logits = query.scores.detach().double().numpy()
+        student_probs = (
+            expit(logits) if student == 'DINO' else softmax(logits, 1)[:, :-1]
+        )
+        probs = np.zeros((len(found), 80))
+        probs[range(len(found)), found.labels] = found.scores
+        height, width = data['data_samples'][image].img_shape
+        size = np.array([width, height, width, height])
+        ours, theirs = (x.bboxes.detach().double().numpy() for x in (query, found))
+        costs = 2 * cdist(student_probs, probs, 'cityblock')
+        costs += 5 * cdist(centres(ours / size), centres(theirs / size), 'cityblock')
+        costs -= 2 * generalized_iou(ours, theirs)
+        rows, columns = linear_sum_assignment(costs)
+        assert len(rows) == len(found)
+        expected[image * len(query) + rows] = probs[columns]
+    np.testing.assert_allclose(one.teacher, expected, atol=1e-6)
+    assert one.student.shape == expected.shape
+
+
 def test_where_nothing_is_detected_nothing_is_learned():
     model = pair('RetinaNet', 'Faster R-CNN')
     nothing = InstanceData(
@@ -318,7 +368,6 @@ def test_classes_that_the_student_does_not_know_are_dropped():
 @pytest.mark.parametrize(
     ('student', 'teacher', 'message'),
     [
-        ('DINO', 'RetinaNet', 'DINO: it is of none of these families'),
         ('CenterNet', 'RetinaNet', 'its head has no anchors or points'),
         ('RetinaNet', 'SOLO', 'it detects no boxes'),
     ],
