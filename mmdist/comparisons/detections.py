@@ -193,7 +193,10 @@ class Detections(Comparison):
             of_student, of_teacher = reader.match(
                 candidates,
                 InstanceData(
-                    probs=probs, best=best, labels=labels, bboxes=detections.bboxes
+                    probs=probs,
+                    best=best,
+                    labels=labels,
+                    bboxes=detections.bboxes.float(),
                 ),
                 sample.metainfo,
             )

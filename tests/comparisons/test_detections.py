@@ -110,17 +110,18 @@ def test_the_teacher_predicts_as_in_a_test_on_features_that_are_there():
 
 
 @pytest.mark.parametrize(
-    ('teacher', 'half'),
+    ('student', 'teacher', 'half'),
     [  # mmcv's RoIAlign takes no bf16
-        ('Faster R-CNN', torch.float16),
-        ('YOLOX', torch.bfloat16),
-        ('DINO', torch.bfloat16),
+        ('RetinaNet', 'Faster R-CNN', torch.float16),
+        ('RetinaNet', 'YOLOX', torch.bfloat16),
+        ('RetinaNet', 'DINO', torch.bfloat16),
+        ('DINO', 'YOLOX', torch.bfloat16),
     ],
 )
-def test_a_teacher_in_half_precision_detects_about_the_same(teacher, half):
+def test_a_teacher_in_half_precision_detects_about_the_same(student, teacher, half):
     losses = []
     for dtype in (None, half):
-        model = pair('RetinaNet', teacher)
+        model = pair(student, teacher)
         model.teacher.dtype = dtype
         nn.Module.to(model.teacher.model, dtype)
         losses.append(step(model)[0]['loss_dist'].item())
