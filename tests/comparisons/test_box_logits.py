@@ -115,7 +115,7 @@ def test_ssd(student, teacher):
         ('Faster R-CNN', 'Cascade R-CNN', 'RoILogits'),
         ('Faster R-CNN', 'DINO', 'Detections'),
         ('Deformable DETR', 'DINO', 'QueryLogits'),
-        ('DINO', 'TOOD', 'BoxLogits'),
+        ('DINO', 'TOOD', 'Detections'),
     ],
 )
 def test_the_pair_decides_what_is_compared_by_default(student, teacher, kind):
@@ -126,11 +126,12 @@ def test_the_pair_decides_what_is_compared_by_default(student, teacher, kind):
 
 def test_what_cannot_be_compared_is_refused_with_what_can():
     message = (
-        r'(?s)QueryLogits cannot compare a PAA.*Detections cannot compare a DINO.*'
-        r'how a PAAHead encodes its boxes is not known.*mmdist\.Features'
+        r'(?s)DenseLogits cannot compare a FasterRCNN.*Detections cannot compare a '
+        r'CenterNet.*how a CenterNetHead encodes its boxes is not known.*'
+        r'mmdist\.Features'
     )
     with pytest.raises(ValueError, match=message):
-        pair(FAMILIES['DINO'], FAMILIES['PAA'], None)
+        pair(FAMILIES['CenterNet'], FAMILIES['Faster R-CNN'], None)
     for kwargs in (dict(top_k=0), dict(min_iou=1.0)):
         with pytest.raises(ValueError, match=rf'`{next(iter(kwargs))}` is'):
             pair(RETINANET, CASCADE, boxes(**kwargs))
