@@ -225,8 +225,9 @@ def train_all(
                 if next(training, None):  # or it was finished before
                     running[part] = training
             unfinished = {part.task.name for part in (*waiting, *running)}
-            if len(unfinished) + len(finished) < len(TASKS):
-                finished = [task for task in TASKS if task.name not in unfinished]
+            done = [task for task in TASKS if task.name not in unfinished]
+            if len(done) > len(finished):
+                finished = done
                 yield finished
             states = {part: next(training, None) for part, training in running.items()}
             running = {part: running[part] for part, state in states.items() if state}

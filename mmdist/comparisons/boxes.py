@@ -227,6 +227,7 @@ class Boxes(Comparison):
         target = torch.where(counts, pair.teacher, 0)
         code = torch.where(counts, pair.student, target)
         values = loss(code, target, reduction_override='none')
+        # (rows,) of an IoU, (rows, 4) of L1; there may be no row, which reshape refuses
         values = torch.where(counts, values[..., None].flatten(1), 0).sum(1)
         total = pair.row_weight.sum()
         return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
