@@ -57,6 +57,7 @@ def methods(
     else:
         pkd |= dict(levels='stride')
         of_detectors = {
+            'dist-damped': dict(dist=dist(damping=1.0)),
             'dist-box': dict(dist=dist(), box=BOX),
             'intra-box': dict(dist=dist(beta=0.0), box=BOX),
             'intra-box-pkd': dict(dist=dist(beta=0.0), box=BOX, pkd=pkd),

@@ -10,10 +10,13 @@ standard library is imported here, so that it runs in a broken environment too.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
@@ -80,12 +83,25 @@ def numbers(version: str) -> tuple[int, ...]:
 def check(probe: Probe) -> list[Line]:
     """All requirements, in the order in which they should be fixed."""
     fork = any(probe.version(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
-    lines = [check_python(), *check_torch(probe), check_setuptools(probe, fork)]
-    lines += [check_single(probe), check_engine(probe, fork), check_mmcv(probe, fork)]
-    lines += [check_ops(probe, fork), check_cv2(probe)]
-    lines += [check_import(probe, name) for name in ('ftfy', 'regex')]
-    lines += [check_library(probe, fork, name) for name in ('mmdet', 'mmseg')]
-    lines += [check_sklearn(probe), check_mmdist(probe)]
+    checks = [
+        check_python,
+        partial(check_torch, probe),
+        partial(check_setuptools, probe, fork),
+        partial(check_single, probe),
+        partial(check_engine, probe, fork),
+        partial(check_mmcv, probe, fork),
+        partial(check_ops, probe, fork),
+        partial(check_cv2, probe),
+        partial(check_import, probe, 'ftfy'),
+        partial(check_import, probe, 'regex'),
+        partial(check_library, probe, fork, 'mmdet'),
+        partial(check_library, probe, fork, 'mmseg'),
+        partial(check_sklearn, probe),
+        partial(check_mmdist, probe),
+    ]
+    # most of them wait for an interpreter that imports something
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = list(pool.map(lambda run: run(), checks))
     return [line for line in lines if line is not None]
 
 
@@ -95,17 +111,17 @@ def check_python() -> Line:
     return Line('python', platform.python_version(), '>= 3.10', fix)
 
 
-def check_torch(probe: Probe) -> list[Line]:
+def check_torch(probe: Probe) -> Line:
     version = probe.version('torch')
     if version is None:
-        return [Line('torch', 'missing', '>= 2.0', f'{PIP} torch==2.13.0')]
+        return Line('torch', 'missing', '>= 2.0', f'{PIP} torch==2.13.0')
     if numbers(version) < (2, 0):
-        return [Line('torch', version, '>= 2.0', f'{PIP} torch==2.13.0')]
+        return Line('torch', version, '>= 2.0', f'{PIP} torch==2.13.0')
     error = probe.error('import torch')
     if error:
         fix = f'{PIP} --force-reinstall torch=={version.split("+")[0]}'
-        return [Line('torch', f'{version}, but: {error}', 'imports', fix)]
-    return [Line('torch', version, '>= 2.0')]
+        return Line('torch', f'{version}, but: {error}', 'imports', fix)
+    return Line('torch', version, '>= 2.0')
 
 
 def check_setuptools(probe: Probe, fork: bool) -> Line:

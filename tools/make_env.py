@@ -329,6 +329,10 @@ class Builder:
     def pip(self, *arguments) -> None:
         self.run(*self.pip_command(*arguments))
 
+    def install(self, *arguments) -> None:
+        # bytecode of all files takes half a minute; most of them are never imported
+        self.pip('install', '--no-compile', *arguments)
+
     def pip_command(self, *arguments) -> tuple:
         flags = ('--disable-pip-version-check', '--no-input')
         return (self.python, '-m', 'pip', *arguments, *flags)
@@ -355,7 +359,7 @@ class Builder:
         ):
             return 'was there'
         wanted = [f'{name}=={self.pins[name]}' for name in names]
-        self.pip('install', *wanted, '-c', self.requirements)
+        self.install(*wanted, '-c', self.requirements)
         return None
 
     def version(self, name: str) -> str:
@@ -371,10 +375,10 @@ class Builder:
             and ask(self.python, OPENCV_GUI) == 'NONE'
         ):
             return 'was there'
-        self.pip('install', f'{engine}=={self.pins[engine]}', '-c', self.requirements)
+        self.install(f'{engine}=={self.pins[engine]}', '-c', self.requirements)
         # Over opencv-python, which mmengine names: without libGL it does not import.
         pinned = f'{headless}=={self.pins[headless]}'
-        self.pip('install', '--force-reinstall', '--no-deps', pinned)
+        self.install('--force-reinstall', '--no-deps', pinned)
         return None
 
     def has_ops(self) -> bool:
@@ -432,7 +436,7 @@ class Builder:
         else:
             wheel = self.cached_wheel()
             note = f'its wheel was at hand in {self.wheels()}'
-        self.pip('install', '--force-reinstall', '--no-deps', wheel)
+        self.install('--force-reinstall', '--no-deps', wheel)
         self.mmcv_build.write_text(BUILD)
         if not self.has_ops():
             raise Stop(
@@ -478,13 +482,13 @@ class Builder:
             '\n'.join(x for x in lines if not x.startswith(f'{self.mmcv}=='))
         )
         # --no-build-isolation: the fork's libraries are source only and import torch
-        self.pip('install', '--no-build-isolation', '--no-deps', '-r', others)
+        self.install('--no-build-isolation', '--no-deps', '-r', others)
 
     def add_mmdist(self) -> None:
         # what the libraries ask for is pinned; were it not, it would be added here
-        self.pip('install', '--no-build-isolation', '-r', self.requirements)
+        self.install('--no-build-isolation', '-r', self.requirements)
         flags = ('--no-deps', '--no-build-isolation')
-        self.pip('install', *flags, '-e', ROOT)
+        self.install(*flags, '-e', ROOT)
 
     def check(self) -> None:
         self.run(self.python, ROOT / 'tools/check_env.py')

@@ -43,13 +43,16 @@ def test_dry_run(tmp_path):
     work_dir = tmp_path / 'work_dirs' / 'quickstart'
     assert 'Warning' in (work_dir / 'quickstart.log').read_text()
     progress, _, _ = output.partition('\n\n')
-    # the first result does not wait for the other task
-    first = re.search(
-        r'^\[quickstart\] seg is finished: .* report\.png\n', progress, re.M
+    # the first result waits neither for the other task nor for KL
+    first, both = re.finditer(
+        r'^\[quickstart\] .* report\.png: (.*), KL follows\n', progress, re.M
     )
-    assert 'det teacher: AP' in progress[: first.start()]
+    assert (first[1], both[1]) == ('seg', 'det and seg')
+    assert 'seg + DIST: mIoU' in progress[: first.start()]
     assert 'det + DIST: AP' not in progress[: first.start()]
-    progress = progress.replace(first.group(), '')
+    assert 'seg + KL: mIoU' not in progress[: both.start()]
+    for said in (first, both):
+        progress = progress.replace(said.group(), '')
     steps = re.findall(r'^\[quickstart\] (\d+)/10 .*; \d+:\d\d', progress, re.M)
     assert len(steps) == progress.count('\n') + 1
     assert set(map(int, steps)) >= set(range(1, 11))
