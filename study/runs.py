@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import subprocess
 import time
 from copy import deepcopy
 from dataclasses import dataclass
@@ -216,8 +215,5 @@ def is_broken(folder: Path) -> bool:
 def run(tool: str, arguments: list, log_file: Path, deadline: float) -> bool:
     """Run a tool in a process of its own; False if it was stopped at the deadline."""
     with runs.tool(tool, arguments, log_file) as process:
-        try:
-            process.wait(max(0.0, deadline - time.time()))
-        except subprocess.TimeoutExpired:
-            return False
-    return True
+        process.join(max(0.0, deadline - time.time()))
+        return not process.is_alive()

@@ -165,12 +165,10 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     folder.mkdir(parents=True)
     arguments = [task.config(name), '--work-dir', folder, '--cfg-options']
     arguments += [f'{key}={value}' for key, value in options.items()]
-    threads = str(max(1, (os.cpu_count() or 1) // len(TASKS)))
-    environment = {**os.environ, 'OMP_NUM_THREADS': threads}
     log_file = folder / 'train.log'
-    with runs.tool('train.py', arguments, log_file, env=environment) as process:
+    with runs.tool('train.py', arguments, log_file) as process:
         step, said = None, 0.0
-        while process.poll() is None:
+        while process.is_alive():
             last = runs.last_step(log_file.read_text())
             if last != step:
                 step, said = last, plan.spent()
@@ -438,6 +436,9 @@ def distil(seeds: list[int], smoke: bool) -> str:
         redirect_stdout(log),
         redirect_stderr(log),
     ):
+        threads = max(1, (os.cpu_count() or 1) // len(TASKS))
+        os.environ['OMP_NUM_THREADS'] = str(threads)
+        runs.import_libraries()
         progress.show('scenes of digits')
         import make_digits
 

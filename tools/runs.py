@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import re
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 TOOLS = Path(__file__).resolve().parent
+# A process that has imported the libraries, which takes a quarter of a minute, and is
+# copied for each training. CUDA does not survive the copy.
+CONTEXT = multiprocessing.get_context(
+    'spawn' if torch.cuda.is_available() else 'forkserver'
+)
+PARTS = ('models', 'datasets', 'engine', 'evaluation', 'visualization')
+LIBRARIES = [f'{name}.{part}' for name in ('mmdet', 'mmseg') for part in PARTS]
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -35,38 +47,55 @@ def save_result(folder: Path, result: dict) -> None:
     (folder / 'metrics.json').write_text(json.dumps(result))
 
 
+def import_libraries() -> None:
+    """Begin to import what the tools need, once for all of them, beside what follows.
+
+    The tools get the environment variables that are set now.
+    """
+    CONTEXT.set_forkserver_preload(['mmdist', *LIBRARIES])
+    if CONTEXT.get_start_method() == 'forkserver':
+        forkserver.ensure_running()
+
+
 @contextmanager
-def tool(name: str, arguments: list, log_file: Path, **options) -> Iterator:
+def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
     """Run one of the tools; it is ended when the block is left.
 
     Args:
         name: File name of the tool.
         arguments: Its arguments.
         log_file: What it prints is appended there.
-        options: As for ``subprocess.Popen``.
 
     Raises:
         SystemExit: The tool failed; with the end of what it printed.
     """
-    command = [sys.executable, str(TOOLS / name), *map(str, arguments)]
-    with log_file.open('a') as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, **options
-        )
-        stopped = True
-        try:
-            yield process
-            stopped = process.poll() is None
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode and not stopped:
+    process = CONTEXT.Process(
+        target=_run, args=(TOOLS / name, list(map(str, arguments)), log_file)
+    )
+    process.start()
+    stopped = True
+    try:
+        yield process
+        stopped = process.is_alive()
+    finally:
+        process.terminate()  # if it is alive
+        process.join()
+    if process.exitcode and not stopped:
         tail = '\n'.join(log_file.read_text().splitlines()[-15:])
         raise SystemExit(
-            f'{tail}\n{name} stopped with exit status {process.returncode}; all of its '
+            f'{tail}\n{name} stopped with exit status {process.exitcode}; all of its '
             f'output is in {log_file}. What is finished is kept: run this again.'
         )
+
+
+def _run(file: Path, arguments: list[str], log_file: Path) -> None:
+    """What the new process does: the tool as from the command line."""
+    with log_file.open('a') as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    sys.argv = [str(file), *arguments]
+    sys.path.insert(0, str(TOOLS))
+    runpy.run_path(str(file), run_name='__main__')
 
 
 def read_log(folder: Path) -> list[dict]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import multiprocessing
 import threading
 import time
 from copy import deepcopy
@@ -318,24 +318,17 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_cell_goes_on_where_it_was(tiny, monkeypatch):
+def test_killed_cell_goes_on_where_it_was(tiny):
     for path in tiny.glob('*.py'):
         with path.open('a') as file:
             file.write('train_cfg = dict(max_iters=40, val_interval=40)\n')
-    processes = []
-    popen = subprocess.Popen
-
-    def start(*args, **kwargs):
-        processes.append(popen(*args, **kwargs))
-        return processes[-1]
-
-    monkeypatch.setattr(subprocess, 'Popen', start)
     folder = Path('work/small/tiny/alone_seed0')
 
     def kill() -> None:
         while not (folder / 'iter_4.pth').exists():  # so iter_2.pth is whole
             time.sleep(0.01)
-        processes[0].kill()
+        (process,) = multiprocessing.active_children()
+        process.kill()
 
     thread = threading.Thread(target=kill)
     thread.start()
