@@ -72,6 +72,7 @@ def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
     process = CONTEXT.Process(
         target=_run, args=(TOOLS / name, list(map(str, arguments)), log_file)
     )
+    log_file.touch()
     process.start()
     stopped = True
     try:
