@@ -17,7 +17,7 @@ DOCS_VENV ?= .venv-docs
 
 help:
 	@echo 'make env         the environment in $(VENV); two to five minutes, once'
-	@echo 'make quickstart  distil a small detector and a small segmentor, 6 to 20 minutes'
+	@echo 'make quickstart  distil a small detector and a small segmentor, 5 to 15 minutes'
 	@echo 'make test        the quick tests;  make test-all: the slow ones too'
 	@echo 'make lint        ruff;  make format: fix what ruff can fix'
 	@echo 'make bench       timings and memory'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import time
 from copy import deepcopy
@@ -215,5 +216,6 @@ def is_broken(folder: Path) -> bool:
 def run(tool: str, arguments: list, log_file: Path, deadline: float) -> bool:
     """Run a tool in a process of its own; False if it was stopped at the deadline."""
     with runs.tool(tool, arguments, log_file) as process:
-        process.join(max(0.0, deadline - time.time()))
+        left = None if math.isinf(deadline) else max(0.0, deadline - time.time())
+        process.join(left)
         return not process.is_alive()
