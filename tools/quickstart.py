@@ -204,10 +204,12 @@ def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
 def finished_of(unfinished: Iterable[Part]) -> Finished:
     """What is finished of the tasks that lack KL at most."""
     lacking = {(part.task.name, part.name) for part in unfinished}
-    return {
+    finished = {
         task: [name for name in PARTS if (task.name, name) not in lacking]
         for task in TASKS
-        if all((task.name, name) not in lacking for name in PARTS if name != LAST)
+    }
+    return {
+        task: parts for task, parts in finished.items() if {*PARTS} - {*parts} <= {LAST}
     }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / 'tools'))
 
-from quickstart import ROOT, TASKS, Part, next_part
+from quickstart import PARTS, ROOT, TASKS, Part, finished_of, next_part
 
 
 def run(cwd: Path) -> str:
@@ -35,6 +35,16 @@ def test_a_distilled_student_waits_for_its_own_teacher():
     assert next_part([det_dist, seg_dist], [det]) == seg_dist
     assert next_part([det_dist, seg_dist, alone], [det, seg]) == alone
     assert next_part([det_dist, seg_dist], [det, seg]) is None
+
+
+def test_a_task_is_reported_as_soon_as_it_lacks_nothing_but_kl():
+    det, seg = TASKS
+    kl, alone = Part(det, 'student + KL', 0), Part(seg, 'student alone', 1)
+    assert finished_of([kl, alone]) == {
+        det: ['teacher', 'student alone', 'student + DIST']
+    }
+    assert finished_of([kl])[seg] == list(PARTS)
+    assert finished_of([]) == {det: list(PARTS), seg: list(PARTS)}
 
 
 @pytest.mark.slow
