@@ -117,7 +117,9 @@ def draw(results: dict[Cell, dict], file: Path) -> None:
                 continue
             y = len(names)
             names.append(f'{method}, {teacher}')
-            colour = 'tab:green' if method.startswith('dist') else 'tab:orange'
+            colour = (
+                'tab:green' if method.startswith(('dist', 'intra')) else 'tab:orange'
+            )
             axes.plot(points, [y] * len(points), 'o', color=colour, alpha=0.5)
             if difference := paired(ours, alone):
                 _, mean, low, high = difference
