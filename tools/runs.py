@@ -25,8 +25,11 @@ TOOLS = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context(
     'spawn' if torch.cuda.is_available() else 'forkserver'
 )
-PARTS = ('models', 'datasets', 'engine', 'evaluation', 'visualization')
-LIBRARIES = [f'{name}.{part}' for name in ('mmdet', 'mmseg') for part in PARTS]
+LIBRARIES = ['mmdist'] + [
+    f'{name}.{part}'
+    for name in ('mmdet', 'mmseg')
+    for part in ('models', 'datasets', 'engine', 'evaluation', 'visualization')
+]
 BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
@@ -52,8 +55,8 @@ def import_libraries() -> None:
 
     The tools get the environment variables that are set now.
     """
-    CONTEXT.set_forkserver_preload(['mmdist', *LIBRARIES])
     if CONTEXT.get_start_method() == 'forkserver':
+        CONTEXT.set_forkserver_preload(LIBRARIES)
         forkserver.ensure_running()
 
 
