@@ -68,6 +68,12 @@ APART = (
     'rotated_feature_align.cpp',
 )
 LAST = 'psamask.cpp'  # defines the macros min and max
+# What mmcv's setup.py needs, also what it imports only where that is installed: the
+# steps beside the compilation must not be unpacking it then.
+FOR_MMCV = (
+    'setuptools', 'wheel', 'ninja', 'torch', 'numpy', 'packaging', 'platformdirs',
+    'tqdm',
+)  # fmt: skip
 
 
 class Stop(Exception):
@@ -353,12 +359,11 @@ class Builder:
         return ask(self.python, 'import sys; print(sys.prefix)') != str(self.venv)
 
     def add_torch(self) -> str | None:
-        names = ('setuptools', 'wheel', 'ninja', 'torch')
         if ask(self.python, 'import torch; print(1)') and all(
-            self.version(name) == self.pins[name] for name in names
+            self.version(name) == self.pins[name] for name in FOR_MMCV
         ):
             return 'was there'
-        wanted = [f'{name}=={self.pins[name]}' for name in names]
+        wanted = [f'{name}=={self.pins[name]}' for name in FOR_MMCV]
         self.install(*wanted, '-c', self.requirements)
         return None
 

@@ -175,6 +175,16 @@ def test_make_env_shows_the_end_of_the_log_of_what_failed(builder):
     assert 'line 50' in builder.log.read_text()
 
 
+def test_what_mmcv_imports_is_there_before_it_is_compiled(builder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(builder, 'pip', lambda *args: asked.append(args))
+    builder.python = builder.venv / 'no-python'
+    monkeypatch.setattr(make_env, 'ask', lambda *_: '')
+    builder.add_torch()
+    names = {arg.partition('==')[0] for arg in asked[0] if '==' in str(arg)}
+    assert names >= {'torch', 'numpy', 'packaging', 'platformdirs'}
+
+
 def test_make_env_counts_what_is_compiled(builder, monkeypatch):
     shown = []
     monkeypatch.setattr(builder.progress, 'show', lambda *args: shown.append(args))
