@@ -6,6 +6,7 @@ Names of classes, so that neither mmdet nor mmseg has to be installed.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -84,3 +85,17 @@ def check_arguments(
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in cfg:
             raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')
+
+
+def in_words(cls: type[T]) -> type[T]:
+    """Decorate a class so that a misspelt argument is said by `check_arguments`."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        positional = list(inspect.signature(init).parameters)[: len(args) + 1]
+        check_arguments(cls.__name__, init, kwargs, given=positional)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls

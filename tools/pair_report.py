@@ -195,7 +195,7 @@ def report_comparisons(
     for name, teacher in model.teachers.items():
         report.line(with_name('teacher', name), describe_model(teacher.model))
     for key, comparison in model.distill.items():
-        teacher = model.teachers[model._lessons[key].teacher].model
+        teacher = model.teachers[model.distill_terms[key].teacher].model
         theirs = comparison.teacher_modules(teacher) or [
             module for module in parts(teacher) if module in ran
         ]

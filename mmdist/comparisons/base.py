@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,8 +14,8 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmdist.lookup import by_class_name, check_arguments, did_you_mean
-from mmdist.losses import DISTLoss, as_rows
-from mmdist.registry import MODELS
+from mmdist.losses import DISTLoss, Terms, as_rows
+from mmdist.registry import MODELS, class_of
 from mmdist.step import Step
 from mmdist.teachers import Teacher
 
@@ -64,7 +63,7 @@ LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Comparison(BaseModule):
-    """What of the student is compared with what of the teacher, in three steps.
+    """Selects outputs of student and teacher and yields aligned pairs, in three steps.
 
     A subclass says which modules it needs (:meth:`student_modules`), and how to
     :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
@@ -199,30 +198,53 @@ class Comparison(BaseModule):
         terms: dict[str, list[Tensor]] = {}
         for pair in pairs:
             key = '_'.join(filter(None, (name, pair.name)))
-            loss = self._loss_for(pair)
-            value = pair.weight * self._compute(loss, pair)
-            terms.setdefault(f'loss_{key}', []).append(value)
+            found = self._compute(pair)
+            terms.setdefault(f'loss_{key}', []).append(pair.weight * found.loss)
             for relation in ('inter', 'intra'):
-                correlation = getattr(loss, f'{relation}_corr', None)
-                if correlation is not None:
+                correlation = getattr(found, relation)
+                if correlation is not None:  # of a term that is not left out
                     terms.setdefault(f'{key}_{relation}', []).append(correlation)
         return {
             key: sum(values) if key.startswith('loss_') else sum(values) / len(values)
             for key, values in terms.items()
         }
 
-    def _loss_for(self, pair: Pair) -> nn.Module:
-        """The loss as it suits a pair."""
-        if not isinstance(self.loss, DISTLoss):
-            return self.loss
-        loss = copy.copy(self.loss)
-        if pair.activation is not None and 'activation' not in self._loss_cfg:
-            loss.activation = pair.activation
-        columns = pair.student.shape[1]
-        if columns <= 2 and loss.beta:
-            loss.beta = 0.0
-            self._warn_of_few_columns(columns)
-        return loss
+    def _compute(self, pair: Pair) -> Terms:
+        ours, theirs = tuple(pair.student.shape), tuple(pair.teacher.shape)
+        if ours != theirs:
+            same_rows = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
+            raise ValueError(
+                f'{type(self).__name__}: the student gives logits of shape {ours}, the '
+                f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
+            )
+        if isinstance(self.loss, DISTLoss):
+            few_columns = ours[1] <= 2 and self.loss.beta
+            if few_columns:
+                self._warn_of_few_columns(ours[1])
+            return self.loss.terms(
+                pair.student,
+                pair.teacher,
+                pair.mask,
+                activation=None if 'activation' in self._loss_cfg else pair.activation,
+                beta=0.0 if few_columns else None,
+            )
+        return Terms(self._plain_loss(pair), None, None)
+
+    def _plain_loss(self, pair: Pair) -> Tensor:
+        """The loss of a pair, by a loss that knows no correlations."""
+        student, teacher = pair.student, pair.teacher
+        to_logits = by_class_name(self.loss, LOSSES_OF_LOGITS)
+        if to_logits is not None and pair.activation == 'identity':
+            student, teacher = to_logits(student), to_logits(teacher)
+        if self._loss_takes_mask:
+            return self.loss(student, teacher, mask=pair.mask)
+        student, teacher = as_rows(student), as_rows(teacher)
+        if pair.mask is not None:
+            mask = pair.mask.flatten()
+            student, teacher = student[mask], teacher[mask]
+        if not len(student):  # the mean of nothing is NaN in most losses
+            return pair.student.sum() * 0
+        return self.loss(student, teacher)
 
     def _warn_of_few_columns(self, columns: int) -> None:
         if self._has_warned:
@@ -236,30 +258,6 @@ class Comparison(BaseModule):
             'The term is left out, as with `beta=0`; the intra-class term remains.',
             stacklevel=2,
         )
-
-    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
-        ours, theirs = tuple(pair.student.shape), tuple(pair.teacher.shape)
-        if ours != theirs:
-            same_rows = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
-            raise ValueError(
-                f'{type(self).__name__}: the student gives logits of shape {ours}, the '
-                f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
-            )
-        student, teacher = pair.student, pair.teacher
-        to_logits = by_class_name(loss, LOSSES_OF_LOGITS)
-        if to_logits is not None and pair.activation == 'identity':
-            student, teacher = to_logits(student), to_logits(teacher)
-        if self._loss_takes_mask:
-            return loss(student, teacher, mask=pair.mask)
-        student, teacher = as_rows(student), as_rows(teacher)
-        if pair.mask is not None:
-            student, teacher = (
-                student[pair.mask.flatten()],
-                teacher[pair.mask.flatten()],
-            )
-        if not len(student):  # the mean of nothing is NaN in most losses
-            return pair.student.sum() * 0
-        return loss(student, teacher)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # The checkpoint of a plain student knows nothing of distillation: what is
@@ -277,16 +275,20 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
         cfg: Its config, with a ``type``.
 
     Raises:
-        ValueError: There is no such kind, or it has no such argument.
+        ValueError: There is no such kind or no such loss, or it has no such argument.
     """
-    kinds = sorted(
-        f'mmdist.{key}'
-        for key, cls in MODELS.module_dict.items()
-        if inspect.isclass(cls) and issubclass(cls, Comparison)
+    kinds, losses = (
+        sorted(
+            f'mmdist.{key}'
+            for key, cls in MODELS.module_dict.items()
+            if inspect.isclass(cls) and is_kind(cls)
+        )
+        for is_kind in (
+            lambda cls: issubclass(cls, Comparison),
+            lambda cls: cls.__module__.startswith('mmdist.losses.'),
+        )
     )
-    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
-    with MODELS.switch_scope_and_registry(None) as registry:
-        cls = registry.get(kind) if isinstance(kind, str) else kind
+    cls, kind = class_of(cfg), cfg.get('type') if isinstance(cfg, Mapping) else None
     if not (inspect.isclass(cls) and issubclass(cls, Comparison)):
         raise ValueError(
             f'`distill.{name}` says what to compare by its `type`, but there is no '
@@ -295,4 +297,17 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
             'and docs/own_comparison.md.'
         )
     check_arguments(f'distill.{name}', cls, cfg)
+    if (loss := cfg.get('loss')) is not None:
+        cls, kind = (
+            class_of(loss),
+            loss.get('type') if isinstance(loss, Mapping) else loss,
+        )
+        if not callable(cls):
+            raise ValueError(
+                f'`distill.{name}.loss` is the config of a loss, but there is no '
+                f'{kind!r}.{did_you_mean(kind, losses)} mmdist has '
+                f'{", ".join(losses)}; those of the libraries are named with a '
+                "prefix too, 'mmdet.KnowledgeDistillationKLDivLoss'."
+            )
+        check_arguments(f'distill.{name}.loss', cls, loss)
     return MODELS.build(dict(cfg))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import os.path as osp
+from collections.abc import Iterator
 
 from mmengine.dataset import BaseDataset
-from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
 from mmdist.registry import DATASETS
+
+ORIENTATION = 274  # in EXIF data; above 4 width and height are exchanged
 
 
 @DATASETS.register_module()
@@ -37,16 +40,12 @@ class ImageFolder(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """The path and the size in pixels of each image, sorted by path."""
-        names = list_dir_or_file(
-            self.data_root, list_dir=False, recursive=True, suffix=None
-        )
         data = []
-        for name in sorted(names):
-            if not name.lower().endswith(self.suffixes):
-                continue
-            path = osp.join(self.data_root, name)
+        for path in sorted(self._paths()):
             with Image.open(path) as image:  # reads its header alone
                 width, height = image.size
+                if self._loads_upright() and image.getexif().get(ORIENTATION, 1) > 4:
+                    width, height = height, width
             data.append(
                 dict(
                     img_path=path,
@@ -62,3 +61,22 @@ class ImageFolder(BaseDataset):
                 f'There is no image ({", ".join(self.suffixes)}) in {self.data_root}.'
             )
         return data
+
+    def _paths(self) -> Iterator[str]:
+        seen = set()  # a link may lead back to a folder around it
+        for folder, subfolders, names in os.walk(self.data_root, followlinks=True):
+            if osp.realpath(folder) in seen:
+                subfolders.clear()
+                continue
+            seen.add(osp.realpath(folder))
+            for name in names:
+                path = osp.join(folder, name)
+                is_image = name.lower().endswith(self.suffixes)
+                if is_image and not name.startswith('.') and osp.isfile(path):
+                    yield path
+
+    def _loads_upright(self) -> bool:
+        """Whether the pipeline turns images as their EXIF data says; mmcv's default."""
+        flags = [getattr(t, 'color_type', None) for t in self.pipeline.transforms]
+        flag = next(filter(None, flags), 'color')
+        return flag != 'unchanged' and not flag.endswith('ignore_orientation')

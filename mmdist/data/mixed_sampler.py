@@ -10,10 +10,12 @@ from mmengine.dataset import ConcatDataset
 from mmengine.dist import get_dist_info, sync_random_seed
 from torch.utils.data import Sampler
 
+from mmdist.lookup import in_words
 from mmdist.registry import DATA_SAMPLERS
 
 
 @DATA_SAMPLERS.register_module()
+@in_words
 class MixedSampler(Sampler):
     """Takes fixed numbers of images of each data set into every batch.
 

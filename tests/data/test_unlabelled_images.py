@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +17,14 @@ from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmseg.structures import SegDataSample
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from mmdist.datasets import ImageFolder, MarkUnlabelled, MixedSampler
+from mmdist.data import ImageFolder, MarkUnlabelled, MixedSampler
 
 BLOCKS = dict(zip(('seg', 'det'), code('docs/unlabelled.md'), strict=True))
 
@@ -48,6 +51,35 @@ def test_all_images_of_a_folder_are_found(folder, tmp_path):
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='There is no image'):
         ImageFolder(str(tmp_path / 'empty'), pipeline=[])
+
+
+@pytest.mark.parametrize('color_type', ['color', 'color_ignore_orientation'])
+def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
+    """A camera that was turned says so in EXIF data."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg', exif=exif)
+    load = dict(type='LoadImageFromFile', color_type=color_type)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        data = ImageFolder(str(tmp_path), pipeline=[load])
+    info = data.get_data_info(0)
+    assert (info['height'], info['width']) == data[0]['img'].shape[:2]
+
+
+def test_a_loop_of_links_is_read_once(folder):
+    (folder / 'a' / 'loop').symlink_to(folder)
+    (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())
+    assert len(ImageFolder(str(folder), pipeline=[])) == 5
+
+
+def test_mmseg_is_not_needed(monkeypatch):
+    datasets = importlib.import_module('mmdist.datasets')
+    for name in ('mmseg', 'mmseg.datasets'):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, 'mmdist.datasets.camvid', raising=False)
+    assert not importlib.reload(datasets).__all__
+    for registry, name in ((DATASETS, 'ImageFolder'), (TRANSFORMS, 'MarkUnlabelled')):
+        assert registry.get(f'mmdist.{name}') is not None
 
 
 def test_a_sample_is_marked_and_loses_its_labels():

@@ -17,17 +17,10 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .comparisons.base import Pair
-from .comparisons.default import DENSE, SEG, kind_of
-from .lookup import is_a
-from .record import Recorder, swapped
-
-
-class Extracted(NamedTuple):
-    """One pass of a whole batch through backbone and neck, for all of its parts."""
-
-    features: Any  # what `extract_feat` returned
-    recorder: Recorder  # the calls within
+from mmdist.comparisons.base import Pair
+from mmdist.comparisons.default import DENSE, SEG, kind_of
+from mmdist.lookup import is_a
+from mmdist.record import Recorder, swapped
 
 
 class Part(NamedTuple):
@@ -36,38 +29,76 @@ class Part(NamedTuple):
     inputs: Tensor  # (N, C, H, W)
     data_samples: list[BaseDataElement]
     labelled: tuple[bool, ...]  # for each image
-    is_rest: bool = False  # the unlabelled images, beside a part with labels
-    extracted: Extracted | None = None  # of these images
+    is_unlabelled: bool = False  # all of it, beside a part with labels
+    recorder: Recorder | None = None  # of these images, with what ran before
+    features: Any = None  # of these images, if the whole batch has been extracted
 
-    def replay(self, recorder: Recorder) -> None:
-        """Show a recorder what it would have seen in backbone and neck."""
-        if self.extracted:
-            recorder.replay(self.extracted.recorder)
+    @contextmanager
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        """The student computes its own losses within, and is recorded."""
+        with self.recorder or ExitStack(), labelled_losses_only(student, self):
+            yield
+
+
+def by_parts(
+    student: nn.Module,
+    modules: Sequence[nn.Module],
+    inputs: Tensor,
+    data_samples: Sequence[BaseDataElement],
+    learn: Callable[[Part], tuple[dict, dict[str, list[Pair]]]],
+    paused: bool = False,
+) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
+    """Learn from a batch: at once, but for one that :func:`split` splits.
+
+    Args:
+        student: The student.
+        modules: Modules of the student to record.
+        inputs: The batch, (N, C, H, W).
+        data_samples: The N data samples.
+        learn: Gives, for a part, the student's own losses and for each comparison its
+            pairs.
+        paused: Nothing is distilled, so unlabelled images beside others teach nothing.
+
+    Returns:
+        Both for the whole batch.
+    """
+    losses, pairs = {}, []
+    for part in split(student, modules, inputs, data_samples):
+        if paused and part.is_unlabelled:
+            continue
+        own, compared = learn(part)
+        losses |= drop_unlabelled_losses(own, part)
+        pairs.append(compared)
+    return losses, {
+        key: joined([of_part[key] for of_part in pairs]) for key in pairs[0]
+    }
 
 
 def split(
     student: nn.Module,
+    modules: Sequence[nn.Module],
     inputs: Tensor,
     data_samples: Sequence[BaseDataElement],
-    modules: Sequence[nn.Module] = (),
 ) -> list[Part]:
     """Split a batch with unlabelled images as the student can take it.
 
     Args:
         student: The student.
+        modules: Modules of the student to record.
         inputs: The batch, (N, C, H, W).
         data_samples: The N data samples.
-        modules: Modules of the student to record.
 
     Returns:
         The batch itself if all images are labelled. Else unlabelled images have samples
         of their own, without labels. It is one part if the student's losses can be told
-        which images count (:func:`counting`), or if no image is labelled; else two, the
-        labelled images first, with the features of one pass of the whole batch.
+        which images count (:func:`labelled_losses_only`), or if no image is labelled;
+        else two, the labelled images first, with the features of one pass of the whole
+        batch.
     """
     labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
+    recorder = Recorder(modules)
     if all(labelled):
-        return [Part(inputs, list(data_samples), labelled)]
+        return [Part(inputs, list(data_samples), labelled, recorder=recorder)]
     like = data_samples[labelled.index(True) if any(labelled) else 0]
     void = _void_label(student)
     samples = [
@@ -75,46 +106,35 @@ def split(
         for sample, mark in zip(data_samples, labelled, strict=True)
     ]
     if not any(labelled) or _heads(student):
-        return [Part(inputs, samples, labelled)]
-    extracted = _extract(student, inputs, modules)
-    parts = []
-    for mark in (True, False):
-        index = [i for i, own in enumerate(labelled) if own is mark]
-        parts.append(
-            Part(
-                inputs[index],
-                [samples[i] for i in index],
-                (mark,) * len(index),
-                not mark,
-                extracted and _of_images(extracted, index, len(labelled)),
-            )
-        )
-    return parts
-
-
-def _extract(
-    student: nn.Module, inputs: Tensor, modules: Sequence[nn.Module]
-) -> Extracted | None:
-    """Run backbone and neck; None if what they give is not a row per image."""
-    with Recorder(modules) as recorder:
+        return [Part(inputs, samples, labelled, recorder=recorder)]
+    with recorder:
         features = student.extract_feat(inputs)
     maps = [x for x in tree_leaves(features) if isinstance(x, Tensor)]
     if any(len(x) != len(inputs) for x in maps):  # TridentNet: one for each branch
-        return None
-    return Extracted(features, recorder)
+        features = None
+        recorder.forget()
+    parts = []
+    for mark in (True, False):
+        index = [i for i, own in enumerate(labelled) if own is mark]
 
+        def choose(x: Any, index: list[int] = index) -> Any:
+            per_image = isinstance(x, Tensor) and x.ndim and len(x) == len(labelled)
+            return x[index] if per_image else x
 
-def _of_images(whole: Extracted, index: list[int], number: int) -> Extracted:
-    def choose(x: Any) -> Any:
-        per_image = isinstance(x, Tensor) and x.ndim and len(x) == number
-        return x[index] if per_image else x
-
-    recorder = whole.recorder.changed(lambda value: tree_map(choose, value))
-    return Extracted(tree_map(choose, whole.features), recorder)
+        part = Part(
+            inputs[index],
+            [samples[i] for i in index],
+            (mark,) * len(index),
+            not mark,
+            recorder.changed(lambda x, choose=choose: tree_map(choose, x)),
+            tree_map(choose, features),
+        )
+        parts.append(part)
+    return parts
 
 
 @contextmanager
-def counting(student: nn.Module, part: Part) -> Iterator[None]:
+def labelled_losses_only(student: nn.Module, part: Part) -> Iterator[None]:
     """Let the student's own losses see the labelled images of a part alone.
 
     In a part with both, its heads run on all images, so that batch norm sees one batch,
@@ -126,25 +146,22 @@ def counting(student: nn.Module, part: Part) -> Iterator[None]:
         part: The part.
     """
     with ExitStack() as stack:
-        if part.extracted:
-            features = part.extracted.features
-            stack.enter_context(
-                swapped(student, 'extract_feat', lambda *_, **__: features)
-            )
-        if part.is_rest:
+        swaps = []
+        if part.features is not None:
+            swaps.append((student, 'extract_feat', lambda *_, **__: part.features))
+        if part.is_unlabelled:
             # Another process may have no such part, so this one must not wait for it:
             # in losses that are dropped, or in batch norm.
-            stack.enter_context(
-                swapped(torch.distributed, 'is_initialized', lambda: False)
-            )
-            for module in student.modules():
-                if is_a(module, 'SyncBatchNorm'):  # mmcv's does not ask
-                    stack.enter_context(swapped(module, 'group_size', 1))
+            swaps.append((torch.distributed, 'is_initialized', lambda: False))
+            norms = [m for m in student.modules() if is_a(m, 'SyncBatchNorm')]
+            swaps += [(m, 'group_size', 1) for m in norms]  # mmcv's does not ask
         if len(set(part.labelled)) > 1:
             index = [i for i, mark in enumerate(part.labelled) if mark]
             for head in _heads(student):
                 loss = _loss_of_images(head.loss_by_feat, index, len(part.labelled))
-                stack.enter_context(swapped(head, 'loss_by_feat', loss))
+                swaps.append((head, 'loss_by_feat', loss))
+        for swap in swaps:
+            stack.enter_context(swapped(*swap))
         yield
 
 
@@ -286,7 +303,7 @@ def _void_label(student: nn.Module) -> int:
     return 0 if index is None else index  # it ignores nothing, and is dropped anyway
 
 
-def counted(own: dict[str, Any], part: Part) -> dict[str, Any]:
+def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
     """The student's own losses of a part, as they count.
 
     Args:
@@ -294,13 +311,13 @@ def counted(own: dict[str, Any], part: Part) -> dict[str, Any]:
         part: The part.
 
     Returns:
-        They themselves for a part with labels, and nothing for the rest beside one. For
-        a batch without any labels they are zeros that keep all parameters in the graph,
-        since DDP waits for those that take no part.
+        They themselves for a part with labels, nothing for the unlabelled one beside
+        it. For a batch without any labels they are zeros that keep all parameters in
+        the graph, since DDP waits for those that take no part.
     """
     if any(part.labelled):
         return own
-    if part.is_rest:
+    if part.is_unlabelled:
         return {}
     return {
         key: tree_map(lambda loss: 0 * loss.nan_to_num(), value)

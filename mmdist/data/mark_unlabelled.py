@@ -5,12 +5,13 @@ from __future__ import annotations
 from mmengine.structures import PixelData
 from torch import full
 
-from mmdist.lookup import is_a
+from mmdist.data.unlabelled import no_instances
+from mmdist.lookup import in_words, is_a
 from mmdist.registry import TRANSFORMS
-from mmdist.unlabelled import no_instances
 
 
 @TRANSFORMS.register_module()
+@in_words
 class MarkUnlabelled:
     """Set ``metainfo['unlabelled']``: the image is distilled, its labels do not count.
 
