@@ -70,12 +70,10 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
     cls = class_of(student)
     if not inspect.isclass(cls):
         return  # building it says why
-    ours = [p.name for p in inspect.signature(own).parameters.values()][:-1]
-    bases = [vars(c)['__init__'] for c in cls.__mro__ if '__init__' in vars(c)]
-    takes = {name for init in bases for name in inspect.signature(init).parameters}
-    is_open = any(
-        p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values()
-    )
+    ours = list(inspect.signature(own).parameters)[:-1]
+    inits = [inspect.signature(c.__init__).parameters for c in cls.__mro__[:-1]]
+    takes = set().union(*inits)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in inits[0].values())
     for key in overrides.keys() - takes:
         nearest = did_you_mean(key, ours if is_open else [*ours, *takes])
         if nearest or not is_open:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from os import PathLike
@@ -303,19 +303,21 @@ class DistilledMixin:
             f'{type(comparison.loss).__name__}{why}.'
         )
 
-    def _match_classes(self) -> None:
-        """Match the classes once, when the Runner has said which the student has."""
-        if all(teacher.classes is not None for teacher in self.teachers.values()):
-            return
-        meta = told('dataset_meta')
+    def _class_names(self) -> Sequence[str] | None:
+        """Those of the data set, when the Runner has said which it trains on."""
+        return (told('dataset_meta') or {}).get('classes') if self._is_run() else None
+
+    def _is_run(self) -> bool:
         # What was there when the model was built belongs to another run.
-        known = meta is not None and meta is not self._meta_before
-        if known:
-            refuse_untried_strategies()
+        return told('dataset_meta') is not self._meta_before
+
+    def _match_classes(self) -> None:
+        """Match the classes once, in the first step."""
         for teacher in self.teachers.values():
             if teacher.classes is None:
-                names = meta.get('classes') if known else None
-                teacher.classes = teacher.match_classes(names)
+                if self._is_run():
+                    refuse_untried_strategies()
+                teacher.classes = teacher.match_classes(self._class_names())
 
     # ---- as part of torch --------------------------------------------------------
 
@@ -327,8 +329,8 @@ class DistilledMixin:
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time, so pickle does not find it by name. A copy
         # loads the teacher again, which a file does not hold.
-        state = {k: v for k, v in self.__dict__.items() if k not in ('_turn', '_watch')}
-        state.update(_is_checked=False, _watch=Watch())
+        state = {**self.__dict__, '_is_checked': False, '_watch': Watch()}
+        state.pop('_turn', None)
         return _new, (self.student_class,), state
 
 

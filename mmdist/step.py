@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -34,12 +34,8 @@ class Step:
             own losses of the others do not count.
 
     Attributes:
-        student: The distilled model.
+        student, classes, inputs, data_samples, labelled: As given.
         teacher_model: The teacher's own model, a plain detector or segmentor in eval.
-        classes: As given.
-        inputs: As given.
-        data_samples: As given.
-        labelled: For each image whether it has labels.
         valid_sizes: Height and width in pixels of each image without its padding.
     """
 
@@ -206,15 +202,11 @@ class Step:
             samples.append(type(sample)(metainfo=metainfo))
             if 'proposals' in sample:  # of a detector without RPN
                 samples[-1].proposals = sample.proposals
+        roi_head = getattr(self.teacher_model, 'roi_head', None)
         with (
             swapped(NMSop, 'apply', lambda *args: suppress(*map(_in_float32, args))),
-            ExitStack() as stack,
+            patch.dict(getattr(roi_head, '_modules', {}), mask_head=None),
         ):
-            roi_head = getattr(self.teacher_model, 'roi_head', None)
-            if getattr(roi_head, 'mask_head', None) is not None:
-                modules = roi_head._modules
-                stack.callback(modules.update, mask_head=modules['mask_head'])
-                modules['mask_head'] = None
             return self._run_teacher(self.teacher_features, samples, 'predict')
 
     # ---- the batch ---------------------------------------------------------------

@@ -247,17 +247,17 @@ class Comparison(BaseModule):
         return self.loss(student, teacher)
 
     def _warn_of_few_columns(self, columns: int) -> None:
-        if self._has_warned:
-            return
+        if not self._has_warned:
+            what = 'one channel' if columns == 1 else 'two classes'
+            value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
+            warnings.warn(
+                f'{type(self).__name__} compares {what} per row: the inter-class '
+                f'correlation of such a row is {value}, and gives nothing to learn '
+                'from. The term is left out, as with `beta=0`; the intra-class term '
+                'remains.',
+                stacklevel=2,
+            )
         self._has_warned = True
-        what = 'one channel' if columns == 1 else 'two classes'
-        value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
-        warnings.warn(
-            f'{type(self).__name__} compares {what} per row: the inter-class '
-            f'correlation of such a row is {value}, and gives nothing to learn from. '
-            'The term is left out, as with `beta=0`; the intra-class term remains.',
-            stacklevel=2,
-        )
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # The checkpoint of a plain student knows nothing of distillation: what is
@@ -277,37 +277,28 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
     Raises:
         ValueError: There is no such kind or no such loss, or it has no such argument.
     """
-    kinds, losses = (
-        sorted(
-            f'mmdist.{key}'
-            for key, cls in MODELS.module_dict.items()
-            if inspect.isclass(cls) and is_kind(cls)
-        )
-        for is_kind in (
-            lambda cls: issubclass(cls, Comparison),
-            lambda cls: cls.__module__.startswith('mmdist.losses.'),
-        )
-    )
-    cls, kind = class_of(cfg), cfg.get('type') if isinstance(cfg, Mapping) else None
-    if not (inspect.isclass(cls) and issubclass(cls, Comparison)):
-        raise ValueError(
-            f'`distill.{name}` says what to compare by its `type`, but there is no '
-            f'{kind!r} that compares.{did_you_mean(kind, kinds)} '
-            f'mmdist has {", ".join(kinds)}; for one of your own see `custom_imports` '
-            'and docs/own_comparison.md.'
-        )
-    check_arguments(f'distill.{name}', cls, cfg)
-    if (loss := cfg.get('loss')) is not None:
-        cls, kind = (
-            class_of(loss),
-            loss.get('type') if isinstance(loss, Mapping) else loss,
-        )
-        if not callable(cls):
-            raise ValueError(
-                f'`distill.{name}.loss` is the config of a loss, but there is no '
-                f'{kind!r}.{did_you_mean(kind, losses)} mmdist has '
-                f'{", ".join(losses)}; those of the libraries are named with a '
-                "prefix too, 'mmdet.KnowledgeDistillationKLDivLoss'."
-            )
-        check_arguments(f'distill.{name}.loss', cls, loss)
+    compares = 'says what to compare by its `type`, but there is no {!r} that compares'
+    _check(f'distill.{name}', cfg, Comparison, compares)
+    if cfg.get('loss') is not None:
+        loss = 'is the config of a loss, but there is no {!r}'
+        _check(f'distill.{name}.loss', cfg['loss'], nn.Module, loss)
     return MODELS.build(dict(cfg))
+
+
+def _check(where: str, cfg: Any, base: type, says: str) -> None:
+    cls, kind = class_of(cfg), cfg.get('type') if isinstance(cfg, Mapping) else cfg
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        known = sorted(
+            f'mmdist.{name}'
+            for name, c in MODELS.module_dict.items()
+            if inspect.isclass(c)
+            and (
+                issubclass(c, base) if base is Comparison else 'losses' in c.__module__
+            )
+        )
+        raise ValueError(
+            f'`{where}` {says.format(kind)}.{did_you_mean(kind, known)} mmdist has '
+            f'{", ".join(known)}; for one of your own see `custom_imports` and '
+            'docs/own_comparison.md.'
+        )
+    check_arguments(where, cls, cfg)

@@ -29,11 +29,7 @@ class MarkUnlabelled:
         self.with_mask = with_mask
 
     def __call__(self, results: dict) -> dict:
-        """Mark the data sample of a packed result.
-
-        Args:
-            results: With ``inputs``, (C, H, W), and ``data_samples``.
-        """
+        """Mark the data sample of a packed result."""
         sample = results.get('data_samples')
         if sample is None:
             raise ValueError(

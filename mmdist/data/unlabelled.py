@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -48,16 +49,16 @@ def by_parts(
     learn: Callable[[Part], tuple[dict, dict[str, list[Pair]]]],
     paused: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
-    """Learn from a batch: at once, but for one that :func:`split` splits.
+    """Learn from a batch, at once but for one that :func:`split` splits.
 
     Args:
         student: The student.
         modules: Modules of the student to record.
         inputs: The batch, (N, C, H, W).
         data_samples: The N data samples.
-        learn: Gives, for a part, the student's own losses and for each comparison its
-            pairs.
-        paused: Nothing is distilled, so unlabelled images beside others teach nothing.
+        learn: Gives, for a part, the student's own losses and the pairs of each
+            comparison.
+        paused: Nothing is distilled, so unlabelled images beside others are left out.
 
     Returns:
         Both for the whole batch.
@@ -82,11 +83,7 @@ def split(
 ) -> list[Part]:
     """Split a batch with unlabelled images as the student can take it.
 
-    Args:
-        student: The student.
-        modules: Modules of the student to record.
-        inputs: The batch, (N, C, H, W).
-        data_samples: The N data samples.
+    The arguments are those of :func:`by_parts`.
 
     Returns:
         The batch itself if all images are labelled. Else unlabelled images have samples
@@ -140,10 +137,6 @@ def labelled_losses_only(student: nn.Module, part: Part) -> Iterator[None]:
     In a part with both, its heads run on all images, so that batch norm sees one batch,
     and their ``loss_by_feat`` gets what belongs to the labelled ones. A part of a batch
     that is split takes its features from the pass of the whole batch.
-
-    Args:
-        student: The student, which runs within.
-        part: The part.
     """
     with ExitStack() as stack:
         swaps = []
@@ -172,24 +165,17 @@ def _heads(student: nn.Module) -> list[nn.Module]:
     DETR reads labels before, to sample proposals or to denoise.
     """
     kind = kind_of(student)
+    heads = []
     if kind == SEG and hasattr(student, 'decode_head'):
         heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
     elif kind == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
-        heads = [student.bbox_head]
-        others = ('mask_head', 'segm_head')
-        if any(getattr(student, name, None) is not None for name in others):
-            return []
+        others = (getattr(student, name, None) for name in ('mask_head', 'segm_head'))
         # of a class with a `loss` of its own nothing is known
-        if type(heads[0]).loss.__qualname__ != 'BaseDenseHead.loss':
-            return []
-    else:
-        return []
-    return [
-        part
-        for head in heads
-        if head is not None
-        for part in (head if isinstance(head, nn.ModuleList) else [head])
-    ]
+        own = type(student.bbox_head).loss.__qualname__ != 'BaseDenseHead.loss'
+        if not own and all(other is None for other in others):
+            heads = [student.bbox_head]
+    parts = (h if isinstance(h, nn.ModuleList) else [h] for h in heads if h is not None)
+    return list(itertools.chain(*parts))
 
 
 def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
@@ -238,8 +224,8 @@ def without_labels(
 
     Args:
         sample: A data sample of mmdet or mmseg, with labels, with garbage or without.
-        like: A sample of the same batch, labelled if there is one, which has the fields
-            that the student expects.
+        like: A sample of the batch, labelled if one is, with all that the student
+            expects.
         inputs: The batch, (N, C, H, W).
         ignore_index: The label of void pixels.
     """
@@ -272,13 +258,7 @@ def no_instances(
     device: torch.device | str = 'cpu',
     masks: bool = True,
 ) -> InstanceData:
-    """Instances of an image without any.
-
-    Args:
-        size: Height and width of its masks.
-        device: Where its boxes are.
-        masks: Whether it has masks, of which there are none.
-    """
+    """Instances of an image of a size, (height, width), that has none."""
     from mmdet.structures.mask import BitmapMasks
 
     instances = InstanceData(
@@ -306,14 +286,9 @@ def _void_label(student: nn.Module) -> int:
 def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
     """The student's own losses of a part, as they count.
 
-    Args:
-        own: These losses.
-        part: The part.
-
-    Returns:
-        They themselves for a part with labels, nothing for the unlabelled one beside
-        it. For a batch without any labels they are zeros that keep all parameters in
-        the graph, since DDP waits for those that take no part.
+    Those of a part with labels do, and nothing of an unlabelled one beside it. For a
+    batch without any labels they are zeros that keep all parameters in the graph, since
+    DDP waits for those that take no part.
     """
     if any(part.labelled):
         return own
@@ -327,36 +302,23 @@ def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Sequence[Pair]]) -> Sequence[Pair]:
-    """The pairs of all parts of a batch, with their rows in one.
-
-    Args:
-        parts: For each part what :meth:`Comparison.pair` gave.
-    """
-    parts = [list(pairs) for pairs in parts]
+    """The pairs of all parts of a batch, with their rows in one."""
     if len(parts) == 1:
         return parts[0]
     return [_join(pairs) for pairs in zip(*parts, strict=True)]
 
 
 def _join(pairs: Sequence[Pair]) -> Pair:
-    first = pairs[0]
-    masks = None
+    rows: dict[str, Tensor | None] = dict(mask=None, row_weight=None)
+    for name in ('student', 'teacher', 'row_weight'):
+        if getattr(pairs[0], name) is not None:
+            rows[name] = torch.cat([getattr(pair, name) for pair in pairs])
     if any(pair.mask is not None for pair in pairs):
-        masks = torch.cat([_mask(pair) for pair in pairs])
-    row_weight = None
-    if first.row_weight is not None:
-        row_weight = torch.cat([pair.row_weight for pair in pairs])
-    return dataclasses.replace(
-        first,
-        student=torch.cat([pair.student for pair in pairs]),
-        teacher=torch.cat([pair.teacher for pair in pairs]),
-        mask=masks,
-        row_weight=row_weight,
-    )
+        rows['mask'] = torch.cat([_mask(pair) for pair in pairs])
+    return dataclasses.replace(pairs[0], **rows)
 
 
 def _mask(pair: Pair) -> Tensor:
     if pair.mask is not None:
         return pair.mask
-    rows, _, *spatial = pair.student.shape
-    return pair.student.new_ones((rows, *spatial), dtype=torch.bool)
+    return torch.ones_like(pair.student[:, 0], dtype=torch.bool)

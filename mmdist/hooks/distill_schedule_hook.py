@@ -99,16 +99,9 @@ class DistillScheduleHook(Hook):
         runner.message_hub.update_scalar('train/distill_factor', model.distill_factor)
 
     def after_train_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: dict | None = None,
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
     ) -> None:
-        """Take from the log what an iteration without distillation has no value of.
-
-        mmengine logs the last value of everything that was ever logged.
-        """
+        """Drop from the log what was not computed; mmengine repeats the last value."""
         hub, logged = runner.message_hub, list(outputs or ())
         if hub.get_scalar('train/distill_factor').current():
             hub.update_info(LOGGED, logged)
