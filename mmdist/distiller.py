@@ -23,9 +23,11 @@ from .arguments import (
     named_teachers,
     student_config,
 )
+from .balance import Balance
 from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
 from .data.unlabelled import Part, by_parts
+from .record import Fork
 from .registry import MODELS
 from .run import Watch, refuse_untried_strategies, told
 from .step import Step
@@ -38,6 +40,7 @@ def build_distiller(
     teacher: dict | None = None,
     distill: dict[str, dict] | None = None,
     teachers: dict[str, dict] | None = None,
+    balance: float | None = 3.0,
     **student_overrides,
 ) -> nn.Module:
     """Build a student that is distilled while it trains.
@@ -56,6 +59,9 @@ def build_distiller(
             With several teachers, ``from_teacher`` in a config is the name of one, or a
             dict of name -> weight; if omitted, it is the mean over all.
         teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
+        balance: How many times that of the student's own losses the gradient of
+            distillation is, at each output that is compared; see :class:`Balance`. None
+            leaves it as it is, as published.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. A
             ``data_preprocessor``, which the Runner adds where the model has none, does
@@ -102,6 +108,7 @@ def build_distiller(
         for key, term in terms.items():
             model.distill[key] = build_comparison(term.name, term.cfg)
             model.distill[key].bind(model, model.teachers[term.teacher])
+    model.balance = None if balance is None else Balance(balance)
     model._watch = Watch()
     model._meta_before = told('dataset_meta')
     return model
@@ -171,8 +178,9 @@ class DistilledMixin:
                     m for c in self.distill.values() for m in c.student_modules(self)
                 ]
                 learn = partial(self._learn, **kwargs)
-                own, pairs = by_parts(self, modules, inputs, data_samples, learn)
-                losses = own | self._distill_losses(own, pairs)
+                forks = [] if self.balance else None
+                own, pairs = by_parts(self, modules, inputs, data_samples, learn, forks)
+                losses = own | self._distill_losses(own, pairs, forks)
                 self._watch.rows(pairs)
             self._watch.losses(losses)
             return losses
@@ -242,8 +250,16 @@ class DistilledMixin:
                 answer = comparison.mean_of_views(step, answer, mirrored)
         return answer
 
-    def _distill_losses(self, own: dict, pairs: dict[str, list[Pair]]) -> dict:
-        """The losses of distillation, after weights and schedule, and correlations."""
+    def _distill_losses(
+        self, own: dict, pairs: dict[str, list[Pair]], forks: list[Fork] | None
+    ) -> dict:
+        """The losses of distillation, after weights and schedule, and correlations.
+
+        Args:
+            own: The student's own losses.
+            pairs: What each comparison compares.
+            forks: The student's recorded outputs, to balance gradients at.
+        """
         values, logged = defaultdict(list), {}
         for key, term in self.distill_terms.items():
             for name, value in self.distill[key](term.name, pairs[key]).items():
@@ -252,11 +268,15 @@ class DistilledMixin:
                 else:
                     logged['_'.join(filter(None, (name, term.teacher)))] = value
         losses: dict[str, Tensor] = {}
-        for (_, name), found in values.items():
+        entries = defaultdict(list)
+        for (entry, name), found in values.items():
             factor = self.distill_factor / sum(weight for weight, _ in found)
-            losses[_free_name(name, own | losses)] = sum(
-                factor * weight * value for weight, value in found
-            )
+            loss = sum(factor * weight * value for weight, value in found)
+            losses[_free_name(name, own | losses)] = loss
+            entries[entry].append(loss)
+        if self.balance:
+            scales = self.balance(entries, forks, self.distill_factor)
+            logged |= {f'{entry}_scale': scale for entry, scale in scales.items()}
         return losses | logged
 
     def _zero_losses(self, own: dict) -> dict[str, Tensor]:

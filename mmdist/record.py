@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class Call(NamedTuple):
@@ -18,6 +20,18 @@ class Call(NamedTuple):
     index: int
 
 
+class Fork(NamedTuple):
+    """An output of a module as the model goes on with it, and as it is recorded."""
+
+    own: Tensor
+    recorded: Tensor  # in fp32 at least
+    slot: int  # its place among all outputs of all modules
+
+
+# Places for outputs, and how many a module has; those beyond share the last.
+SLOTS, OF_MODULE = 1024, 32
+
+
 class Recorder:
     """Records the calls of some modules inside a ``with`` block.
 
@@ -26,9 +40,15 @@ class Recorder:
 
     Args:
         modules: The modules to watch.
+        forks: A list that gets the outputs in which a gradient flows, each as two views
+            that can be told apart in a backward pass. If omitted, outputs are recorded
+            as they are.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, modules: Iterable[nn.Module] = (), forks: list[Fork] | None = None
+    ) -> None:
+        self._forks = forks
         self._modules = list({id(m): m for m in modules}.values())
         self._calls: list[tuple[nn.Module, Call]] = []
 
@@ -42,7 +62,7 @@ class Recorder:
 
     def changed(self, change: Callable[[Any], Any]) -> Recorder:
         """A recorder with the same calls, their arguments and outputs changed."""
-        other = Recorder(self._modules)
+        other = Recorder(self._modules, self._forks)
         for module, call in self._calls:
             other._calls.append((module, Call(*map(change, call[:3]), call.index)))
         return other
@@ -66,12 +86,28 @@ class Recorder:
         forward = module.forward
 
         def record(*args, **kwargs):
-            output = forward(*args, **kwargs)
-            call = Call(args, kwargs, output, len(self._calls))
+            own, recorded = self._fork(module, forward(*args, **kwargs))
+            call = Call(args, kwargs, recorded, len(self._calls))
             self._calls.append((module, call))
-            return output
+            return own
 
         return record
+
+    def _fork(self, module: nn.Module, output: Any) -> tuple[Any, Any]:
+        """An output for the model to go on with, and the same to be recorded."""
+        if self._forks is None:
+            return output, output
+        leaves, structure = tree_flatten(output)
+        both = [leaves, list(leaves)]
+        first = OF_MODULE * [m is module for m in self._modules].index(True)
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
+                recorded = x.to(torch.promote_types(x.dtype, torch.float32))
+                slot = min(first + min(i, OF_MODULE - 1), SLOTS - 1)
+                fork = Fork(x.view_as(x), recorded, slot)
+                self._forks.append(fork)
+                both[0][i], both[1][i] = fork[:2]
+        return tuple(tree_unflatten(side, structure) for side in both)
 
 
 @contextmanager

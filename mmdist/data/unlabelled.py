@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from mmdist.comparisons.base import Pair
 from mmdist.comparisons.default import DENSE, SEG, kind_of
 from mmdist.lookup import is_a
-from mmdist.record import Recorder, swapped
+from mmdist.record import Fork, Recorder, swapped
 
 
 class Part(NamedTuple):
@@ -47,6 +47,7 @@ def by_parts(
     inputs: Tensor,
     data_samples: Sequence[BaseDataElement],
     learn: Callable[[Part], tuple[dict, dict[str, list[Pair]]]],
+    forks: list[Fork] | None = None,
     paused: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
     """Learn from a batch, at once but for one that :func:`split` splits.
@@ -58,13 +59,14 @@ def by_parts(
         data_samples: The N data samples.
         learn: Gives, for a part, the student's own losses and the pairs of each
             comparison.
+        forks: As of :class:`Recorder`.
         paused: Nothing is distilled, so unlabelled images beside others are left out.
 
     Returns:
         Both for the whole batch.
     """
     losses, pairs = {}, []
-    for part in split(student, modules, inputs, data_samples):
+    for part in split(student, Recorder(modules, forks), inputs, data_samples):
         if paused and part.is_unlabelled:
             continue
         own, compared = learn(part)
@@ -77,7 +79,7 @@ def by_parts(
 
 def split(
     student: nn.Module,
-    modules: Sequence[nn.Module],
+    recorder: Recorder,
     inputs: Tensor,
     data_samples: Sequence[BaseDataElement],
 ) -> list[Part]:
@@ -93,7 +95,6 @@ def split(
         batch.
     """
     labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
-    recorder = Recorder(modules)
     if all(labelled):
         return [Part(inputs, list(data_samples), labelled, recorder=recorder)]
     like = data_samples[labelled.index(True) if any(labelled) else 0]

@@ -1,0 +1,170 @@
+"""How much the teacher counts beside the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.logging import MessageHub
+from torch import Tensor
+
+from .record import SLOTS, Fork
+
+# Of the running mean of the labels' squared norms: one batch with few objects, or
+# none, must not decide.
+MOMENTUM = 0.9
+# The largest factor. A student that equals its teacher has a gradient of rounding
+# errors, which must not be made as large as that of the labels.
+MAX_SCALE = 10.0
+KEY = 'mmdist_balance'  # in the message hub
+
+
+class Balance:
+    """Keeps the gradient of distillation at a fixed ratio to that of the labels.
+
+    A correlation is scale-invariant, so the smaller the student's logits are, the
+    larger is its gradient: hundreds of times that of the labels while a head is fresh,
+    and ten thousand times on RetinaNet's coarse levels even later. So at each output of
+    the student that is compared, the gradient of distillation gets a factor, with which
+
+        its norm = ratio * norm of the gradient of the student's own losses.
+
+    The norm of distillation is that of this step, by a backward pass through its losses
+    alone. That of the student's own losses is a running mean over the backward passes
+    before, which cost nothing more, so that images without labels are weighed as those
+    with labels were. All processes have the same factors: both sides are added up over
+    them, before the backward pass.
+
+    In the first step no mean is known, and the factor is 0. Where the student's own
+    losses never arrive, as in a training without labels, it is 1 from the second step
+    on.
+
+    The means are kept in mmengine's ``MessageHub``, and with it in checkpoints, so that
+    a resumed run goes on with them.
+
+    Args:
+        ratio: The ratio, above 0.
+
+    Raises:
+        ValueError: The ratio is not above 0.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if not (is_number and 0 < ratio < float('inf')):
+            raise ValueError(
+                '`balance` says how many times that of the labels the gradient of '
+                'distillation is, a number above 0, or None for the published loss; '
+                f'got {ratio!r}.'
+            )
+        self.ratio = float(ratio)
+        self._saved_before = _saved()
+        self._state: dict[str, Tensor] | None = None
+
+    def __call__(
+        self,
+        entries: Mapping[str, Sequence[Tensor]],
+        forks: Sequence[Fork],
+        factor: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Scale the gradients of the coming backward pass; losses keep their values.
+
+        Args:
+            entries: The losses of each entry of ``distill``.
+            forks: The student's recorded outputs of this step.
+            factor: Factor of the ratio in this step.
+
+        Returns:
+            For each entry the mean factor at the outputs that it compares.
+        """
+        if not (torch.is_grad_enabled() and entries):
+            return {}
+        gradients = {
+            name: _gradients(losses, forks) for name, losses in entries.items()
+        }
+        first = next(iter(entries.values()))[0]
+        distill = first.new_zeros(SLOTS, dtype=torch.float32)
+        for fork, *parts in zip(forks, *gradients.values(), strict=True):
+            parts = [part for part in parts if part is not None]
+            if parts:
+                distill[fork.slot] += _square(sum(parts))
+
+        state = self._prepared(distill)
+        # a GradScaler and gradient accumulation multiply all gradients by the unit
+        squares = torch.stack([state['own'] / state['unit'].square(), distill])
+        state['own'], state['unit'] = torch.zeros_like(distill), distill.new_ones(())
+        all_reduce(squares)
+        scales = self._scales(state, *squares, self.ratio * factor)
+
+        for losses in entries.values():
+            for loss in losses:
+                if loss.requires_grad:
+                    loss.register_hook(partial(_keep, state))
+        means = {}
+        for name, found in gradients.items():
+            used = [
+                scales[fork.slot]
+                for fork, part in zip(forks, found, strict=True)
+                if part is not None
+            ]
+            if used:
+                means[name] = torch.stack(used).mean()
+        for fork, *parts in zip(forks, *gradients.values(), strict=True):
+            if any(part is not None for part in parts):
+                fork.own.register_hook(partial(_add, state, fork.slot))
+                fork.recorded.register_hook(partial(torch.mul, scales[fork.slot]))
+        return means
+
+    def _prepared(self, like: Tensor) -> dict[str, Tensor]:
+        """What is known, in the first step that of a run which is resumed."""
+        if self._state is None:
+            saved = _saved()
+            if saved is None or saved is self._saved_before or len(saved['own']) != len(like):
+                saved = dict(
+                    mean=torch.full_like(like, -1.0),  # no step so far
+                    own=torch.zeros_like(like),
+                    unit=like.new_ones(()),
+                )
+            self._state = {key: value.to(like) for key, value in saved.items()}
+            MessageHub.get_current_instance().update_info(KEY, self._state)
+        return self._state
+
+    @staticmethod
+    def _scales(
+        state: dict[str, Tensor], own: Tensor, distill: Tensor, ratio: float
+    ) -> Tensor:
+        """The factor at each output, by squared norms; the mean takes in the new."""
+        mean = state['mean']
+        known = torch.where(mean > 0, mean.lerp(own, 1 - MOMENTUM), own)
+        # infinite in a step that a GradScaler skips
+        mean = torch.where((own > 0) & own.isfinite(), known, mean)
+        state['mean'] = mean.clamp(min=0)
+        scales = (ratio * (mean / distill).sqrt()).clamp(max=MAX_SCALE)
+        return torch.where(mean > 0, scales, (mean == 0).to(scales))
+
+
+def _saved() -> dict[str, Tensor] | None:
+    return MessageHub.get_current_instance().get_info(KEY)
+
+
+def _gradients(losses: Sequence[Tensor], forks: Sequence[Fork]) -> list[Tensor | None]:
+    """The gradient of an entry's losses at each recorded output that they reach."""
+    loss = sum(losses)
+    if not (loss.requires_grad and forks):
+        return [None] * len(forks)
+    recorded = [fork.recorded for fork in forks]
+    return torch.autograd.grad(loss, recorded, retain_graph=True, allow_unused=True)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    return gradient.detach().float().square().sum()
+
+
+def _add(state: dict[str, Tensor], slot: int, gradient: Tensor) -> None:
+    state['own'][slot] += _square(gradient)
+
+
+def _keep(state: dict[str, Tensor], gradient: Tensor) -> None:
+    state['unit'] = gradient.detach().float()
