@@ -54,12 +54,7 @@ MODULES = {
     'mmengine/config/utils.py': 'MODULE2PACKAGE = {"mmdist": "mmdist.version"}',
 }
 FORK = {
-    'mmengine': 'onedl-mmengine',
-    'mmcv': 'onedl-mmcv',
-    'mmdet': 'onedl-mmdetection',
-    'mmsegmentation': 'onedl-mmsegmentation',
-}
-FORK_VERSIONS = {
+    **{name: None for name in ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation')},
     'onedl-mmengine': '0.10.12',
     'onedl-mmcv': '2.3.6',
     'onedl-mmdetection': '3.5.1',
@@ -97,13 +92,9 @@ def check_env(tmp_path):
     return check
 
 
-def test_a_good_environment_has_nothing_to_fix(check_env):
-    assert check_env(DISTRIBUTIONS, MODULES) == (0, {})
-
-
-def test_a_good_environment_of_the_fork(check_env):
-    distributions = {k: v for k, v in DISTRIBUTIONS.items() if k not in FORK}
-    assert check_env({**distributions, **FORK_VERSIONS}, MODULES) == (0, {})
+@pytest.mark.parametrize('stack', [{}, FORK], ids=['upstream', 'onedl'])
+def test_a_good_environment_has_nothing_to_fix(check_env, stack):
+    assert check_env({**DISTRIBUTIONS, **stack}, MODULES) == (0, {})
 
 
 @pytest.mark.slow
