@@ -219,7 +219,7 @@ def test_published_schedule_on_cityscapes():
 @pytest.mark.parametrize('tool', ['make_model_zoo', 'make_pair_matrix'])
 def test_made_pages_are_up_to_date(tool, monkeypatch, uninitialized):
     monkeypatch.syspath_prepend(ROOT / 'tools')
-    made = runpy.run_path(str(ROOT / f'tools/{tool}.py'))
+    made = runpy.run_path(str(ROOT / f'tools/dev/{tool}.py'))
     text = made['PAGE'].read_text()
     assert made['page'](text) == text
 

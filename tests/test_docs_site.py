@@ -33,9 +33,9 @@ def text_of(page: str) -> str:
 
 @pytest.fixture(scope='module')
 def figure():
-    """tools/draw_dist.py as a module."""
+    """tools/dev/draw_dist.py as a module."""
     spec = importlib.util.spec_from_file_location(
-        'draw_dist', ROOT / 'tools/draw_dist.py'
+        'draw_dist', ROOT / 'tools/dev/draw_dist.py'
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
