@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmdist.lookup import by_class_name
+from mmdist.lookup import by_class_name, check_arguments, did_you_mean
 from mmdist.losses import DISTLoss, as_rows
 from mmdist.registry import MODELS
 from mmdist.step import Step
@@ -291,21 +290,9 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
     if not (inspect.isclass(cls) and issubclass(cls, Comparison)):
         raise ValueError(
             f'`distill.{name}` says what to compare by its `type`, but there is no '
-            f'{kind!r} that compares.{_did_you_mean(str(kind).split(".")[-1], kinds)} '
+            f'{kind!r} that compares.{did_you_mean(kind, kinds)} '
             f'mmdist has {", ".join(kinds)}; for one of your own see `custom_imports` '
             'and docs/own_comparison.md.'
         )
-    takes = inspect.signature(cls).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        for key in cfg.keys() - takes.keys() - {'type', '_scope_'}:
-            raise ValueError(
-                f'`distill.{name}`: {cls.__name__} has no argument {key!r}.'
-                f'{_did_you_mean(key, takes)} It takes {", ".join(takes)}.'
-            )
+    check_arguments(f'distill.{name}', cls, cfg)
     return MODELS.build(dict(cfg))
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    bare = {name.rsplit('.')[-1]: name for name in known}
-    close = difflib.get_close_matches(word, bare, n=1)
-    return f' Did you mean {bare[close[0]]!r}?' if close else ''

@@ -71,7 +71,7 @@ def test_a_teacher_config_that_does_not_exist(make_config, tmp_path, path):
         ('mmdist.SegLogits', r'`distill\.dist` says what to compare by its `type`'),
         (
             dict(type='mmdist.SegLogits', max_row=3),
-            r"SegLogits has no argument 'max_row'\. Did you mean 'max_rows'\? It takes",
+            r"no argument 'max_row'\. Did you mean 'max_rows'\? It takes",
         ),
     ],
 )
