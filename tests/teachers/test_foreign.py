@@ -35,6 +35,17 @@ class ConvSegmentor(ForeignTeacher):
 
 
 @MODELS.register_module()
+class Formula(ForeignTeacher):
+    """It has no parameters, as a model that another program runs."""
+
+    def __init__(self, class_names):
+        super().__init__(class_names, MEAN, STD)
+
+    def forward(self, images, sizes):
+        return torch.stack([images.mean(1) * i for i in range(19)], 1)
+
+
+@MODELS.register_module()
 class GridDetector(ForeignTeacher):
     """A box of 16 pixels in each cell of a grid."""
 
@@ -71,9 +82,8 @@ def segmentor(distill: dict | None = None, **teacher) -> nn.Module:
                 type='mmdist.Distiller',
                 student=student,
                 teacher=dict(
-                    config=dict(
-                        type='mmdist.ConvSegmentor', class_names=names(19), **teacher
-                    )
+                    config=dict(type='mmdist.ConvSegmentor', class_names=names(19))
+                    | teacher
                 ),
                 distill=distill,
             )
@@ -101,9 +111,10 @@ def detector(distill: dict | None = None, **teacher) -> nn.Module:
     return model.train()
 
 
-def test_a_segmentor_teaches_with_weights_of_its_own():
+@pytest.mark.parametrize('kind', ['ConvSegmentor', 'Formula'])
+def test_a_segmentor_teaches_with_weights_of_its_own(kind):
     """No checkpoint, no `allow_random`, no decode head, no dataset of its own."""
-    model = segmentor()
+    model = segmentor(type=f'mmdist.{kind}')
     data = make_batch(19)
     losses = model(**copy.deepcopy(data), mode='loss')
     assert 0 < losses['loss_dist'].item() < 3
