@@ -98,10 +98,11 @@ class Teacher:
             )
         if views not in ((), [], ('flip',), ['flip']):
             raise ValueError(f"`teacher.views` is ['flip'] or omitted, got {views!r}.")
+        check_class_map(class_map)
         self.config = config
         self.checkpoint = checkpoint
         self.allow_random = allow_random
-        self.class_map = check_class_map(class_map)
+        self.class_map = class_map
         self.class_match = class_match
         self.weights_only = weights_only
         self.dtype = _HALF_PRECISION.get(dtype)
