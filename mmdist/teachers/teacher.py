@@ -290,12 +290,12 @@ def _check_path(config: str, key: str) -> None:
     package, _, inner = config.rpartition('::')
     path = Path(inner).absolute()
     if package:
-        spec = find_spec(package)
-        if spec is None:
+        origin = getattr(find_spec(package), 'origin', None)
+        if origin is None:
             raise FileNotFoundError(
                 f'`{key}` is {config!r}, but {package!r} is not installed.'
             )
-        path = Path(spec.origin).parent / '.mim/configs' / inner
+        path = Path(origin).parent / '.mim/configs' / inner
     if path.is_file():
         return
     while not path.parent.is_dir():

@@ -110,6 +110,7 @@ def test_misspelt_arguments_name_what_there_is(options, message, det_config):
         ),
         ('mmdet::retinanets/a.py', r"no 'retinanets' in .*; similar: retinanet[,.]"),
         ('nolib::a/b.py', "'nolib' is not installed"),
+        ('configs::a.py', "'configs' is not installed"),  # a folder
         (
             'configs/stuednt.py',
             r"no 'stuednt.py' in .*configs; similar: student.py. A relative path "
