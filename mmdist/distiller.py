@@ -81,7 +81,7 @@ def build_distiller(
             'name -> arguments.'
         )
     guests = {
-        name: build_teacher(cfg, student, f'teachers.{name}' if name else 'teacher')
+        name: build_teacher(cfg, student, name)
         for name, cfg in ({'': teacher} if teachers is None else teachers).items()
     }
     lessons = {lesson.key: lesson for lesson in _lessons(distill, list(guests))}

@@ -24,18 +24,19 @@ __all__ = [
 ]
 
 
-def build_teacher(cfg: dict, student: dict, name: str = 'teacher') -> Teacher:
+def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
     """Build a teacher from its arguments.
 
     Args:
         cfg: Arguments of :class:`Teacher`, or ``ema``, those of :class:`MeanTeacher`.
         student: Config of the student.
-        name: Where the arguments stand in the config.
+        name: Its name in ``teachers``; '' for the only one.
 
     Raises:
         ValueError: It is no dict, an argument is unknown or missing, or ``ema`` stands
             beside arguments of another teacher.
     """
+    name = f'teachers.{name}' if name else 'teacher'
     _check_dict(name, cfg)
     if 'ema' in cfg:
         ema = cfg['ema'] or {}

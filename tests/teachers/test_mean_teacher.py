@@ -137,10 +137,13 @@ class Stepper:
     def loss(self) -> None:
         self.model(**copy.deepcopy(self.data), mode='loss')
 
-    def step(self) -> None:
+    def step(self, gradient: float = -2.0) -> None:
+        """As AMP does it: not at all if the gradient is not finite."""
         bias = self.model.decode_head.conv_seg.bias
-        bias.grad = torch.full_like(bias, -2.0)
-        self.optimizer.step()
+        bias.grad = torch.full_like(bias, gradient)
+        scaler = torch.amp.GradScaler('cpu', init_scale=1.0)
+        scaler.scale(torch.zeros(1))
+        scaler.step(self.optimizer)
 
     @property
     def mean(self) -> float:
@@ -166,7 +169,7 @@ def stepper(config):
 
 @pytest.mark.parametrize('factor', [0.0, 1.0])
 def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
-    """Not with each forward, as gradients are accumulated; and while it is paused."""
+    """Not with each forward: gradients are accumulated, or overflow. Paused, too."""
     one, other = stepper(), stepper()
     one.model.distill_factor = factor
     for expected in (0.0, 0.25 * 2, 0.75 * 0.5 + 0.25 * 4):
@@ -174,6 +177,7 @@ def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
             one.loss()
             assert one.mean == expected
             other.step()  # of another model's optimizer
+            one.step(float('inf'))
         with torch.no_grad():
             one.loss()
         one.step()
