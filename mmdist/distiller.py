@@ -95,7 +95,9 @@ def build_distiller(
     terms = distill_terms(entries, list(teacher_args))
 
     model.__class__ = distilled_class(type(model))
-    model.teachers = {k: build_teacher(cfg, student) for k, cfg in teacher_args.items()}
+    model.teachers = {
+        name: build_teacher(cfg, student, name) for name, cfg in teacher_args.items()
+    }
     model.distill_terms = terms
     model.distill = nn.ModuleDict()
     if distill is not None:  # else chosen when the teacher is loaded
