@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._environment import check_ops
 from .comparisons.base import Comparison, build_comparison
 from .comparisons.default import default_for, default_for_pair
+from .data.labels import checked_labels
 from .registry import MODELS
 from .step import Step
 from .teachers import Teacher, build_teacher
@@ -192,6 +193,10 @@ class DistilledMixin:
             ``loss_<name>`` is the weighted mean, and the correlations are
             ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
         """
+        with checked_labels(self, data_samples, self._class_names()):
+            return self._distilled_loss(inputs, data_samples, **kwargs)
+
+    def _distilled_loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict:
         for teacher in self.teachers.values():
             teacher.follow(self)
         rests = self.distill_factor == 0
@@ -320,15 +325,19 @@ class DistilledMixin:
             f'{type(comparison.loss).__name__}{why}.'
         )
 
-    def _match_classes(self) -> None:
-        """Match the classes once, when the Runner has said which the student has."""
+    def _class_names(self) -> Sequence[str] | None:
+        """The student's, when the Runner has said which it has."""
         meta = _dataset_meta()
         # What was there when the model was built belongs to another run.
         known = meta is not None and meta is not self._dataset_meta_before
-        names = meta.get('classes') if known else None
+        return meta.get('classes') if known else None
+
+    def _match_classes(self) -> None:
+        """Match the classes once."""
+        names = self._class_names()
         for teacher in self.teachers.values():
             if teacher.classes is None:
-                if known:
+                if names is not None:
                     _refuse_untried_strategies()
                 teacher.classes = teacher.match_classes(names)
 
