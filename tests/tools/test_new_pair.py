@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from tiny import TINY_RETINANET, TINY_SEGMENTOR
 
 TOOL = str(Path(__file__).parents[2] / 'tools' / 'new_pair.py')
 DETECTORS = (
@@ -111,14 +112,13 @@ def test_a_teacher_of_another_library(new_pair, tmp_path, seg_config):
 
 def own_classes(library: str, names: list[str], columns: int) -> str:
     """A config of a data set of one's own with these classes."""
-    head = f'head=dict(num_classes={columns})'
-    base, dataset, heads = {
-        'mmdet': (DETECTORS[0], 'CocoDataset', f'bbox_{head}'),
-        'mmseg': (SEGMENTORS[1], 'BaseSegDataset', f'decode_{head}, auxiliary_{head}'),
+    base, dataset, model = {
+        'mmdet': (DETECTORS[0], 'CocoDataset', TINY_RETINANET),
+        'mmseg': (SEGMENTORS[1], 'BaseSegDataset', TINY_SEGMENTOR),
     }[library]
     return f"""
 _base_ = {base!r}
-model = dict({heads})
+model = dict({model.replace('num_classes=3', f'num_classes={columns}')})
 train_dataloader = dict(dataset=dict(
     type={dataset!r}, metainfo=dict(classes={tuple(names)!r})))
 """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +19,9 @@ from builders import dataset_batch, distilled_text
 from mmengine.config import Config
 from tiny import (
     DET_CLASSES,
-    DET_CONFIG,
     SEG_CLASSES,
     SEG_CONFIG,
     SIZE,
-    TINY_RETINANET,
     TINY_SEGMENTOR,
 )
 from torch import nn
@@ -29,6 +29,7 @@ from torch import nn
 from mmdist.teachers.teacher import build_model, load_config
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'preflight.py'
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 RAMP = (
     'custom_hooks = [dict(type="mmdist.DistillScheduleHook", '
     'points=[(0, 0.0), (2, 1.0)])]'
@@ -204,7 +205,7 @@ def test_images_and_classes_of_another_teacher(preflight, tmp_path, learned):
     assert miou(found.text) > 80
 
 
-@pytest.mark.parametrize('named', [True, False])
+@pytest.mark.parametrize('named', [True, SLOW(False)])
 def test_permuted_classes(preflight, tmp_path, learned, named):
     text, weights = learned
     config = (
@@ -230,6 +231,7 @@ def test_random_weights_score_like_noise(preflight, tmp_path, learned):
     assert 'permuted' not in found.text
 
 
+@pytest.mark.slow
 def test_a_random_detector_scores_like_noise(preflight, tmp_path, det_config):
     write_pair(tmp_path, det_config)
     found = preflight('pair.py', '--images', '2')
@@ -264,32 +266,25 @@ class Oracle(ForeignTeacher):
 """
 
 
-def test_a_detector_of_another_library(preflight, monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_a_detector_of_another_library(
+    preflight, monkeypatch, tmp_path, coco_root, det_config
+):
     """Every image is a red person, a green car and a blue dog, which Oracle sees."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / 'oracle.py').write_text(ORACLE)
-    rng = np.random.default_rng(0)
-    (tmp_path / 'images').mkdir()
-    images, annotations = [], []
-    for i in range(1, 5):
-        image = np.zeros((*SIZE, 3), np.uint8)
-        images.append(dict(id=i, file_name=f'{i}.png', height=SIZE[0], width=SIZE[1]))
-        for category in (1, 2, 3):
-            x, y = 40 * (category - 1), int(rng.integers(0, 60))
-            image[y : y + 30, x : x + 32, 3 - category] = 255  # BGR
-            box = dict(bbox=[x, y, 32, 30], area=960, iscrowd=0, image_id=i)
-            box |= dict(id=len(annotations) + 1, category_id=category)
-            annotations.append(box)
-        cv2.imwrite(str(tmp_path / 'images' / f'{i}.png'), image)
-    categories = [dict(id=i + 1, name=name) for i, name in enumerate(DET_CLASSES)]
-    (tmp_path / 'train.json').write_text(
-        json.dumps(dict(images=images, annotations=annotations, categories=categories))
-    )
-    (tmp_path / 'student.py').write_text(
-        DET_CONFIG.format(
-            model=TINY_RETINANET, classes=DET_CLASSES, data_root=str(tmp_path)
-        )
-    )
+    root = shutil.copytree(coco_root, tmp_path / 'coloured')
+    data = json.loads((root / 'train.json').read_text())
+    for image in data['images']:
+        pixels = np.zeros((*SIZE, 3), np.uint8)
+        for box in data['annotations']:
+            if box['image_id'] == image['id']:
+                x, y, width, height = box['bbox']
+                # the boxes overlap, but not in a channel; BGR
+                pixels[y : y + height, x : x + width, 3 - box['category_id']] = 255
+        cv2.imwrite(str(root / 'images' / image['file_name']), pixels)
+    student = det_config.replace(str(coco_root), str(root))
+    (tmp_path / 'student.py').write_text(student)
     imports = 'custom_imports = dict(imports=["oracle"])'
     for names, status in ((DET_CLASSES, 0), (('car', 'person', 'dog'), 1)):
         oracle = dict(type='mmdist.Oracle', class_names=names)
@@ -305,6 +300,7 @@ def test_a_detector_of_another_library(preflight, monkeypatch, tmp_path):
         assert 'Detections with DISTLoss' in found.text
 
 
+@pytest.mark.slow
 def test_a_constant_teacher(preflight, tmp_path, learned):
     """Biases alone: each class has its score, the same everywhere."""
     text, weights = learned
@@ -318,6 +314,7 @@ def test_a_constant_teacher(preflight, tmp_path, learned):
     assert 'the teacher gives all rows the same scores' in found.text
 
 
+@pytest.mark.slow
 def test_two_classes(preflight, tmp_path):
     write_pair(tmp_path, coloured_images(tmp_path, 2))
     found = preflight('pair.py')
@@ -365,7 +362,7 @@ def test_data_sets_that_do_not_fit(preflight, tmp_path, det_config, old, new, sa
 @pytest.mark.parametrize(
     ('weight', 'status', 'sentences'),
     [
-        ('0.00001', 0, ['it hardly counts. Take a larger weight.']),
+        SLOW('0.00001', 0, ['it hardly counts. Take a larger weight.']),
         (
             '0',
             1,
