@@ -289,8 +289,8 @@ def main() -> None:
     ask = predictor(model, teacher)
     is_seg = isinstance(comparison, comparisons.SegLogits)
     names, palette = dataset.metainfo['classes'], palette_of(dataset.metainfo)
-    colours = {i: tuple(x / 255 for x in rgb) for i, rgb in enumerate(palette)}
     classes = len(names)
+    colours = {i: tuple(x / 255 for x in palette[i]) for i in range(classes)}
     index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}

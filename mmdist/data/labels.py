@@ -19,6 +19,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import nn
 
+from mmdist.lookup import is_a
 from mmdist.teachers.classes import class_names_of_config
 
 # Heads whose columns are the classes of the data set.
@@ -26,6 +27,7 @@ HEADS = (
     *('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head', 'panoptic_head'),
     'roi_head.bbox_head',
 )
+OTHER_HEADS = 'STDCHead', 'VPDDepthHead'  # of edges, of depth
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def check_labels(
             continue
         held |= dict.fromkeys(labels.unique().tolist(), file)
     held.pop(void, None)
-    check_heads(student, classes, labels=held)
+    check_heads(student, classes, labels=sorted(held))
     wrong = sorted(label for label in held if not 0 <= label < size)
     if wrong:
         named = 'no classes' if classes is None else f'{len(classes)} classes'
@@ -165,6 +167,7 @@ def _heads(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if re.sub(r'\.\d+$', '', name) in HEADS
         and isinstance(getattr(module, 'num_classes', None), int)
+        and not is_a(module, *OTHER_HEADS)
     }
 
 

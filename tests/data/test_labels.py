@@ -15,7 +15,8 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
 from mmdist import MODELS
-from mmdist.data.labels import check_class_lists, check_labels, explain
+from mmdist.data.labels import check_class_lists, check_heads, check_labels, explain
+from mmdist.teachers.teacher import build_model, load_config
 
 
 def write_pair(folder: Path, text: str, **changes: str) -> Config:
@@ -146,11 +147,25 @@ def test_what_is_right_passes(seg_config, det_config):
         check_labels(model, samples, None)
 
 
-def test_families_whose_heads_have_other_numbers_pass():
-    """Of a panoptic detector, one head has the things and another one the stuff."""
-    model = torch.nn.Module()
-    for name, number in dict(bbox_head=80, semantic_head=53).items():
-        head = torch.nn.Module()
-        head.num_classes = number
-        model.add_module(name, head)
-    check_labels(model, [], ['a'] * 133)
+@pytest.mark.parametrize(
+    ('path', 'classes'),
+    [
+        ('mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 133),  # things, stuff
+        ('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py', 133),
+        ('mmdet::solo/solo_r50_fpn_1x_coco.py', 80),
+        ('mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', 80),
+        (
+            'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
+            19,
+        ),  # edges of 2 classes
+        ('mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py', 19),
+    ],
+)
+def test_families_with_heads_of_other_numbers_pass(path, classes):
+    with torch.device('meta'):
+        model = build_model(load_config(path))
+    names = [str(i) for i in range(classes)]
+    check_heads(model, names)
+    if 'panoptic-fpn' not in path:
+        with pytest.raises(ValueError, match=f'{classes + 1} classes .*={classes}'):
+            check_heads(model, [*names, 'one more'])
