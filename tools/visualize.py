@@ -155,8 +155,9 @@ def probabilities(
     Returns:
         Scores of student and teacher, (2, rows, columns) in float64, on the CPU.
     """
-    loss = comparison._loss_for(pair)
-    activation = getattr(loss, 'activation', None) or pair.activation
+    loss = comparison.loss
+    activation = comparison._loss_cfg.get('activation') or pair.activation
+    activation = activation or getattr(loss, 'activation', None)
     activation = activation or comparison.activation(student)
     tau = getattr(loss, 'tau', 1.0)
     both = [as_rows(x).double().cpu() / tau for x in (pair.student, pair.teacher)]
