@@ -25,6 +25,7 @@ from .arguments import (
 )
 from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
+from .data.labels import checked_labels
 from .data.unlabelled import Part, by_parts
 from .registry import MODELS
 from .run import Watch, refuse_untried_strategies, told
@@ -159,7 +160,8 @@ class DistilledMixin:
         inputs = kwargs.pop(self._loss_takes[0], inputs)
         data_samples = kwargs.pop(self._loss_takes[1], data_samples)
         # recording swaps methods of the model, so threads take turns
-        with self.__dict__.setdefault('_turn', threading.RLock()):
+        turn = self.__dict__.setdefault('_turn', threading.RLock())
+        with turn, checked_labels(self, data_samples, self._class_names()):
             for teacher in self.teachers.values():
                 teacher.follow(self)
             if self.distill_factor == 0:

@@ -70,8 +70,8 @@ def load_distilling(
     """As :func:`load_config`; the parser stops if the config does not distil."""
     try:
         cfg = load_config(args)
-    except OSError as error:
-        parser.error(str(error))
+    except Exception as error:  # it is Python: anything may be wrong with it
+        parser.error(f'{args.config} cannot be read: {error or type(error).__name__}')
     if (cfg.get('model') or {}).get('student') is None:
         parser.error(f'{args.config} does not distil: `model` has no `student`.')
     return cfg
