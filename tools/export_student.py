@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmdist.checkpoint import load_checkpoint
+from mmdist.checkpoint import check_finite, load_checkpoint
 from mmdist.registry import MODELS
 from mmdist.teachers.teacher import load_config
 
@@ -115,6 +115,7 @@ def main() -> None:
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint, args.weights_only)
     student = student_of(checkpoint)
+    check_finite(student['state_dict'], args.checkpoint)
     if args.config:
         cfg = load_config(args.config)  # its model is the plain student
         check(student, cfg)

@@ -17,7 +17,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.checkpoint import check_class_names, load_checkpoint, load_strictly
 from mmdist.registry import MODELS
 
 from .classes import (
@@ -162,7 +162,9 @@ class Teacher:
         if self.checkpoint is not None:
             checkpoint = load_checkpoint(self.checkpoint, self.weights_only)
             load_strictly(model, checkpoint, self.checkpoint)
-            self.class_names = class_names_of_checkpoint(checkpoint) or self.class_names
+            names = class_names_of_checkpoint(checkpoint)
+            check_class_names(names, model, self.checkpoint)
+            self.class_names = names or self.class_names
         model.requires_grad_(False).eval()
         model.to(next(student.parameters()).device)
         # before the cast, which rounds mean and std too

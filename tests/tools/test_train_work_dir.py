@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,15 +63,45 @@ def log_of(work_dir: Path) -> str:
 
 def test_another_config_does_not_overwrite_the_checkpoints(run, work_dir):
     before = (work_dir / 'iter_3.pth').stat().st_mtime
-    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+    with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
+    with pytest.raises(SystemExit, match=r'with this config, .*, --resume'):
+        run(work_dir)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
-    run(work_dir)  # the same config may be run again
+    run(work_dir, '--resume')  # nothing is left to do
+
+
+def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, capsys):
+    options = ['--cfg-options', 'model.decode_head.channels=8', 'train_cfg.max_iters=5']
+    with pytest.raises(SystemExit) as stop:
+        run(work_dir, '--resume', *options)
+    assert str(stop.value).startswith('\nThe run of ')
+    assert 'train_pipeline' not in capsys.readouterr().out
+    assert 'train_pipeline' in log_of(work_dir)
+    with pytest.raises(RuntimeError, match='cannot be resumed with this model'):
+        run(work_dir, '--resume', '--traceback', *options)
+    # what is no known mistake keeps its traceback
+    with pytest.raises(TypeError, match='nonsense'):
+        run(work_dir, '--resume', '--cfg-options', 'model.decode_head.nonsense=1')
+
+
+def test_sync_bn_is_reverted_on_cpus():
+    """torch has it on GPUs only."""
+    norm = dict(type='SyncBN', requires_grad=True)
+    model = tools_train.MODELS.build(
+        dict(type='mmseg.ResNetV1c', depth=18, base_channels=8, norm_cfg=norm)
+    )
+    names = [name for name, _ in model.named_parameters()]
+    runner = SimpleNamespace(model=model, logger=logging.getLogger('test'))
+    tools_train.without_sync_bn(runner)
+    kinds = {type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}
+    assert 'SyncBatchNorm' not in kinds and kinds
+    assert [name for name, _ in model.named_parameters()] == names
 
 
 def test_another_model_does_not_resume(run, work_dir):
     options = ['model.decode_head.channels=8', 'train_cfg.max_iters=5']
-    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+    with pytest.raises(SystemExit, match=r'cannot be resumed with this model'):
         run(work_dir, '--resume', '--cfg-options', *options)
 
 
@@ -91,7 +123,7 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     options = ['--resume', str(elsewhere), '--cfg-options']
     other = 'optim_wrapper.optimizer.lr=0.5'
     before = (work_dir / 'iter_3.pth').stat().st_mtime
-    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+    with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, *options, other)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
     # a folder of its own, the same config, or a checkpoint that lies in the work_dir
@@ -120,5 +152,5 @@ def test_flexible_runner(run, work_dir, tmp_path):
     run(tmp_path / 'new', '--resume', '--cfg-options', *options)
     assert 'resumed epoch: 0, iter: 2' in log_of(tmp_path / 'new')
     options.append('model.decode_head.channels=8')
-    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+    with pytest.raises(SystemExit, match=r'cannot be resumed with this model'):
         run(tmp_path / 'new', '--resume', '--cfg-options', *options)
