@@ -84,29 +84,24 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
 
 
 def _check_content(checkpoint: Any, path: str) -> None:
-    def check(good: bool, value: Any, what: str, wanted: str) -> None:
-        if not good:
-            raise ValueError(
-                f'{path!r} holds no checkpoint that can be used: {what} has to be '
-                f'{wanted}, and is of type {type(value).__name__}.'
-            )
+    def check(value: Any, what: str, kind: Any = Mapping) -> Any:
+        if isinstance(value, kind) and all(isinstance(name, str) for name in value):
+            return value
+        wanted = 'a dict with names as keys' if kind is Mapping else 'a list of names'
+        raise ValueError(
+            f'{path!r} holds no checkpoint that can be used: {what} has to be '
+            f'{wanted}, and is of type {type(value).__name__}.'
+        )
 
-    def part(value: Any, what: str) -> Mapping:
-        good = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
-        check(good, value, what, 'a dict with names as keys')
-        return value
-
-    if 'state_dict' in part(checkpoint, 'its content'):
-        part(checkpoint['state_dict'], '`state_dict`')
+    if 'state_dict' in check(checkpoint, 'its content'):
+        check(checkpoint['state_dict'], '`state_dict`')
         meta = checkpoint.get('meta')
-        meta = {} if meta is None else part(meta, '`meta`')
+        meta = {} if meta is None else check(meta, '`meta`')
         data = meta.get('dataset_meta')
-        data = {} if data is None else part(data, '`dataset_meta`')
+        data = {} if data is None else check(data, '`dataset_meta`')
         for key, value in (*meta.items(), *data.items()):
-            if key.lower() == 'classes' and not isinstance(value, (str, type(None))):
-                good = isinstance(value, (list, tuple))
-                good = good and all(isinstance(name, str) for name in value)
-                check(good, value, 'what names its classes', 'a list of names')
+            if key.lower() == 'classes' and value is not None:
+                check(value, 'what names its classes', (str, list, tuple))
 
 
 def check_class_names(names: Sequence[str] | None, model: nn.Module, path: str) -> None:

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from mmdist.checkpoint import load_checkpoint
+from mmdist.checkpoint import load_checkpoint, load_strictly
 
 # Settings that may change between two runs of one experiment.
 _OF_THE_RUN = (
@@ -110,36 +110,16 @@ def _settings(text: str | None) -> dict[str, str]:
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str) -> None:
-    """Stop before a run is resumed with the weights of another model.
+    """Stop before a run is resumed with the weights of another model, or broken ones.
 
-    mmengine resumes leniently: what does not fit keeps its random values.
-
-    Args:
-        model: The model, not wrapped.
-        checkpoint: What is to be resumed.
-        path: Where it lies.
+    mmengine resumes leniently: what does not fit keeps its random values. The weights
+    are loaded, as they will be.
 
     Raises:
-        RuntimeError: Keys or shapes differ; it lists up to ten.
+        RuntimeError: Keys or shapes differ; it lists up to ten of each sort.
     """
-    theirs, ours = (
-        {
-            k.removeprefix('module.'): tuple(getattr(v, 'shape', '?'))
-            for k, v in x.items()
-        }
-        for x in (checkpoint['state_dict'], model.state_dict())
+    advice = (
+        'The run cannot be resumed with this model. Resume with the config that it was '
+        'trained with. To start anew from its weights, set `load_from`.'
     )
-    problems = [
-        f'{key}: {theirs.get(key, "missing")} in the file, '
-        f'{ours.get(key, "missing")} in the model'
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
-    ]
-    if problems:
-        listed = '\n    '.join(problems[:10])
-        more = f'\n    ... and {len(problems) - 10} more' * (len(problems) > 10)
-        raise RuntimeError(
-            f'The run of {path!r} cannot be resumed with this model, {len(problems)} '
-            f'weights do not fit:\n    {listed}{more}\nResume with the config that it '
-            'was trained with. To start anew from its weights, set `load_from`.'
-        )
+    load_strictly(model, checkpoint, path, 'the model of this config', advice)

@@ -132,10 +132,11 @@ def test_equal_settings_are_equal_however_they_are_broken_into_lines():
 def test_another_model_is_not_resumed():
     state = nn.Linear(2, 3).state_dict()
     check_fits(nn.Linear(2, 3), dict(state_dict=state), 'a.pth')
-    with pytest.raises(RuntimeError, match=r'weight: \(3, 2\) in the file, \(4, 2\)'):
+    with pytest.raises(
+        RuntimeError, match=r'weight.*\[3, 2\].*\[4, 2\].*\n.*\nThe run'
+    ):
         check_fits(nn.Linear(2, 4), dict(state_dict=state), 'a.pth')
-    with pytest.raises(RuntimeError, match=r'weight: \(.* in the file, \(4, 2\)'):
-        odd = dict(state_dict=dict(weight=1, bias='x'))
-        check_fits(nn.Linear(2, 4), odd, 'a.pth')
-    with pytest.raises(RuntimeError, match=r'bias: \(3,\) in the file, missing in'):
+    with pytest.raises(RuntimeError, match=r'1 in the file, but not .*\n +bias'):
         check_fits(nn.Linear(2, 3, bias=False), dict(state_dict=state), 'a.pth')
+    with pytest.raises(RuntimeError, match=r'weight.*received <class .int.>'):
+        check_fits(nn.Linear(2, 3), dict(state_dict=dict(weight=1, bias='x')), 'a.pth')

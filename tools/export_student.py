@@ -56,14 +56,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def student_of(checkpoint: dict) -> dict:
-    """The part of a checkpoint that is the plain student's.
+    """``state_dict`` and ``meta`` of the plain student, from what the Runner saves.
 
-    Args:
-        checkpoint: As mmengine's Runner saves it. With EMAHook, its ``state_dict``
-            holds the averaged weights already.
-
-    Returns:
-        ``state_dict`` and ``meta``.
+    With EMAHook, its ``state_dict`` holds the averaged weights already.
 
     Raises:
         ValueError: There is no ``state_dict``.
@@ -85,11 +80,7 @@ def student_of(checkpoint: dict) -> dict:
 
 
 def check(student: dict, cfg: Config) -> None:
-    """Load strictly into the config's model.
-
-    Raises:
-        RuntimeError: A key is missing, unexpected or of another shape.
-    """
+    """Load strictly into the config's model, or raise RuntimeError."""
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to what it is given
     model.load_state_dict(student['state_dict'], strict=True)

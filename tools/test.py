@@ -26,8 +26,7 @@ def test(args: argparse.Namespace) -> None:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
             raise SystemExit(
-                '--show and --show-dir need `default_hooks.visualization` in the '
-                'config.'
+                '--show needs `default_hooks.visualization` in the config.'
             )
         hook.update(draw=True, show=args.show)
         if args.show_dir:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import linecache
 import os
 import traceback
 from collections.abc import Iterator
@@ -28,11 +27,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Add the arguments that training and testing share, and parse all."""
     add = parser.add_argument
     add('--work-dir', help='where logs, checkpoints and metrics go')
-    of = 'settings of the config to override, key=value'
-    add('--cfg-options', nargs='+', action=DictAction, help=of)
-    launchers = ['none', 'pytorch', 'slurm', 'mpi']
-    add('--launcher', choices=launchers, default='none')
-    add('--traceback', action='store_true', help='of a mistake, show where it is met')
+    add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
+    add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    add('--traceback', action='store_true', help='of a mistake, show where it is found')
     # torch.distributed.launch passes it; torchrun sets the variable instead.
     add('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
@@ -47,24 +44,20 @@ def parse_args() -> argparse.Namespace:
     add('--amp', action='store_true', help='train with automatic mixed precision')
     scale = 'scale the learning rate by the batch size (needs `auto_scale_lr`)'
     add('--auto-scale-lr', action='store_true', help=scale)
-    resume = 'resume from this checkpoint, or from the latest of the work dir'
-    add('--resume', nargs='?', const='auto', help=resume)
+    add('--resume', nargs='?', const='auto', help='a checkpoint, or else the latest')
     return parse(parser)
 
 
 @contextmanager
 def mistakes_in_words(frames: bool) -> Iterator[None]:
-    """Without ``frames``, exit with the sentence alone of an error of mmdist itself."""
+    """Exit with the sentence alone of an error of mmdist itself, if not ``frames``."""
     try:
         yield
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         is_ours = Path(mmdist.__file__).parent in Path(last.filename).parents
-        # not what torch raises in a line of ours
-        is_known = isinstance(error, FileNotFoundError) or (
-            is_ours and 'raise ' in linecache.getline(last.filename, last.lineno)
-        )
-        if frames or not is_known:
+        is_ours = is_ours and last.line.startswith('raise ')  # torch raises there too
+        if frames or not (is_ours or isinstance(error, FileNotFoundError)):
             raise
         raise SystemExit(f'\n{error}') from None
 
@@ -138,16 +131,7 @@ def use_cpus(cfg: Config) -> None:
     ) | dict(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
 
 
-def without_sync_bn(runner: Runner) -> None:
-    """Normalise in each process alone; torch synchronises on GPUs only."""
-    if any(isinstance(m, nn.SyncBatchNorm) for m in runner.model.modules()):
-        runner.logger.warning(
-            'SyncBN needs GPUs: BN replaces it, and each process normalises alone.'
-        )
-        revert_sync_batchnorm(runner.model)
-
-
-def build_runner(cfg: Config) -> Runner:
+def build_runner(cfg: Config, on_cpus: bool) -> Runner:
     """The runner; the whole config goes to its log file, and not to the terminal."""
     kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
 
@@ -156,7 +140,14 @@ def build_runner(cfg: Config) -> Runner:
         logger.handlers[0].addFilter(lambda x: not str(x.msg).startswith('Config:\n'))
         return logger
 
-    return type(kind.__name__, (kind,), dict(build_logger=build_logger)).from_cfg(cfg)
+    def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
+        if on_cpus and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            self.logger.warning('SyncBN needs GPUs: BN, in each process, replaces it.')
+            model = revert_sync_batchnorm(model)
+        return kind.wrap_model(self, wrapper, model)
+
+    own = dict(build_logger=build_logger, wrap_model=wrap_model)
+    return type(kind.__name__, (kind,), own).from_cfg(cfg)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -184,12 +175,11 @@ def train(args: argparse.Namespace) -> None:
             "`strategy` is for `runner_type = 'FlexibleRunner'`: mmengine's Runner "
             'does without it and does not say so. Set that, or remove `strategy`.'
         )
-    runner = build_runner(cfg)
-    is_built = isinstance(runner.model, nn.Module)  # FlexibleRunner does it in train()
-    if on_cpus and is_built:
-        without_sync_bn(runner)
+    runner = build_runner(cfg, on_cpus)
     if found:
-        model = runner.model if is_built else MODELS.build(runner.model)
+        model = runner.model
+        if not isinstance(model, nn.Module):  # FlexibleRunner builds it in train()
+            model = MODELS.build(model)
         check_fits(model.module if is_model_wrapper(model) else model, *reversed(found))
         del model
     del found

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import logging
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +73,7 @@ def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, c
     options = ['--cfg-options', 'model.decode_head.channels=8', 'train_cfg.max_iters=5']
     with pytest.raises(SystemExit) as stop:
         run(work_dir, '--resume', *options)
-    assert str(stop.value).startswith('\nThe run of ')
+    assert str(stop.value).startswith('\nThe weights in ')
     assert 'train_pipeline' not in capsys.readouterr().out
     assert 'train_pipeline' in log_of(work_dir)
     with pytest.raises(RuntimeError, match='cannot be resumed with this model'):
@@ -85,18 +83,17 @@ def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, c
         run(work_dir, '--resume', '--cfg-options', 'model.decode_head.nonsense=1')
 
 
-def test_sync_bn_is_reverted_on_cpus():
-    """torch has it on GPUs only."""
-    norm = dict(type='SyncBN', requires_grad=True)
-    model = tools_train.MODELS.build(
-        dict(type='mmseg.ResNetV1c', depth=18, base_channels=8, norm_cfg=norm)
-    )
-    names = [name for name, _ in model.named_parameters()]
-    runner = SimpleNamespace(model=model, logger=logging.getLogger('test'))
-    tools_train.without_sync_bn(runner)
-    kinds = {type(m).__name__ for m in model.modules() if 'Norm' in type(m).__name__}
-    assert 'SyncBatchNorm' not in kinds and kinds
-    assert [name for name, _ in model.named_parameters()] == names
+def test_sync_bn_is_replaced_in_several_processes_on_cpus(run, tmp_path, monkeypatch):
+    """torch has it on GPUs only, and DDP refuses to wrap it, in one process too."""
+    values = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    norm = 'model.backbone.norm_cfg.type=SyncBN'
+    try:
+        run(tmp_path / 'work', '--launcher', 'pytorch', '--cfg-options', norm)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert 'SyncBN needs GPUs: BN' in log_of(tmp_path / 'work')
 
 
 def test_another_model_does_not_resume(run, work_dir):
