@@ -18,7 +18,7 @@ from mmseg.utils import register_all_modules as register_mmseg
 from segmentors import distilled, make_batch, zoo_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from watch import in_processes, unlabel
+from watch import unlabel
 
 from mmdist.unlabelled import Part, counting
 
@@ -150,11 +150,9 @@ def steps(name: str, kind: type[Norm]) -> dict:
         ('MaskFormer', LikeTorch),
     ],
 )
-def test_processes_with_other_mixes_exchange_in_the_same_order(name, kind, tmp_path):
+def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):
     """A norm without its counterpart would wait, or get the sums of another norm."""
-    results = in_processes(steps, name, kind, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
+    first, second = pair(steps, name, kind)
     assert first['told'] == second['told']
     assert {name for _, name in first['told']} == first['means'].keys()
     assert {way for way, _ in first['told']} == {'forward', 'backward'}
@@ -183,8 +181,8 @@ def norms_of_the_libraries() -> list[str]:
     return [*said, mmcv.group_size]
 
 
-def test_the_libraries_norms_decide_so(tmp_path):
+def test_the_libraries_norms_decide_so(pair):
     """torch's stops for want of a GPU where it would wait for the other process."""
-    for said in in_processes(norms_of_the_libraries, world_size=2, folder=tmp_path):
+    for said in pair(norms_of_the_libraries):
         assert 'expected input tensor to be on GPU' in said[0]
         assert said[1:] == ['torch.Size([2, 3, 4, 4])', 1, 2]
