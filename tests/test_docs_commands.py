@@ -28,8 +28,8 @@ SHELL = ('shell', 'bash', 'sh', 'indented', 'inline')
 SHOWN = ('', 'text', 'math', 'mermaid')  # formulas, drawings, what a program prints
 PATTERN = '{student}_{teacher}_{schedule}'  # of the names of configs, in an own block
 # Programs that are not mmdist's, whose arguments nothing here can read.
-FOREIGN = ('csCreateTrainIdLabelImgs', 'git', 'tar', 'tensorboard', 'wandb')
-RECORDED = ('python', 'python3', 'pip', 'make', 'torchrun', 'srun', *FOREIGN)
+FOREIGN = ('csCreateTrainIdLabelImgs', 'git', 'pip', 'tar', 'tensorboard', 'wandb')
+RECORDED = ('python', 'python3', 'make', 'torchrun', 'srun', *FOREIGN)
 RECORDER = f"""#!{shutil.which('bash')}
 IFS=$'\\x1f'; echo "${{0##*/}}$IFS$*" >> "$RECORD"
 [[ ${{1-}} == clone ]] && mkdir -p "${{@: -1}}"
@@ -42,7 +42,7 @@ def is_command(block: Block) -> bool:
     if block.language != 'inline':
         return block.language in SHELL and PATTERN not in block.code
     words = re.sub(r'^(\w+=\S* )+', '', block.code)
-    return bool(re.match(rf'({"|".join(RECORDED)}|tools/\w+\.(py|sh)) \S', words))
+    return bool(re.match(rf'({"|".join(RECORDED)}|tools/[\w/]+\.(py|sh)) \S', words))
 
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -127,8 +127,6 @@ def check(program: str, args: list[str], checkout: Path, monkeypatch) -> None:
             variable, _, value = arg.partition('=')
             known = rf'\$\({variable}\)' if value else rf'^{arg}:'
             assert re.search(known, text, re.M), f'the Makefile does not know {arg}'
-    elif program == 'pip' or args[:2] == ['-m', 'pip']:
-        pip(args[2:] if program != 'pip' else args)
     elif program == 'torchrun':
         from torch.distributed.run import get_args_parser
 
@@ -141,25 +139,15 @@ def check(program: str, args: list[str], checkout: Path, monkeypatch) -> None:
         python(args, checkout, monkeypatch)
 
 
-def pip(args: list[str]) -> None:
-    # in a process of its own: where pip is imported, setuptools gives up its distutils,
-    # which torch.compile needs
-    code = (
-        'import sys; from pip._internal.commands import create_command; '
-        'create_command(sys.argv[1]).parse_args(sys.argv[2:])'
-    )
-    subprocess.run([sys.executable, '-c', code, *args], cwd=ROOT, check=True)
-
-
 def python(args: list[str], checkout: Path, monkeypatch) -> None:
     """Let a script or a module read its arguments."""
     args = args[args[0] == '-u' :]
     if args[0] == '-c':
         compile(args[1], 'code', 'exec')
-    elif args[0] == '-m':
+    elif args[0] == '-m' and args[1] != 'pip':
         module = importlib.import_module(f'{args[1]}.__main__')
         parse(module, args[1:], monkeypatch)
-    else:
+    elif args[0] != '-m':
         script = checkout / args[0]
         assert script.is_file(), f'there is no {args[0]}'
         monkeypatch.syspath_prepend(script.resolve().parent)

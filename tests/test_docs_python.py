@@ -6,7 +6,6 @@ What is not complete is merged into a small pair. `RUN_BY` has what another test
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import itertools
 import logging
@@ -17,15 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import distilled_text
 from det_zoo import FAMILIES, batch, build_pair
 from docs_blocks import PAGES, ROOT, blocks, code, only
-from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, VISBACKENDS, DefaultScope
-from mmengine.runner import Runner
 from mmseg.utils import register_all_modules as register_mmseg
 from one_step import train_a_step
 from scipy.special import expit
@@ -44,7 +40,7 @@ RUN_BY = {
     ('docs/use_the_student.md', ''): 'tools/test_use_the_student.py',
     ('docs/teachers.md', 'class TorchvisionRetinaNet'): 'the config after it',
     ('docs/own_comparison.md', 'Centerness'): 'test_the_own_comparison',
-    ('docs/logging.md', 'vis_backends'): 'the last two tests here',
+    ('docs/logging.md', 'vis_backends'): 'the last test here',
 }
 # The pair that a `distill` is tried on, by the first of these types that is in it.
 PAIRS = {
@@ -133,43 +129,19 @@ def is_compared(distill: dict) -> None:
 # ---- docs/own_comparison.md ----------------------------------------------------------
 
 
-def of_the_example(config: Config) -> torch.nn.Module:
-    """The model of the page's config, at a size for a test, the teacher random."""
-    teacher = Config.fromstring(f'_base_ = {config.model.teacher.config!r}', '.py')
-    for model in (config.model.student, teacher.model):
-        model.backbone.update(depth=18, base_channels=8, init_cfg=None)
-        model.neck.update(in_channels=[8, 16, 32, 64], out_channels=16)
-        model.bbox_head.update(
-            in_channels=16, feat_channels=32, stacked_convs=1, num_classes=3
-        )
-    assert config.model.teacher.checkpoint
-    config.model.teacher = dict(config=teacher.model, allow_random=True)
-    torch.manual_seed(0)
-    model = MODELS.build(config.model)
-    model.init_weights()
-    for side in (model, model.teacher.model):  # as initialised, all score 0.01
-        side.bbox_head.atss_cls.bias.data.fill_(-3.0)
-        for name in ('atss_cls', 'atss_centerness'):
-            getattr(side.bbox_head, name).weight.data *= 30
-    return model.train()
-
-
 def test_the_own_comparison(folder, monkeypatch):
     """Its loss is that of the rows by hand; the page's names exist."""
     monkeypatch.setattr(MODELS, '_module_dict', MODELS.module_dict.copy())
     for block in blocks('docs/own_comparison.md', 'python'):
         assert len(block.code.splitlines()) <= 30
         Path(block.file).write_text(block.code)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        config = Config.fromfile('distilled.py')
-        path = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
-        retinanet = Config.fromstring(f'_base_ = {path!r}', '.py').model
-        with pytest.raises(ValueError, match='Centerness cannot compare a RetinaNet'):
-            MODELS.build(dict(config.model, student=retinanet))
-        model = of_the_example(config)
+    config = Config.fromfile('distilled.py').model
     sys.modules.pop('own_comparisons')
-    data = demo_mm_inputs(2, [(3, 256, 256), (3, 256, 192)], num_classes=3)
-    data = model.data_preprocessor(data, training=True)
+    with pytest.raises(ValueError, match='Centerness cannot compare a RetinaNet'):
+        build_pair(FAMILIES['RetinaNet'], distill=config.distill)
+    teacher = config.teacher.config.removeprefix('mmdet::')
+    model = build_pair(FAMILIES['ATSS'], teacher, config.distill)
+    data = batch(model)
     outputs = []
     hook = model.bbox_head.register_forward_hook(lambda *a: outputs.append(a[-1]))
     losses = model(**data, mode='loss')
@@ -204,49 +176,15 @@ def test_the_own_comparison(folder, monkeypatch):
 # ---- docs/logging.md -----------------------------------------------------------------
 
 
-def logging_by(backend: str, seg_config: str) -> Config:
-    """The config of the page that names a backend, on a pair that trains two steps."""
-    Path('student.py').write_text(seg_config)
-    more = "train_cfg = dict(max_iters=2, val_interval=5)\nwork_dir = 'work'"
-    teacher = dict(config='student.py', allow_random=True)
-    compared = "dict(dist=dict(type='mmdist.SegLogits'))"
-    Path('my_pair.py').write_text(distilled_text(more, compared, **teacher))
-    Path('config.py').write_text(only(code('docs/logging.md'), backend))
-    config = Config.fromfile('config.py')
-    assert config.visualizer.type == 'SegLocalVisualizer'
-    kinds = [entry.type for entry in config.visualizer.vis_backends]
-    assert kinds == ['LocalVisBackend', backend]
-    return config
-
-
-def test_the_log_and_tensorboard_say_what_is_distilled(folder, seg_config):
-    config = logging_by('TensorboardVisBackend', seg_config)
-    has_tensorboard = importlib.util.find_spec('tensorboard') is not None
-    if not has_tensorboard:
-        config.visualizer.vis_backends.pop()
-    MMLogger.get_current_instance().setLevel(logging.INFO)
-    Runner.from_cfg(config).train()
-    (file,) = folder.glob('work/*/*.log')
-    before, step, after = file.read_text().partition('Iter(train)')
-    assert step
-    (line,) = re.findall(r'mmdist: .* learns from .*', before)  # for one entry, one
-    assert line.startswith('mmdist: EncoderDecoder learns from EncoderDecoder (')
-    assert '`dist`, SegLogits with DISTLoss' in line
-    assert 'learns from' not in after
-    assert list(folder.glob('work/*/vis_data/scalars.json'))
-    if has_tensorboard:
-        from tensorboard.backend.event_processing import event_accumulator
-
-        (file,) = folder.glob('work/*/vis_data/events.out.tfevents.*')
-        events = event_accumulator.EventAccumulator(str(file)).Reload()
-        for key in ('loss_dist', 'dist_inter', 'dist_intra'):
-            assert [event.step for event in events.Scalars(key)] == [1, 2], key
-
-
-def test_wandb_is_configured_as_mmengine_has_it(seg_config):
-    config = logging_by('WandbVisBackend', seg_config)
-    backend = config.visualizer.vis_backends[-1]
+@pytest.mark.parametrize('text', code('docs/logging.md'), ids=['TensorBoard', 'wandb'])
+def test_logging_is_configured_as_mmengine_has_it(text, seg_config):
+    """What is logged, and once, is tested in `test_distiller.py`."""
+    Path('my_pair.py').write_text(seg_config)
+    Path('config.py').write_text(text)
+    visualizer = Config.fromfile('config.py').visualizer
+    assert visualizer.type == 'SegLocalVisualizer'
+    local, backend = visualizer.vis_backends
+    assert local.type == 'LocalVisBackend'
     inspect.signature(VISBACKENDS.get(backend.pop('type'))).bind(
         save_dir='.', **backend
     )
-    assert backend.init_kwargs.keys() == {'project', 'name'}

@@ -98,7 +98,7 @@ def train_without_labels(cfg: Config) -> dict:
     return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
 def test_processes_with_other_mixes_of_labels_do_not_wait(
     pair, make_config, tmp_path, family
 ):
@@ -158,7 +158,9 @@ def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, ki
             assert torch.equal(gradient, second[name]), name
 
 
-@pytest.mark.parametrize('find_unused', [False, True])
+@pytest.mark.parametrize(
+    'find_unused', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_processes_end_with_the_same_weights(pair, make_config, tmp_path, find_unused):
     """And with buffers broadcast, or not, which is mmengine's default."""
     wrapper = dict(
@@ -220,6 +222,7 @@ def test_a_cascade_that_stops_early_keeps_the_processes_in_step(pair):
         assert first[f'dist_s{stage}_intra'] != 0
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated(pair, make_config, tmp_path):
     results = train_in_two(
         pair,

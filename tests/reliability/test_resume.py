@@ -83,7 +83,7 @@ SCHEDULES = dict(
 )
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
     """SIGKILL within an iteration; by iterations (seg) and by epochs (det)."""
     options, kill_at, resumed_at = SCHEDULES[family]

@@ -141,13 +141,13 @@ def steps(name: str, kind: type[Norm]) -> dict:
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [
-        ('RetinaNet', LikeTorch),
         ('PSPNet', LikeTorch),
+        pytest.param('RetinaNet', LikeTorch, marks=pytest.mark.slow),
         # these take a batch of both in two passes
-        ('Faster R-CNN', LikeTorch),
         ('Faster R-CNN', LikeMMCV),
-        ('Deformable DETR', LikeMMCV),
-        ('MaskFormer', LikeTorch),
+        pytest.param('Faster R-CNN', LikeTorch, marks=pytest.mark.slow),
+        pytest.param('Deformable DETR', LikeMMCV, marks=pytest.mark.slow),
+        pytest.param('MaskFormer', LikeTorch, marks=pytest.mark.slow),
     ],
 )
 def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):
