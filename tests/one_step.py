@@ -22,7 +22,7 @@ from mmdist.teachers.teacher import load_config, without_pretrained
 
 
 def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
-    """Train a complete config for a step; each entry of `distill` has gradients.
+    """Train a complete config for a step; each entry of `distill` gives a gradient.
 
     Args:
         config: The config; its models are changed.
@@ -60,7 +60,7 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
     data = batch(model, num_classes=size) if is_det else make_batch(size)
     with mock.patch.object(detections, 'MIN_SCORE', 0.0):
         losses = model(**data, mode='loss')
-    for name in model.distill:
+    for name in config.model.get('distill') or ['dist']:
         found = [v for k, v in losses.items() if k.startswith(f'loss_{name}')]
         values = [x for v in found for x in (v if isinstance(v, list) else [v])]
         model.zero_grad()

@@ -145,8 +145,9 @@ def python(args: list[str], checkout: Path, monkeypatch) -> None:
     if args[0] == '-c':
         compile(args[1], 'code', 'exec')
     elif args[0] == '-m' and args[1] != 'pip':
-        module = importlib.import_module(f'{args[1]}.__main__')
-        parse(module, args[1:], monkeypatch)
+        is_package = importlib.util.find_spec(args[1]).submodule_search_locations
+        name = f'{args[1]}.__main__' if is_package else args[1]
+        parse(importlib.import_module(name), args[1:], monkeypatch)
     elif args[0] != '-m':
         script = checkout / args[0]
         assert script.is_file(), f'there is no {args[0]}'

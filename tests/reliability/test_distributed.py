@@ -69,25 +69,31 @@ def train_and_tell(cfg: Config) -> dict:
     )
 
 
-def train_in_two(pair, make_config, tmp_path, **options) -> list[dict]:
-    cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
-    first, second = results = pair(train_and_tell, cfg)
-    # the processes saw different images, and ended with the same weights
-    assert first['losses'] != second['losses']
-    for name in first['weights'].keys() - set(first['buffers']):
-        # (buffers are each process's own, or broadcast when the next step begins)
-        assert torch.equal(first['weights'][name], second['weights'][name]), name
-    # DDP knows the student's tensors, and not one of the teacher's
-    for result in results:
-        assert result['teacher_tensors'] > 0
-        for what in ('tensors', 'bytes', 'buffers'):
-            assert result[f'ddp_{what}'] == result[f'own_{what}']
-    # the checkpoint holds what each process has
-    (path,) = (tmp_path / 'work').glob('iter_4.pth')
-    saved = torch.load(path, weights_only=False)['state_dict']
-    assert saved.keys() == first['weights'].keys()
-    assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
-    return results
+@pytest.fixture
+def train_in_two(pair, make_config, tmp_path):
+    """Trains a segmentor in two processes, and gives what each tells."""
+
+    def train(**options) -> list[dict]:
+        cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
+        first, second = results = pair(train_and_tell, cfg)
+        # the processes saw different images, and ended with the same weights
+        assert first['losses'] != second['losses']
+        for name in first['weights'].keys() - set(first['buffers']):
+            # (buffers are each process's own, or broadcast when the next step begins)
+            assert torch.equal(first['weights'][name], second['weights'][name]), name
+        # DDP knows the student's tensors, and not one of the teacher's
+        for result in results:
+            assert result['teacher_tensors'] > 0
+            for what in ('tensors', 'bytes', 'buffers'):
+                assert result[f'ddp_{what}'] == result[f'own_{what}']
+        # the checkpoint holds what each process has
+        (path,) = (tmp_path / 'work').glob('iter_4.pth')
+        saved = torch.load(path, weights_only=False)['state_dict']
+        assert saved.keys() == first['weights'].keys()
+        assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
+        return results
+
+    return train
 
 
 def train_without_labels(cfg: Config) -> dict:
@@ -161,22 +167,19 @@ def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, ki
 @pytest.mark.parametrize(
     'find_unused', [False, pytest.param(True, marks=pytest.mark.slow)]
 )
-def test_processes_end_with_the_same_weights(pair, make_config, tmp_path, find_unused):
+def test_processes_end_with_the_same_weights(train_in_two, find_unused):
     """And with buffers broadcast, or not, which is mmengine's default."""
     wrapper = dict(
         WRAPPER, find_unused_parameters=find_unused, broadcast_buffers=find_unused
     )
-    for result in train_in_two(pair, make_config, tmp_path, model_wrapper_cfg=wrapper):
+    for result in train_in_two(model_wrapper_cfg=wrapper):
         assert result['teacher_ran_at'] == [0, 1, 2, 3]
         assert all(losses['loss_dist'] > 0 for losses in result['losses'].values())
 
 
-def test_adapters_train_and_the_schedule_stops_the_teacher(pair, make_config, tmp_path):
+def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
     """After the stop the adapters take no part in the loss; DDP must not stop."""
     results = train_in_two(
-        pair,
-        make_config,
-        tmp_path,
         model_wrapper_cfg=WRAPPER,
         **{
             'model.distill': dict(
@@ -223,11 +226,8 @@ def test_a_cascade_that_stops_early_keeps_the_processes_in_step(pair):
 
 
 @pytest.mark.slow
-def test_gradients_are_accumulated(pair, make_config, tmp_path):
+def test_gradients_are_accumulated(train_in_two):
     results = train_in_two(
-        pair,
-        make_config,
-        tmp_path,
         model_wrapper_cfg=WRAPPER,
         **{'optim_wrapper.accumulative_counts': 2},
     )
