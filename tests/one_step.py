@@ -56,8 +56,13 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
                 module.test_cfg['score_thr'] = 0.0
     for comparison in model.distill.values():
         comparison.min_score = 0.0
-    size = len(names)
-    data = batch(model, num_classes=size) if is_det else make_batch(size)
+    # DINO's 900 queries are the best of as many cells, or more
+    height, width = (256, 256) if full_size else (64, 64)
+    if is_det:
+        sizes = ((height, width), (height * 3 // 4, width))
+        data = batch(model, sizes, len(names))
+    else:
+        data = make_batch(len(names), (height, width))
     with mock.patch.object(detections, 'MIN_SCORE', 0.0):
         losses = model(**data, mode='loss')
     for name in config.model.get('distill') or ['dist']:
