@@ -36,10 +36,10 @@ quickstart: env
 	@$(PY) -m tools.dev.quickstart
 
 test: env
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'not slow and not gpu'
 
 test-all: env
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: env
 	$(PY) -m ruff check .

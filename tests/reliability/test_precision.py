@@ -34,8 +34,15 @@ def amp_on_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='replaces the scaler of GPUs')
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('family', ['det', 'seg'])
+@pytest.mark.parametrize(
+    ('family', 'dtype'),
+    [
+        ('det', 'float16'),
+        ('seg', 'bfloat16'),
+        pytest.param('det', 'bfloat16', marks=pytest.mark.slow),
+        pytest.param('seg', 'float16', marks=pytest.mark.slow),
+    ],
+)
 def test_mixed_precision(
     make_config, train, tmp_path, after, amp_on_cpu, family, dtype
 ):
