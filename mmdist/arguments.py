@@ -30,18 +30,11 @@ class DistillTerm(NamedTuple):
 
 
 def student_config(student: Any) -> dict:
-    """The config of the student's model.
-
-    Args:
-        student: That config, or the path of one with a ``model``. Of a model that is
-            distilled already, its student is taken.
-
-    Raises:
-        ValueError: It is none of these.
-    """
+    """The config of the student, from it, a path, or a model that distils already."""
     if isinstance(student, (str, os.PathLike)):
         student = load_config(student).model
-    while isinstance(student, Mapping) and 'Distiller' in str(student.get('type')):
+    names = ('mmdist.Distiller', 'Distiller')
+    while isinstance(student, Mapping) and student.get('type') in names:
         print_log(
             'mmdist: `student` is distilled already. Its own student is taken, and '
             'neither its teacher nor what it compares.',
@@ -57,16 +50,7 @@ def student_config(student: Any) -> dict:
 
 
 def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> None:
-    """Stop at an argument that neither the Distiller nor the student has.
-
-    Args:
-        overrides: What the Distiller was given beside its own arguments.
-        student: Config of the student.
-        own: The function that builds the Distiller.
-
-    Raises:
-        ValueError: It names the argument, and the nearest that exists.
-    """
+    """Stop at an argument that neither the student nor ``own``, a function, takes."""
     cls = class_of(student)
     if not inspect.isclass(cls):
         return  # building it says why
@@ -84,11 +68,7 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
 
 
 def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
-    """The arguments of each teacher by its name, which is '' for the only one.
-
-    Raises:
-        ValueError: Not one of the two is given, or ``teachers`` is malformed.
-    """
+    """The arguments of each teacher by its name, which is '' for the only one."""
     if (teacher is None) == (teachers is None):
         raise ValueError(
             'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
@@ -101,11 +81,7 @@ def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
 
 
 def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
-    """Each entry of ``distill`` with each teacher that it learns from, by its key.
-
-    Args:
-        distill: As of the Distiller.
-        teachers: Names of the teachers.
+    """Each entry of ``distill`` with each of its teachers, by key.
 
     Raises:
         ValueError: ``distill`` is malformed, or ``from_teacher`` is: it names a teacher
@@ -137,12 +113,12 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
             )
         for teacher, weight in weights.items():
             term = DistillTerm(name, cfg, teacher, weight)
-            if term.key in terms:
+            other = terms.get(term.key)
+            if other is not None:
                 raise ValueError(
                     f'Entries and teachers are named so that {term.key!r} means two '
-                    f'things: {terms[term.key].name!r} with teacher '
-                    f'{terms[term.key].teacher!r}, and {name!r} with teacher '
-                    f'{teacher!r}. Rename one of them.'
+                    f'things: {other.name!r} with teacher {other.teacher!r}, and '
+                    f'{name!r} with teacher {teacher!r}. Rename one of them.'
                 )
             if weight:
                 terms[term.key] = term

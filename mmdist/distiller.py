@@ -26,6 +26,7 @@ from .arguments import (
 from .balance import Balance
 from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
+from .data.labels import checked_labels
 from .data.unlabelled import Part, by_parts
 from .record import Fork
 from .registry import MODELS
@@ -101,7 +102,9 @@ def build_distiller(
     terms = distill_terms(entries, list(teacher_args))
 
     model.__class__ = distilled_class(type(model))
-    model.teachers = {k: build_teacher(cfg, student) for k, cfg in teacher_args.items()}
+    model.teachers = {
+        name: build_teacher(cfg, student, name) for name, cfg in teacher_args.items()
+    }
     model.distill_terms = terms
     model.distill = nn.ModuleDict()
     if distill is not None:  # else chosen when the teacher is loaded
@@ -164,7 +167,8 @@ class DistilledMixin:
         inputs = kwargs.pop(self._loss_takes[0], inputs)
         data_samples = kwargs.pop(self._loss_takes[1], data_samples)
         # recording swaps methods of the model, so threads take turns
-        with self.__dict__.setdefault('_turn', threading.RLock()):
+        turn = self.__dict__.setdefault('_turn', threading.RLock())
+        with turn, checked_labels(self, data_samples, self._class_names()):
             for teacher in self.teachers.values():
                 teacher.follow(self)
             if self.distill_factor == 0:

@@ -60,13 +60,9 @@ class Watch:
         self._warned: set[str] = set()
 
     def losses(self, losses: Mapping[str, Any]) -> None:
-        """See the losses of a step.
+        """See the losses of a step; raise RuntimeError if some have become non-finite.
 
-        A loss that was not finite and is so again, as mixed precision may have it, does
-        not count.
-
-        Raises:
-            RuntimeError: Some are NaN or infinite, since this step or up to 49 before.
+        One that is finite again, as mixed precision may have it, does not count.
         """
         if not torch.is_grad_enabled():
             return  # losses of a validation
@@ -135,11 +131,7 @@ class Watch:
 
 
 def last_checkpoint_before(iteration: int) -> str | None:
-    """The last checkpoint of the run whose weights gave finite losses.
-
-    Args:
-        iteration: The first iteration, counted from 1, of a loss that is not finite.
-    """
+    """The run's last checkpoint before an iteration, whose weights were used since."""
     if told('last_ckpt') is None:
         return None
     per_epoch = told('max_iters', 0) // (told('max_epochs') or 1)
@@ -148,8 +140,6 @@ def last_checkpoint_before(iteration: int) -> str | None:
         unit, _, number = path.stem.partition('_')
         if unit in ('iter', 'epoch') and number.isdecimal():
             steps = int(number) * (per_epoch if unit == 'epoch' else 1)
-            if (
-                steps < iteration - 1
-            ):  # the next iteration, the first to use it, went well
+            if steps < iteration - 1:  # iteration `steps + 1` used it, and went well
                 found[steps] = str(path)
     return found[max(found)] if found else None

@@ -18,7 +18,7 @@ from mmseg.utils import register_all_modules as register_mmseg
 from segmentors import distilled, make_batch, zoo_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from watch import in_processes, unlabel
+from watch import unlabel
 
 from mmdist.data.unlabelled import Part, labelled_losses_only
 
@@ -141,20 +141,18 @@ def steps(name: str, kind: type[Norm]) -> dict:
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [
-        ('RetinaNet', LikeTorch),
         ('PSPNet', LikeTorch),
+        pytest.param('RetinaNet', LikeTorch, marks=pytest.mark.slow),
         # these take a batch of both in two passes
-        ('Faster R-CNN', LikeTorch),
         ('Faster R-CNN', LikeMMCV),
-        ('Deformable DETR', LikeMMCV),
-        ('MaskFormer', LikeTorch),
+        pytest.param('Faster R-CNN', LikeTorch, marks=pytest.mark.slow),
+        pytest.param('Deformable DETR', LikeMMCV, marks=pytest.mark.slow),
+        pytest.param('MaskFormer', LikeTorch, marks=pytest.mark.slow),
     ],
 )
-def test_processes_with_other_mixes_exchange_in_the_same_order(name, kind, tmp_path):
+def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):
     """A norm without its counterpart would wait, or get the sums of another norm."""
-    results = in_processes(steps, name, kind, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
+    first, second = pair(steps, name, kind)
     assert first['told'] == second['told']
     assert {name for _, name in first['told']} == first['means'].keys()
     assert {way for way, _ in first['told']} == {'forward', 'backward'}
@@ -185,8 +183,8 @@ def norms_of_the_libraries() -> list[str]:
     return [*said, mmcv.group_size]
 
 
-def test_the_libraries_norms_decide_so(tmp_path):
+def test_the_libraries_norms_decide_so(pair):
     """torch's stops for want of a GPU where it would wait for the other process."""
-    for said in in_processes(norms_of_the_libraries, world_size=2, folder=tmp_path):
+    for said in pair(norms_of_the_libraries):
         assert 'expected input tensor to be on GPU' in said[0]
         assert said[1:] == ['torch.Size([2, 3, 4, 4])', 1, 2]

@@ -1,6 +1,6 @@
 """Draw the figure of docs/how_dist_works.md, with the real loss.
 
-python tools/draw_dist.py [--out FILE]
+python -m tools.dev.draw_dist [--out FILE]
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mmdist import DISTLoss
 
-FIGURE = Path(__file__).resolve().parent.parent / 'docs' / 'how_dist_works.png'
+FIGURE = Path(__file__).resolve().parents[2] / 'docs' / 'how_dist_works.png'
 CLASSES = ('road', 'car', 'bus', 'person', 'sky')
-# What a teacher may say of six pixels.
+# What a teacher may predict for six pixels.
 TEACHER = torch.tensor(
     [
         [3.6, 0.4, 0.2, 0.6, -0.8],
@@ -49,10 +49,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def against_sharpness() -> tuple[list[float], dict[str, list[float]]]:
-    """Losses of the teacher's logits times a factor; 1 is a student without relation.
+    """Losses of the teacher's logits times a factor; 1 is an unrelated student.
 
-    That student has the teacher's predictions for other pixels: the mean over all ways
-    to shift them.
+    Its predictions are the teacher's for other pixels: the mean over all shifts.
     """
     factors = torch.linspace(0.1, 3, 59).tolist()
     losses = {}
@@ -143,7 +142,7 @@ def draw_relation(
 def draw_sharpness(axes: plt.Axes) -> None:
     factors, losses = against_sharpness()
     axes.axhline(1, color='#bbbbbb', linewidth=1, linestyle=':')
-    axes.text(2.97, 1.02, 'a student without relation', ha='right', fontsize=9)
+    axes.text(2.97, 1.02, 'an unrelated student', ha='right', fontsize=9)
     axes.plot(factors, losses['KL'], color=KL, linewidth=2.5)
     axes.plot(factors, losses['DIST'], color=INTER, linewidth=2.5)
     axes.text(2.97, losses['KL'][-1] + 0.05, 'KL', color=KL, ha='right', fontsize=12)
@@ -156,7 +155,7 @@ def draw_sharpness(axes: plt.Axes) -> None:
         [0.1, 1, 2, 3], ['×0.1\nsofter', '×1\nas sharp', '×2', '×3\nsharper']
     )
     axes.set_title(
-        'Logits of the teacher, times a factor: KL minds, DIST hardly', size=11
+        'Logits of the teacher, times a factor: KL changes, DIST hardly', size=11
     )
     axes.spines[['right', 'top']].set_visible(False)
 

@@ -1,4 +1,4 @@
-"""The line that says how far a command is, on a terminal and in a file."""
+"""The line that shows how far a command is, on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import io
 import os
 import pty
 import struct
-import sys
 import termios
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / 'tools'))
-
-import make_env
-import runs
-from progress import Plan, Progress
+from tools import runs
+from tools.dev import progress as module
+from tools.dev.progress import Plan, Progress
 
 STEPS = {'download': 60, 'compile': 100, 'check': 20}
 NAME = 'a step with a name that is far too long for the terminal ' * 3
@@ -33,8 +29,10 @@ class Clock:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, 'monotonic', clock)
+    return clock
 
 
 class Terminal:
@@ -68,7 +66,7 @@ class Terminal:
 
 def test_a_terminal_has_one_line_that_fits(clock):
     terminal = Terminal()
-    with Progress('env', 3, terminal.stream, clock) as progress:
+    with Progress('env', 3, terminal.stream) as progress:
         progress.show(NAME, 90)
         (line,) = terminal.screen()
         assert line == f'[env] 0/3 {NAME}'[:36] + '; 0:00, about 1:30 left'
@@ -84,7 +82,7 @@ def test_a_terminal_has_one_line_that_fits(clock):
 
 def test_a_line_that_stays_is_above_the_line(clock):
     terminal = Terminal()
-    with Progress('env', 3, terminal.stream, clock) as progress:
+    with Progress('env', 3, terminal.stream) as progress:
         progress.show('mmcv', 90)
         progress.say('file by file')
         progress.show('mmcv', 90)
@@ -95,7 +93,7 @@ def test_a_line_that_stays_is_above_the_line(clock):
 
 def test_a_file_has_a_line_for_each_step_and_one_a_minute(clock):
     stream = io.StringIO()
-    with Progress('env', 2, stream, clock) as progress:
+    with Progress('env', 2, stream) as progress:
         for _ in range(150):
             progress.show('mmcv', 100)
             clock.time += 1
@@ -112,7 +110,7 @@ def test_a_file_has_a_line_for_each_step_and_one_a_minute(clock):
 
 
 def test_the_estimate_follows_the_clock(clock):
-    plan = Plan(STEPS, clock)
+    plan = Plan(STEPS)
     plan.begin('download')
     assert plan.left() == 180
     clock.time += 20
@@ -124,8 +122,8 @@ def test_the_estimate_follows_the_clock(clock):
     assert plan.left() == 70 + 20
 
 
-def test_what_a_step_says_of_itself_also_counts_for_the_later_ones(clock):
-    plan = Plan(STEPS, clock)
+def test_what_a_step_reports_also_counts_for_the_later_ones(clock):
+    plan = Plan(STEPS)
     plan.begin('compile')
     clock.time += 50
     # 200 s in all: half as fast as expected, and so is what comes
@@ -144,52 +142,8 @@ mmengine - INFO - Saving checkpoint
 ITERATIONS = 'Iter(train) [ 50/400]  base_lr: 1e-2 lr: 1e-2  eta: 0:00:35  time: 0.1\n'
 
 
-def test_a_training_says_in_its_log_how_far_it_is():
+def test_the_log_of_a_training_tells_how_far_it_is():
     assert runs.last_step('') is None
     assert runs.last_step(LOG) == (2.5 / 4, 3605)
     assert runs.last_step(LOG[: LOG.index('Epoch(train)  [3]')]) == (0.05, 100)
     assert runs.last_step(ITERATIONS) == (0.125, 35)
-
-
-@pytest.fixture
-def builder(tmp_path, monkeypatch) -> make_env.Builder:
-    """Builds nothing; its log is there."""
-    builder = make_env.Builder('upstream', cuda=False)
-    builder.venv = tmp_path
-    builder.log = tmp_path / 'make_env.log'
-    builder.plan.begin('mmcv')
-    builder.title = 'mmcv'
-    return builder
-
-
-def test_make_env_shows_the_end_of_the_log_of_what_failed(builder):
-    code = (
-        'print("a.h:5:2: error: C++20")\nprint("b.h:6:1: error: more")\n'
-        'for i in range(100): print("line", i)\nraise SystemExit("no compiler")'
-    )
-    with pytest.raises(make_env.Stop) as stop:
-        builder.run(sys.executable, '-c', code)
-    assert 'line 99\nno compiler\nThis failed: ' in str(stop.value)
-    assert ':\na.h:5:2: error: C++20\n...\nline 7' in str(stop.value)
-    assert 'line 50' not in str(stop.value)
-    assert 'line 50' in builder.log.read_text()
-
-
-def test_what_mmcv_imports_is_there_before_it_is_compiled(builder, monkeypatch):
-    asked = []
-    monkeypatch.setattr(builder, 'pip', lambda *args: asked.append(args))
-    builder.python = builder.venv / 'no-python'
-    monkeypatch.setattr(make_env, 'ask', lambda *_: '')
-    builder.add_torch()
-    names = {arg.partition('==')[0] for arg in asked[0] if '==' in str(arg)}
-    assert names >= {'torch', 'numpy', 'packaging', 'platformdirs'}
-
-
-def test_make_env_counts_what_is_compiled(builder, monkeypatch):
-    shown = []
-    monkeypatch.setattr(builder.progress, 'show', lambda *args: shown.append(args))
-    code = 'print("  [3/4] c++ a.cpp\\n[40/98] c++ b.cpp")'
-    builder.wait(builder.start(sys.executable, '-c', code), make_env.COMPILED)
-    text, left = shown[-1]
-    assert text == 'mmcv, 40 of 98'
-    assert left > 0

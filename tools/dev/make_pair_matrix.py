@@ -1,6 +1,6 @@
 """Write the matrix of detectors in docs/detectors.md: what is compared by default.
 
-Run it after you change which comparison is chosen: python tools/make_pair_matrix.py
+Run it after you change which comparison is chosen: python -m tools.dev.make_pair_matrix
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import warnings
 from pathlib import Path
 
 from mmengine.registry import DefaultScope
-from runs import replace_between
 from torch import nn
 
 from mmdist.comparisons.default import default_for_pair
 from mmdist.teachers import Teacher
+from tools.runs import replace_between
 
-PAGE = Path(__file__).resolve().parent.parent / 'docs' / 'detectors.md'
-BEGIN = '<!-- Made by tools/make_pair_matrix.py; do not edit. -->\n'
+PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'detectors.md'
+BEGIN = '<!-- Made by tools/dev/make_pair_matrix.py; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
 FAMILIES = {
     'RetinaNet': 'retinanet/retinanet_r50_fpn_1x_coco.py',

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,21 +9,15 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from sklearn.datasets import load_digits
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'make_digits.py'
+from tools.dev import make_digits as tool
+
 OPTIONS = ['--train', '8', '--train-few', '3', '--val', '6', '--seed', '5']
 
 
 @pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('make_digits', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope='module')
-def root(tool, tmp_path_factory):
+def root(tmp_path_factory):
     out = tmp_path_factory.mktemp('digits') / 'a'
     tool.main(['--out', str(out), *OPTIONS])
     return out
@@ -44,7 +37,7 @@ def scene_annotations(root: Path, split: str):
         yield coco, image, coco.loadAnns(coco.getAnnIds(imgIds=image['id']))
 
 
-def test_same_options_give_the_same_files(tool, root, tmp_path):
+def test_same_options_give_the_same_files(root, tmp_path):
     tool.main(['--out', str(tmp_path / 'b'), *OPTIONS])
     assert files(root) == files(tmp_path / 'b')
     tool.main(['--out', str(tmp_path / 'c'), *OPTIONS[:-1], '6'])
@@ -52,7 +45,7 @@ def test_same_options_give_the_same_files(tool, root, tmp_path):
     assert other['img_dir/train/000000.png'] != files(root)['img_dir/train/000000.png']
 
 
-def test_a_scene_does_not_depend_on_how_many_there_are(tool, root, tmp_path):
+def test_a_scene_does_not_depend_on_how_many_there_are(root, tmp_path):
     options = ['--train', '4', '--train-few', '1', '--val', '2', '--seed', '5']
     tool.main(['--out', str(tmp_path / 'b'), *options])
     few, many = files(tmp_path / 'b'), files(root)
@@ -61,24 +54,18 @@ def test_a_scene_does_not_depend_on_how_many_there_are(tool, root, tmp_path):
     assert all(few[name] == many[name] for name in pictures)
 
 
-def test_no_digit_image_is_in_train_and_in_val(root):
+def test_digit_images_have_their_labels_and_are_in_train_or_in_val(root):
+    target = load_digits().target
     split = json.loads((root / 'digits.json').read_text())['digits']
     assert not set(split['train']) & set(split['val'])
     assert sorted(split['train'] + split['val']) == list(range(1797))
     for name in ('train', 'train-few', 'val'):
         listed = set(split[name.removesuffix('-few')])
-        annotations = json.loads((root / 'annotations' / f'{name}.json').read_text())
-        assert {a['digit'] for a in annotations['annotations']} <= listed
-
-
-def test_labels_are_those_of_the_digit_images(root):
-    from sklearn.datasets import load_digits
-
-    target = load_digits().target
-    for coco, _, anns in scene_annotations(root, 'train'):
-        for a in anns:
-            name = coco.loadCats(a['category_id'])[0]['name']
-            assert name == str(target[a['digit']])
+        for coco, _, anns in scene_annotations(root, name):
+            assert {a['digit'] for a in anns} <= listed
+            for a in anns:
+                label = coco.loadCats(a['category_id'])[0]['name']
+                assert label == str(target[a['digit']])
 
 
 @pytest.mark.parametrize('split', ['train', 'train-few', 'val'])
@@ -91,18 +78,12 @@ def test_coco_json_is_valid_and_boxes_are_tight(root, split):
         for a in anns:
             ink = coco.annToMask(a).astype(bool)
             ys, xs = np.nonzero(ink)
-            tight = [
-                xs.min(),
-                ys.min(),
-                xs.max() - xs.min() + 1,
-                ys.max() - ys.min() + 1,
-            ]
-            assert a['bbox'] == tight
+            left, top = xs.min(), ys.min()
+            assert a['bbox'] == [left, top, xs.max() - left + 1, ys.max() - top + 1]
             assert a['area'] == ink.sum()
             assert a['iscrowd'] == 0
             # Whole digits only: a box that touched the border could be cut off.
-            assert xs.min() > 0 and ys.min() > 0
-            assert xs.max() < 127 and ys.max() < 95
+            assert left > 0 and top > 0 and xs.max() < 127 and ys.max() < 95
             seen += 1
     assert seen >= 9
 
@@ -141,7 +122,7 @@ def test_lists_name_the_scenes(root):
                 assert (root / folder / part / f'{name}.png').exists()
 
 
-def test_made_once(tool, root, capsys):
+def test_made_once(root, capsys):
     picture = root / 'img_dir' / 'val' / '000000.png'
     before = picture.stat().st_mtime_ns
     tool.main(['--out', str(root), *OPTIONS])
@@ -149,14 +130,14 @@ def test_made_once(tool, root, capsys):
     assert picture.stat().st_mtime_ns == before
 
 
-def test_leaves_a_folder_of_others_alone(tool, tmp_path):
+def test_leaves_a_folder_of_others_alone(tmp_path):
     (tmp_path / 'mine.txt').write_text('mine')
     with pytest.raises(SystemExit, match='not made by this tool'):
         tool.main(['--out', str(tmp_path), *OPTIONS])
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 
-def test_options_that_cannot_work_are_refused(tool, capsys):
+def test_options_that_cannot_work_are_refused(capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(['--train', '3', '--train-few', '4'])
     assert 'make it smaller or --train larger' in capsys.readouterr().err

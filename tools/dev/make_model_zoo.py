@@ -1,6 +1,6 @@
 """Write the tables of docs/model_zoo.md from the metafiles.
 
-Run it after you change a metafile: python tools/make_model_zoo.py
+Run it after you change a metafile: python -m tools.dev.make_model_zoo
 """
 
 from __future__ import annotations
@@ -8,11 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
-from runs import replace_between
 
-ROOT = Path(__file__).resolve().parent.parent
+from tools.runs import replace_between
+
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'model_zoo.md'
-BEGIN = '<!-- Made by tools/make_model_zoo.py from the metafiles; do not edit. -->\n'
+BEGIN = (
+    '<!-- Made by tools/dev/make_model_zoo.py from the metafiles; do not edit. -->\n'
+)
 END = '<!-- End of what is made. -->\n'
 HEADER = '| Config | Student | Teacher | Result | Source |\n|---|---|---|---|---|\n'
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2] / 'tools'))
-
-from quickstart import PARTS, ROOT, TASKS, Part, finished_of, next_part
+from tools.dev.quickstart.__main__ import finished_of, next_part
+from tools.dev.quickstart.tasks import PARTS, ROOT, TASKS, Part
 
 
 def run(cwd: Path) -> str:
-    command = [sys.executable, str(ROOT / 'tools' / 'quickstart.py'), '--smoke']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'tools.dev.quickstart', '--smoke']
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run(
         command, cwd=cwd, env=env, check=True, capture_output=True, text=True
     )
@@ -61,8 +60,8 @@ def test_dry_run(tmp_path):
     assert 'seg + DIST: mIoU' in progress[: first.start()]
     assert 'det + DIST: AP' not in progress[: first.start()]
     assert 'seg + KL: mIoU' not in progress[: both.start()]
-    for said in (first, both):
-        progress = progress.replace(said.group(), '')
+    for line in (first, both):
+        progress = progress.replace(line.group(), '')
     steps = re.findall(r'^\[quickstart\] (\d+)/10 .*; \d+:\d\d', progress, re.M)
     assert len(steps) == progress.count('\n') + 1
     assert set(map(int, steps)) >= set(range(1, 11))
