@@ -102,7 +102,7 @@ class Recorder:
         first = OF_MODULE * [m is module for m in self._modules].index(True)
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
-                recorded = x.to(torch.promote_types(x.dtype, torch.float32))
+                recorded = x.view_as(x).to(torch.promote_types(x.dtype, torch.float32))
                 slot = min(first + min(i, OF_MODULE - 1), SLOTS - 1)
                 fork = Fork(x.view_as(x), recorded, slot)
                 self._forks.append(fork)
