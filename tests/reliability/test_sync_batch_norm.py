@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from watch import unlabel
 
-from mmdist.unlabelled import Part, counting
+from mmdist.data.unlabelled import Part, labelled_losses_only
 
 SEGMENTORS = {
     'PSPNet': 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024',
@@ -167,16 +167,18 @@ def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind)
 def norms_of_the_libraries() -> list[str]:
     """What torch's norm says, in a usual part of a batch and beside a labelled one."""
     said = []
-    for is_rest in (False, True):
+    for is_unlabelled in (False, True):
         norm = nn.SyncBatchNorm(3)
-        part = Part(torch.zeros(0), [], (not is_rest,), is_rest)
-        with counting(norm, part):
+        part = Part(torch.zeros(0), [], (not is_unlabelled,), is_unlabelled)
+        with labelled_losses_only(norm, part):
             try:
                 said.append(str(norm(torch.rand(2, 3, 4, 4)).shape))
             except ValueError as error:
                 said.append(str(error))
     mmcv = MMSyncBatchNorm(3)
-    with counting(nn.Sequential(mmcv), Part(torch.zeros(0), [], (False,), True)):
+    with labelled_losses_only(
+        nn.Sequential(mmcv), Part(torch.zeros(0), [], (False,), True)
+    ):
         said.append(mmcv.group_size)
     return [*said, mmcv.group_size]
 
