@@ -123,7 +123,7 @@ def report_pair(
     for name, teacher in model.teachers.items():
         report.line(with_name('teacher', name), _describe_model(teacher.model))
     for key, comparison in model.distill.items():
-        teacher = model.teachers[model._lessons[key].teacher].model
+        teacher = model.teachers[model.distill_terms[key].teacher].model
         ran = [module for module in parts(teacher) if module in seen.ran]
         theirs = _paths(comparison.teacher_modules(teacher) or ran, teacher)
         ours, pairs = _paths(comparison.student_modules(model), model), seen.pairs[key]

@@ -99,8 +99,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
     model.distill[key].max_rows = None  # of SegLogits: a map has all pixels
-    model._lessons = {key: model._lessons[key]}
-    teacher = model.teachers[model._lessons[key].teacher]
+    model.distill_terms = {key: model.distill_terms[key]}
+    teacher = model.teachers[model.distill_terms[key].teacher]
     if reason := cannot_score(teacher):
         raise ValueError(f'What the teacher predicts is not shown: {reason}.')
     return model.eval(), teacher, dataset
