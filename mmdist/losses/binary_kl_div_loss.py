@@ -14,8 +14,7 @@ from .correlations.common import check_teacher, compute_dtype
 class BinaryKLDivLoss(nn.Module):
     r"""Kullback-Leibler divergence of the student's sigmoids from the teacher's.
 
-    Each class is a Bernoulli variable, as it is in the head of a dense detector, where
-    a softmax over the classes would not say whether there is an object at all. With
+    Each class is a Bernoulli variable, as in the head of a dense detector. With
     :math:`p = \sigma(\text{logits} / \tau)` of student and teacher,
 
     .. math::

@@ -10,6 +10,9 @@ compute such scores in float64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,10 +49,41 @@ def correlations(
         ACTIVATIONS[settings.activation](logits.to(dtype) / settings.tau)
         for logits in (student, teacher)
     )
+    if settings.activation == 'identity' and settings.group is None:
+        student, teacher = in_range(student), in_range(teacher)
     return (
         inter_class_correlation(student, teacher, weight, settings),
         intra_class_correlation(student, teacher, weight, settings),
     )
+
+
+def differentiable_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    grads: Sequence[Tensor | None],
+) -> Tensor:
+    """The student's gradient, itself with a graph, from those of the two correlations;
+    for the fast paths under ``create_graph=True``."""
+    if settings.group is not None:
+        raise NotImplementedError(
+            'DISTLoss can be differentiated once only with `sync=True`. Leave out '
+            '`create_graph=True` or `sync`.'
+        )
+    corrs = correlations(student, teacher, mask, settings)
+    pairs = [(c, g.to(c)) for c, g in zip(corrs, grads, strict=True) if g is not None]
+    corrs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(corrs, student, grads, create_graph=True)[0]
+
+
+def in_range(scores: Tensor) -> Tensor:
+    """Divide scores, which changes no correlation, so that no square overflows;
+    ordinary ones by 1."""
+    if not scores.numel():
+        return scores
+    largest = torch.linalg.vector_norm(scores.detach(), math.inf)
+    return scores / (largest / torch.finfo(scores.dtype).max ** 0.4).clamp(min=1)
 
 
 def inter_class_correlation(
@@ -78,10 +112,8 @@ def inter_class_correlation(
 def intra_class_correlation(
     student: Tensor, teacher: Tensor, weight: Tensor | None, settings: Settings
 ) -> Tensor:
-    """Mean over the classes of the correlation of their rows (equation 9).
-
-    Args, shapes and dtypes are those of :func:`inter_class_correlation`.
-    """
+    """Mean over the classes of the correlation of their rows (equation 9); arguments
+    as above."""
     weight = None if weight is None else weight.unsqueeze(1)
     return pearson(student, teacher, 0, weight, settings).mean()
 
@@ -114,9 +146,11 @@ def pearson(
 
     count, sum_a, sum_b = total(torch.ones_like(a), a, b)
     # The sums below do not change to first order with the means (centred entries
-    # sum to 0), so the means need no gradient; over processes they must have none,
-    # as each process sees only its own part of that 0.
-    means = [x.detach() / count.clamp(min=1) for x in (sum_a, sum_b)]
+    # sum to 0), so the means need a gradient for second derivatives only; over
+    # processes they must have none, as each process sees only its own part of that 0.
+    means = [x / count.clamp(min=1) for x in (sum_a, sum_b)]
+    if settings.group is not None:
+        means = [mean.detach() for mean in means]
     a, b = (x - mean.unsqueeze(dim) for x, mean in zip((a, b), means, strict=True))
     var_a, cov, var_b = total(a * a, a * b, b * b)
     # not the square root of 0, whose gradient is infinite
@@ -126,4 +160,8 @@ def pearson(
     )
     constant = constant_a | constant_b
     norm_a, norm_b = (x.masked_fill(constant, 1).sqrt() for x in (var_a, var_b))
-    return (cov / (norm_a * norm_b + settings.eps)).masked_fill(constant, 0)
+    corr = (cov / (norm_a * norm_b + settings.eps)).masked_fill(constant, 0)
+    if settings.eps:
+        return corr
+    # of two scores it is 1 or -1, and the gradient nothing but rounding
+    return torch.where(count > 2, corr, corr.detach())
