@@ -22,9 +22,8 @@ class BinaryKLDivLoss(nn.Module):
             \sum_\text{classes} \left[ p^t \log \frac{p^t}{p^s}
             + (1 - p^t) \log \frac{1 - p^t}{1 - p^s} \right]
 
-    Source: Hinton et al., arXiv 1503.02531, section 2, for the loss and its
-    :math:`\tau^2`; Yang et al., ICCV 2023 (arXiv 2308.14286), for dense detectors that
-    are distilled by one sigmoid per class.
+    Source: Hinton et al., arXiv 1503.02531, section 2; Yang et al., ICCV 2023 (arXiv
+    2308.14286), for dense detectors that are distilled by one sigmoid per class.
 
     Args:
         tau: Temperature that divides the logits.

@@ -48,22 +48,19 @@ class DISTLoss(nn.Module):
     however small their probabilities are, and smaller logits of the student get larger
     gradients. In the first steps of a head that starts from scratch these outweigh the
     student's own losses by far; ``mmdist.DistillScheduleHook`` ramps the loss in by a
-    schedule, ``damping`` by the spread of the logits. The published code adds
-    ``eps=1e-8`` to the product of the norms. In a trained model that changes a
-    correlation by 1e-4 or less, but it exceeds the product itself for the scores of a
-    head just initialised (a RetinaNet and its copy then correlate at 0.5), and for
-    classes whose probabilities are below about 1e-6 in all rows.
+    schedule, ``damping`` by the spread of the logits. The ``eps=1e-8`` of the published
+    code changes a correlation of a trained model by 1e-4 or less, but it exceeds the
+    product of the norms for the scores of a head just initialised, and for classes
+    whose probabilities are below about 1e-6 in all rows.
 
     **Constant scores.** A row or class whose scores are constant has no relation: its
     correlation is 0 and gives no gradient. Constant are scores whose spread is at most
     1e-6 of their mean, which is what rounding leaves in fp32, or 1e-18. Of
-    probabilities near 1 the distance to 1 counts instead of the mean, so that a row of
-    sigmoids all near 1 has a relation like one of sigmoids all near 0, while its logits
-    are within 27 of 0. Two scores that differ correlate at 1 or -1, without gradient.
+    probabilities near 1 the distance to 1 counts instead of the mean, while logits are
+    within 27 of 0. Two scores that differ correlate at 1 or -1, without gradient.
 
     The loss is computed in fp32 (float64 logits in float64, and on the fast paths all
-    scores of which fp32 would keep too few digits), also under autocast. The teacher's
-    logits get no gradient.
+    scores of which fp32 would keep too few digits), also under autocast.
 
     Args:
         beta: Weight of the inter-class term. 0 leaves it out.
@@ -72,15 +69,12 @@ class DISTLoss(nn.Module):
         activation: How logits become probabilities: ``'softmax'`` over the classes,
             ``'sigmoid'``, or ``'identity'`` for scores that are to be compared as they
             are.
-        scale_by_tau: Multiply by ``tau ** 2``, as the published code does and the paper
-            does not.
+        scale_by_tau: Multiply by ``tau ** 2``: the published code does, not the paper.
         loss_weight: Weight of the loss.
-        sync: Correlate over the rows of all processes, not only over those of this one;
-            the gradient is right for DDP, which averages over processes. Every process
-            must call the loss equally often, if need be with no rows. Without
-            ``torch.distributed`` it changes nothing.
-        eps: Added to the product of the norms in a correlation; 1e-8 in the published
-            code, see above.
+        sync: Correlate over the rows of all processes; the gradient is right for DDP,
+            which averages over processes. Every process must call the loss equally
+            often, if need be with no rows.
+        eps: Added to the product of the norms in a correlation, see above.
         damping: While the standard deviation of the student's logits is below this
             multiple of the teacher's, the loss is multiplied by the ratio of the two,
             through which no gradient flows. 0, as published, leaves it out.
@@ -97,7 +91,7 @@ class DISTLoss(nn.Module):
             is negative.
 
     Example:
-        >>> student, teacher = torch.randn(2, 2, 80, 32, 32).unbind()
+        >>> student, teacher = torch.randn(2, 8, 80, 32, 32)
         >>> loss, inter, intra = DISTLoss(activation='sigmoid').terms(student, teacher)
     """
 
@@ -150,7 +144,7 @@ class DISTLoss(nn.Module):
         activation: str | None = None,
         beta: float | None = None,
     ) -> Terms:
-        """Compute the loss and the correlations of its terms.
+        """Compute the loss and the mean correlations.
 
         Args:
             student_logits: Floating point, shape (rows, classes) or
@@ -158,8 +152,8 @@ class DISTLoss(nn.Module):
             teacher_logits: The same shape.
             mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). Other
                 rows change nothing, whatever they hold. ``None`` where all count.
-            activation: For this call only, instead of the loss's own.
-            beta: For this call only, instead of the loss's own.
+            activation: Instead of the loss's own, for this call.
+            beta: Instead of the loss's own, for this call.
 
         Returns:
             The loss in fp32 (float64 for float64 logits), 0 with gradient 0 where no
@@ -167,9 +161,8 @@ class DISTLoss(nn.Module):
 
         Raises:
             TypeError: Logits are not floating point or the mask is not bool.
-            ValueError: Shapes do not fit, or the teacher's logits hold NaN or
-                inf in rows that count (on a GPU, where nothing waits for the
-                device, the error may surface at a later operation).
+            ValueError: Shapes do not fit, or the teacher's logits hold NaN or inf in
+                rows that count (on a GPU an error, at a later operation).
         """
         activation = check_activation(activation or self.activation)
         beta = self.beta if beta is None else beta
@@ -211,15 +204,16 @@ def spread(
     logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Standard deviation of the logits in all rows that count."""
-    if mask is None:
-        mask = torch.ones((), dtype=torch.bool, device=logits.device)
-    else:
-        mask = mask.reshape(len(logits), 1, *logits.shape[2:])
-    mask = mask.expand_as(logits)
-    logits = torch.where(mask, logits, 0)
-    count = sum_over_processes(mask.sum(), group).clamp(min=1)
+    count = torch.full((), logits.numel(), device=logits.device)
+    if mask is not None:
+        rows = mask.reshape(len(logits), 1, *logits.shape[2:])
+        logits = torch.where(rows, logits, 0)
+        count = rows.sum() * logits.shape[1]
+    count = sum_over_processes(count, group).clamp(min=1)
     mean = sum_over_processes(logits.sum(), group) / count
-    deviations = torch.where(mask, logits - mean, 0).square()
+    deviations = (logits - mean).square()
+    if mask is not None:
+        deviations = torch.where(rows, deviations, 0)
     return (sum_over_processes(deviations.sum(), group) / count).sqrt()
 
 

@@ -327,14 +327,10 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine tiles and processes, all in float64.
 
-    The exchanges and their order are those of the plain path, which another process may
-    take.
-
-    Args:
-        row_total: Sum of the correlations of the rows, and the number of rows.
-        counts: Rows of each tile that count, shape (tiles,).
-        sums: :func:`centred_sums` of the classes, shape (tiles, 5, classes).
-        settings: How they are correlated.
+    ``row_total`` holds the sum of the correlations of the rows and their number,
+    ``counts`` (tiles,) the rows of each tile, ``sums`` (tiles, 5, classes) the
+    :func:`centred_sums` of the classes. The exchanges and their order are those of the
+    plain path, which another process may take.
 
     Returns:
         ``row_total`` of all processes, the correlations of the classes, and the factors

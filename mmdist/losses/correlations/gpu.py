@@ -1,22 +1,17 @@
 """The fast path of DISTLoss on a GPU: that of ``cpu.py`` as Triton kernels.
 
-The formulas are those of ``cpu.py``, whose docstring derives them. Here a tile is all
-classes of ``BLOCK_ROWS`` rows, one program of the grid, and goes through the chip in
-blocks of ``BLOCK_CLASSES`` classes. The logits are read from memory once per direction,
-in the type they have; where softmax has to see all classes first, the second time they
-come from the cache.
+The formulas are those of ``cpu.py``. Here a tile is all classes of ``BLOCK_ROWS`` rows,
+one program of the grid, and goes through the chip in blocks of ``BLOCK_CLASSES``
+classes. The logits are read from memory once per direction, in the type they have;
+where softmax has to see all classes first, the second time they come from the cache.
 
-======================  ============================================================
-``_forward``            a program per tile: the correlations of its rows and the
-                        factors u, v, w of their gradient, and centred sums of classes
-``_combine``            a program per class: its sums over all tiles, and its factors
-``_backward``           a program per tile: the gradient
-======================  ============================================================
+``_forward``: a program per tile: the correlations of its rows and the factors u, v, w
+of their gradient, and centred sums of classes. ``_combine``: a program per class: its
+sums over all tiles, and its factors. ``_backward``: a program per tile: the gradient.
 
-Tiles whose scores are nearly constant (``cpu.FLAT``) are computed in float64. Which
-those are, only the device knows, and nothing waits for it: ``_forward`` and
-``_backward`` are started in fp32 and again in float64, and a program ends at once if
-its tile is not for it.
+Tiles that need it (``cpu.has_digits``) are computed in float64. Which those are, only
+the device knows, and nothing waits for it: ``_forward`` and ``_backward`` are started
+in fp32 and again in float64, and a program ends at once if its tile is not for it.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def correlations(
     dtype = compute_dtype(student, teacher)
     weight = None
     if mask is not None:
-        weight = mask.reshape(-1).to(dtype)
+        weight = mask.reshape(-1, 1).to(dtype)
         # before any arithmetic: 0 * nan is nan, in the gradient as well
-        out = mask.logical_not().reshape(-1, 1)
+        out = weight == 0
         student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
     check_teacher(teacher)
     student, teacher = (
@@ -51,10 +51,14 @@ def correlations(
     )
     if settings.activation == 'identity' and settings.group is None:
         student, teacher = in_range(student), in_range(teacher)
-    return (
-        inter_class_correlation(student, teacher, weight, settings),
-        intra_class_correlation(student, teacher, weight, settings),
-    )
+    # inter-class, equation 7: over the processes only the mean is taken
+    rows = pearson(student, teacher, 1, None, settings._replace(group=None))
+    count = torch.ones_like(rows) if weight is None else weight.squeeze(1)
+    sums = torch.stack([(count * rows).sum(), count.sum()])
+    total, count = sum_over_processes(sums, settings.group)
+    # intra-class, equation 9
+    classes = pearson(student, teacher, 0, weight, settings)
+    return total / count.clamp(min=1), classes.mean()
 
 
 def differentiable_gradient(
@@ -86,38 +90,6 @@ def in_range(scores: Tensor) -> Tensor:
     return scores / (largest / torch.finfo(scores.dtype).max ** 0.4).clamp(min=1)
 
 
-def inter_class_correlation(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, settings: Settings
-) -> Tensor:
-    """Mean over the rows of the correlation of their classes (equation 7).
-
-    Args:
-        student: Scores of shape (rows, classes), floating point.
-        teacher: Scores of the same shape.
-        weight: 1 where a row counts and 0 where it does not, shape (rows,); ``None``
-            where all do. Rows of weight 0 must be finite.
-        settings: How they are correlated; over the processes only the mean is taken.
-
-    Returns:
-        A 0-dim tensor; 0 where no row counts.
-    """
-    rows = pearson(student, teacher, 1, None, settings._replace(group=None))
-    weight = torch.ones_like(rows) if weight is None else weight
-    total, count = sum_over_processes(
-        torch.stack([(weight * rows).sum(), weight.sum()]), settings.group
-    )
-    return total / count.clamp(min=1)
-
-
-def intra_class_correlation(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, settings: Settings
-) -> Tensor:
-    """Mean over the classes of the correlation of their rows (equation 9); arguments
-    as above."""
-    weight = None if weight is None else weight.unsqueeze(1)
-    return pearson(student, teacher, 0, weight, settings).mean()
-
-
 def pearson(
     a: Tensor, b: Tensor, dim: int, weight: Tensor | None, settings: Settings
 ) -> Tensor:
@@ -129,13 +101,10 @@ def pearson(
     Args:
         a: Scores of shape (rows, classes), floating point.
         b: Scores of the same shape.
-        dim: The dimension that is correlated and disappears.
+        dim: 0 for the correlation of each class, 1 for that of each row.
         weight: 1 where an entry counts and 0 where it does not, broadcastable to
             ``a``; ``None`` where all do. Entries of weight 0 must be finite.
         settings: How they are correlated.
-
-    Returns:
-        Correlations, shape (classes,) for ``dim=0``, (rows,) for ``dim=1``.
     """
     if weight is None:
         weight = a.new_ones((1, 1))
