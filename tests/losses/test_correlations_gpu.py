@@ -110,17 +110,17 @@ def test_nothing_large_is_kept():
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """What is said of kernels that are not taken; nothing of them is known yet."""
+    """The warnings about kernels that are not taken; nothing of them is known yet."""
     correlations._problem_of_kernels.cache_clear()
     correlations._warn_once.cache_clear()
-    said = []
+    texts = []
 
     def print_log(text, logger, level):
         assert level == logging.WARNING
-        said.append(text)
+        texts.append(text)
 
     monkeypatch.setattr(correlations, 'print_log', print_log)
-    yield said
+    yield texts
     correlations._problem_of_kernels.cache_clear()
 
 
