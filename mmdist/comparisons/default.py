@@ -10,8 +10,8 @@ from mmdist.teachers import Teacher
 
 from .base import Comparison
 
-SEG, DENSE, ROI, QUERIES, BOXES = (
-    f'mmdist.{name}Logits' for name in ('Seg', 'Dense', 'RoI', 'Query', 'Box')
+SEG, DENSE, ROI, QUERIES = (
+    f'mmdist.{name}Logits' for name in ('Seg', 'Dense', 'RoI', 'Query')
 )
 DETECTIONS = 'mmdist.Detections'
 # The comparison of each family, by the class of the model.
@@ -54,8 +54,7 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
     """What is compared for a student and its teacher.
 
     It is the comparison of the student's family. If the teacher is no match, it is what
-    the teacher detects (``Detections``), and if that does not fit either, what it says
-    of the student's boxes (``BoxLogits``).
+    the teacher detects (``Detections``).
 
     Args:
         student: The student.
@@ -69,7 +68,7 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
     """
     own = default_for(student)['type']
     reasons: list[str] = []
-    for kind in (own, DETECTIONS, BOXES):
+    for kind in (own, DETECTIONS):
         comparison = MODELS.build(dict(type=kind))
         try:
             comparison.bind(student, teacher)
@@ -83,7 +82,7 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
             return comparison, reasons[0].split('. ')[0]
         return comparison, 'student and teacher are of one kind'
     raise ValueError(
-        f'{reasons[0]}\nNor can detections or boxes be compared. {reasons[1]} '
-        f'{reasons[2]}\nmmdist.Features compares feature maps of any two models, '
+        f'{reasons[0]}\nNor can detections be compared. {reasons[1]}\n'
+        'mmdist.Features compares feature maps of any two models, '
         "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
     )
