@@ -40,6 +40,8 @@ def test_links_and_paths_lead_somewhere(page):
             re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings
         ]
         assert not anchor or anchor in anchors, link
+    if page == 'CHANGELOG.md':  # it names what has been there
+        return
     # the tests that reliability.md names are relative to tests/
     names = r'(?:configs|docs|study|tests|tools)/[\w./-]+|[\w/]*test_\w+\.py'
     for path in re.findall(rf'(?:\bpython |`)({names})', text_of(page)):

@@ -14,8 +14,7 @@ from .correlations.common import check_teacher, compute_dtype
 class BinaryKLDivLoss(nn.Module):
     r"""Kullback-Leibler divergence of the student's sigmoids from the teacher's.
 
-    Each class is a Bernoulli variable, as it is in the head of a dense detector, where
-    a softmax over the classes would not say whether there is an object at all. With
+    Each class is a Bernoulli variable, as in the head of a dense detector. With
     :math:`p = \sigma(\text{logits} / \tau)` of student and teacher,
 
     .. math::
@@ -23,9 +22,8 @@ class BinaryKLDivLoss(nn.Module):
             \sum_\text{classes} \left[ p^t \log \frac{p^t}{p^s}
             + (1 - p^t) \log \frac{1 - p^t}{1 - p^s} \right]
 
-    Source: Hinton et al., arXiv 1503.02531, section 2, for the loss and its
-    :math:`\tau^2`; Yang et al., ICCV 2023 (arXiv 2308.14286), for dense detectors that
-    are distilled by one sigmoid per class.
+    Source: Hinton et al., arXiv 1503.02531, section 2; Yang et al., ICCV 2023 (arXiv
+    2308.14286), for dense detectors that are distilled by one sigmoid per class.
 
     Args:
         tau: Temperature that divides the logits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -17,14 +18,7 @@ from .correlations.plain import ACTIVATIONS
 
 
 class Terms(NamedTuple):
-    """What :meth:`DISTLoss.terms` gives, all 0-dim tensors.
-
-    Attributes:
-        loss: The loss, with its gradient.
-        inter: The mean inter-class correlation, detached; None where its term is left
-            out (weight 0).
-        intra: The mean intra-class correlation likewise.
-    """
+    """The loss, and the detached mean correlations, None for a term of weight 0."""
 
     loss: Tensor
     inter: Tensor | None
@@ -53,25 +47,20 @@ class DISTLoss(nn.Module):
     **Scale.** A correlation is scale-invariant: the same logits give a loss of 0
     however small their probabilities are, and smaller logits of the student get larger
     gradients. In the first steps of a head that starts from scratch these outweigh the
-    student's own losses by far. Where that holds a short training back,
-    ``mmdist.DistillScheduleHook`` ramps the loss in by a schedule, ``damping`` by the
-    spread of the logits. The published code adds
-    ``eps=1e-8`` to the product of the norms, which is larger than this product for the
-    scores of a head that was just initialised: a RetinaNet and its copy then correlate
-    at 0.5. In a trained model it changes little (of a correlation, 1e-4 or less), but
-    for classes whose probabilities are below about 1e-6 in all rows: with it they have
-    a correlation of 0, without it they are compared like any other.
+    student's own losses by far; ``mmdist.DistillScheduleHook`` ramps the loss in by a
+    schedule, ``damping`` by the spread of the logits. The ``eps=1e-8`` of the published
+    code changes a correlation of a trained model by 1e-4 or less, but it exceeds the
+    product of the norms for the scores of a head just initialised, and for classes
+    whose probabilities are below about 1e-6 in all rows.
 
     **Constant scores.** A row or class whose scores are constant has no relation: its
     correlation is 0 and gives no gradient. Constant are scores whose spread is at most
     1e-6 of their mean, which is what rounding leaves in fp32, or 1e-18. Of
-    probabilities near 1 the distance to 1 counts instead of the mean: a row that is
-    saturated as a whole, all its sigmoids near 0 or all near 1, has the same relation
-    in either case, while its logits are within 27 of 0.
+    probabilities near 1 the distance to 1 counts instead of the mean, while logits are
+    within 27 of 0. Two scores that differ correlate at 1 or -1, without gradient.
 
     The loss is computed in fp32 (float64 logits in float64, and on the fast paths all
-    scores of which fp32 would keep too few digits), also under autocast. The teacher's
-    logits get no gradient.
+    scores of which fp32 would keep too few digits), also under autocast.
 
     Args:
         beta: Weight of the inter-class term. 0 leaves it out.
@@ -80,25 +69,20 @@ class DISTLoss(nn.Module):
         activation: How logits become probabilities: ``'softmax'`` over the classes,
             ``'sigmoid'``, or ``'identity'`` for scores that are to be compared as they
             are.
-        scale_by_tau: Multiply by ``tau ** 2``, as the published code does and the paper
-            does not.
+        scale_by_tau: Multiply by ``tau ** 2``: the published code does, not the paper.
         loss_weight: Weight of the loss.
-        sync: Correlate over the rows of all processes, not only over those of this one;
-            the gradient is right for DDP, which averages over processes. Every process
-            must call the loss equally often, if need be with no rows. Without
-            ``torch.distributed`` it changes nothing.
-        eps: Added to the product of the norms in a correlation; 1e-8 in the published
-            code, see above.
+        sync: Correlate over the rows of all processes; the gradient is right for DDP,
+            which averages over processes. Every process must call the loss equally
+            often, if need be with no rows.
+        eps: Added to the product of the norms in a correlation, see above.
         damping: While the standard deviation of the student's logits is below this
             multiple of the teacher's, the loss is multiplied by the ratio of the two,
-            through which no gradient flows. Small logits then get gradients no larger
-            than logits of that spread. 0, as published, leaves it out.
+            through which no gradient flows. 0, as published, leaves it out.
 
     Attributes:
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
-            tensor on the device of the logits.
-        intra_corr: The same for the intra-class correlation. Both are 0 where no row
-            counted, and are known for a term of weight 0 too.
+            tensor; 0 where no row counted, and known for a term of weight 0 too.
+        intra_corr: The same for the intra-class correlation.
         path: How the correlations are computed, see
             :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
 
@@ -107,11 +91,8 @@ class DISTLoss(nn.Module):
             is negative.
 
     Example:
-        >>> loss = DISTLoss(activation='sigmoid')
-        >>> student = torch.randn(2, 80, 32, 32, requires_grad=True)
-        >>> teacher = torch.randn(2, 80, 32, 32)
-        >>> loss(student, teacher).backward()
-        >>> inter, intra = loss.inter_corr, loss.intra_corr
+        >>> student, teacher = torch.randn(2, 8, 80, 32, 32)
+        >>> loss, inter, intra = DISTLoss(activation='sigmoid').terms(student, teacher)
     """
 
     def __init__(
@@ -145,18 +126,11 @@ class DISTLoss(nn.Module):
         self.path = 'auto'
 
     def extra_repr(self) -> str:
-        return (
-            f'beta={self.beta}, gamma={self.gamma}, tau={self.tau}, '
-            f'activation={self.activation!r}, scale_by_tau={self.scale_by_tau}, '
-            f'loss_weight={self.loss_weight}, sync={self.sync}, eps={self.eps}, '
-            f'damping={self.damping}'
-        )
+        arguments = inspect.signature(type(self)).parameters
+        return ', '.join(f'{key}={getattr(self, key)!r}' for key in arguments)
 
     def forward(
-        self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
-        mask: Tensor | None = None,
+        self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Compute the loss: ``terms(...).loss``."""
         return self.terms(student_logits, teacher_logits, mask).loss
@@ -170,7 +144,7 @@ class DISTLoss(nn.Module):
         activation: str | None = None,
         beta: float | None = None,
     ) -> Terms:
-        """Compute the loss and the correlations of its terms.
+        """Compute the loss and the mean correlations.
 
         Args:
             student_logits: Floating point, shape (rows, classes) or
@@ -178,8 +152,8 @@ class DISTLoss(nn.Module):
             teacher_logits: The same shape.
             mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). Other
                 rows change nothing, whatever they hold. ``None`` where all count.
-            activation: For this call only, instead of the loss's own.
-            beta: For this call only, instead of the loss's own.
+            activation: Instead of the loss's own, for this call.
+            beta: Instead of the loss's own, for this call.
 
         Returns:
             The loss in fp32 (float64 for float64 logits), 0 with gradient 0 where no
@@ -187,15 +161,15 @@ class DISTLoss(nn.Module):
 
         Raises:
             TypeError: Logits are not floating point or the mask is not bool.
-            ValueError: Shapes do not fit, or the teacher's logits hold NaN or
-                inf in rows that count (on a GPU, where nothing waits for the
-                device, the error may surface at a later operation).
+            ValueError: Shapes do not fit, or the teacher's logits hold NaN or inf in
+                rows that count (on a GPU an error, at a later operation).
         """
         activation = check_activation(activation or self.activation)
         beta = self.beta if beta is None else beta
         check_inputs(student_logits, teacher_logits, mask)
         group = process_group() if self.sync else None
-        with torch.autocast(student_logits.device.type, enabled=False):
+        device = student_logits.device.type
+        with torch.autocast('cpu' if device == 'meta' else device, enabled=False):
             settings = Settings(activation, self.tau, self.eps, group)
             inter_corr, intra_corr = correlations(
                 student_logits, teacher_logits, mask, settings, self.path
@@ -212,7 +186,9 @@ class DISTLoss(nn.Module):
                     for logits in (student_logits, teacher_logits)
                 )
                 tiny = torch.finfo(dtype).tiny
-                scale = scale * (ours / (self.damping * theirs + tiny)).clamp(max=1)
+                ratio = ours / (self.damping * theirs + tiny)
+                # inf / inf of huge logits: no damping
+                scale = scale * ratio.nan_to_num(nan=1.0).clamp(max=1)
             terms = ((beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out the loss is 0, and still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
@@ -228,12 +204,11 @@ def spread(
     logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Standard deviation of the logits in all rows that count."""
+    count = torch.full((), logits.numel(), device=logits.device)
     if mask is not None:
         rows = mask.reshape(len(logits), 1, *logits.shape[2:])
         logits = torch.where(rows, logits, 0)
         count = rows.sum() * logits.shape[1]
-    else:
-        count = torch.full((), logits.numel(), device=logits.device)
     count = sum_over_processes(count, group).clamp(min=1)
     mean = sum_over_processes(logits.sum(), group) / count
     deviations = (logits - mean).square()
@@ -246,18 +221,14 @@ def any_row(
     logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor | bool:
     """Whether any row counts; a tensor where only the device knows."""
-    if mask is not None:
-        rows = mask.sum()
-    else:
-        rows = logits.shape[0] * math.prod(logits.shape[2:])
-        if group is None:
-            return rows > 0
+    rows = logits.numel() // max(logits.shape[1], 1) if mask is None else mask.sum()
+    if mask is None and group is not None:
         rows = torch.full((), rows, device=logits.device)
     return sum_over_processes(rows, group) > 0
 
 
 def check_activation(activation: str) -> str:
-    """Stop with a sentence where an activation is unknown; returns it."""
+    """Raise unless an activation is known; returns it."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f'DISTLoss does not know activation={activation!r}; choose one of '
@@ -267,7 +238,7 @@ def check_activation(activation: str) -> str:
 
 
 def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
-    """Stop with a sentence where the inputs of ``DISTLoss`` do not fit."""
+    """Raise unless the inputs of ``DISTLoss`` fit."""
     for name, logits in (('student', student), ('teacher', teacher)):
         if not logits.is_floating_point():
             raise TypeError(

@@ -311,31 +311,11 @@ def match_classes(
 
 
 def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
-    """The names that a checkpoint holds; None if there are none.
-
-    Raises:
-        ValueError: What it holds is no list of names.
-    """
-    meta = checkpoint.get('meta')
-    meta = meta if isinstance(meta, Mapping) else {}
-    of_data = meta.get('dataset_meta')
-    of_data = of_data if isinstance(of_data, Mapping) else {}
+    """The names in a checkpoint that ``load_checkpoint`` read; None if it has none."""
+    meta = checkpoint.get('meta') or {}
+    of_data = {k.lower(): v for k, v in (meta.get('dataset_meta') or {}).items()}
     # 'CLASSES': mmdet 2.x and mmseg 0.x.
-    for classes in (
-        of_data.get('classes'),
-        of_data.get('CLASSES'),
-        meta.get('CLASSES'),
-    ):
-        if classes is not None:
-            is_list = isinstance(classes, (str, list, tuple))
-            if not is_list or not all(isinstance(name, str) for name in classes):
-                raise ValueError(
-                    'The class names in the checkpoint of the teacher are no list of '
-                    f'names in the order of its columns, but {classes!r:.200}. Write '
-                    "one into its `meta['dataset_meta']['classes']`."
-                )
-            return as_list(classes) or None
-    return None
+    return as_list(of_data.get('classes') or meta.get('CLASSES') or ()) or None
 
 
 def class_names_of_config(config: Config) -> Sequence[str] | None:

@@ -14,11 +14,15 @@ PATHS = [
     'plain',
     'cpu',
     'cpu in many tiles',
+    # interpreted, each call takes long; the quick tests are in test_correlations_gpu.py
     pytest.param(
         'gpu',
-        marks=pytest.mark.skipif(
-            not INTERPRETED, reason='the kernels are compiled, these logits on a CPU'
-        ),
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(
+                not INTERPRETED, reason='kernels are compiled, these logits on a CPU'
+            ),
+        ],
     ),
 ]
 

@@ -8,6 +8,7 @@ That they compile is seen for GPUs that need not be there. `test_dist_loss.py` a
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import subprocess
@@ -33,9 +34,16 @@ def by_kernels(path='gpu', **kwargs) -> DISTLoss:
     return loss
 
 
-@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('name', NAMES)
+def quick_first(*parameters):
+    """All but the first combination are slow: interpreted, each takes a second."""
+    first, *others = itertools.product(*parameters)
+    return [first, *(pytest.param(*x, marks=pytest.mark.slow) for x in others)]
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'activation'),
+    quick_first(NAMES, SHAPES, ['softmax', 'sigmoid']),
+)
 def test_kernels_are_exact(name, shape, activation):
     student, teacher = (x.to(DEVICE) for x in prediction(name, shape))
     oracle = run(
@@ -48,9 +56,12 @@ def test_kernels_are_exact(name, shape, activation):
 
 
 @pytest.mark.parametrize(
-    'layout', ['channels last', 'a part of a larger one', 'expanded']
+    ('activation', 'layout'),
+    quick_first(
+        ['sigmoid', 'softmax'],
+        ['a part of a larger one', 'channels last', 'expanded'],
+    ),
 )
-@pytest.mark.parametrize('activation', ['softmax', 'sigmoid'])
 def test_layout_and_mask(activation, layout):
     student, teacher = (x.to(DEVICE) for x in prediction('ordinary', (2, 19, 6, 8)))
     mask = torch.rand((2, 6, 8), device=DEVICE) < 0.5
@@ -72,7 +83,9 @@ def test_layout_and_mask(activation, layout):
     assert_close((value, grad[mask]), oracle, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    'dtype', [torch.bfloat16, pytest.param(torch.half, marks=pytest.mark.slow)]
+)
 def test_half_precision_is_read_as_it_is(dtype):
     student, teacher = (x.to(DEVICE, dtype) for x in prediction('ordinary', SHAPES[0]))
     oracle = run(textbook.dist_loss, student.double(), teacher.double())
@@ -81,6 +94,7 @@ def test_half_precision_is_read_as_it_is(dtype):
     assert_close((value, grad), oracle, 1e-6, 1e-2)  # the gradient is rounded
 
 
+@pytest.mark.slow
 def test_nothing_large_is_kept():
     student, teacher = (x.to(DEVICE) for x in prediction('ordinary', (2, 40, 8, 16)))
     student.requires_grad_()
@@ -96,17 +110,17 @@ def test_nothing_large_is_kept():
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """What is said of kernels that are not taken; nothing of them is known yet."""
+    """The warnings about kernels that are not taken; nothing of them is known yet."""
     correlations._problem_of_kernels.cache_clear()
     correlations._warn_once.cache_clear()
-    said = []
+    texts = []
 
     def print_log(text, logger, level):
         assert level == logging.WARNING
-        said.append(text)
+        texts.append(text)
 
     monkeypatch.setattr(correlations, 'print_log', print_log)
-    yield said
+    yield texts
     correlations._problem_of_kernels.cache_clear()
 
 
@@ -115,19 +129,12 @@ def kernels_work(activation='softmax', dtype=torch.float32) -> bool:
     return correlations.kernels_work(device, dtype, torch.float32, activation)
 
 
-@pytest.mark.parametrize(
-    ('activation', 'dtype'),
-    [
-        ('softmax', torch.float32),
-        ('sigmoid', torch.bfloat16),
-        ('identity', torch.float16),
-        ('softmax', torch.float64),
-    ],
-)
-def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(
-    activation, dtype, warnings
-):
-    assert kernels_work(activation, dtype)
+@pytest.mark.slow
+def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(warnings):
+    assert kernels_work('softmax', torch.float32)
+    assert kernels_work('sigmoid', torch.bfloat16)
+    assert kernels_work('identity', torch.float16)
+    assert kernels_work('softmax', torch.float64)
     assert not warnings
 
 
@@ -152,7 +159,9 @@ def no_compiler(*args, **kwargs):
 @pytest.mark.parametrize(
     ('kernel', 'launch', 'message'),
     [
-        ('_backward', wrong_gradient, 'something else'),
+        pytest.param(
+            *('_backward', wrong_gradient, 'something else'), marks=pytest.mark.slow
+        ),
         ('_combine', no_compiler, 'do not run: cannot be compiled'),
     ],
 )
@@ -183,6 +192,7 @@ def test_a_full_gpu_is_no_answer(error, warnings, monkeypatch):
         patch.setattr(gpu, '_forward', Launcher(out_of_memory))
         assert not kernels_work()
         assert not kernels_work()
+    monkeypatch.setattr(gpu, 'correlations', correlations.plain.correlations)
     assert kernels_work()
     assert not warnings
 
@@ -234,6 +244,7 @@ def ptx(kernel, unit_stride='row', **constants):
 
 
 assert ptx(gpu._combine, ACTIVATION='softmax')
+assert ptx(gpu._forward, ACTIVATION='sigmoid', DTYPE=tl.float32, ONLY=-1, classes=1)
 cases = itertools.product(
     (gpu._forward, gpu._backward),
     ('softmax', 'sigmoid'),
@@ -249,11 +260,12 @@ for kernel, activation, unit_stride, (dtype, only) in cases:
 """
 
 
-@pytest.mark.parametrize('capability', [pytest.param(80, marks=pytest.mark.slow), 90])
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', ['80', '90'])
 def test_kernels_compile(capability, tmp_path):
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path))
     environment.pop('TRITON_INTERPRET', None)
-    code = [sys.executable, '-c', COMPILE, str(capability)]
+    code = [sys.executable, '-c', COMPILE, capability]
     subprocess.run(code, env=environment, check=True)
 
 

@@ -203,44 +203,26 @@ def test_both_terms_left_out(make_loss):
     assert value == 0 and (grad == 0).all()
 
 
+DEGENERATE = {
+    'constant rows': lambda x, y: x[::2].fill_(1.7),
+    'constant columns': lambda x, y: x[:, ::2].fill_(1.7),
+    'constant teacher': lambda x, y: y.fill_(0.3),
+    'zeros': lambda x, y: x.zero_(),
+    'saturated': lambda x, y: (x.sign_().mul_(1e4), y.sign_().mul_(1e4)),
+    'one saturated class': lambda x, y: (x[:, 0].fill_(1e4), y[:, 1].fill_(1e4)),
+    'a saturated row': lambda x, y: (x[0].fill_(1e4), y[1].fill_(-1e4)),
+}
+
+
 def degenerate(name):
-    g = torch.Generator().manual_seed(0)
-    x, y = torch.randn((2, 64, 9), generator=g) * 3
-    if name == 'constant rows':
-        x[::2] = 1.7
-    elif name == 'constant columns':
-        x[:, ::2] = 1.7
-    elif name == 'constant teacher':
-        y[:] = 0.3
-    elif name == 'zeros':
-        x[:] = 0
-    elif name == 'one row':
-        x, y = x[:1], y[:1]
-    elif name == 'one class':
-        x, y = x[:, :1], y[:, :1]
-    elif name == 'saturated':
-        x, y = x.sign() * 1e4, y.sign() * 1e4
-    elif name == 'one saturated class':
-        x[:, 0], y[:, 1] = 1e4, 1e4
-    elif name == 'a saturated row':
-        x[0], y[1] = 1e4, -1e4
+    shape = {'one row': (1, 9), 'one class': (64, 1)}.get(name, (64, 9))
+    x, y = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)) * 3
+    if name in DEGENERATE:
+        DEGENERATE[name](x, y)
     return x, y
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'constant rows',
-        'constant columns',
-        'constant teacher',
-        'zeros',
-        'one row',
-        'one class',
-        'saturated',
-        'one saturated class',
-        'a saturated row',
-    ],
-)
+@pytest.mark.parametrize('name', [*DEGENERATE, 'one row', 'one class'])
 def test_degenerate_input(make_loss, name):
     """In half precision, where most can go wrong; it is read as it is."""
     for activation in ('softmax', 'sigmoid', 'identity'):
@@ -365,6 +347,102 @@ def test_gradcheck(path, make_loss, kwargs, masked):
         student.requires_grad_(),
         fast_mode=path == 'gpu',  # one direction; interpreted, each call takes long
     )
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_second_derivative(make_loss, masked):
+    student, teacher = (torch.tensor(x) for x in logits((2, 4, 3, 2)))
+    mask = torch.tensor([1, 1, 0, 1, 1, 1] * 2).bool() if masked else None
+    for kwargs in (dict(activation='sigmoid', gamma=0.0), dict(tau=2.0)):
+        loss = make_loss(**kwargs)
+        assert torch.autograd.gradgradcheck(
+            lambda x, loss=loss: loss(x, teacher, mask),
+            student.requires_grad_(),
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize('activation', ['softmax', 'sigmoid', 'identity'])
+@pytest.mark.parametrize('shape', [(1000, 2), (2, 20), (2, 2)])
+def test_two_scores_have_no_gradient(make_loss, shape, activation):
+    """They correlate at 1 or -1, to whatever they change."""
+    student, teacher = map(np.float32, logits(shape, scale=0.1))
+    kwargs = dict(activation=activation)
+    if shape != (2, 2):
+        kwargs |= dict(beta=float(shape[1] == 2), gamma=float(shape[0] == 2))
+    value, grad = value_and_grad(
+        make_loss(**kwargs), student, teacher, None, torch.float32
+    )
+    assert not grad.any()
+    expected = published.dist_loss(student, teacher, **kwargs)
+    assert value == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e12, 1e19, 1e30])
+def test_huge_logits(path, make_loss, scale):
+    """Their squares are inf in fp32. A correlation is the same on any scale."""
+    student, teacher = (np.float32(x * scale) for x in logits((2, 5, 6)))
+    loss = make_loss(activation='identity')
+    value, grad = value_and_grad(loss, student, teacher, None, torch.float32)
+    oracle = published.value_and_gradient(student, teacher, 'identity')
+    assert value == pytest.approx(oracle[0], rel=1e-4)
+    grad, expected = grad.double().numpy() * scale, oracle[1] * scale
+    assert np.isfinite(grad).all()
+    if path != 'gpu' or scale < 1e15:  # it keeps factors of the gradient in fp32
+        np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-4)
+    for ours, theirs in ((student, teacher), (student / scale, teacher)):
+        loss = make_loss(activation='identity', damping=1.0)
+        value, grad = value_and_grad(loss, ours, theirs, None, torch.float32)
+        assert np.isfinite(value) and grad.isfinite().all()
+
+
+def test_teacher_and_mask_from_inference_mode():
+    student, teacher = logits((12, 5))
+    mask = np.arange(12) % 3 > 0
+    expected = value_and_grad(DISTLoss(), student, teacher, mask)
+    with torch.inference_mode():
+        teacher, mask = torch.tensor(teacher), torch.tensor(mask)
+        value = DISTLoss()(torch.tensor(student), teacher, mask)
+    assert value.item() == pytest.approx(expected[0])
+    student = torch.tensor(student, requires_grad=True)
+    DISTLoss()(student, teacher, mask).backward()
+    torch.testing.assert_close(student.grad, expected[1])
+
+
+def test_transforms_of_torch_func():
+    student, teacher = logits((3, 12, 5))
+    results = map(published.value_and_gradient, student, teacher)
+    values, grads, _ = (torch.tensor(np.array(x)) for x in zip(*results, strict=True))
+    student, teacher = torch.tensor(student), torch.tensor(teacher)
+    loss = DISTLoss()
+    torch.testing.assert_close(torch.func.vmap(loss)(student, teacher), values)
+    got = torch.func.vmap(torch.func.grad(loss))(student, teacher)
+    torch.testing.assert_close(got, grads)
+    got = torch.func.jvp(lambda x: loss(x, teacher[0]), (student[0],), (teacher[0],))
+    torch.testing.assert_close(got[1], (grads[0] * teacher[0]).sum())
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_meta_tensors(masked):
+    student, teacher = torch.empty((2, 2, 5, 8), device='meta').unbind()
+    mask = torch.ones((2, 8), dtype=torch.bool, device='meta') if masked else None
+    student.requires_grad_()
+    for kwargs in ({}, dict(damping=1.0, activation='identity')):
+        DISTLoss(**kwargs)(student, teacher, mask).backward()
+        assert student.grad.shape == student.shape
+
+
+def test_is_compiled_as_one_graph():
+    student, teacher = logits((12, 5))
+    mask = np.arange(12) % 3 > 0
+    expected = value_and_grad(DISTLoss(), student, teacher, mask)
+    loss = torch.compile(DISTLoss(), backend='eager', fullgraph=True)
+    value, grad = value_and_grad(loss, student, teacher, mask)
+    assert value == pytest.approx(expected[0])
+    torch.testing.assert_close(grad, expected[1])
+    teacher[1] = np.nan
+    with pytest.raises(RuntimeError, match='The teacher gave logits with NaN'):
+        value_and_grad(loss, student, teacher, mask)
 
 
 def test_teacher_gets_no_gradient(make_loss):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdist.losses import DISTLoss
+from mmdist.losses.correlations import gpu  # noqa: F401, a fork need not import it
 
 CLASSES = 6
 # by the number of processes: what their batches are like, and the loss
@@ -94,8 +95,14 @@ def processes():
             port = s.getsockname()[1]
         with torch.multiprocessing.Manager() as manager:
             results = manager.dict()
-            args = (world_size, port, results)
-            torch.multiprocessing.spawn(run, args, nprocs=world_size)
+            # a fork has all modules; not where a GPU may be in use
+            method = 'spawn' if torch.cuda.is_available() else 'fork'
+            torch.multiprocessing.start_processes(
+                run,
+                (world_size, port, results),
+                nprocs=world_size,
+                start_method=method,
+            )
             return dict(results)
 
     return start

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -16,24 +14,15 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.visualization import LocalVisBackend
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'compare.py'
-
 
 @pytest.fixture
-def compare(monkeypatch, capsys, tmp_path):
+def compare(run_tool):
     """Run the tool where the logs are; gives what it printed, or stopped with."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(TOOL.parent)
 
     def run(*args: str, ok: bool = True) -> str:
-        monkeypatch.setattr(sys, 'argv', ['compare.py', *args])
-        capsys.readouterr()
-        if ok:
-            runpy.run_path(str(TOOL), run_name='__main__')
-            return capsys.readouterr().out
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        return str(stopped.value)
+        ran = run_tool('compare', *args)
+        assert (ran.status == 0) == ok, ran.said
+        return ran.out if ok else ran.said
 
     return run
 
@@ -46,15 +35,9 @@ def write_log(
     correlation: float | None = None,
     timestamp: str = '20260101_000000',
 ) -> Path:
-    """The log of a run, by mmengine's own backend.
+    """The log of a run, by mmengine's own backend: the metric by step.
 
-    Args:
-        work_dir: Where the run was trained.
-        scores: The metric by step.
-        seed: In its config; None leaves it out.
-        metric: Key of the scores.
-        correlation: Logged as `dist_inter` and, less a tenth, as `dist_intra`.
-        timestamp: Folder of the run in the work dir.
+    ``correlation`` is logged as `dist_inter` and, less a tenth, as `dist_intra`.
     """
     folder = work_dir / timestamp / 'vis_data'
     folder.mkdir(parents=True)
@@ -102,8 +85,7 @@ def test_table_has_the_last_values_over_seeds_and_paired_differences(compare, tm
     assert width > 2 * height  # two panels
 
 
-def test_the_mean_is_drawn_at_the_steps_that_all_seeds_have(monkeypatch):
-    monkeypatch.syspath_prepend(TOOL.parent)
+def test_the_mean_is_drawn_at_the_steps_that_all_seeds_have(tools):
     from compare import draw_seeds
 
     axes = Figure().add_subplot()

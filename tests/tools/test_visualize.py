@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import runpy
-import sys
 from html import unescape
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +18,6 @@ from scipy.stats import pearsonr
 from mmdist import MODELS, Pair
 from mmdist.teachers.teacher import build_model, load_config
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'visualize.py'
-
 
 class Result(NamedTuple):
     status: int
@@ -31,50 +27,30 @@ class Result(NamedTuple):
 
 
 @pytest.fixture
-def visualize(monkeypatch, capsys, tmp_path):
-    """Run the tool in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(TOOL.parent)
+def visualize(run_tool, tmp_path):
+    """Run the tool."""
 
     def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, 'argv', ['visualize.py', *args, '--out', 'page'])
-        status, text = 0, ''
-        try:
-            runpy.run_path(str(TOOL), run_name='__main__')
-        except SystemExit as stopped:
-            status = stopped.code if isinstance(stopped.code, int) else 1
-            text = str(stopped.code)
-        text += capsys.readouterr().err
+        ran = run_tool('visualize', *args, '--out', 'page')
         file = tmp_path / 'page' / 'index.html'
         page = unescape(file.read_text()) if file.exists() else ''
         rows = re.findall(r'</i>\s*(\w+)</td><td>([-.\dna]+)</td>', page)
         found = {name: float(value) for name, value in rows}
-        return Result(status, ' '.join(text.split()), page, found)
+        return Result(ran.status, ran.said, page, found)
 
     return run
 
 
-@pytest.fixture(scope='module')
-def tool():
+@pytest.fixture
+def tool(tools):
     """The functions of the tool."""
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        import visualize
+    import visualize
 
-        yield visualize
-    finally:
-        sys.path.remove(str(TOOL.parent))
+    return visualize
 
 
 def write_pair(folder: Path, student: str, same: bool = False, distill: str = ''):
-    """Write the config of a pair and its two checkpoints.
-
-    Args:
-        folder: Where they go.
-        student: Text of the student's config, which is the teacher's as well.
-        same: Whether the student has the teacher's weights.
-        distill: What is compared; empty takes the default.
-    """
+    """Write the config of a pair, whose models are of one config, and checkpoints."""
     (folder / 'student.py').write_text(student)
     for name, seed in (('teacher', 1), ('student', 1 if same else 2)):
         torch.manual_seed(seed)

@@ -43,15 +43,15 @@ def correlations(
             logits it is always ``'plain'``.
 
     Returns:
-        The two correlations, 0-dim. Those of ``'cpu'`` and ``'gpu'`` are in float64 (so
-        that 1 - correlation keeps its digits) and can be differentiated once.
+        The two correlations, 0-dim; those of ``'cpu'`` and ``'gpu'`` are in float64, so
+        that 1 - correlation keeps its digits.
 
     Raises:
         ValueError: The teacher's logits hold NaN or inf in rows that count (on a GPU an
             error, at a later operation).
     """
     if path == 'auto':
-        path = choose_path(student, teacher, settings.activation)
+        path = choose_path(student, teacher, settings.activation, mask)
     if path == 'plain' or not student.numel():
         path = plain.correlations
     elif path == 'cpu':
@@ -63,9 +63,15 @@ def correlations(
     return path(student, teacher, mask, settings)
 
 
-def choose_path(student: Tensor, teacher: Tensor, activation: str) -> str:
+def choose_path(
+    student: Tensor, teacher: Tensor, activation: str, mask: Tensor | None = None
+) -> str:
     """The fastest path that works with these logits."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return 'plain'
+    # what autograd does not let a backward pass keep
+    inputs = [x for x in (student, teacher, mask) if x is not None]
+    if torch.is_grad_enabled() and any(x.is_inference() for x in inputs):
         return 'plain'
     devices = {student.device, teacher.device}
     if all(device.type == 'cpu' for device in devices):
@@ -100,7 +106,7 @@ def kernels_work(
 
 
 class _OutOfMemory(Exception):
-    pass
+    """The GPU had no memory left, which nothing caches."""
 
 
 @functools.cache
@@ -110,11 +116,7 @@ def _problem_of_kernels(
     teacher_dtype: torch.dtype,
     activation: str,
 ) -> str:
-    """What is wrong with the kernels, '' for nothing.
-
-    Raises:
-        _OutOfMemory: The GPU had no memory left, which nothing caches.
-    """
+    """What is wrong with the kernels, '' for nothing."""
     try:
         from . import gpu
 

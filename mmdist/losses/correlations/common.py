@@ -23,12 +23,8 @@ MIN_SCORE = 1e-18
 class Settings(NamedTuple):
     """How scores are correlated.
 
-    Args:
-        activation: ``'softmax'``, ``'sigmoid'`` or ``'identity'``.
-        tau: Temperature that divides the logits.
-        eps: Added to the product of the norms in a correlation.
-        group: Correlate over the rows of all processes of this group. ``None`` means
-            this process only.
+    The first three are arguments of ``DISTLoss``. Rows are correlated over all
+    processes of the group, without one over those of this process.
     """
 
     activation: str = 'softmax'
@@ -55,14 +51,8 @@ def is_constant(
 ) -> Tensor:
     """Where a vector of scores is constant, see ``MIN_SPREAD``.
 
-    Args:
-        var: Sums of the squared centred scores, any shape.
-        mean: Means of the scores, in the shape of ``var``.
-        count: Number of scores of a vector.
-        activation: What the scores come from.
-
-    Returns:
-        Bool, in the shape of ``var``.
+    ``var`` has the sums of the squared centred scores, ``mean`` and the result have its
+    shape, ``count`` is the number of scores of a vector.
     """
     size = mean.abs()
     if activation != 'identity' and var.dtype == torch.float64:
@@ -72,12 +62,9 @@ def is_constant(
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce that makes k processes one, under DDP's gradient averaging.
-
-    Every process computes the same loss from the sums and nothing else, so the
+    """Every process computes the same loss from the sums and nothing else, so the
     gradient with respect to the sums is known without communication. DDP divides
-    gradients by the number of processes; the factor here undoes that.
-    """
+    gradients by the number of processes; the factor here undoes that."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -92,16 +79,11 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum a tensor over the processes of a group.
+    """Sum a tensor, of one shape on every process, over the processes of a group.
 
-    Args:
-        tensor: Any shape, the same on every process.
-        group: ``None`` means this process only.
-
-    Returns:
-        The sum. Its gradient is such that the average over the processes of their
-        parameter gradients (what DDP computes) is the gradient of one process that
-        holds all the data. Each process must weigh the loss alike.
+    Without a group it is returned as it is. The gradient of the sum is such that the
+    average over the processes of their parameter gradients (what DDP computes) is the
+    gradient of one process that holds all the data, if all weigh the loss alike.
     """
     if group is None:
         return tensor
@@ -110,24 +92,27 @@ def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tenso
 
 
 def check_teacher(logits: Tensor) -> None:
-    """Stop where a teacher gave NaN or inf; without waiting for a GPU."""
+    """Raise unless a teacher's logits are finite; without waiting for a GPU."""
     if logits.numel() > 0:
         # NaN and inf show in the extremes, which need one pass and no copy
         raise_for_teacher(torch.stack(logits.aminmax()).isfinite().all())
 
 
 def raise_for_teacher(finite: Tensor) -> None:
-    """Stop where the teacher's logits were not finite (a bool tensor of one element).
+    """Raise unless the teacher's logits were finite (a bool tensor of one element).
+
+    Where the value can only be read later (on a GPU, compiled), so is the error raised,
+    as a RuntimeError; ``torch.func`` lets nobody read it.
 
     Raises:
-        ValueError: They hold NaN or inf. On a GPU an error, at a later operation.
+        ValueError: They hold NaN or inf.
     """
     message = (
         'The teacher gave logits with NaN or inf. Check that the images hold none, its '
         'checkpoint, and that its data_preprocessor (mean, std, channel order) is the '
         'one it was trained with; if it runs in fp16, run it in bf16 or fp32.'
     )
-    if finite.is_cuda:
+    if torch.compiler.is_compiling() or finite.device.type != 'cpu':
         torch._assert_async(finite, message)
-    elif not finite:
+    elif not (torch._C._are_functorch_transforms_active() or finite):
         raise ValueError(message)

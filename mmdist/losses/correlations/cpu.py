@@ -1,15 +1,13 @@
 """The fast path of DISTLoss on a CPU: the same two numbers, in few passes.
 
-Written out in autograd, the loss makes some thirty passes over tensors of the size
-of the logits and keeps a dozen of them for the backward pass. Here the logits are
-cut into tiles that stay in cache. Each is read twice, once per direction, and
-nothing of its size is kept but the gradient.
+In autograd the loss makes some thirty passes over tensors of the size of the logits and
+keeps a dozen of them. Here the logits are cut into tiles that stay in cache. Each is
+read once per direction, and nothing of its size is kept but the gradient.
 
-*Forward.* A tile holds all classes of some rows, so the correlation of a row (inter)
-is finished within it. The correlation of a class (intra) needs sums over all rows.
-Each tile is centred by its own means, so nothing cancels in fp32 as it does in
-``sum(x ** 2) - n * mean ** 2``, and the centred sums of the tiles are combined in
-float64 (Chan, Golub and LeVeque, 1983)::
+*Forward.* A tile holds all classes of some rows, so the correlation of a row (inter) is
+finished within it. That of a class (intra) needs sums over all rows. Each tile is
+centred by its own means, so nothing cancels in fp32, and the centred sums of the tiles
+are combined in float64 (Chan, Golub and LeVeque, 1983)::
 
     cov = sum over tiles i of  cov_i + n_i * (mean_i - mean) * (mean'_i - mean')
 
@@ -32,7 +30,7 @@ which then goes through the derivative of the activation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,17 +45,17 @@ from .common import (
     is_constant,
     sum_over_processes,
 )
+from .plain import differentiable_gradient
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward
 # pass needs five tensors of it, the backward pass one (two in half precision) and the
 # gradient.
-MIN_TILE, MAX_TILE = 200_000, 800_000
-SHARE = 1 / 16
+MIN_TILE, MAX_TILE, SHARE = 200_000, 800_000, 1 / 16
 
 # A spread (norm after centring / norm that centring takes) of which fp32 still gives
-# five digits
-FLAT = 1e-2
+# five digits, and a sum of squares that is far from overflowing it
+FLAT, LARGE = 1e-2, 1e20
 
 
 def correlations(
@@ -70,26 +68,17 @@ def correlations(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mmdist.losses.correlations.correlations`.
 
-    Args:
-        student: As there, and so are the others.
-        teacher: See there.
-        mask: See there.
-        settings: See there.
-        tile_size: Elements of a tile. ``None`` chooses by the size of the logits.
+    ``tile_size`` is the number of elements of a tile, chosen by that of the logits.
     """
-    small = (tile_size or MIN_TILE) // 8
-    student, teacher = by_image(student, small), by_image(teacher.detach(), small)
-    if mask is not None:
-        mask = mask.reshape(student.shape[0], -1)
+    inputs = by_image(student, teacher, mask, (tile_size or MIN_TILE) // 8)
     if tile_size is None:
         tile_size = min(max(SHARE * student.numel(), MIN_TILE), MAX_TILE)
-    return _Correlations.apply(student, teacher, mask, settings, tile_size)
+    return _Correlations.apply(*inputs, settings, tile_size)
 
 
 class _Correlations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, mask, settings, tile_size):
-        activation, tau, _, group = settings
         dtype = compute_dtype(student, teacher)
         places = tiles(student, tile_size)
         # apart, since the scores of a single tile are kept for the backward pass
@@ -104,46 +93,44 @@ class _Correlations(torch.autograd.Function):
             for tile_dtype in (dtype, torch.float64):
                 p, q = memory.like(s, tile_dtype)
                 spare = spare_memory.like(s, tile_dtype)
-                scores(s, keep, activation, tau, out=p)
-                scores(t, keep, activation, tau, out=q, check=check_teacher)
-                row_sums = sums_of_rows(p, q, activation, spare)
-                class_sums = sums_of_classes(p, q, keep, count, spare)
-                if not (is_flat(row_sums, len(p), keep) or is_flat(class_sums, count)):
+                scores(s, keep, settings, out=p)
+                scores(t, keep, settings, out=q, is_teacher=True)
+                mean = 1 / len(p) if settings.activation == 'softmax' else None
+                rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
+                classes = centred_sums(p, q, spare, 1, count, keep)
+                if has_digits(rows, len(p), keep) and has_digits(classes, count):
                     break
-            corr, u, v = correlation(row_sums, len(p), settings)
+            corr, u, v = correlation(rows, len(p), settings)
             corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
             kept = (p, q) if len(places) == 1 else ()
-            return _Tile(count, corr, class_sums.double(), (u, v, *kept))
+            return _Tile(count, corr, classes.double(), (u, v, *kept))
 
         done = [sums_of_tile(*place) for place in places]
         some = [x for x in done if x.count > 0]
-        # the same exchanges in the same order as the plain path, which another
-        # process may take
         counts = torch.tensor([x.count for x in some], dtype=torch.float64)
         row_total = torch.stack([x.corr for x in some] or [counts.sum()]).sum()
-        total = torch.stack([row_total, counts.sum()])
-        row_total, count = sum_over_processes(total, group)
-        count = count.clamp(min=1)
-        class_sums = combine(counts, [x.class_sums for x in some], student, group)
-        class_corr, u, v = correlation(class_sums, count, settings)
-        class_factors = torch.stack([u, v, v * class_sums[3] - u * class_sums[4]])
+        row_total = torch.stack([row_total, counts.sum()])
+        empty = counts.new_zeros((0, 5, student.shape[1]))
+        sums = torch.stack([x.class_sums for x in some]) if some else empty
+        row_total, class_corr, factors = combine(row_total, counts, sums, settings)
+        count = row_total[1].clamp(min=1)
         ctx.save_for_backward(student, teacher, mask)
         ctx.tiles = places, [x.saved for x in done]
-        ctx.settings = class_factors, count, settings
+        ctx.settings = factors, count, settings
         ctx.set_materialize_grads(False)
-        return row_total / count, class_corr.mean()
+        return row_total[0] / count, class_corr.mean()
 
     @staticmethod
-    def backward(ctx, grad_inter, grad_intra):
-        refuse_second_derivative()
+    def backward(ctx, *grads):
         student, teacher, mask = ctx.saved_tensors
-        class_factors, count, settings = ctx.settings
-        activation, tau, _, group = settings
-        # by the derivative of `logits / tau`, and as `sum_over_processes` does
-        scale = (1 if group is None else dist.get_world_size(group)) / tau
-        row_scale = 0.0 if grad_inter is None else float(grad_inter * scale / count)
-        class_scale = 0.0 if grad_intra is None else float(grad_intra * scale)
-        class_factors = class_factors * (class_scale / student.shape[1])
+        factors, count, settings = ctx.settings
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            grad = differentiable_gradient(student, teacher, mask, settings, grads)
+            return grad, None, None, None, None
+        scale = scale_of_gradient(settings)
+        row_scale, class_scale = (0.0 if g is None else float(g * scale) for g in grads)
+        row_scale /= float(count)
+        factors = factors * (class_scale / student.shape[1])
         grad = torch.empty_like(student)
         memory = Scratch(2)
 
@@ -154,40 +141,33 @@ class _Correlations(torch.autograd.Function):
             u_row, v_row, *kept = saved
             dtype = u_row.dtype
             u_row, v_row = u_row * row_scale, v_row * row_scale
-            u_class, v_class, w_class = class_factors.to(dtype).unsqueeze(-1)
+            u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
             keep = tile_mask(mask, image, part)
             s, t = (x[image, :, part] for x in (student, teacher))
             scratch, spare = memory.like(s, dtype)
             out = grad[image, :, part]
             g = out if out.dtype == dtype else spare
             # first all that needs q, then what needs p
-            q = kept[1] if kept else scores(t, keep, activation, tau, out=scratch)
+            q = kept[1] if kept else scores(t, keep, settings, out=scratch)
             torch.mul(q, u_row, out=g).addcmul_(q, u_class)
-            mean_q = row_mean(q, activation)
-            p = kept[0] if kept else scores(s, keep, activation, tau, out=scratch)
+            # softmax sends what all of a row share, w_row, to 0
+            softmax = settings.activation == 'softmax'
+            w_row = 0 if softmax else u_row * q.mean(0)
+            p = kept[0] if kept else scores(s, keep, settings, out=scratch)
             g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1)
             g.add_(w_class)
-            if activation == 'softmax':  # sends what all of a row share, w_row, to 0
+            if softmax:
                 g.mul_(p)
                 g.addcmul_(p, g.sum(0), value=-1)
             else:
-                g.add_(v_row * row_mean(p, activation) - u_row * mean_q)
-            if activation == 'sigmoid':
+                g.add_(v_row * p.mean(0) - w_row)
+            if settings.activation == 'sigmoid':
                 torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
             if keep is not None:
                 g.mul_(keep)
             if g is not out:
                 out.copy_(g)
         return grad, None, None, None, None
-
-
-def refuse_second_derivative() -> None:
-    """Stop a backward pass that is to be differentiated itself."""
-    if torch.is_grad_enabled():  # under `create_graph=True`
-        raise NotImplementedError(
-            'DISTLoss can be differentiated once only. Leave out `create_graph=True`, '
-            'or take this loss out of what is differentiated twice.'
-        )
 
 
 class _Tile(NamedTuple):
@@ -197,17 +177,22 @@ class _Tile(NamedTuple):
     saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
 
 
-def by_image(logits: Tensor, small: int) -> Tensor:
-    """View logits as (images, classes, positions), (rows, classes) as one image.
+def by_image(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, small: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """View logits as (images, classes, positions), the mask as (images, positions).
 
-    Images of fewer than ``small`` elements too: a tile for each would be all overhead.
+    (rows, classes) are one image, and so are images of fewer than ``small`` elements: a
+    tile for each would be all overhead. The teacher's logits are detached.
     """
-    if logits.ndim == 2:
-        return logits.t().unsqueeze(0)
-    images, classes = logits.shape[:2]
-    if images > 1 and logits[0].numel() < small:
-        return as_rows(logits).t().unsqueeze(0)
-    return logits.reshape(images, classes, -1)
+    views = []
+    for logits in (student, teacher.detach()):
+        images, classes = logits.shape[:2]
+        if logits.ndim == 2 or (images > 1 and logits[0].numel() < small):
+            views.append(as_rows(logits).t().unsqueeze(0))
+        else:
+            views.append(logits.reshape(images, classes, -1))
+    return *views, mask if mask is None else mask.reshape(len(views[0]), -1)
 
 
 class Scratch:
@@ -243,147 +228,133 @@ def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
 
 def tile_mask(mask: Tensor | None, image: int, part: slice) -> Tensor | None:
     """Which rows of a tile count, None where all do."""
-    if mask is None or mask[image, part].all():
-        return None
-    return mask[image, part]
+    keep = None if mask is None else mask[image, part]
+    return None if keep is None or keep.all() else keep
 
 
 def scores(
     logits: Tensor,
     keep: Tensor | None,
-    activation: str,
-    tau: float,
+    settings: Settings,
     out: Tensor,
-    check: Callable[[Tensor], None] | None = None,
+    is_teacher: bool = False,
 ) -> Tensor:
     """Put the scores of the logits (classes, rows) of a tile in ``out``; returns it."""
     out.copy_(logits)
     if keep is not None:  # before any arithmetic: 0 * nan is nan
         out.masked_fill_(keep.logical_not(), 0)
-    if check is not None and not math.isfinite(out.sum()):
-        check(out)
-    if tau != 1:
-        out.div_(tau)
-    if activation == 'sigmoid':
+    if is_teacher and not math.isfinite(out.sum()):
+        check_teacher(out)
+    if settings.tau != 1:
+        out.div_(settings.tau)
+    if settings.activation == 'sigmoid':
         out.sigmoid_()
-    elif activation == 'softmax':
-        if out.stride(0) == 1:  # torch is fast along the last dimension only
-            torch.softmax(out.t(), 1, out=out.t())
-        else:
-            torch.softmax(out, 0, out=out)
+    elif settings.activation == 'softmax':
+        # torch is fast along the last dimension only
+        x, dim = (out.t(), 1) if out.stride(0) == 1 else (out, 0)
+        torch.softmax(x, dim, out=x)
     return out
 
 
-def row_mean(p: Tensor, activation: str) -> Tensor | float:
-    """Mean score of each row of a tile."""
-    return 1 / len(p) if activation == 'softmax' else p.mean(0)
-
-
-def sums_of_rows(
-    p: Tensor, q: Tensor, activation: str, spare: Sequence[Tensor]
+def centred_sums(
+    p: Tensor,
+    q: Tensor,
+    spare: Sequence[Tensor],
+    dim: int,
+    count: int,
+    keep: Tensor | None = None,
+    mean: float | None = None,
 ) -> Tensor:
-    """Centred sums aa, ab, bb and means of p, q of each row, shape (5, rows)."""
-    a, b, ab = spare
-    means = [row_mean(x, activation) for x in (p, q)]
-    sums = p.new_empty((5, p.shape[1]))
-    sums[3], sums[4] = means
-    torch.sub(p, means[0], out=a)
-    torch.sub(q, means[1], out=b)
-    products(a, b, ab, 0, sums)
-    return sums
+    """Centred sums aa, ab, bb and means of the scores p, q (classes, rows) of a tile.
 
-
-def sums_of_classes(
-    p: Tensor, q: Tensor, keep: Tensor | None, count: int, spare: Sequence[Tensor]
-) -> Tensor:
-    """The same of each class, shape (5, classes)."""
+    They are of each row (``dim`` 0) or class (1), of ``count`` scores each, over the
+    rows to ``keep``; shape (5, rows) or (5, classes). ``mean`` is given where it is the
+    same for all. The three tensors in ``spare``, like ``p``, are overwritten.
+    """
     a, b, ab = spare
-    sums = p.new_empty((5, len(p)))
-    for x, centred, mean in ((p, a, sums[3]), (q, b, sums[4])):
-        counted = x if keep is None else torch.mul(x, keep, out=centred)
-        torch.sum(counted, 1, out=mean).div_(count)
-        torch.sub(x, mean.unsqueeze(1), out=centred)
+    sums = p.new_empty((5, p.shape[1 - dim]))
+    for x, centred, means in ((p, a, sums[3]), (q, b, sums[4])):
+        if mean is None:
+            counted = x if keep is None else torch.mul(x, keep, out=centred)
+            torch.sum(counted, dim, out=means).div_(count)
+        else:
+            means.fill_(mean)
+        torch.sub(x, means.unsqueeze(dim) if mean is None else mean, out=centred)
         if keep is not None:
             centred.mul_(keep)
-    products(a, b, ab, 1, sums)
+    torch.sum(torch.mul(a, b, out=ab), dim, out=sums[1])
+    torch.sum(a.mul_(a), dim, out=sums[0])
+    torch.sum(b.mul_(b), dim, out=sums[2])
     return sums
 
 
-def products(a: Tensor, b: Tensor, ab: Tensor, dim: int, out: Tensor) -> None:
-    """Put the sums of a * a, a * b and b * b in out[:3]. Overwrites all three."""
-    torch.sum(torch.mul(a, b, out=ab), dim, out=out[1])
-    torch.sum(a.mul_(a), dim, out=out[0])
-    torch.sum(b.mul_(b), dim, out=out[2])
-
-
-def is_flat(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
-    """Whether fp32 leaves the correlations of a tile too few digits.
+def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
+    """Whether fp32 leaves the correlations of a tile their digits; else it is computed
+    in float64.
 
     A score has a rounding error of 6e-8 of itself, which is 6e-8 / spread of what
-    centring leaves of it. Where that is too much in the root mean square over all rows
-    (or classes), the tile is computed in float64.
-
-    Args:
-        sums: Centred sums aa, ab, bb and means of p, q, shape (5, n).
-        count: Number of scores of a row (or class).
-        keep: Which of the rows count.
+    centring leaves of it. That may be too much in the root mean square over all rows
+    (or classes), and squares of huge scores overflow. Arguments: :func:`centred_sums`.
     """
-    inverse = sums[3:].square().mul_(count).div_(sums[0:3:2])
-    # all scores 0: nothing was rounded. And a NaN of the student is no matter of digits
-    inverse.nan_to_num_(nan=0, posinf=math.inf)
+    var = sums[0:3:2]
+    inverse = sums[3:].square().mul_(count).div_(var)
+    inverse.nan_to_num_(nan=0, posinf=math.inf)  # all scores 0: nothing was rounded
+    inverse.masked_fill_((var <= LARGE).logical_not_(), math.inf)  # NaN as well
     if keep is not None:
         inverse = inverse[:, keep]
-    return inverse.mean(1).amax().item() > FLAT**-2
+    return inverse.mean(1).amax().item() <= FLAT**-2
 
 
 def correlation(
     sums: Tensor, count: int | Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlations and the factors u, v of their gradient.
-
-    Args:
-        sums: Centred sums aa, ab, bb and means of p, q, shape (5, n).
-        count: Number of entries that were summed.
-        settings: How they are correlated.
-    """
+    """Correlations and the factors u, v of their gradient, from :func:`centred_sums` of
+    ``count`` scores each."""
     var, mean = sums[0:3:2], sums[3:]
     constant = is_constant(var, mean, count, settings.activation).any(0)
     norm_a, norm_b = var.sqrt()
     u = (norm_a * norm_b).add_(settings.eps).reciprocal_().masked_fill_(constant, 0)
     corr = sums[1] * u
+    if not settings.eps:
+        # two scores correlate at 1 or -1: the gradient would be nothing but rounding
+        u.mul_(count > 2)
     v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
     return corr, u, v
 
 
 def combine(
-    counts: Tensor,
-    sums: list[Tensor],
-    student: Tensor,
-    group: dist.ProcessGroup | None,
-) -> Tensor:
-    """Sums of the classes over all tiles (and processes).
+    row_total: Tensor, counts: Tensor, sums: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine tiles and processes, all in float64.
 
-    Args:
-        counts: Rows of each tile that count, float64, shape (tiles,).
-        sums: Theirs, float64, shape (5, classes).
-        student: The logits, for the number of classes.
-        group: As in ``Settings``.
+    ``row_total`` holds the sum of the correlations of the rows and their number,
+    ``counts`` (tiles,) the rows of each tile, ``sums`` (tiles, 5, classes) the
+    :func:`centred_sums` of the classes. The exchanges and their order are those of the
+    plain path, which another process may take.
 
     Returns:
-        Shape (5, classes).
+        ``row_total`` of all processes, the correlations of the classes, and the factors
+        u, v, w of their gradient, shape (3, classes).
     """
+    group = settings.group
+    row_total = sum_over_processes(row_total, group)
     if len(sums) == 1 and group is None:
-        return sums[0]
-    counts = counts.view(-1, 1, 1)
-    if sums:
-        sums = torch.stack(sums)
+        total = sums[0]
     else:
-        sums = counts.new_zeros((0, 5, student.shape[1]))
-    means = sums[:, 3:]
-    total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
-    total = sum_over_processes(total, group)
-    mean = total[1:] / total[0].clamp(min=1)
-    a, b = (means - mean).unbind(1)
-    between = torch.stack([a * a, a * b, b * b], 1) * counts
-    total = sum_over_processes((sums[:, :3] + between).sum(0), group)
-    return torch.cat([total, mean])
+        counts = counts.view(-1, 1, 1)
+        means = sums[:, 3:]
+        total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
+        total = sum_over_processes(total, group)
+        mean = total[1:] / total[0].clamp(min=1)
+        a, b = (means - mean).unbind(1)
+        between = torch.stack([a * a, a * b, b * b], 1) * counts
+        total = sum_over_processes((sums[:, :3] + between).sum(0), group)
+        total = torch.cat([total, mean])
+    corr, u, v = correlation(total, row_total[1].clamp(min=1), settings)
+    return row_total, corr, torch.stack([u, v, v * total[3] - u * total[4]])
+
+
+def scale_of_gradient(settings: Settings) -> float:
+    """What the derivatives of ``logits / tau`` and ``sum_over_processes`` multiply."""
+    group = settings.group
+    return (1 if group is None else dist.get_world_size(group)) / settings.tau

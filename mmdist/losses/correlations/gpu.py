@@ -1,28 +1,24 @@
 """The fast path of DISTLoss on a GPU: that of ``cpu.py`` as Triton kernels.
 
-The formulas are those of ``cpu.py``, whose docstring derives them. Here a tile is all
-classes of ``BLOCK_ROWS`` rows, one program of the grid, and goes through the chip in
-blocks of ``BLOCK_CLASSES`` classes. The logits are read from memory once per direction,
-in the type they have; where softmax has to see all classes first, the second time they
-come from the cache.
+The formulas are those of ``cpu.py``. Here a tile is all classes of ``BLOCK_ROWS`` rows,
+one program of the grid, and goes through the chip in blocks of ``BLOCK_CLASSES``
+classes. The logits are read from memory once per direction, in the type they have;
+where softmax has to see all classes first, the second time they come from the cache.
 
-======================  ============================================================
-``_forward``            a program per tile: the correlations of its rows and the
-                        factors u, v, w of their gradient, and centred sums of classes
-``_combine``            a program per class: its sums over all tiles, and its factors
-``_backward``           a program per tile: the gradient
-======================  ============================================================
+``_forward``: a program per tile: the correlations of its rows and the factors u, v, w
+of their gradient, and centred sums of classes. ``_combine``: a program per class: its
+sums over all tiles, and its factors. ``_backward``: a program per tile: the gradient.
 
-Tiles whose scores are nearly constant (``cpu.FLAT``) are computed in float64. Which
-those are, only the device knows, and nothing waits for it: ``_forward`` and
-``_backward`` are started in fp32 and again in float64, and a program ends at once if
-its tile is not for it.
+Tiles that need it (``cpu.has_digits``) are computed in float64. Which those are, only
+the device knows, and nothing waits for it: ``_forward`` and ``_backward`` are started
+in fp32 and again in float64, and a program ends at once if its tile is not for it.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from mmengine.utils import digit_version
@@ -35,16 +31,9 @@ from .common import (
     Settings,
     compute_dtype,
     raise_for_teacher,
-    sum_over_processes,
 )
-from .cpu import (
-    FLAT,
-    MIN_TILE,
-    by_image,
-    combine,
-    correlation,
-    refuse_second_derivative,
-)
+from .cpu import FLAT, LARGE, MIN_TILE, by_image, combine, scale_of_gradient
+from .plain import differentiable_gradient
 
 if digit_version(triton.__version__) < digit_version('3.1'):
     raise ImportError(f'Triton {triton.__version__} is older than 3.1')
@@ -70,19 +59,11 @@ def correlations(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mmdist.losses.correlations.correlations`; never waits for the device.
 
-    Args:
-        student: As there, and so are the others.
-        teacher: See there.
-        mask: See there.
-        settings: See there.
-        small_image: Images of fewer elements are copied into one.
+    Images of fewer than ``small_image`` elements are copied into one.
     """
-    student = by_image(student, small_image)
-    teacher = by_image(teacher.detach(), small_image)
-    if mask is not None:
-        mask = mask.reshape(student.shape[0], -1)
+    inputs = by_image(student, teacher, mask, small_image)
     with torch.cuda.device_of(student):  # on which a kernel is started
-        return _Correlations.apply(student, teacher, mask, settings)
+        return _Correlations.apply(*inputs, settings)
 
 
 class _Correlations(torch.autograd.Function):
@@ -102,14 +83,13 @@ class _Correlations(torch.autograd.Function):
         parts = triton.cdiv(positions, block_rows)
         tiles = images * parts
 
-        row_factors = student.new_empty((2, rows), dtype=dtype)
+        inputs = (student, teacher, student if mask is None else mask.view(torch.uint8))
+        new = functools.partial(student.new_empty, dtype=torch.float64)
+        row_factors = new((2, rows), dtype=dtype)
         # softmax sends to 0 what all classes of a row share
-        row_shift = student.new_empty(
-            0 if activation == 'softmax' else rows, dtype=torch.float64
-        )
-        tile_sums = student.new_empty((2, tiles), dtype=torch.float64)
-        tile_flags = student.new_empty((2, tiles), dtype=torch.int32)
-        class_sums = student.new_empty((classes, 5, tiles), dtype=torch.float64)
+        row_shift = new(0 if activation == 'softmax' else rows)
+        tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
+        tile_flags = new((2, tiles), dtype=torch.int32)
         arguments = dict(
             classes=classes,
             positions=positions,
@@ -124,115 +104,67 @@ class _Correlations(torch.autograd.Function):
             BLOCK_ROWS=block_rows,
         )
         # dtype, tiles of the forward pass, tiles of the backward pass
-        passes = [(dtype, EVERY_TILE, EVERY_TILE)]
+        passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
         if dtype == torch.float32:
-            passes = [
-                (torch.float32, EVERY_TILE, STEEP_TILES),
-                (torch.float64, FLAT_TILES, FLAT_TILES),
-            ]
+            passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
+            passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
+        outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
         for pass_dtype, only, _ in passes:
-            _forward[(tiles,)](
-                student,
-                teacher,
-                student if mask is None else mask.view(torch.uint8),
-                row_factors,
-                row_shift,
-                tile_sums,
-                tile_flags,
-                class_sums,
-                tiles,
-                rows,
-                EPS=float(eps),
-                ONLY=only,
-                DTYPE=TRITON_DTYPES[pass_dtype],
-                **arguments,
-            )
-        total = student.new_empty((5, classes), dtype=torch.float64)
-        class_corr = student.new_empty(classes, dtype=torch.float64)
-        class_factors = student.new_empty((3, classes), dtype=torch.float64)
-        row_total = student.new_empty(2, dtype=torch.float64)
-        finite = student.new_empty(1, dtype=torch.bool)
+            constants = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
+            _forward[(tiles,)](*inputs, *outputs, tiles, rows, **constants, **arguments)
+        total, class_corr, factors = (
+            new(size) for size in ((5, classes), classes, (3, classes))
+        )
+        row_total, finite = new(2), new(1, dtype=torch.uint8)
+        outputs = (total, class_corr, factors, row_total, finite)
+        constants = dict(ACTIVATION=activation, EPS=float(eps), BLOCK_TILES=BLOCK_TILES)
         _combine[(classes,)](
-            tile_sums,
-            tile_flags,
-            class_sums,
-            total,
-            class_corr,
-            class_factors,
-            row_total,
-            finite.view(torch.uint8),
-            tiles,
-            classes,
-            ACTIVATION=activation,
-            EPS=float(eps),
-            BLOCK_TILES=BLOCK_TILES,
+            tile_sums, tile_flags, class_sums, *outputs, tiles, classes, **constants
         )
-        raise_for_teacher(finite)
+        raise_for_teacher(finite.view(torch.bool))
         if group is not None:
-            # the same exchanges in the same order as the other paths
-            here = row_total[1:]
-            row_total = sum_over_processes(row_total, group)
-            total = combine(here, [total], student, group)
-            count = row_total[1].clamp(min=1)
-            class_corr, u, v = correlation(total, count, settings)
-            class_factors = torch.stack([u, v, v * total[3] - u * total[4]])
-        ctx.save_for_backward(
-            student,
-            teacher,
-            mask,
-            row_factors,
-            row_shift,
-            class_factors,
-            row_total,
-            tile_flags,
-        )
-        ctx.arguments = arguments, passes
-        # by the derivative of `logits / tau`, and as `sum_over_processes` does
-        ctx.scale = (1 if group is None else dist.get_world_size(group)) / tau
+            row_total, class_corr, factors = combine(
+                row_total, row_total[1:], total.unsqueeze(0), settings
+            )
+        saved = (row_factors, row_shift, factors, row_total, tile_flags)
+        ctx.save_for_backward(student, teacher, mask, *saved)
+        ctx.arguments = arguments, passes, settings
         return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
 
     @staticmethod
-    def backward(ctx, grad_inter, grad_intra):
-        refuse_second_derivative()
-        student, teacher, mask, *saved, tile_flags = ctx.saved_tensors
-        arguments, passes = ctx.arguments
+    def backward(ctx, *grads):
+        student, teacher, mask, *saved = ctx.saved_tensors
+        arguments, passes, settings = ctx.arguments
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            inputs = (student, teacher, mask, settings)
+            return differentiable_gradient(*inputs, grads), None, None, None
+        inputs = (student, teacher, student if mask is None else mask.view(torch.uint8))
         grad = torch.empty_like(student)
+        arguments |= strides('grad', grad, 'image', 'class', 'row')
+        scale, rows = scale_of_gradient(settings), saved[0].shape[1]
         for dtype, _, only in passes:
-            _backward[(tile_flags.shape[1],)](
-                student,
-                teacher,
-                student if mask is None else mask.view(torch.uint8),
-                *saved,
-                tile_flags,
-                grad_inter,
-                grad_intra,
-                grad,
-                saved[0].shape[1],
-                **strides('grad', grad, 'image', 'class', 'row'),
-                SCALE=ctx.scale,
-                ONLY=only,
-                DTYPE=TRITON_DTYPES[dtype],
-                **arguments,
+            constants = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
+            _backward[(saved[-1].shape[1],)](
+                *inputs, *saved, *grads, grad, rows, **constants, **arguments
             )
         return grad, None, None, None
 
 
 def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
     """The strides of a tensor by the names that the kernels give them."""
-    values = [0] * len(dims)
-    if tensor is not None:
-        # that of a single image means nothing, and would only ask for another kernel
-        sizes = zip(tensor.shape, tensor.stride(), strict=True)
-        values = [0 if size == 1 else stride for size, stride in sizes]
-    return {f'{name}_{dim}': x for dim, x in zip(dims, values, strict=True)}
+    if tensor is None:
+        return {f'{name}_{dim}': 0 for dim in dims}
+    # that of a single image means nothing, and would only ask for another kernel
+    sizes = zip(dims, tensor.shape, tensor.stride(), strict=True)
+    return {f'{name}_{dim}': 0 if n == 1 else stride for dim, n, stride in sizes}
 
 
-TRITON_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 # A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
 # from step to step where the number of rows does, and gain nothing by it.
 COUNTS = ('parts', 'tiles', 'number_of_rows')
 # numbers that a kernel can read
 _FLAT_SQUARED = tl.constexpr(FLAT**2)
+_LARGE = tl.constexpr(LARGE)
 _MIN_SPREAD = tl.constexpr(MIN_SPREAD)
 _MIN_DISTANCE = tl.constexpr(MIN_DISTANCE)
 _MIN_SCORE = tl.constexpr(MIN_SCORE)
@@ -270,11 +202,13 @@ def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
 
 
 @triton.jit
-def _normaliser(
-    rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-    BLOCK_ROWS,
+def _side(
+    logits, image_stride, stride, row_stride, image, position, classes, exists, keep,
+    ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
 ):
-    """Largest logit of each row and the sum of exp(logit - largest), for softmax."""
+    """Where the rows of a tile are in the student's or the teacher's logits and, for
+    softmax, the largest logit of each and the sum of exp(logit - largest)."""
+    rows = logits + image * image_stride + position.to(tl.int64) * row_stride
     largest = tl.full([BLOCK_ROWS], float('-inf'), DTYPE)
     total = tl.zeros([BLOCK_ROWS], DTYPE)
     if ACTIVATION == 'softmax':
@@ -287,7 +221,7 @@ def _normaliser(
             new = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), 0)
             largest = new
-    return largest, total
+    return rows, largest, total
 
 
 @triton.jit
@@ -311,8 +245,7 @@ def _scores(
 def _centred_sums(p, q, counts, number, AXIS: tl.constexpr):
     """Means and centred sums aa, ab, bb of a block along an axis."""
     number = tl.maximum(number, 1)
-    mean_p = tl.sum(p, AXIS) / number
-    mean_q = tl.sum(q, AXIS) / number
+    mean_p, mean_q = tl.sum(p, AXIS) / number, tl.sum(q, AXIS) / number
     a = tl.where(counts, p - tl.expand_dims(mean_p, AXIS), 0)
     b = tl.where(counts, q - tl.expand_dims(mean_q, AXIS), 0)
     return mean_p, mean_q, tl.sum(a * a, AXIS), tl.sum(a * b, AXIS), tl.sum(b * b, AXIS)
@@ -333,21 +266,22 @@ def _correlation(aa, ab, bb, mean_p, mean_q, number, ACTIVATION, DTYPE, EPS):
     """Correlation and the factors u, v of its gradient, in float64."""
     constant = _is_constant(aa, mean_p, number, ACTIVATION, DTYPE)
     constant |= _is_constant(bb, mean_q, number, ACTIVATION, DTYPE)
-    norm_a = tl.sqrt(aa)
-    norm_b = tl.sqrt(bb)
+    norm_a, norm_b = tl.sqrt(aa), tl.sqrt(bb)
     u = tl.where(constant, 0, 1 / (tl.where(constant, 1, norm_a * norm_b) + EPS))
     corr = ab * u
+    if EPS == 0:  # as in `cpu.correlation`
+        u = tl.where(constant | (number <= 2), 0, u)
     v = corr * u * norm_b / tl.where(constant, 1, norm_a)
     return corr, u, v
 
 
 @triton.jit
 def _flatness(aa, mean, number, counts):
-    """Sum over rows (or classes) of (mean / spread)^2."""
+    """Sum over rows (or classes) of (mean / spread)^2, inf for huge scores."""
     flatness = number * mean * mean / aa
-    # where all scores are 0 nothing was rounded; a NaN is no matter of digits
-    flatness = tl.where(counts & (flatness == flatness), flatness, 0)
-    return tl.sum(flatness, 0).to(tl.float32)
+    flatness = tl.where(flatness == flatness, flatness, 0)  # all scores are 0
+    flatness = tl.where(aa <= _LARGE, flatness, float('inf'))  # NaN as well
+    return tl.sum(tl.where(counts, flatness, 0), 0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -366,27 +300,19 @@ def _forward(
     image, position, exists, keep = _rows(
         tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
     )
-    s_rows = student + image * student_image + position.to(tl.int64) * student_row
-    t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
-    s_largest, s_total = _normaliser(
-        s_rows, student_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    s_rows, s_largest, s_total = _side(
+        student, student_image, student_class, student_row, image, position, classes,
+        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
     )
-    t_largest, t_total = _normaliser(
-        t_rows, teacher_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    t_rows, t_largest, t_total = _side(
+        teacher, teacher_image, teacher_class, teacher_row, image, position, classes,
+        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
     )
 
     count = tl.sum(keep.to(tl.int32), 0)
-    seen = tl.zeros([BLOCK_ROWS], DTYPE)
-    mean_p = tl.zeros([BLOCK_ROWS], DTYPE)
-    mean_q = tl.zeros([BLOCK_ROWS], DTYPE)
-    aa = tl.zeros([BLOCK_ROWS], DTYPE)
-    ab = tl.zeros([BLOCK_ROWS], DTYPE)
-    bb = tl.zeros([BLOCK_ROWS], DTYPE)
-    bad = 0
-    flat_p = 0.0
-    flat_q = 0.0
+    zero = tl.zeros([BLOCK_ROWS], DTYPE)
+    seen, mean_p, mean_q, aa, ab, bb = zero, zero, zero, zero, zero, zero
+    bad, flat_p, flat_q = 0, 0.0, 0.0
     for first in range(0, classes, BLOCK_CLASSES):
         p, counts, _ = _scores(
             s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
@@ -408,8 +334,7 @@ def _forward(
         share = size / (seen + size)
         between = seen * share
         seen += size
-        d_p = block_p - mean_p
-        d_q = block_q - mean_q
+        d_p, d_q = block_p - mean_p, block_q - mean_q
         mean_p += d_p * share
         mean_q += d_q * share
         aa += block_aa + d_p * d_p * between
@@ -438,8 +363,7 @@ def _forward(
         tl.store(tile_flags + tile, flat.to(tl.int32))
         tl.store(tile_flags + tiles + tile, bad)
 
-    mean_p = mean_p.to(tl.float64)
-    mean_q = mean_q.to(tl.float64)
+    mean_p, mean_q = mean_p.to(tl.float64), mean_q.to(tl.float64)
     corr, u, v = _correlation(
         aa.to(tl.float64), ab.to(tl.float64), bb.to(tl.float64), mean_p, mean_q,
         classes, ACTIVATION, DTYPE, EPS,
@@ -447,8 +371,7 @@ def _forward(
     tl.store(tile_sums + tile, tl.sum(tl.where(keep, corr, 0), 0))
     tl.store(tile_sums + tiles + tile, count.to(tl.float64))
     row = image * positions + position
-    u = u.to(row_factors.dtype.element_ty)
-    v = v.to(row_factors.dtype.element_ty)
+    u, v = u.to(row_factors.dtype.element_ty), v.to(row_factors.dtype.element_ty)
     tl.store(row_factors + row, u, mask=exists)
     tl.store(row_factors + number_of_rows + row, v, mask=exists)
     if ACTIVATION != 'softmax':
@@ -460,16 +383,13 @@ def _forward(
 @triton.jit(do_not_specialize=COUNTS)
 def _combine(
     tile_sums, tile_flags, class_sums, total, class_corr, class_factors, row_total,
-    finite,
-    tiles, classes,
+    finite, tiles, classes,
     ACTIVATION: tl.constexpr, EPS: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):
     index = tl.program_id(0)
     sums = class_sums + index.to(tl.int64) * 5 * tiles
-    counts = tl.zeros([BLOCK_TILES], tl.float64)
-    sum_p = tl.zeros([BLOCK_TILES], tl.float64)
-    sum_q = tl.zeros([BLOCK_TILES], tl.float64)
-    corr = tl.zeros([BLOCK_TILES], tl.float64)
+    zero = tl.zeros([BLOCK_TILES], tl.float64)
+    counts, sum_p, sum_q, corr = zero, zero, zero, zero
     bad = tl.zeros([BLOCK_TILES], tl.int32)
     for first in range(0, tiles, BLOCK_TILES):
         tile = first + tl.arange(0, BLOCK_TILES)
@@ -482,12 +402,9 @@ def _combine(
         bad += tl.load(tile_flags + tiles + tile, mask=there, other=0)
     count = tl.sum(counts, 0)
     number = tl.maximum(count, 1)
-    mean_p = tl.sum(sum_p, 0) / number
-    mean_q = tl.sum(sum_q, 0) / number
+    mean_p, mean_q = tl.sum(sum_p, 0) / number, tl.sum(sum_q, 0) / number
 
-    sum_aa = tl.zeros([BLOCK_TILES], tl.float64)
-    sum_ab = tl.zeros([BLOCK_TILES], tl.float64)
-    sum_bb = tl.zeros([BLOCK_TILES], tl.float64)
+    sum_aa, sum_ab, sum_bb = zero, zero, zero
     for first in range(0, tiles, BLOCK_TILES):
         tile = first + tl.arange(0, BLOCK_TILES)
         there = tile < tiles
@@ -497,9 +414,7 @@ def _combine(
         sum_aa += tl.load(sums + tile, mask=there, other=0) + n * d_p * d_p
         sum_ab += tl.load(sums + tiles + tile, mask=there, other=0) + n * d_p * d_q
         sum_bb += tl.load(sums + 2 * tiles + tile, mask=there, other=0) + n * d_q * d_q
-    aa = tl.sum(sum_aa, 0)
-    ab = tl.sum(sum_ab, 0)
-    bb = tl.sum(sum_bb, 0)
+    aa, ab, bb = tl.sum(sum_aa, 0), tl.sum(sum_ab, 0), tl.sum(sum_bb, 0)
 
     tl.store(total + index, aa)
     tl.store(total + classes + index, ab)
@@ -517,22 +432,6 @@ def _combine(
         tl.store(row_total, tl.sum(corr, 0))
         tl.store(row_total + 1, count)
         tl.store(finite, tl.sum(bad, 0) == 0)
-
-
-@triton.jit
-def _gradient(
-    p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes, DTYPE,
-    BLOCK_CLASSES,
-):
-    """Gradient with respect to the scores of a block."""
-    index = first + tl.arange(0, BLOCK_CLASSES)
-    there = index < classes
-    u = tl.load(class_factors + index, mask=there, other=0) * class_scale
-    v = tl.load(class_factors + classes + index, mask=there, other=0) * class_scale
-    w = tl.load(class_factors + 2 * classes + index, mask=there, other=0) * class_scale
-    g = (u_row[None, :] + u.to(DTYPE)[:, None]) * q
-    g -= (v_row[None, :] + v.to(DTYPE)[:, None]) * p
-    return g + (w_row[None, :] + w.to(DTYPE)[:, None])
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -553,67 +452,56 @@ def _backward(
     image, position, exists, keep = _rows(
         tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
     )
-    s_rows = student + image * student_image + position.to(tl.int64) * student_row
-    t_rows = teacher + image * teacher_image + position.to(tl.int64) * teacher_row
     g_rows = grad + image * grad_image + position.to(tl.int64) * grad_row
-    s_largest, s_total = _normaliser(
-        s_rows, student_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    s_rows, s_largest, s_total = _side(
+        student, student_image, student_class, student_row, image, position, classes,
+        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
     )
-    t_largest, t_total = _normaliser(
-        t_rows, teacher_class, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    t_rows, t_largest, t_total = _side(
+        teacher, teacher_image, teacher_class, teacher_row, image, position, classes,
+        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
     )
     row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
     class_scale = tl.load(grad_intra) * SCALE / classes
     row = image * positions + position
     u_row = tl.load(row_factors + row, mask=keep, other=0).to(DTYPE)
     v_row = tl.load(row_factors + number_of_rows + row, mask=keep, other=0).to(DTYPE)
-    u_row = u_row * row_scale.to(DTYPE)
-    v_row = v_row * row_scale.to(DTYPE)
-    w_row = tl.zeros([BLOCK_ROWS], DTYPE)
+    u_row, v_row = u_row * row_scale.to(DTYPE), v_row * row_scale.to(DTYPE)
+    w_row, dot = tl.zeros([BLOCK_ROWS], DTYPE), tl.zeros([BLOCK_ROWS], DTYPE)
     if ACTIVATION != 'softmax':
         w_row = tl.load(row_shift + row, mask=keep, other=0) * row_scale
         w_row = w_row.to(DTYPE)
 
-    dot = tl.zeros([BLOCK_ROWS], DTYPE)
-    if ACTIVATION == 'softmax':
+    # softmax has to see all classes first
+    for last in tl.static_range(0 if ACTIVATION == 'softmax' else 1, 2):
         for first in range(0, classes, BLOCK_CLASSES):
             p, counts, _ = _scores(
-                s_rows, student_class, first, classes, exists, keep, s_largest,
-                s_total, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+                s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
+                ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
             q, _, _ = _scores(
-                t_rows, teacher_class, first, classes, exists, keep, t_largest,
-                t_total, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+                t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
+                ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
-            g = _gradient(
-                p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes,
-                DTYPE, BLOCK_CLASSES,
-            )
-            dot += tl.sum(g * p, 0)
-
-    for first in range(0, classes, BLOCK_CLASSES):
-        p, counts, _ = _scores(
-            s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
-            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-        )
-        q, _, _ = _scores(
-            t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
-            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-        )
-        g = _gradient(
-            p, q, u_row, v_row, w_row, class_factors, class_scale, first, classes,
-            DTYPE, BLOCK_CLASSES,
-        )
-        if ACTIVATION == 'softmax':
-            g = p * (g - dot[None, :])
-        if ACTIVATION == 'sigmoid':
-            g = g * p * (1 - p)
-        index = first + tl.arange(0, BLOCK_CLASSES)
-        there = (index < classes)[:, None] & exists[None, :]
-        place = g_rows[None, :] + index.to(tl.int64)[:, None] * grad_class
-        g = tl.where(counts, g, 0)
-        if grad.dtype.element_ty != tl.float64:  # as in _load
-            g = g.to(tl.float32)
-        tl.store(place, g.to(grad.dtype.element_ty), mask=there)
+            index = first + tl.arange(0, BLOCK_CLASSES)
+            there = index < classes
+            factors = class_factors + index
+            u = tl.load(factors, mask=there, other=0) * class_scale
+            v = tl.load(factors + classes, mask=there, other=0) * class_scale
+            w = tl.load(factors + 2 * classes, mask=there, other=0) * class_scale
+            g = (u_row[None, :] + u.to(DTYPE)[:, None]) * q
+            g -= (v_row[None, :] + v.to(DTYPE)[:, None]) * p
+            g += w_row[None, :] + w.to(DTYPE)[:, None]
+            if last == 0:
+                dot += tl.sum(g * p, 0)
+            else:
+                if ACTIVATION == 'softmax':
+                    g = p * (g - dot[None, :])
+                if ACTIVATION == 'sigmoid':
+                    g = g * p * (1 - p)
+                place = g_rows[None, :] + index.to(tl.int64)[:, None] * grad_class
+                g = tl.where(counts, g, 0)
+                if grad.dtype.element_ty != tl.float64:  # as in _load
+                    g = g.to(tl.float32)
+                there = there[:, None] & exists[None, :]
+                tl.store(place, g.to(grad.dtype.element_ty), mask=there)

@@ -10,6 +10,9 @@ compute such scores in float64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,53 +40,54 @@ def correlations(
     dtype = compute_dtype(student, teacher)
     weight = None
     if mask is not None:
-        weight = mask.reshape(-1).to(dtype)
+        weight = mask.reshape(-1, 1).to(dtype)
         # before any arithmetic: 0 * nan is nan, in the gradient as well
-        out = mask.logical_not().reshape(-1, 1)
+        out = weight == 0
         student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
     check_teacher(teacher)
     student, teacher = (
         ACTIVATIONS[settings.activation](logits.to(dtype) / settings.tau)
         for logits in (student, teacher)
     )
-    return (
-        inter_class_correlation(student, teacher, weight, settings),
-        intra_class_correlation(student, teacher, weight, settings),
-    )
-
-
-def inter_class_correlation(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, settings: Settings
-) -> Tensor:
-    """Mean over the rows of the correlation of their classes (equation 7).
-
-    Args:
-        student: Scores of shape (rows, classes), floating point.
-        teacher: Scores of the same shape.
-        weight: 1 where a row counts and 0 where it does not, shape (rows,); ``None``
-            where all do. Rows of weight 0 must be finite.
-        settings: How they are correlated; over the processes only the mean is taken.
-
-    Returns:
-        A 0-dim tensor; 0 where no row counts.
-    """
+    if settings.activation == 'identity' and settings.group is None:
+        student, teacher = in_range(student), in_range(teacher)
+    # inter-class, equation 7: over the processes only the mean is taken
     rows = pearson(student, teacher, 1, None, settings._replace(group=None))
-    weight = torch.ones_like(rows) if weight is None else weight
-    total, count = sum_over_processes(
-        torch.stack([(weight * rows).sum(), weight.sum()]), settings.group
-    )
-    return total / count.clamp(min=1)
+    count = torch.ones_like(rows) if weight is None else weight.squeeze(1)
+    sums = torch.stack([(count * rows).sum(), count.sum()])
+    total, count = sum_over_processes(sums, settings.group)
+    # intra-class, equation 9
+    classes = pearson(student, teacher, 0, weight, settings)
+    return total / count.clamp(min=1), classes.mean()
 
 
-def intra_class_correlation(
-    student: Tensor, teacher: Tensor, weight: Tensor | None, settings: Settings
+def differentiable_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    grads: Sequence[Tensor | None],
 ) -> Tensor:
-    """Mean over the classes of the correlation of their rows (equation 9).
+    """The student's gradient, itself with a graph, from those of the two correlations;
+    for the fast paths under ``create_graph=True``."""
+    if settings.group is not None:
+        raise NotImplementedError(
+            'DISTLoss can be differentiated once only with `sync=True`. Leave out '
+            '`create_graph=True` or `sync`.'
+        )
+    corrs = correlations(student, teacher, mask, settings)
+    pairs = [(c, g.to(c)) for c, g in zip(corrs, grads, strict=True) if g is not None]
+    corrs, grads = zip(*pairs, strict=True)
+    return torch.autograd.grad(corrs, student, grads, create_graph=True)[0]
 
-    Args, shapes and dtypes are those of :func:`inter_class_correlation`.
-    """
-    weight = None if weight is None else weight.unsqueeze(1)
-    return pearson(student, teacher, 0, weight, settings).mean()
+
+def in_range(scores: Tensor) -> Tensor:
+    """Divide scores, which changes no correlation, so that no square overflows;
+    ordinary ones by 1."""
+    if not scores.numel():
+        return scores
+    largest = torch.linalg.vector_norm(scores.detach(), math.inf)
+    return scores / (largest / torch.finfo(scores.dtype).max ** 0.4).clamp(min=1)
 
 
 def pearson(
@@ -97,13 +101,10 @@ def pearson(
     Args:
         a: Scores of shape (rows, classes), floating point.
         b: Scores of the same shape.
-        dim: The dimension that is correlated and disappears.
+        dim: 0 for the correlation of each class, 1 for that of each row.
         weight: 1 where an entry counts and 0 where it does not, broadcastable to
             ``a``; ``None`` where all do. Entries of weight 0 must be finite.
         settings: How they are correlated.
-
-    Returns:
-        Correlations, shape (classes,) for ``dim=0``, (rows,) for ``dim=1``.
     """
     if weight is None:
         weight = a.new_ones((1, 1))
@@ -114,9 +115,11 @@ def pearson(
 
     count, sum_a, sum_b = total(torch.ones_like(a), a, b)
     # The sums below do not change to first order with the means (centred entries
-    # sum to 0), so the means need no gradient; over processes they must have none,
-    # as each process sees only its own part of that 0.
-    means = [x.detach() / count.clamp(min=1) for x in (sum_a, sum_b)]
+    # sum to 0), so the means need a gradient for second derivatives only; over
+    # processes they must have none, as each process sees only its own part of that 0.
+    means = [x / count.clamp(min=1) for x in (sum_a, sum_b)]
+    if settings.group is not None:
+        means = [mean.detach() for mean in means]
     a, b = (x - mean.unsqueeze(dim) for x, mean in zip((a, b), means, strict=True))
     var_a, cov, var_b = total(a * a, a * b, b * b)
     # not the square root of 0, whose gradient is infinite
@@ -126,4 +129,8 @@ def pearson(
     )
     constant = constant_a | constant_b
     norm_a, norm_b = (x.masked_fill(constant, 1).sqrt() for x in (var_a, var_b))
-    return (cov / (norm_a * norm_b + settings.eps)).masked_fill(constant, 0)
+    corr = (cov / (norm_a * norm_b + settings.eps)).masked_fill(constant, 0)
+    if settings.eps:
+        return corr
+    # of two scores it is 1 or -1, and the gradient nothing but rounding
+    return torch.where(count > 2, corr, corr.detach())

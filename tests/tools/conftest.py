@@ -1,0 +1,53 @@
+"""Tools as a user runs them, but in the process of the test."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / 'tools'
+
+
+class Ran(NamedTuple):
+    """What a tool did."""
+
+    status: int
+    out: str  # what it printed
+    said: str  # what it stopped with, and printed to stderr, in a line
+
+    @property
+    def text(self) -> str:
+        """What it printed, its lines joined."""
+        return ' '.join(self.out.split())
+
+
+@pytest.fixture
+def run_tool(monkeypatch, capsys, tmp_path):
+    """Run a tool by its name in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(TOOLS)
+
+    def run(name: str, *args: str) -> Ran:
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *args])
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        out, err = capsys.readouterr()
+        if isinstance(code, str):
+            code, err = 1, f'{code} {err}'
+        return Ran(code, out, ' '.join(err.split()))
+
+    return run
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """Makes the tools importable."""
+    monkeypatch.syspath_prepend(TOOLS)
