@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .comparisons.base import Pair
-from .comparisons.default import DENSE, SEG, kind_of
+from .families import DENSE, SEG, family_of
 from .lookup import is_a
 from .record import Recorder, swapped
 
@@ -154,10 +154,10 @@ def _heads(student: nn.Module) -> list[nn.Module]:
     Those of all segmentors and of most one-stage detectors. A two-stage detector or a
     DETR reads labels before, to sample proposals or to denoise.
     """
-    kind = kind_of(student)
-    if kind == SEG and hasattr(student, 'decode_head'):
+    family = family_of(student)
+    if family == SEG and hasattr(student, 'decode_head'):
         heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
-    elif kind == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
+    elif family == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
         heads = [student.bbox_head]
         others = ('mask_head', 'segm_head')
         if any(getattr(student, name, None) is not None for name in others):

@@ -13,9 +13,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdist.comparisons import SegLogits
-from mmdist.comparisons.default import SEG, kind_of
 from mmdist.comparisons.detections import after_nms
-from mmdist.comparisons.seg_map import SegMap
+from mmdist.families import SEG, family_of
+from mmdist.families.seg import SegMap
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 
@@ -88,7 +88,7 @@ def predictor(
     activation = None
     if is_foreign:
         activation = 'softmax' if model.gives == 'pixels' else 'identity'
-    elif kind_of(model) == SEG:
+    elif family_of(model) == SEG:
         activation = SegLogits().activation(model)
 
     def predict(batch: dict) -> list[BaseDataElement]:

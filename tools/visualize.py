@@ -96,7 +96,6 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     if key not in keys:
         raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
-    model.distill[key].max_rows = None  # of SegLogits: a map has all pixels
     model._lessons = {key: model._lessons[key]}
     teacher = model.teachers[model._lessons[key].teacher]
     if reason := cannot_score(teacher):

@@ -270,6 +270,13 @@ class Comparison(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+# Kinds that there were, and what to take instead.
+REMOVED = {
+    'mmdist.BoxLogits': 'mmdist.BoxLogits is no more: it lost accuracy. Take '
+    'mmdist.Detections, which compares what any detector detects.'
+}
+
+
 def build_comparison(name: str, cfg: dict) -> Comparison:
     """Build an entry of ``distill``.
 
@@ -286,6 +293,8 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
         if inspect.isclass(cls) and issubclass(cls, Comparison)
     )
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    if isinstance(kind, str) and kind in REMOVED:
+        raise ValueError(f'`distill.{name}`: {REMOVED[kind]}')
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(kind) if isinstance(kind, str) else kind
     if not (inspect.isclass(cls) and issubclass(cls, Comparison)):

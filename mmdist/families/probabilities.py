@@ -15,10 +15,10 @@ def fp32(x: Tensor) -> Tensor:
 
 
 def check_min_score(min_score: float) -> None:
-    """Stop where the least score of a row that counts is no probability.
+    """Raise unless 0 <= min_score < 1.
 
     Raises:
-        ValueError: It is not.
+        ValueError: ``min_score`` is no probability.
     """
     if not 0 <= min_score < 1:
         raise ValueError(

@@ -1,0 +1,244 @@
+"""Dense (one-stage) detectors, and RPNs: a head that scores every location."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist.families import Places, Refuse, unreadable
+from mmdist.families.probabilities import fp32
+from mmdist.lookup import by_class_name
+from mmdist.losses import as_rows
+from mmdist.step import Step
+
+ASSIGNED = 'overlap or best'
+# A point stands for a square of so many strides, the anchor of ATSS, which does as well
+# as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
+POINT_SIZE = 8
+
+
+class ClassMaps(NamedTuple):
+    """Where a head's forward returns its class scores, and as what."""
+
+    maps: Callable[[nn.Module, tuple], Sequence[Tensor]] = lambda head, out: out[0]
+    activation: str | None = None  # None: as the head's `use_sigmoid_cls` says
+    # Outside training the head skips locations or suppresses neighbours.
+    ask_as_in_training: bool = False
+    # The second score that the head's `predict` multiplies the class score by: its
+    # log-probabilities per level, (N, anchors, h, w).
+    factor: Callable[[nn.Module, tuple], Sequence[Tensor]] | None = None
+    takes_root: bool = False  # `predict` takes the root of that product
+
+
+def _split_yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
+    """The class channels of box (4), objectness (1) and classes of each anchor."""
+    return [
+        pred.unflatten(1, (head.num_base_priors, -1))[:, :, 5:].flatten(1, 2)
+        for pred in out[0]
+    ]
+
+
+def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
+    return [
+        F.logsigmoid(fp32(pred.unflatten(1, (head.num_base_priors, -1))[:, :, 4]))
+        for pred in out[0]
+    ]
+
+
+def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
+    """Objectness, centerness or IoU, after the classes and the boxes."""
+    return [F.logsigmoid(fp32(x)) for x in out[2]]
+
+
+def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
+    """How sure SABL is of its buckets; the sides of a box, whatever the box is."""
+    confidences = []
+    for buckets, offsets in out[1]:
+        n, _, h, w = buckets.shape
+        predicted = [fp32(as_rows(x)).contiguous() for x in (buckets, offsets)]
+        boxes = predicted[0].new_zeros(len(predicted[0]), 4)
+        _, confidence = head.bbox_coder.decode(boxes, predicted)
+        confidences.append(confidence.view(n, 1, h, w).log())
+    return confidences
+
+
+# Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first of a head's
+# classes in the table counts. Names, so that mmdet does not have to be installed.
+HEADS: dict[str, ClassMaps] = {
+    'TOODHead': ClassMaps(activation='identity'),  # it returns probabilities
+    'CenterNetHead': ClassMaps(activation='identity'),  # the same
+    # Top-left and bottom-right heatmaps, of every stack of the hourglass.
+    'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
+    'YOLOV3Head': ClassMaps(_split_yolov3, 'sigmoid', factor=_yolov3_objectness),
+    'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
+    'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
+    'ATSSHead': ClassMaps(factor=_third_output),  # centerness
+    'DDODHead': ClassMaps(factor=_third_output),  # IoU
+    'PAAHead': ClassMaps(factor=_third_output, takes_root=True),  # IoU; of LAD too
+    # Derived from ATSS, but with no second score: VFNet's third output are boxes.
+    'RTMDetHead': ClassMaps(),
+    'VFNetHead': ClassMaps(),
+    'SABLRetinaHead': ClassMaps(factor=_sabl_confidence),
+    'GuidedAnchorHead': ClassMaps(ask_as_in_training=True),
+    'DecoupledSOLOHead': ClassMaps(lambda head, out: out[2], 'sigmoid', True),
+    'SOLOHead': ClassMaps(lambda head, out: out[1], 'sigmoid', True),
+}
+# Heads with class scores that cannot be compared, and why.
+REFUSED: dict[str, str] = {
+    'ATSSVLFusionHead': 'whose classes are the words of a prompt',
+    'CascadeRPNHead': 'whose stages need the anchors that each model refined itself',
+}
+
+
+def head_of(
+    model: nn.Module, path: str | None = None, refuse: Refuse = unreadable
+) -> nn.Module:
+    """The dense head.
+
+    Args:
+        model: A detector.
+        path: Path of the head, such as ``'rpn_head'``. If omitted, it is
+            ``'bbox_head'``, or ``'mask_head'`` where there is no bbox head (SOLO).
+        refuse: Gives the error.
+
+    Raises:
+        ValueError: There is none with class scores that are known here.
+    """
+    paths = [path] if path else ['bbox_head', 'mask_head']
+    heads = [attrgetter(p)(model) for p in paths if _has(model, p)]
+    if not heads:
+        raise refuse(model, f'it has no `{"` or `".join(paths)}`')
+    head = heads[0]
+    what = f'its dense head is a {type(head).__name__}'
+    refused = by_class_name(head, REFUSED)
+    if refused is not None:
+        raise refuse(model, f'{what}, {refused}')
+    if activation_of(head) is None:
+        raise refuse(model, f'{what}, which does not have `use_sigmoid_cls`')
+    return head
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    """Whether there is a module of that path; an instance may have None in place."""
+    try:
+        return isinstance(attrgetter(path)(model), nn.Module)
+    except AttributeError:
+        return False
+
+
+def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+    """The head, which must have anchors or points."""
+    head = head_of(model, refuse=refuse)
+    if prior_generator(head) is None:
+        raise refuse(model, 'its head has no anchors or points')
+    return [head]
+
+
+# ---- scores ----------------------------------------------------------------------
+
+
+def _class_maps(head: nn.Module) -> ClassMaps:
+    return by_class_name(head, HEADS) or ClassMaps()
+
+
+def activation_of(head: nn.Module) -> str | None:
+    """What turns the head's scores into probabilities; None if it does not say."""
+    known = _class_maps(head).activation
+    if known is None and hasattr(head, 'use_sigmoid_cls'):
+        known = 'sigmoid' if head.use_sigmoid_cls else 'softmax'
+    return known
+
+
+def ask(step: Step, path: str | None = None) -> tuple:
+    """The output of the teacher's head, on its features, once a step."""
+    head = head_of(step.teacher_model, path)
+
+    def run() -> tuple:
+        # The flag of the head alone: its layers, Dropout or BN, stay in eval.
+        head.training = _class_maps(head).ask_as_in_training
+        try:
+            return head(step.teacher_features)
+        finally:
+            head.training = False
+
+    return step.shared(f'head {path}', run)
+
+
+def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tensor]:
+    """The class scores of each level, (N, anchors, classes, h, w).
+
+    Args:
+        head: The head.
+        output: What its forward returned.
+        score: ``'class'``, the scores as they are returned, or ``'joint'``, the
+            probabilities that the head's own ``predict`` ranks by, no background.
+    """
+    columns = getattr(head, 'cls_out_channels', head.num_classes)
+    class_maps, activation = _class_maps(head), activation_of(head)
+    logits = [x.unflatten(1, (-1, columns)) for x in class_maps.maps(head, output)]
+    if score == 'class' or activation == 'identity':
+        return logits
+    # The logarithm of a product does not underflow, nor has its half, the root, an
+    # infinite gradient at 0.
+    if activation == 'sigmoid':
+        joint = [F.logsigmoid(fp32(x)) for x in logits]
+    else:
+        joint = [fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
+    if class_maps.factor is not None:
+        factors = class_maps.factor(head, output)
+        joint = [x + f.unsqueeze(2) for x, f in zip(joint, factors, strict=True)]
+    if class_maps.takes_root:
+        joint = [x / 2 for x in joint]
+    return [x.exp() for x in joint]
+
+
+# ---- anchors and points ----------------------------------------------------------
+
+
+def prior_generator(head: nn.Module):
+    """What places the head's anchors or points, of mmdet; None if there is none."""
+    for name in ('prior_generator', 'square_anchor_generator'):  # SABL, guided anchors
+        if hasattr(head, name):
+            return getattr(head, name)
+    return None
+
+
+def places(step: Step) -> list[Places]:
+    """The student's anchors, or squares around its points, level by level.
+
+    The rows of a level are image, y, x, anchor; those in the padding do not count.
+    """
+    head = head_of(step.student)
+    output = step.calls(head)[-1].output
+    levels = [
+        step.classes.select_student(x, 2, 'identity')
+        for x in scores_of(head, output, 'joint')
+    ]
+    found = []
+    for x, boxes in zip(levels, _anchors(head, levels), strict=True):
+        rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
+        mask = step.valid_mask(*x.shape[-2:])
+        if mask is not None:
+            mask = mask[..., None].expand(rows.shape[:-1]).flatten()
+        images = torch.arange(len(x), device=x.device).repeat_interleave(len(boxes))
+        found.append(Places(rows.flatten(0, 3), boxes.repeat(len(x), 1), images, mask))
+    return found
+
+
+def _anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """The anchors of each level, (h * w * anchors, 4); squares around points."""
+    generator = prior_generator(head)
+    sizes = [x.shape[-2:] for x in levels]
+    priors = generator.grid_priors(sizes, device=levels[0].device)
+    if hasattr(generator, 'base_anchors'):
+        return priors
+    squares = []
+    for points, stride in zip(priors, generator.strides, strict=True):
+        half = points.new_tensor(stride).expand(2) * (POINT_SIZE / 2)
+        squares.append(torch.cat([points[:, :2] - half, points[:, :2] + half], 1))
+    return squares
