@@ -20,7 +20,6 @@ from mmdist.step import Step
 from mmdist.teachers import Teacher
 
 from .base import Comparison, Pair
-from .dense_logits import check_same_priors
 from .matching import Matching
 
 
@@ -116,9 +115,11 @@ class Boxes(Comparison):
             )
         self.student_modules(teacher)
         if family_of(student) == DENSE:
-            check_same_priors(*_heads(student), *_heads(teacher), any_shape=True)
+            dense.check_same_priors('Boxes', *_heads(student), *_heads(teacher), True)
         elif family_of(student) == ROI:
-            roi.check_stage(teacher, self.stage, 'Boxes')
+            roi.check_stage('Boxes', teacher, self.stage)
+        else:
+            query.check_same_activation('Boxes', student, teacher)
 
     def record(self, step: Step) -> list[Any]:
         """Proposals of all stages, or queries, or the output of a dense head."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,12 +14,6 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
-
-SAME_LOCATIONS = (
-    'Take a teacher with the same levels, strides and anchors per location, or '
-    'mmdist.Detections, which compares what any teacher detects. Where a location has '
-    "a single anchor or point, `score='joint'` takes any."
-)
 
 
 @MODELS.register_module()
@@ -115,9 +108,9 @@ class DenseLogits(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have a dense head with the same anchors."""
-        head = dense.head_of(teacher, self.teacher_path, self.unsupported)
+        theirs = dense.head_of(teacher, self.teacher_path, self.unsupported)
         ours = dense.head_of(student, self.student_path)
-        check_same_priors(ours, head, any_shape=self.score == 'joint')
+        dense.check_same_priors('DenseLogits', ours, theirs, self.score == 'joint')
 
     def record(self, step: Step) -> Sequence[Tensor]:
         """Class scores per level, each (N, anchors, classes, h, w)."""
@@ -144,7 +137,15 @@ class DenseLogits(Comparison):
         self, step: Step, recorded: Sequence[Tensor], asked: Sequence[Tensor]
     ) -> list[Pair]:
         """One pair per level, or one of all levels' rows."""
-        _check_same_locations(recorded, asked)
+        ours, theirs = (
+            [(x.shape[1], *x.shape[-2:]) for x in side] for side in (recorded, asked)
+        )
+        if ours != theirs:
+            raise ValueError(
+                'DenseLogits compares the same anchors at the same locations. Per '
+                f'level (anchors, height, width) the student has {ours}, the teacher '
+                f'{theirs}. {dense.SAME_LOCATIONS}'
+            )
         heads = (
             dense.head_of(step.student, self.student_path),
             dense.head_of(step.teacher_model, self.teacher_path),
@@ -188,94 +189,6 @@ class DenseLogits(Comparison):
         return Pair(student, teacher, mask, activation=activation)
 
 
-def check_same_priors(student: nn.Module, teacher: nn.Module, any_shape: bool) -> None:
-    """Raise where two heads have other anchors; warn where these are shifted.
-
-    Args:
-        student: The student's head.
-        teacher: The teacher's.
-        any_shape: Whether the single anchor or point of a location may be any.
-
-    Raises:
-        ValueError: Levels, strides or anchors differ.
-    """
-    student, teacher = map(dense.prior_generator, (student, teacher))
-    if student is None or teacher is None:
-        return
-    counts = student.num_base_priors, teacher.num_base_priors
-    differ = None
-    if student.strides != teacher.strides:
-        differ = (
-            f'the strides of the student are {student.strides}, those of the teacher '
-            f'{teacher.strides}'
-        )
-    elif counts[0] != counts[1]:
-        differ = (
-            f'the student has {counts[0]} anchors per location on its levels, the '
-            f'teacher {counts[1]}'
-        )
-    elif not (any_shape and set(counts[0]) == {1}):
-        differ = _other_shape(student, teacher)
-    if differ:
-        raise ValueError(
-            'DenseLogits compares the same anchors at the same locations, but '
-            f'{differ}. {SAME_LOCATIONS}'
-        )
-    centres = [_centres(generator) for generator in (student, teacher)]
-    if not torch.allclose(*centres):
-        ours, theirs = (centre[0].tolist() for centre in centres)
-        warnings.warn(
-            'DenseLogits compares location with location. The first anchor or point of '
-            f'a location lies {ours} strides (x, y) into it for the student, {theirs} '
-            'for the teacher, so the two may find an object at neighbouring locations. '
-            'A teacher without that shift, if there is one, fits better.',
-            stacklevel=2,
-        )
-
-
-def _other_shape(student, teacher) -> str | None:
-    """The first anchor of another width or height, in words; points have none."""
-    if not (hasattr(student, 'base_anchors') and hasattr(teacher, 'base_anchors')):
-        return None
-    levels = zip(student.base_anchors, teacher.base_anchors, strict=True)
-    for level, both in enumerate(levels):
-        shapes = [anchors[:, 2:] - anchors[:, :2] for anchors in both]
-        same = torch.isclose(*shapes).all(1).tolist()
-        if not all(same):
-            k = same.index(False)
-            ours, theirs = ('{:.1f} x {:.1f}'.format(*x[k].tolist()) for x in shapes)
-            return (
-                f'anchor {k} of level {level} is {ours} pixels (width x height) for '
-                f'the student, {theirs} for the teacher'
-            )
-    return None
-
-
-def _centres(generator) -> Tensor:
-    """Where in a location its first anchor or point lies, (levels, 2), in strides."""
-    if not hasattr(generator, 'base_anchors'):
-        return torch.full((generator.num_levels, 2), float(generator.offset))
-    first = torch.stack([anchors[0] for anchors in generator.base_anchors])
-    return (first[:, :2] + first[:, 2:]) / 2 / torch.tensor(generator.strides)
-
-
-def _check_same_locations(
-    students: Sequence[Tensor], teachers: Sequence[Tensor]
-) -> None:
-    """Raise where the levels, their sizes or the anchors per location differ."""
-
-    def locations(levels: Sequence[Tensor]) -> list[tuple]:
-        return [(x.shape[1], *x.shape[-2:]) for x in levels]
-
-    if locations(students) != locations(teachers):
-        raise ValueError(
-            'DenseLogits compares the same anchors at the same locations. Per level '
-            '(anchors, height, width) the student has '
-            f'{locations(students)}, the teacher {locations(teachers)}. '
-            f'{SAME_LOCATIONS}'
-        )
-
-
 def _concatenate(pairs: Sequence[Pair]) -> Pair:
     """One pair of the rows of several."""
     widths = {pair.student.shape[1] for pair in pairs}
@@ -285,12 +198,9 @@ def _concatenate(pairs: Sequence[Pair]) -> Pair:
             f'have different numbers of anchors (columns per level: {sorted(widths)}). '
             "Take anchors='separate', or levels='sum'."
         )
+    student = torch.cat([as_rows(pair.student) for pair in pairs])
+    teacher = torch.cat([as_rows(pair.teacher) for pair in pairs])
     mask = None
-    if any(pair.mask is not None for pair in pairs):
+    if pairs[0].mask is not None:
         mask = torch.cat([pair.mask.flatten() for pair in pairs])
-    return Pair(
-        torch.cat([as_rows(pair.student) for pair in pairs]),
-        torch.cat([as_rows(pair.teacher) for pair in pairs]),
-        mask,
-        activation=pairs[0].activation,
-    )
+    return Pair(student, teacher, mask, activation=pairs[0].activation)

@@ -126,15 +126,8 @@ class Detections(Comparison):
             ):
                 teacher[rows] = value.to(teacher.dtype)
         return [
-            Pair(
-                place.scores,
-                teacher,
-                place.mask,
-                place.weight,
-                place.name,
-                activation='identity',
-            )
-            for place, teacher in zip(recorded, teachers, strict=True)
+            Pair(x.scores, teacher, x.mask, x.weight, x.name, 'identity')
+            for x, teacher in zip(recorded, teachers, strict=True)
         ]
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
@@ -203,13 +196,7 @@ def _reader_of(model: nn.Module) -> ModuleType | None:
 def best_scores(matched: Tensor, detections: InstanceData, classes: int) -> Tensor:
     """For each place and class the best score of the detections there, else 0.
 
-    Args:
-        matched: Which detections are at a place, (places, detections).
-        detections: With ``scores`` and ``labels``, (detections,).
-        classes: Number of classes.
-
-    Returns:
-        (places, classes).
+    ``matched`` is (places, detections), the result (places, classes).
     """
     places, which = matched.nonzero(as_tuple=True)
     scores = detections.scores.float()
@@ -229,13 +216,8 @@ def _overlaps(places: Tensor, boxes: Tensor) -> Tensor:
 def after_nms(model: ForeignTeacher, boxes: Tensor, scores: Tensor) -> InstanceData:
     """The detections in an image by a model that gives all its boxes.
 
-    Args:
-        model: The model.
-        boxes: (M, 4), x1 y1 x2 y2 in pixels.
-        scores: (M, classes), as its ``activation`` says.
-
-    Returns:
-        ``bboxes``, ``scores`` and ``labels``.
+    These are (M, 4), x1 y1 x2 y2 in pixels, and their scores (M, classes), as the
+    model's ``activation`` says.
     """
     from mmdet.models.layers import multiclass_nms
 

@@ -71,7 +71,7 @@ class Masks(Comparison):
         """The teacher must predict masks of proposals, too."""
         roi.check(teacher, self.unsupported)
         roi.check_masks(teacher, self.unsupported)
-        roi.check_stage(teacher, self.stage, 'Masks')
+        roi.check_stage('Masks', teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:
         """The positive proposals and their masks, for each stage."""

@@ -44,16 +44,7 @@ class ClassProbabilityCost:
         img_meta: dict | None = None,
         **kwargs,
     ) -> Tensor:
-        """Compute the cost.
-
-        Args:
-            pred_instances: The student's queries; ``probs`` is (n, classes).
-            gt_instances: The teacher's queries; ``probs`` is (m, classes).
-            img_meta: Not used.
-
-        Returns:
-            The costs, (n, m).
-        """
+        """The costs, (n, m), of ``probs`` (n, classes) and (m, classes)."""
         return self.weight * torch.cdist(pred_instances.probs, gt_instances.probs, p=1)
 
 
@@ -75,12 +66,10 @@ class Matching:
     def __call__(
         self, student: InstanceData, teacher: InstanceData, img_meta: dict
     ) -> tuple[Tensor, Tensor]:
-        """Indices of the paired queries, the student's and the teacher's.
+        """Indices of the paired queries of an image, the student's and the teacher's.
 
-        Args:
-            student: What the costs look at, ``probs`` and ``bboxes``.
-            teacher: Likewise, with ``best``, the probability of the best class.
-            img_meta: Metainfo of the image.
+        Both have what the costs look at, ``probs`` and ``bboxes``, the teacher's also
+        ``best``, the probability of the best class.
         """
         # mmdet brings scipy; the loss alone, which imports this file too, needs neither
         from scipy.optimize import linear_sum_assignment
@@ -106,13 +95,7 @@ class Matching:
     def queries(
         self, step: Step, student: list[InstanceData], teacher: list[InstanceData]
     ) -> tuple[list[InstanceData], list[InstanceData]]:
-        """The queries of both sides, per image, paired, with the common classes.
-
-        Args:
-            step: The step.
-            student: The student's queries of a decoder layer, per image.
-            teacher: The teacher's.
-        """
+        """The queries of a layer, per image, paired, with the common classes."""
         activation = query.activation_of(step.student)
         ours, theirs = [], []
         for s, t, sample in zip(student, teacher, step.data_samples, strict=True):

@@ -77,19 +77,7 @@ class QueryLogits(Comparison):
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a DETR whose head has the student's activation."""
         query.head_of(teacher, self.unsupported)
-        kinds = [query.activation_of(model) for model in (student, teacher)]
-        if kinds[0] != kinds[1]:
-            ours, theirs = (
-                'sigmoid, no background'
-                if kind == 'sigmoid'
-                else 'softmax with background'
-                for kind in kinds
-            )
-            raise ValueError(
-                f'QueryLogits: the head of the student ({type(student).__name__}) has '
-                f'{ours}, that of the teacher ({type(teacher).__name__}) {theirs}. '
-                'Take a teacher with the same `bbox_head.loss_cls.use_sigmoid`.'
-            )
+        query.check_same_activation('QueryLogits', student, teacher)
 
     def record(self, step: Step) -> Queries:
         """The student's matching queries, from its own loss pass."""

@@ -64,7 +64,7 @@ class RoILogits(Comparison):
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a two-stage detector with the wanted stage."""
         roi.check(teacher, self.unsupported)
-        roi.check_stage(teacher, self.stage, 'RoILogits')
+        roi.check_stage('RoILogits', teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:
         """The sampled proposals and their logits, for each stage."""

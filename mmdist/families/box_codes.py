@@ -61,9 +61,8 @@ def encodes(head: nn.Module) -> bool:
 def encoded(head: nn.Module, output: tuple) -> Code:
     """The boxes of all locations and anchors as the head encodes them, with gradient.
 
-    Args:
-        head: A dense head of mmdet that :func:`encodes` knows.
-        output: What its ``forward`` has just returned.
+    The head is one that :func:`encodes` knows, and its ``forward`` has just returned
+    the output.
     """
     if head.training:
         convert = by_class_name(head, OUTPUT_AT_INFERENCE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from operator import attrgetter
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ ASSIGNED = 'overlap or best'
 # A point stands for a square of so many strides, the anchor of ATSS, which does as well
 # as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
 POINT_SIZE = 8
+SAME_LOCATIONS = (
+    'Take a teacher with the same levels, strides and anchors per location, or '
+    'mmdist.Detections, which compares what any teacher detects. Where a location has '
+    "a single anchor or point, `score='joint'` takes any."
+)
 
 
 class ClassMaps(NamedTuple):
@@ -35,19 +41,17 @@ class ClassMaps(NamedTuple):
     takes_root: bool = False  # `predict` takes the root of that product
 
 
-def _split_yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
-    """The class channels of box (4), objectness (1) and classes of each anchor."""
-    return [
-        pred.unflatten(1, (head.num_base_priors, -1))[:, :, 5:].flatten(1, 2)
-        for pred in out[0]
-    ]
+def _yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
+    """Box (4), objectness (1) and classes of each anchor, (N, anchors, 85, h, w)."""
+    return [x.unflatten(1, (head.num_base_priors, -1)) for x in out[0]]
+
+
+def _yolov3_classes(head: nn.Module, out: tuple) -> list[Tensor]:
+    return [x[:, :, 5:].flatten(1, 2) for x in _yolov3(head, out)]
 
 
 def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
-    return [
-        F.logsigmoid(fp32(pred.unflatten(1, (head.num_base_priors, -1))[:, :, 4]))
-        for pred in out[0]
-    ]
+    return [F.logsigmoid(fp32(x[:, :, 4])) for x in _yolov3(head, out)]
 
 
 def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
@@ -74,7 +78,7 @@ HEADS: dict[str, ClassMaps] = {
     'CenterNetHead': ClassMaps(activation='identity'),  # the same
     # Top-left and bottom-right heatmaps, of every stack of the hourglass.
     'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
-    'YOLOV3Head': ClassMaps(_split_yolov3, 'sigmoid', factor=_yolov3_objectness),
+    'YOLOV3Head': ClassMaps(_yolov3_classes, 'sigmoid', factor=_yolov3_objectness),
     'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
     'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
     'ATSSHead': ClassMaps(factor=_third_output),  # centerness
@@ -98,22 +102,18 @@ REFUSED: dict[str, str] = {
 def head_of(
     model: nn.Module, path: str | None = None, refuse: Refuse = unreadable
 ) -> nn.Module:
-    """The dense head.
+    """The dense head, one with class scores that are known here.
 
-    Args:
-        model: A detector.
-        path: Path of the head, such as ``'rpn_head'``. If omitted, it is
-            ``'bbox_head'``, or ``'mask_head'`` where there is no bbox head (SOLO).
-        refuse: Gives the error.
-
-    Raises:
-        ValueError: There is none with class scores that are known here.
+    If no path is given, it is ``'bbox_head'``, or ``'mask_head'`` where there is no
+    bbox head (SOLO).
     """
     paths = [path] if path else ['bbox_head', 'mask_head']
-    heads = [attrgetter(p)(model) for p in paths if _has(model, p)]
-    if not heads:
+    for name in paths:  # an instance may have None in place
+        head = reduce(lambda m, n: getattr(m, n, None), name.split('.'), model)
+        if head is not None:
+            break
+    else:
         raise refuse(model, f'it has no `{"` or `".join(paths)}`')
-    head = heads[0]
     what = f'its dense head is a {type(head).__name__}'
     refused = by_class_name(head, REFUSED)
     if refused is not None:
@@ -121,14 +121,6 @@ def head_of(
     if activation_of(head) is None:
         raise refuse(model, f'{what}, which does not have `use_sigmoid_cls`')
     return head
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    """Whether there is a module of that path; an instance may have None in place."""
-    try:
-        return isinstance(attrgetter(path)(model), nn.Module)
-    except AttributeError:
-        return False
 
 
 def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
@@ -170,13 +162,10 @@ def ask(step: Step, path: str | None = None) -> tuple:
 
 
 def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tensor]:
-    """The class scores of each level, (N, anchors, classes, h, w).
+    """The class scores of each level in a head's output, (N, anchors, classes, h, w).
 
-    Args:
-        head: The head.
-        output: What its forward returned.
-        score: ``'class'``, the scores as they are returned, or ``'joint'``, the
-            probabilities that the head's own ``predict`` ranks by, no background.
+    With ``score='joint'`` they are the probabilities that the head's own ``predict``
+    ranks by, without background.
     """
     columns = getattr(head, 'cls_out_channels', head.num_classes)
     class_maps, activation = _class_maps(head), activation_of(head)
@@ -206,6 +195,74 @@ def prior_generator(head: nn.Module):
         if hasattr(head, name):
             return getattr(head, name)
     return None
+
+
+def check_same_priors(
+    who: str, student: nn.Module, teacher: nn.Module, any_shape: bool
+) -> None:
+    """Raise ValueError where two heads have other levels, strides or anchors.
+
+    ``any_shape`` lets the single anchor or point of a location be any. Anchors that are
+    shifted are a warning.
+    """
+    student, teacher = map(prior_generator, (student, teacher))
+    if student is None or teacher is None:
+        return
+    counts = student.num_base_priors, teacher.num_base_priors
+    differ = None
+    if student.strides != teacher.strides:
+        differ = (
+            f'the strides of the student are {student.strides}, those of the teacher '
+            f'{teacher.strides}'
+        )
+    elif counts[0] != counts[1]:
+        differ = (
+            f'the student has {counts[0]} anchors per location on its levels, the '
+            f'teacher {counts[1]}'
+        )
+    elif not (any_shape and set(counts[0]) == {1}):
+        differ = _other_shape(student, teacher)
+    if differ:
+        raise ValueError(
+            f'{who} compares the same anchors at the same locations, but {differ}. '
+            f'{SAME_LOCATIONS}'
+        )
+    centres = [_centres(generator) for generator in (student, teacher)]
+    if not torch.allclose(*centres):
+        ours, theirs = (centre[0].tolist() for centre in centres)
+        warnings.warn(
+            f'{who} compares location with location. The first anchor or point of '
+            f'a location lies {ours} strides (x, y) into it for the student, {theirs} '
+            'for the teacher, so the two may find an object at neighbouring locations. '
+            'A teacher without that shift, if there is one, fits better.',
+            stacklevel=2,
+        )
+
+
+def _other_shape(student, teacher) -> str | None:
+    """The first anchor of another width or height, in words; points have none."""
+    if not (hasattr(student, 'base_anchors') and hasattr(teacher, 'base_anchors')):
+        return None
+    levels = zip(student.base_anchors, teacher.base_anchors, strict=True)
+    for level, both in enumerate(levels):
+        shapes = [anchors[:, 2:] - anchors[:, :2] for anchors in both]
+        same = torch.isclose(*shapes).all(1).tolist()
+        if not all(same):
+            k = same.index(False)
+            ours, theirs = ('{:.1f} x {:.1f}'.format(*x[k].tolist()) for x in shapes)
+            return (
+                f'anchor {k} of level {level} is {ours} pixels (width x height) for '
+                f'the student, {theirs} for the teacher'
+            )
+    return None
+
+
+def _centres(generator) -> Tensor:
+    """Where in a location its first anchor or point lies, (levels, 2), in strides."""
+    if not hasattr(generator, 'base_anchors'):
+        return torch.full((generator.num_levels, 2), float(generator.offset))
+    first = torch.stack([anchors[0] for anchors in generator.base_anchors])
+    return (first[:, :2] + first[:, 2:]) / 2 / torch.tensor(generator.strides)
 
 
 def places(step: Step) -> list[Places]:

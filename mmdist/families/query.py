@@ -19,15 +19,7 @@ Queries = list[list[InstanceData]]
 
 
 def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
-    """The head on the last decoder layer or stage.
-
-    Args:
-        model: A detector.
-        refuse: Gives the error.
-
-    Raises:
-        ValueError: It has no queries of a fixed list of classes.
-    """
+    """The head on the last decoder layer or stage; it scores a list of classes."""
     if is_sparse(model):
         return model.roi_head.bbox_head[-1]
     if not hasattr(model, 'forward_transformer'):
@@ -48,6 +40,18 @@ def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
 def activation_of(model: nn.Module) -> str:
     """What turns the scores of the queries into probabilities."""
     return 'sigmoid' if head_of(model).loss_cls.use_sigmoid else 'softmax'
+
+
+def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError where the scores of two models are of other kinds."""
+    kinds = {'sigmoid': 'sigmoid, no background', 'softmax': 'softmax with background'}
+    ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f'{who}: the head of the student ({type(student).__name__}) has {ours}, '
+            f'that of the teacher ({type(teacher).__name__}) {theirs}. Take a teacher '
+            'with the same `bbox_head.loss_cls.use_sigmoid`.'
+        )
 
 
 def record(step: Step) -> Queries:
@@ -87,11 +91,8 @@ def places(step: Step) -> list[Places]:
 def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:
     """Keep the queries that the model is matched by and predicts with.
 
-    Args:
-        model: The detector that has just run.
-        output: What its head returned: class logits, (layers, N, queries, classes),
-            and boxes, (layers, N, queries, 4), cx cy w h relative to the image.
-        step: Tells the sizes of the images.
+    The model has just run, and its head returned class logits, (layers, N, queries,
+    classes), and boxes, (layers, N, queries, 4), cx cy w h relative to the image.
     """
     from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 

@@ -44,11 +44,7 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's bbox head can be asked about any proposals.
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """Raise unless the model's bbox head can be asked about any proposals."""
     roi_head = getattr(model, 'roi_head', None)
     for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
         if not hasattr(roi_head, part):
@@ -63,11 +59,7 @@ def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
 
 
 def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's mask head can be asked about any proposals.
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """Raise unless the model's mask head can be asked about any proposals."""
     roi_head = getattr(model, 'roi_head', None)
     if getattr(roi_head, 'mask_head', None) is None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
@@ -80,12 +72,7 @@ def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
 
 
 def stages(model: nn.Module, part: str = 'bbox') -> list[tuple[nn.Module, nn.Module]]:
-    """The extractor and the head of each stage.
-
-    Args:
-        model: A detector that :func:`check` or :func:`check_masks` let pass.
-        part: ``'bbox'`` or ``'mask'``.
-    """
+    """The extractor and the head of each stage, ``'bbox'`` or ``'mask'``."""
     sides = (getattr(model.roi_head, f'{part}_{x}') for x in ('roi_extractor', 'head'))
     sides = (x if isinstance(x, nn.ModuleList) else [x] for x in sides)
     return list(zip(*sides, strict=True))
@@ -157,10 +144,7 @@ def places(step: Step) -> list[Places]:
 def per_class(model: nn.Module, stage: int, logits: Tensor) -> Tensor:
     """Logits whose softmax is the probabilities of the classes and the background.
 
-    Args:
-        model: The detector whose bbox head returned them.
-        stage: Of a cascade.
-        logits: (rois, columns), as the bbox head returned them.
+    Those of a stage of a model's bbox head, (rois, columns), as it returned them.
     """
     _, head = stages(model)[stage]
     if hasattr(head, 'num_instance'):  # CrowdDet: several predictions per proposal
@@ -175,17 +159,8 @@ def per_class(model: nn.Module, stage: int, logits: Tensor) -> Tensor:
 # ---- what the teacher says of them -----------------------------------------------
 
 
-def check_stage(teacher: nn.Module, stage: int | str | None, who: str) -> None:
-    """Raise unless the teacher has the stage.
-
-    Args:
-        teacher: A two-stage detector.
-        stage: As in :func:`judge`.
-        who: The comparison that asks.
-
-    Raises:
-        ValueError: It does not.
-    """
+def check_stage(who: str, teacher: nn.Module, stage: int | str | None) -> None:
+    """Raise ValueError unless the teacher has the stage that a comparison asks for."""
     number = len(stages(teacher))
     if isinstance(stage, int) and not -number <= stage < number:
         raise ValueError(
@@ -198,13 +173,10 @@ def check_stage(teacher: nn.Module, stage: int | str | None, who: str) -> None:
 def judge(
     step: Step, recorded: Sequence[Proposals], stage: int | str | None
 ) -> list[list[Judged]]:
-    """What the teacher's bbox head says of proposals, of each stage that is asked.
+    """What the teacher's bbox head says of any proposals, of each stage that is asked.
 
-    Args:
-        step: The step.
-        recorded: Any proposals; what a head returned of them is not read.
-        stage: The stage of a cascade teacher; ``'mean'`` asks all of them, None the one
-            with the number of the student's stage.
+    Of a cascade that is one ``stage``, all with ``'mean'``, or with None the one with
+    the number of the student's stage.
     """
     roi_head, features = step.teacher_model.roi_head, step.teacher_features
     context = {}

@@ -96,15 +96,7 @@ class SegMap:
 
 
 def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
-    """The head that predicts: of a cascade the last that gives a map.
-
-    Args:
-        model: A segmentor.
-        refuse: Gives the error.
-
-    Raises:
-        ValueError: It has none.
-    """
+    """The head that predicts: of a cascade the last that gives a map."""
     if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
         return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
     if not hasattr(model, 'decode_head'):
