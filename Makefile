@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # upstream, or onedl (the maintained fork of the OpenMMLab libraries; the default on a
 # machine with an NVIDIA GPU)
-STACK ?= $(shell $(PYTHON) tools/make_env.py --which)
+STACK ?= $(shell $(PYTHON) -m tools.dev.make_env --which)
 VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 PY := $(VENV)/bin/python
 # mmengine looks for packages by pkg_resources, which warns each time
@@ -27,19 +27,19 @@ help:
 	@echo '                 environments and work_dirs'
 
 env:
-	@$(PYTHON) tools/make_env.py --stack $(STACK)
+	@$(PYTHON) -m tools.dev.make_env --stack $(STACK)
 
 check: env
 	$(PY) tools/check_env.py
 
 quickstart: env
-	@$(PY) tools/quickstart.py
+	@$(PY) -m tools.dev.quickstart
 
 test: env
-	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not gpu'
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal -m 'not slow and not gpu'
 
 test-all: env
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: env
 	$(PY) -m ruff check .

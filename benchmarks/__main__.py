@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 from pathlib import Path
 
 import torch
 
-from benchmarks import loss, measure, step, teacher, unlabelled
+from benchmarks import loss, measure
 
-PARTS = ['loss', 'growth', 'step', 'unlabelled', 'teacher', 'gpu']
 PAGE = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
 # of a new page; what stands there above the first part is kept
 INTRODUCTION = """# Benchmarks
@@ -19,63 +19,6 @@ Written by `make bench` (`python -m benchmarks`). Contestants run in turns in on
 process; times are the minima of their runs. Compare the ratios, not the times, across
 machines, and only roughly. A goal that was not reached says **missed**.
 """
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        'parts',
-        nargs='*',
-        default=PARTS if torch.cuda.is_available() else PARTS[:-1],
-        help=f'{", ".join(PARTS)}; the rest of the page stays as it is',
-    )
-    parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument(
-        '--seconds', type=float, default=10, help='time to spend on each comparison'
-    )
-    parser.add_argument('--output', type=Path, default=PAGE)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    measured = {
-        'loss': lambda: loss.speed(args.seconds),
-        'growth': lambda: loss.growth(
-            args.seconds / 5, args.output.with_name('benchmarks_growth.png')
-        ),
-        'step': lambda: step.steps(args.seconds),
-        'unlabelled': lambda: unlabelled.steps(args.seconds),
-        'teacher': lambda: teacher.options(args.seconds),
-        'gpu': lambda: loss.speed(args.seconds, 'cuda'),
-    }
-    titles = {
-        'loss': f'## The loss alone\n\n{LOSS}',
-        'growth': f'## Growth\n\n{GROWTH}',
-        'step': f'## A training step\n\n{step.__doc__}',
-        'unlabelled': f'## Half the batch unlabelled\n\n{unlabelled.__doc__}',
-        'teacher': f'## Options of the teacher\n\n{teacher.__doc__}',
-        'gpu': f'## On a GPU\n\n{GPU}',
-    }
-    for part in args.parts:
-        where = f'Machine: {measure.machine()}'
-        introduction, sections = read_page(args.output)
-        sections[part] = f'{titles[part]}\n{where}\n\n{measured[part]()}'
-        sections.setdefault('gpu', f'{titles["gpu"]}\nNot measured.')
-        text = [introduction]
-        text += [
-            f'<!-- {k} -->\n{sections[k].strip()}\n' for k in titles if k in sections
-        ]
-        args.output.write_text('\n'.join(text))
-    print(args.output.read_text())
-
-
-def read_page(page: Path) -> tuple[str, dict[str, str]]:
-    """Introduction and parts of the page that was written before."""
-    if not page.exists():
-        return INTRODUCTION, {}
-    introduction, *parts = re.split(r'<!-- (\w+) -->\n', page.read_text())
-    return introduction.strip() + '\n', dict(zip(parts[::2], parts[1::2], strict=True))
-
-
 LOSS = """Forward and backward. *Textbook* is the formula as the paper prints it, in
 eager PyTorch (`benchmarks/textbook.py`, checked to be the same function). The *fast
 path* is what `DISTLoss` takes on a CPU, the *plain path* is the reference. The
@@ -100,5 +43,70 @@ in bf16, `DISTLoss` reads them as they are and computes in fp32. *Peak* is what 
 tensors take at once. The *fast path* is Triton kernels
 (`mmdist/losses/correlations/gpu.py`), the *plain path* is taken where they do not run.
 """
+TITLES = {
+    'loss': 'The loss alone',
+    'growth': 'Growth',
+    'step': 'A training step',
+    'unlabelled': 'Half the batch unlabelled',
+    'teacher': 'Options of the teacher',
+    'gpu': 'On a GPU',
+}
+
+
+def measured(part: str, seconds: float, page: Path) -> tuple[str, str]:
+    """What a part is about, and what was measured."""
+    if part == 'loss':
+        return LOSS, loss.speed(seconds)
+    if part == 'gpu':
+        return GPU, loss.speed(seconds, 'cuda')
+    if part == 'growth':
+        plot = page.with_name('benchmarks_growth.png')
+        return GROWTH, loss.growth(seconds / 5, plot)
+    # the loss needs torch and mmengine, these need the models
+    module = importlib.import_module(f'benchmarks.{part}')
+    return module.__doc__, module.steps(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parts = list(TITLES)
+    parser.add_argument(
+        'parts',
+        nargs='*',
+        default=parts if torch.cuda.is_available() else parts[:-1],
+        help=f'{", ".join(parts)}; the rest of the page stays as it is',
+    )
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument(
+        '--seconds', type=float, default=10, help='time to spend on each comparison'
+    )
+    parser.add_argument('--output', type=Path, default=PAGE)
+    args = parser.parse_args()
+    unknown = ', '.join({*args.parts} - {*parts})
+    if unknown:
+        parser.error(f'no such part: {unknown}; there are {", ".join(parts)}')
+    torch.set_num_threads(args.threads)
+    for part in args.parts:
+        where = f'Machine: {measure.machine()}'
+        about, result = measured(part, args.seconds, args.output)
+        introduction, sections = read_page(args.output)
+        sections[part] = f'## {TITLES[part]}\n\n{about}\n{where}\n\n{result}'
+        sections.setdefault('gpu', f'## {TITLES["gpu"]}\n\n{GPU}\nNot measured.')
+        text = [introduction]
+        text += [
+            f'<!-- {k} -->\n{sections[k].strip()}\n' for k in TITLES if k in sections
+        ]
+        args.output.write_text('\n'.join(text))
+    print(args.output.read_text())
+
+
+def read_page(page: Path) -> tuple[str, dict[str, str]]:
+    """Introduction and parts of the page that was written before."""
+    if not page.exists():
+        return INTRODUCTION, {}
+    introduction, *parts = re.split(r'<!-- (\w+) -->\n', page.read_text())
+    return introduction.strip() + '\n', dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 if __name__ == '__main__':
     main()

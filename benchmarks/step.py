@@ -10,8 +10,7 @@ step; less than that of the student alone is not possible either.
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -24,7 +23,6 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from benchmarks import textbook
-from benchmarks.loss import peak_on_gpu
 from benchmarks.measure import interleaved, peak_memory, table, verdict
 from mmdist.teachers.teacher import without_pretrained
 
@@ -248,7 +246,7 @@ def steps_of(
         loss.backward()
         model.zero_grad()
 
-    said: dict[str, list] = {'student': [], 'teacher': []}
+    outputs: dict[str, list] = {'student': [], 'teacher': []}
 
     @torch.no_grad()
     def bare() -> None:
@@ -258,7 +256,7 @@ def steps_of(
     def usual() -> None:
         hooks = [
             model.get_submodule(path).register_forward_hook(
-                lambda module, args, out, key=key: said[key].append(out)
+                lambda module, args, out, key=key: outputs[key].append(out)
             )
             for key, model, path in (
                 ('student', student, pair.hook),
@@ -269,12 +267,12 @@ def steps_of(
             teacher.loss(*given)
 
         def distil() -> torch.Tensor:
-            both = zip(said['student'], said['teacher'], strict=True)
+            both = zip(outputs['student'], outputs['teacher'], strict=True)
             return sum(textbook.dist_loss(s, t, pair.activation) for s, t in both)
 
         train(student, distil)
-        for outputs in said.values():
-            outputs.clear()
+        for caught in outputs.values():
+            caught.clear()
         for hook in hooks:
             hook.remove()
 
@@ -289,118 +287,6 @@ def steps_of(
 
 def step_of(name: str, which: str) -> Callable[[], None]:
     return steps_of(name)[which]
-
-
-class Setting(NamedTuple):
-    """How a step is run."""
-
-    name: str
-    amp: torch.dtype | None = None
-    channels_last: bool = False
-    compile: bool = False
-
-
-# in this order: neither layout nor compilation is undone
-SETTINGS = [
-    Setting('fp32'),
-    Setting('bf16', torch.bfloat16),
-    Setting('fp16', torch.float16),
-    Setting('bf16, channels_last', torch.bfloat16, channels_last=True),
-    Setting('bf16, channels_last, compiled', torch.bfloat16, True, True),
-]
-
-
-class Step(NamedTuple):
-    """What was measured of a pair in a setting."""
-
-    setting: str
-    time: dict[str, float] = {}  # seconds of a contestant; of `both` in one go
-    peak: dict[str, int] = {}  # bytes beyond the weights, of a contestant; on a GPU
-    weights: int = 0  # bytes, of student and teacher
-    waits: dict[str, int] = {}  # how often a contestant waits for the device
-    error: str = ''  # why it does not run
-
-    @property
-    def overhead(self) -> float:
-        """Time of the distilled step over that of the student's and bare teacher's."""
-        return self.time['distilled'] / self.time['both']
-
-    @property
-    def memory(self) -> float:
-        """Peak of the distilled step over what student and teacher need."""
-        need = max(self.peak['student'], self.peak['teacher'])
-        return (self.weights + self.peak['distilled']) / (self.weights + need)
-
-
-def measured(
-    name: str, seconds: float, device: str, size: tuple[int, int], settings=SETTINGS
-) -> Iterator[Step]:
-    """Measure a pair in one setting after the other."""
-    on_gpu = device == 'cuda'
-    for setting in settings:
-        doing = 'building the models'
-        try:
-            models = models_of(name, device, size)
-            change(models, setting)
-            steps = steps_of(name, device, size, setting.amp)
-            alone, bare = steps['student'], steps['teacher']
-            steps['both'] = lambda bare=bare, alone=alone: (bare(), alone())
-            for doing in list(steps):
-                try:
-                    steps[doing]()
-                except Exception:
-                    if doing != 'usual':  # two models may sample other boxes
-                        raise
-                    del steps[doing]
-            doing = 'measuring'
-            state = [*models.student.state_dict().values()]
-            state += models.teacher.state_dict().values()
-            weights = sum(x.nbytes for x in state)
-            peak, waits = {}, {}
-            if on_gpu:
-                peak = {k: peak_on_gpu(v) for k, v in steps.items()}
-                waits = {k: waits_of(v) for k, v in steps.items()}
-                steps = {k: functools.partial(and_wait, v) for k, v in steps.items()}
-            time = interleaved(steps, seconds)
-            yield Step(setting.name, time, peak, weights, waits)
-        except Exception as error:  # of a library, a compiler or the device
-            message = (str(error).strip().splitlines() or [''])[0][:200]
-            message = f'{doing}: {type(error).__name__}: {message}'
-            yield Step(setting.name, error=message)
-
-
-def change(models: Models, setting: Setting) -> None:
-    """Bring the models into the layout of a setting; compile backbones and necks."""
-    guest = models.distilled.teacher.model
-    every = (models.student, models.teacher, models.distilled, guest)
-    if setting.channels_last:
-        for model in every:
-            nn.Module.to(model, memory_format=torch.channels_last)
-        inputs = models.data['inputs']
-        models.data['inputs'] = inputs.contiguous(memory_format=torch.channels_last)
-    if setting.compile:
-        for model in every:
-            for part in ('backbone', 'neck'):
-                if getattr(model, part, None) is not None:
-                    getattr(model, part).compile()
-
-
-def and_wait(call: Callable[[], None]) -> None:
-    call()
-    torch.cuda.synchronize()
-
-
-def waits_of(call: Callable[[], None]) -> int:
-    """How often a call waits for the GPU, the same random numbers each time."""
-    torch.manual_seed(0)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always')
-        torch.cuda.set_sync_debug_mode('warn')
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode('default')
-    return sum('synchronizing' in str(x.message) for x in said)
 
 
 def steps(seconds: float) -> str:

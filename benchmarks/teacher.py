@@ -37,7 +37,7 @@ OPTIONS = {
 
 
 def forward_of(teacher: Teacher, inputs: Tensor) -> Callable[[], Tensor]:
-    """What a segmentation step asks of its teacher."""
+    """The forward of the teacher in a segmentation step."""
 
     def forward() -> Tensor:
         with teacher.running():
@@ -47,7 +47,7 @@ def forward_of(teacher: Teacher, inputs: Tensor) -> Callable[[], Tensor]:
     return forward
 
 
-def options(seconds: float) -> str:
+def steps(seconds: float) -> str:
     """The table of the options."""
     from mmseg.utils import register_all_modules
 

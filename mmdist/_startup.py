@@ -1,37 +1,21 @@
-"""Two things that mmengine lacks, put in place before mmdist is imported.
-
-Config paths ``mmdist::...``: mmengine resolves ``package::path`` through the table
-``mmengine.config.utils.MODULE2PACKAGE``. When a training script of mmdet or mmseg
-reads ``_base_ = 'mmdist::det/...'``, nothing has imported mmdist yet.
-
-Checkpoints: torch >= 2.6 reads only classes that were declared harmless, and mmengine
-0.10 does not declare those of its own checkpoints, so its loader refuses them. A
-student's checkpoint must load in the plain student's config, with ``init_detector`` or
-mmdet's own ``tools/test.py``, and these never import mmdist. So mmengine's loader
-declares mmengine's classes while it reads a file. Nothing else is changed:
-``torch.load`` knows these classes neither before nor after.
+"""What mmengine and mmdet lack, put in place when their modules are imported.
 
 The wheel also installs this file as the top-level module ``_mmdist_startup``, and
-``mmdist.pth`` imports it at each start of the interpreter. It must therefore stay
-cheap, use the standard library only, and never raise.
+``mmdist.pth`` imports it at each start of the interpreter: before a training script of
+mmdet or mmseg reads ``_base_ = 'mmdist::det/...'``, nothing has imported mmdist. It
+must therefore cost next to nothing (no import but ``sys``) and never raise.
 """
 
-from __future__ import annotations
-
-import contextlib
 import sys
 
 
 def prepare_mmengine() -> None:
-    """Complete each module of mmengine, at once or at the moment it gets loaded.
-
-    Calling it again is harmless.
-    """
-    for name, complete in _COMPLETIONS.items():
-        if name in sys.modules:
-            complete(sys.modules[name])
+    """Complete each module, at once or when it is imported; again is harmless."""
     if not any(getattr(f, 'is_of_mmdist', False) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+        for name, complete in _COMPLETIONS.items():
+            if name in sys.modules:
+                complete(sys.modules[name])
 
 
 class _Finder:
@@ -50,8 +34,10 @@ class _Finder:
 
             def exec_and_complete(module):
                 exec_module(module)
-                with contextlib.suppress(Exception):
+                try:  # noqa: SIM105  (contextlib would be most of the cost)
                     _COMPLETIONS[name](module)
+                except Exception:
+                    pass
 
             spec.loader.exec_module = exec_and_complete
         return spec
@@ -91,68 +77,60 @@ def _is_known(package: str) -> bool:
 
 
 def _read_own_checkpoints(checkpoint) -> None:
-    """Let mmengine's loader read what mmengine's checkpoints hold."""
-    import torch
+    """Let mmengine's loader read what mmengine's own checkpoints hold.
 
-    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
-        return  # reads everything
-    loader = checkpoint.CheckpointLoader
-    if getattr(loader.load_checkpoint, 'is_of_mmdist', False):
-        return
+    torch >= 2.6 reads only classes that are declared harmless, and mmengine 0.10 does
+    not declare its own. A student's checkpoint must load in ``init_detector`` or
+    mmdet's ``tools/test.py``, which never import mmdist. So a file that torch refuses
+    is read by mmdist, as safely; what mmdist refuses too stays refused by torch's
+    error. The onedl fork reads these checkpoints and is left alone.
+    """
     if hasattr(checkpoint, 'get_torch_safe_globals'):
-        # The onedl fork declares a list of its own around each load, and it holds the
-        # real getattr.
-        checkpoint.get_torch_safe_globals = list
+        return
+    from pickle import UnpicklingError
+
+    loader = checkpoint.CheckpointLoader
     load = loader.load_checkpoint.__func__
 
-    def load_checkpoint(cls, *args, **kwargs):
-        with torch.serialization.safe_globals(_harmless()):
-            return load(cls, *args, **kwargs)
+    def load_checkpoint(cls, filename, map_location=None, logger='current'):
+        try:
+            return load(cls, filename, map_location, logger)
+        except UnpicklingError as error:
+            try:
+                from mmdist.checkpoint import read
+
+                return read(filename, map_location)
+            except Exception:
+                raise error from None
 
     load_checkpoint.__doc__ = load.__doc__
-    load_checkpoint.is_of_mmdist = True
     loader.load_checkpoint = classmethod(load_checkpoint)
 
 
-def _harmless() -> list:
-    """What mmengine's checkpoints hold: logs, which are numpy arrays inside."""
-    import numpy as np
-    from mmengine.logging import HistoryBuffer
+def _take_the_student(inference) -> None:
+    """Let ``init_detector`` read a distillation config: it asks for its backbone."""
+    from copy import deepcopy
+    from functools import wraps
 
-    reconstruct = np.zeros(1).__reduce__()[0]
-    scalar = np.float64(0).__reduce__()[0]
-    return [
-        HistoryBuffer,
-        slice,
-        (_history_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        # numpy 1 and 2 name the module of these two differently.
-        (reconstruct, 'numpy.core.multiarray._reconstruct'),
-        (reconstruct, 'numpy._core.multiarray._reconstruct'),
-        (scalar, 'numpy.core.multiarray.scalar'),
-        (scalar, 'numpy._core.multiarray.scalar'),
-        *{type(np.dtype(code)) for code in np.typecodes['All'] if code != 'O'},
-    ]
+    init = inference.init_detector
 
+    @wraps(init)
+    def init_detector(config, *args, **kwargs):
+        if isinstance(config, (str, inference.Path)):
+            config = inference.Config.fromfile(config)
+        model = config.get('model') or {}
+        if str(model.get('type')).startswith('mmdist.') and 'student' in model:
+            config = deepcopy(config)
+            config.model = config.model.student
+        return init(config, *args, **kwargs)
 
-def _history_method(owner: type, name: str) -> object:
-    """Stands for ``getattr`` in the safe loader, which must not have the real one.
-
-    A ``HistoryBuffer`` holds references to its own methods; nothing else is given out.
-    """
-    from pickle import UnpicklingError
-
-    from mmengine.logging import HistoryBuffer
-
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
-        raise UnpicklingError(f'{owner!r}.{name} is not available to a file')
-    return getattr(owner, name)
+    inference.init_detector = init_detector
 
 
 _COMPLETIONS = {
     'mmengine.config.utils': _complete_packages,
     'mmengine.runner.checkpoint': _read_own_checkpoints,
+    'mmdet.apis.inference': _take_the_student,
 }
 
 if __name__ == '_mmdist_startup':

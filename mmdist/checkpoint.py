@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
+from types import FunctionType, SimpleNamespace
+from typing import Any
 
-from mmengine.runner import CheckpointLoader
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import checkpoint as loaders
 from torch import nn
+
+from ._stand_ins import safely
+
+
+def read(path: str, map_location: Any = 'cpu', weights_only: bool = True) -> Any:
+    """Read what mmengine's ``CheckpointLoader`` reads; the caller decides how safely.
+
+    mmengine's functions do not pass ``weights_only``, and those of the onedl fork read
+    unsafely what is not safe. So they are run with other functions of torch.
+    """
+    how = [safely] if weights_only else []
+    kwargs = {} if weights_only else dict(weights_only=False)
+    load = partial(*how, torch.load, **kwargs)
+    names = {
+        **vars(loaders),
+        'torch': SimpleNamespace(load=load, distributed=torch.distributed),
+        'load_url': partial(*how, loaders.load_url, **kwargs),
+        '_safe_torch_load': load,
+    }
+    for name, f in vars(loaders).items():
+        if name.startswith('load_from_'):
+            names[name] = FunctionType(f.__code__, names, name, f.__defaults__)
+    found = loaders.CheckpointLoader._get_checkpoint_loader(path)
+    print_log(f'Loads checkpoint by {found.__name__[10:]} backend: {path}', 'current')
+    return names.get(found.__name__, found)(path, map_location)
 
 
 def load_checkpoint(path: str, weights_only: bool = True) -> dict:
-    """Read a checkpoint with torch's safe loader.
+    """Read a checkpoint with torch's safe loader, and check what it is.
 
     Args:
         path: Path or URL, whatever mmengine's ``CheckpointLoader`` reads.
@@ -21,47 +49,75 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
     Raises:
         FileNotFoundError: There is no such file.
         RuntimeError: The file is damaged, or cannot be read safely.
+        ValueError: It holds no weights by name, or no list of class names.
     """
     try:
-        with _loader_forced(weights_only):
-            return CheckpointLoader.load_checkpoint(path, map_location='cpu')
+        checkpoint = read(path, weights_only=weights_only)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f'The checkpoint {path!r} does not exist. Relative paths count from the '
-            f'working directory, {os.getcwd()!r}.'
+            f'The checkpoint {path!r} is a folder.'
+            if os.path.isdir(path)
+            else f'The checkpoint {path!r} does not exist. Relative paths count from '
+            f'the working directory, {os.getcwd()!r}.'
         ) from None
-    except pickle.UnpicklingError as error:
-        if weights_only and 'global' in str(error).lower():
-            raise RuntimeError(
+    except (OSError, ImportError) as error:
+        text = f'The checkpoint {path!r} cannot be read: {error}'
+        raise RuntimeError(text) from error
+    except Exception as error:  # torch's reader raises any, if the file is a text
+        cause = error.__context__ or error  # without torch's advice
+        said = ' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]
+        text = (
+            f'The checkpoint {path!r} cannot be read: it is damaged, cut off or no '
+            'checkpoint at all. Download it again.'
+        )
+        if 'GLOBAL' in said or 'add_safe_globals' in said:
+            text = (
                 f'The checkpoint {path!r} holds objects that the safe loader does not '
                 'read: reading them could run code of its author. If you trust the '
-                'file, set `teacher.weights_only=False` (a tool: --no-weights-only). '
-                f'The loader says: {error}'
-            ) from error
-        raise RuntimeError(_DAMAGED.format(path, error)) from error
-    except (EOFError, RuntimeError) as error:
-        raise RuntimeError(_DAMAGED.format(path, error)) from error
+                'file, set `teacher.weights_only=False` (a tool: --no-weights-only)'
+                + ('.' if weights_only else ' and unset TORCH_FORCE_WEIGHTS_ONLY_LOAD.')
+            )
+        raise RuntimeError(f'{text} The loader says: {said}') from error
+    _check_content(checkpoint, path)
+    return checkpoint
 
 
-_DAMAGED = (
-    'The checkpoint {!r} cannot be read: it is damaged, cut off or no checkpoint at '
-    'all. Download it again. The loader says: {}'
-)
+def _check_content(checkpoint: Any, path: str) -> None:
+    def check(value: Any, what: str, kind: Any = Mapping) -> Any:
+        if isinstance(value, kind) and all(isinstance(name, str) for name in value):
+            return value
+        wanted = 'a dict with names as keys' if kind is Mapping else 'a list of names'
+        raise ValueError(
+            f'{path!r} holds no checkpoint that can be used: {what} has to be '
+            f'{wanted}, and is of type {type(value).__name__}.'
+        )
+
+    if 'state_dict' in check(checkpoint, 'its content'):
+        check(checkpoint['state_dict'], '`state_dict`')
+        meta = checkpoint.get('meta')
+        meta = {} if meta is None else check(meta, '`meta`')
+        data = meta.get('dataset_meta')
+        data = {} if data is None else check(data, '`dataset_meta`')
+        for key, value in (*meta.items(), *data.items()):
+            if key.lower() == 'classes' and value is not None:
+                check(value, 'what names its classes', (str, list, tuple))
 
 
-@contextmanager
-def _loader_forced(weights_only: bool) -> Iterator[None]:
-    """Decide for every ``torch.load`` below, whichever way mmengine calls it."""
-    names = ['TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD']
-    before = {name: os.environ.pop(name, None) for name in names}  # not both, for torch
-    os.environ[names[not weights_only]] = '1'
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+def check_finite(state: Mapping[str, Any], path: str) -> None:
+    """Raise RuntimeError, with up to ten keys, if weights are NaN or infinite."""
+    broken = [
+        key
+        for key, value in state.items()
+        if torch.is_tensor(value)
+        and value.is_floating_point()
+        and not value.isfinite().all()
+    ]
+    if broken:
+        raise RuntimeError(
+            f'The weights in {path!r} are broken: {len(broken)} of them hold NaN or '
+            f'infinite values ({", ".join(broken[:10])}). Its training diverged; take '
+            'an earlier checkpoint of it.'
+        )
 
 
 def load_strictly(
@@ -82,7 +138,8 @@ def load_strictly(
         advice: What to do if they do not, for the message.
 
     Raises:
-        RuntimeError: It lists up to ten keys of each sort. Or a weight is not finite.
+        RuntimeError: It lists up to ten keys of each sort. Or a weight is no
+            floating-point number, or not finite.
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.'  # saved from within DistributedDataParallel
@@ -91,18 +148,19 @@ def load_strictly(
     missing, unexpected, errors = [], [], []
     metadata = getattr(state, '_metadata', {})
     state = dict(state)
+    types = [
+        f'{key}: {state[key].dtype}'
+        for key, value in model.state_dict().items()
+        if torch.is_tensor(state.get(key))
+        and value.is_floating_point() > state[key].is_floating_point()
+    ]
 
     def load(module: nn.Module, prefix: str = '') -> None:
         # As torch's load_state_dict, which lists no keys once a shape is wrong. It runs
         # the models' own conversions of older checkpoints.
+        local = metadata.get(prefix[:-1], {})
         module._load_from_state_dict(
-            state,
-            prefix,
-            metadata.get(prefix[:-1], {}),
-            True,
-            missing,
-            unexpected,
-            errors,
+            state, prefix, local, True, missing, unexpected, errors
         )
         for name, child in module.named_children():
             load(child, f'{prefix}{name}.')
@@ -112,6 +170,7 @@ def load_strictly(
         'missing in the file': missing,
         'in the file, but not in the model': sorted(set(unexpected)),
         'of another shape': [' '.join(error.split()) for error in errors],
+        'of a type that no weight has': types,
     }
     if any(problems.values()):
         lines = [f'The weights in {path!r} do not fit {model_name}.']
@@ -121,14 +180,4 @@ def load_strictly(
                 lines += [f'    {key}' for key in keys[:10]]
                 lines += [f'    ... and {len(keys) - 10} more'] * (len(keys) > 10)
         raise RuntimeError('\n'.join([*lines, advice]))
-    broken = [
-        key
-        for key, value in model.state_dict().items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if broken:
-        raise RuntimeError(
-            f'The weights in {path!r} are broken: {len(broken)} of them hold NaN or '
-            f'infinite values ({", ".join(broken[:10])}). Its training diverged; take '
-            'an earlier checkpoint of it.'
-        )
+    check_finite(model.state_dict(), path)

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, NamedTuple
+from functools import partial
+from os import PathLike
+from typing import Any
 
-from mmengine.logging import MessageHub, print_log
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ._environment import check_ops
-from .comparisons.base import Comparison, build_comparison
+from .arguments import (
+    DistillTerm,
+    check_overrides,
+    distill_terms,
+    named_teachers,
+    student_config,
+)
+from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
+from .data.labels import checked_labels
+from .data.unlabelled import Part, by_parts
 from .registry import MODELS
+from .run import Watch, refuse_untried_strategies, told
 from .step import Step
 from .teachers import Teacher, build_teacher
-from .unlabelled import Part, counted, counting, joined, split
 
 
 @MODELS.register_module(name='Distiller')
 def build_distiller(
-    student: dict,
+    student: dict | str | PathLike | None = None,
     teacher: dict | None = None,
     distill: dict[str, dict] | None = None,
     teachers: dict[str, dict] | None = None,
@@ -37,7 +49,7 @@ def build_distiller(
     its weights.
 
     Args:
-        student: Config of the student model.
+        student: Config of the student model, or the path of a config with a ``model``.
         teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...; or
             ``ema``, the arguments of :class:`MeanTeacher`.
         distill: What to compare, a dict of name -> config of a comparison. If omitted,
@@ -46,16 +58,17 @@ def build_distiller(
             dict of name -> weight; if omitted, it is the mean over all.
         teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
-            set ``pretrained`` and ``train_cfg`` on whatever model they are given. Only
-            a ``data_preprocessor``, which the Runner adds where the model has none,
-            does not replace that of ``student``.
+            set ``pretrained`` and ``train_cfg`` on whatever model they are given. A
+            ``data_preprocessor``, which the Runner adds where the model has none, does
+            not replace that of ``student``, nor does ``train_cfg`` or ``test_cfg`` of
+            None, mmseg's default.
 
     Returns:
         The student.
 
     Raises:
-        ValueError: The student's family is not supported, or ``distill`` or
-            ``teachers`` is malformed.
+        ValueError: The student's family is not supported, or an argument is misspelt,
+            missing or malformed.
         RuntimeError: mmcv or its compiled ops are missing.
 
     Example:
@@ -68,100 +81,44 @@ def build_distiller(
                 teacher=dict(config='teacher.py', checkpoint='teacher.pth'))
     """
     check_ops()
+    student = student_config(student)
+    check_overrides(student_overrides, student, build_distiller)
+    for key in ('train_cfg', 'test_cfg'):
+        if student_overrides.get(key, '') is None:
+            del student_overrides[key]
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
-    is_default = distill is None
-    if is_default:
-        distill = dict(dist=default_for(model))
-    _check_names(distill)
-    if (teacher is None) == (teachers is None):
-        raise ValueError(
-            'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
-            'name -> arguments.'
-        )
-    guests = {
-        name: build_teacher(cfg, student)
-        for name, cfg in ({'': teacher} if teachers is None else teachers).items()
-    }
-    lessons = {lesson.key: lesson for lesson in _lessons(distill, list(guests))}
-    comparisons = nn.ModuleDict(
-        {
-            key: build_comparison(lesson.name, lesson.cfg)
-            for key, lesson in lessons.items()
-        }
-    )
-    for key, comparison in comparisons.items():
-        comparison.bind(model, guests[lessons[key].teacher])
+    teacher_args = named_teachers(teacher, teachers)
+    if distill is None:
+        default_for(model)  # stops here at a family that is not known
+    entries = dict(dist={}) if distill is None else distill
+    terms = distill_terms(entries, list(teacher_args))
+
     model.__class__ = distilled_class(type(model))
-    model.teachers = guests
-    model.distill = comparisons
-    model._lessons = lessons
-    model._is_default = is_default
-    model._dataset_meta_before = _dataset_meta()
+    model.teachers = {
+        name: build_teacher(cfg, student, name) for name, cfg in teacher_args.items()
+    }
+    model.distill_terms = terms
+    model.distill = nn.ModuleDict()
+    if distill is not None:  # else chosen when the teacher is loaded
+        for key, term in terms.items():
+            model.distill[key] = build_comparison(term.name, term.cfg)
+            model.distill[key].bind(model, model.teachers[term.teacher])
+    model._watch = Watch()
+    model._meta_before = told('dataset_meta')
     return model
-
-
-def _check_names(distill: dict) -> None:
-    for name in distill:
-        if not name.isidentifier() or 'loss' in name:
-            raise ValueError(
-                f'`distill` has an entry {name!r}. Names are identifiers without '
-                '"loss" in them: they become the keys loss_<name> (added to the '
-                'total) and <name>_inter, <name>_intra (only logged).'
-            )
-
-
-class Lesson(NamedTuple):
-    """An entry of ``distill``, learned from one teacher."""
-
-    name: str  # of the entry
-    cfg: dict  # of the comparison
-    teacher: str  # its name; '' if there is only one
-    weight: float
-
-    @property
-    def key(self) -> str:
-        """Its name in ``model.distill``."""
-        return '_'.join(filter(None, (self.name, self.teacher)))
-
-
-def _lessons(distill: dict[str, dict], teachers: list[str]) -> Iterator[Lesson]:
-    """Each entry of ``distill`` with each teacher that it learns from.
-
-    Raises:
-        ValueError: ``from_teacher`` names a teacher that is not there.
-    """
-    for name, entry in distill.items():
-        cfg = dict(entry) if isinstance(entry, Mapping) else entry
-        wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
-        if wanted is not None and teachers == ['']:
-            raise ValueError(
-                f'`distill.{name}.from_teacher` chooses among several teachers, but '
-                'there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
-            )
-        if wanted is None:
-            weights = dict.fromkeys(teachers, 1)
-        else:
-            weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
-        unknown = sorted(set(weights) - set(teachers))
-        if unknown:
-            raise ValueError(
-                f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
-                f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
-            )
-        for teacher, weight in weights.items():
-            yield Lesson(name, cfg, teacher, weight / sum(weights.values()))
 
 
 class DistilledMixin:
     """What a student's class gains by being distilled."""
 
+    student_class: type[nn.Module]
     teachers: dict[str, Teacher]
-    distill: nn.ModuleDict
-    distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher rests
+    distill: nn.ModuleDict  # the comparisons, by the keys of `distill_terms`
+    distill_terms: dict[str, DistillTerm]
+    distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher is paused
     why_default = ''  # why that comparison was chosen, if `distill` is omitted
-    _is_default = False
     _is_checked = False
 
     @property
@@ -179,118 +136,148 @@ class DistilledMixin:
         super().init_weights()
         self._load_teachers()
 
-    def loss(self, inputs: Tensor, data_samples: list, **kwargs) -> dict:
+    # ---- a training step, from top to bottom -------------------------------------
+
+    def loss(
+        self, inputs: Tensor | None = None, data_samples: list | None = None, **kwargs
+    ) -> dict:
         """The student's losses, and those of each comparison.
 
         Args:
-            inputs: The batch, (N, C, H, W), after the data_preprocessor.
-            data_samples: The N data samples.
+            inputs: The batch, (N, C, H, W), after the data_preprocessor. The name that
+                the student's own ``loss`` has for it is taken too.
+            data_samples: The N data samples, likewise.
 
         Returns:
             The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
             ``<name>_intra`` of each entry of ``distill`` added. Of several teachers
-            ``loss_<name>`` is the weighted mean, and the correlations are
-            ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
+            ``loss_<name>`` is the weighted mean over those that give it, and the
+            correlations are ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
+
+        Raises:
+            RuntimeError: A loss is NaN or infinite.
         """
-        for teacher in self.teachers.values():
-            teacher.follow(self)
-        rests = self.distill_factor == 0
-        if not rests:
-            self._load_teachers()
-            self._match_classes()
-        modules = [m for c in self.distill.values() for m in c.student_modules(self)]
-        losses: dict[str, Any] = {}
-        pairs: dict[str, list] = {key: [] for key in self.distill}
-        for part in split(self, inputs, data_samples, modules):
-            if not rests:
-                own = self._learn(part, pairs, **kwargs)
-            elif part.is_rest:
-                continue
+        inputs = kwargs.pop(self._loss_takes[0], inputs)
+        data_samples = kwargs.pop(self._loss_takes[1], data_samples)
+        # recording swaps methods of the model, so threads take turns
+        turn = self.__dict__.setdefault('_turn', threading.RLock())
+        with turn, checked_labels(self, data_samples, self._class_names()):
+            for teacher in self.teachers.values():
+                teacher.follow(self)
+            if self.distill_factor == 0:
+                learn = partial(self._own_losses, **kwargs)
+                own, _ = by_parts(self, (), inputs, data_samples, learn, paused=True)
+                losses = own | self._zero_losses(own)
             else:
-                with counting(self, part):
-                    own = super().loss(part.inputs, part.data_samples, **kwargs)
-            losses |= counted(own, part)
-        if rests:
-            return losses | self._zero_losses()
+                self._load_teachers()
+                self._match_classes()
+                modules = [
+                    m for c in self.distill.values() for m in c.student_modules(self)
+                ]
+                learn = partial(self._learn, **kwargs)
+                own, pairs = by_parts(self, modules, inputs, data_samples, learn)
+                losses = own | self._distill_losses(own, pairs)
+                self._watch.rows(pairs)
+            self._watch.losses(losses)
+            return losses
 
-        own = set(losses)
-        for key, comparison in self.distill.items():
-            lesson = self._lessons[key]
-            terms = comparison(lesson.name, joined(pairs[key]))
-            for term, value in terms.items():
-                if term.startswith('loss_'):
-                    # `distill=dict(cls=...)` must not replace the detector's loss_cls.
-                    term = f'{term}_distill' if term in own else term
-                    value = self.distill_factor * lesson.weight * value
-                    losses[term] = losses[term] + value if term in losses else value
-                else:
-                    losses['_'.join(filter(None, (term, lesson.teacher)))] = value
-        return losses
+    def _own_losses(self, part: Part, **kwargs) -> tuple[dict, dict]:
+        """The student's own losses of a batch, without anything to compare."""
+        with part.recording(self):
+            return super().loss(part.inputs, part.data_samples, **kwargs), {}
 
-    def _learn(self, part: Part, pairs: dict[str, list], **kwargs) -> dict:
-        """The student's own losses of images; what is compared goes into ``pairs``.
+    def _learn(self, part: Part, **kwargs) -> tuple[dict, dict[str, list[Pair]]]:
+        """The student's own losses of a batch, and what each comparison compares.
 
         Args:
-            part: Images that go through the student together.
-            pairs: For each comparison the pairs of the parts before.
+            part: The batch, or the labelled or the unlabelled images of it.
         """
         steps = {name: self._step(name, part) for name in self.teachers}
-        comparisons: dict[str, Comparison] = dict(self.distill.items())
+        terms = self.distill_terms
 
         # The teacher goes first where it can: its activations are freed before those
         # of the student, which the backward pass needs, take memory.
-        answers = {}
-        for key, comparison in comparisons.items():
-            if comparison.asks_first:
-                answers[key] = self._ask(key, steps, None)
-        if len(answers) == len(comparisons):
+        asked = {
+            key: self._ask(key, steps[term.teacher], None)
+            for key, term in terms.items()
+            if self.distill[key].asks_first
+        }
+        if len(asked) == len(terms):
             for step in steps.values():
                 step.forget_teacher_features()
 
-        with ExitStack() as recordings:
-            for step in steps.values():
-                part.replay(recordings.enter_context(step.recording()))
-            recordings.enter_context(counting(self, part))
-            losses = super().loss(part.inputs, part.data_samples, **kwargs)
+        own, _ = self._own_losses(part, **kwargs)
 
-        for key, comparison in comparisons.items():
-            step = steps[self._lessons[key].teacher]
+        pairs = {}
+        for key, term in terms.items():
+            comparison, step = self.distill[key], steps[term.teacher]
             recorded = comparison.record(step)
-            if key not in answers:
-                answers[key] = self._ask(key, steps, recorded)
-            pairs[key].append(comparison.pair(step, recorded, answers.pop(key)))
-        return losses
+            if key not in asked:
+                asked[key] = self._ask(key, step, recorded)
+            pairs[key] = list(comparison.pair(step, recorded, asked.pop(key)))
+        return own, pairs
 
-    def _step(self, teacher: str, part: Part) -> Step:
-        """A part of the batch, as it is for one of the teachers."""
-        guest = self.teachers[teacher]
-        guest.move_to(part.inputs.device)
-        comparisons = [
-            self.distill[key]
-            for key, lesson in self._lessons.items()
-            if lesson.teacher == teacher
-        ]
+    def _step(self, name: str, part: Part) -> Step:
+        """The batch, as it is for one of the teachers."""
+        teacher = self.teachers[name]
+        teacher.move_to(part.inputs.device)
+        keys = [key for key, term in self.distill_terms.items() if term.teacher == name]
         return Step(
             self,
-            guest,
-            guest.classes,
+            teacher,
+            teacher.classes,
             part.inputs,
             part.data_samples,
-            [m for c in comparisons for m in c.student_modules(self)],
-            [m for c in comparisons for m in c.teacher_modules(guest.model)],
+            part.recorder,
+            [m for k in keys for m in self.distill[k].teacher_modules(teacher.model)],
             part.labelled,
         )
 
-    def _ask(self, key: str, steps: dict[str, Step], recorded: Any) -> Any:
-        """The answer of a lesson's teacher; of several views the mean."""
-        comparison, teacher = self.distill[key], self._lessons[key].teacher
-        step = steps[teacher]
-        with self.teachers[teacher].running():
+    def _ask(self, key: str, step: Step, recorded: Any) -> Any:
+        """The teacher's answer to a comparison; of several views the mean."""
+        comparison, teacher = (
+            self.distill[key],
+            self.teachers[self.distill_terms[key].teacher],
+        )
+        with teacher.running():
             answer = comparison.ask(step, recorded)
-            if self.teachers[teacher].views:
+            if teacher.views:
                 mirrored = comparison.ask(step.mirrored, recorded)
                 answer = comparison.mean_of_views(step, answer, mirrored)
         return answer
+
+    def _distill_losses(self, own: dict, pairs: dict[str, list[Pair]]) -> dict:
+        """The losses of distillation, after weights and schedule, and correlations."""
+        values, logged = defaultdict(list), {}
+        for key, term in self.distill_terms.items():
+            for name, value in self.distill[key](term.name, pairs[key]).items():
+                if name.startswith('loss_'):
+                    values[term.name, name].append((term.weight, value))
+                else:
+                    logged['_'.join(filter(None, (name, term.teacher)))] = value
+        losses: dict[str, Tensor] = {}
+        for (_, name), found in values.items():
+            factor = self.distill_factor / sum(weight for weight, _ in found)
+            losses[_free_name(name, own | losses)] = sum(
+                factor * weight * value for weight, value in found
+            )
+        return losses | logged
+
+    def _zero_losses(self, own: dict) -> dict[str, Tensor]:
+        """Losses of 0 of the comparisons with parameters, while the teacher is paused.
+
+        DDP stops at parameters that take no part in a step.
+        """
+        losses: dict[str, Tensor] = {}
+        for key, comparison in self.distill.items():
+            parameters = list(comparison.parameters())
+            if parameters:
+                name = _free_name(f'loss_{self.distill_terms[key].name}', own)
+                zero = 0 * sum(p.sum() for p in parameters)
+                losses[name] = losses.get(name, 0) + zero
+        return losses
+
+    # ---- before the first step ---------------------------------------------------
 
     def _load_teachers(self) -> None:
         """Load the teachers, and check them against what is compared."""
@@ -298,9 +285,9 @@ class DistilledMixin:
             return
         for teacher in self.teachers.values():
             teacher.load(self)
-        for key, lesson in self._lessons.items():
-            teacher = self.teachers[lesson.teacher]
-            if self._is_default:
+        for key, term in self.distill_terms.items():
+            teacher = self.teachers[term.teacher]
+            if key not in self.distill:
                 self.distill[key], self.why_default = default_for_pair(self, teacher)
             self.distill[key].check_pair(self, teacher.model)
             if teacher.views:
@@ -310,40 +297,33 @@ class DistilledMixin:
 
     def _in_words(self, key: str) -> str:
         """What is distilled from which teacher into what, and why."""
-        lesson, comparison = self._lessons[key], self.distill[key]
-        teacher = self.teachers[lesson.teacher]
-        name = ' '.join(filter(None, (type(teacher.model).__name__, lesson.teacher)))
-        why = f', chosen because {self.why_default}' if self._is_default else ''
+        term, comparison = self.distill_terms[key], self.distill[key]
+        teacher = self.teachers[term.teacher]
+        name = ' '.join(filter(None, (type(teacher.model).__name__, term.teacher)))
+        why = f', chosen because {self.why_default}' if self.why_default else ''
         return (
-            f'mmdist: {type(self).__mro__[2].__name__} learns from {name} '
-            f'({teacher.origin}) by `{lesson.name}`, {type(comparison).__name__} with '
+            f'mmdist: {self.student_class.__name__} learns from {name} '
+            f'({teacher.origin}) by `{term.name}`, {type(comparison).__name__} with '
             f'{type(comparison.loss).__name__}{why}.'
         )
 
-    def _match_classes(self) -> None:
-        """Match the classes once, when the Runner has said which the student has."""
-        meta = _dataset_meta()
+    def _class_names(self) -> Sequence[str] | None:
+        """Those of the data set, when the Runner has said which it trains on."""
+        return (told('dataset_meta') or {}).get('classes') if self._is_run() else None
+
+    def _is_run(self) -> bool:
         # What was there when the model was built belongs to another run.
-        known = meta is not None and meta is not self._dataset_meta_before
-        names = meta.get('classes') if known else None
+        return told('dataset_meta') is not self._meta_before
+
+    def _match_classes(self) -> None:
+        """Match the classes once, in the first step."""
         for teacher in self.teachers.values():
             if teacher.classes is None:
-                if known:
-                    _refuse_untried_strategies()
-                teacher.classes = teacher.match_classes(names)
+                if self._is_run():
+                    refuse_untried_strategies()
+                teacher.classes = teacher.match_classes(self._class_names())
 
-    def _zero_losses(self) -> dict[str, Tensor]:
-        """Losses of 0 of the comparisons with parameters.
-
-        DDP stops at parameters that take no part in a step.
-        """
-        losses: dict[str, Tensor] = {}
-        for key, comparison in self.distill.items():
-            if any(True for _ in comparison.parameters()):
-                term = f'loss_{self._lessons[key].name}'
-                zero = 0 * sum(p.sum() for p in comparison.parameters())
-                losses[term] = losses.get(term, 0) + zero
-        return losses
+    # ---- as part of torch --------------------------------------------------------
 
     def _apply(self, fn, *args, **kwargs):
         for teacher in self.teachers.values():
@@ -353,42 +333,32 @@ class DistilledMixin:
     def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time, so pickle does not find it by name. A copy
         # loads the teacher again, which a file does not hold.
-        student_class = type(self).__mro__[2]
-        return _new, (student_class,), {**self.__dict__, '_is_checked': False}
+        state = {**self.__dict__, '_is_checked': False, '_watch': Watch()}
+        state.pop('_turn', None)
+        return _new, (self.student_class,), state
+
+
+def _free_name(name: str, taken: Mapping[str, Any]) -> str:
+    """`distill=dict(cls=...)` must not replace the detector's loss_cls."""
+    return f'{name}_distill' if name in taken else name
 
 
 @functools.cache
 def distilled_class(student_class: type[nn.Module]) -> type[nn.Module]:
     """The class of a distilled model: the student's with :class:`DistilledMixin`."""
-    name = f'Distilled{student_class.__name__}'
-    return type(name, (DistilledMixin, student_class), {'__module__': __name__})
+    inputs_and_samples = list(inspect.signature(student_class.loss).parameters)[1:3]
+    return type(
+        f'Distilled{student_class.__name__}',
+        (DistilledMixin, student_class),
+        dict(
+            __module__=__name__,
+            student_class=student_class,
+            _loss_takes=inputs_and_samples,
+        ),
+    )
 
 
 def _new(student_class: type[nn.Module]) -> nn.Module:
     """A distilled model without its state, for pickle and copy."""
     cls = distilled_class(student_class)
     return cls.__new__(cls)
-
-
-def _dataset_meta() -> dict | None:
-    """Metainfo of the dataset that the Runner trains on, once training has begun."""
-    return MessageHub.get_current_instance().get_info('dataset_meta')
-
-
-def _refuse_untried_strategies() -> None:
-    """Stop where FlexibleRunner hands the model to an engine of another library.
-
-    These engines leave no mark on the model that they wrap; the Runner's config, which
-    is known once training has begun, names them.
-
-    Raises:
-        NotImplementedError: The config names such a strategy.
-    """
-    config = MessageHub.get_current_instance().get_info('cfg') or ''
-    found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', config)
-    if found:
-        raise NotImplementedError(
-            f'mmdist does not distil under `{found[0]}`: nobody has tried whether the '
-            'teacher survives its engine. Use `FSDPStrategy`, `DDPStrategy` or '
-            '`SingleDeviceStrategy`, or omit `runner_type` and `strategy`.'
-        )

@@ -1,12 +1,15 @@
-"""Find what belongs to a module by the names of its classes.
+"""Find what belongs to a name: of a class, of an argument, of a misspelt one.
 
-Names, so that neither mmdet nor mmseg has to be installed.
+Names of classes, so that neither mmdet nor mmseg has to be installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar('T')
 
@@ -33,3 +36,66 @@ def class_name_in(module: object, names: Mapping[str, object]) -> str | None:
 def is_a(module: object, *names: str) -> bool:
     """Whether a module is of a class with one of these names, or of a subclass."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
+
+
+def did_you_mean(word: object, known: Iterable[str]) -> str:
+    """A question that names the known word nearest to a wrong one.
+
+    Args:
+        word: The wrong word. Upper case and what stands before its last dot are
+            ignored, so 'distloss' finds 'mmdist.DISTLoss'.
+        known: The words that exist.
+
+    Returns:
+        " Did you mean 'checkpoint'?", to follow a sentence; '' if none is near.
+    """
+    bare = {name.rsplit('.', 1)[-1].lower(): name for name in known}
+    close = difflib.get_close_matches(str(word).rsplit('.', 1)[-1].lower(), bare, n=1)
+    return f' Did you mean {bare[close[0]]!r}?' if close else ''
+
+
+def check_arguments(
+    name: str, function: Callable, cfg: Mapping[str, Any], given: Sequence[str] = ()
+) -> None:
+    """Stop at an argument that a function or class does not take, or that it lacks.
+
+    Args:
+        name: Where the arguments stand in the user's config, such as 'teacher'.
+        function: What is to be called with them.
+        cfg: The arguments. ``type``, which names the function, is none of them.
+        given: Arguments that the caller adds, so the user does not give them.
+
+    Raises:
+        ValueError: It says which argument, the nearest that exists, and all of them.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    takes = {
+        p.name: p for p in parameters if p.kind not in variadic and p.name not in given
+    }
+    it_takes = f'It takes {", ".join(takes) or "no arguments"}.'
+    if not open_ended:
+        for key in cfg:
+            if key not in takes and key not in ('type', '_scope_'):
+                raise ValueError(
+                    f'`{name}`: no argument {key!r}.{did_you_mean(key, takes)} '
+                    f'{it_takes}'
+                )
+    for key, parameter in takes.items():
+        if parameter.default is parameter.empty and key not in cfg:
+            raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')
+
+
+def in_words(cls: type[T]) -> type[T]:
+    """Decorate a class so that a misspelt argument is said by `check_arguments`."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self, *args, **kwargs):
+        positional = list(inspect.signature(init).parameters)[: len(args) + 1]
+        check_arguments(cls.__name__, init, kwargs, given=positional)
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -30,32 +28,24 @@ class Recorder:
         modules: The modules to watch.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self._modules = list({id(m): m for m in modules}.values())
-        self._calls: dict[int, list[Call]] = defaultdict(list)
-        self._index = itertools.count()
+        self._calls: list[tuple[nn.Module, Call]] = []
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The calls of ``module``, in order; empty if it did not run."""
-        return self._calls[id(module)]
+        return [call for owner, call in self._calls if owner is module]
 
     def forget(self) -> None:
         """Drop all calls, and the tensors in them."""
-        for calls in self._calls.values():
-            calls.clear()
+        self._calls.clear()
 
     def changed(self, change: Callable[[Any], Any]) -> Recorder:
-        """The same calls with arguments and output changed."""
+        """A recorder with the same calls, their arguments and outputs changed."""
         other = Recorder(self._modules)
-        for key, calls in self._calls.items():
-            other._calls[key] = [Call(*map(change, c[:3]), c.index) for c in calls]
+        for module, call in self._calls:
+            other._calls.append((module, Call(*map(change, call[:3]), call.index)))
         return other
-
-    def replay(self, other: Recorder) -> None:
-        """See the calls of another recorder, as if they were made now."""
-        calls = [(c, m) for m in self._modules for c in other.calls(m)]
-        for call, module in sorted(calls, key=lambda item: item[0].index):
-            self.calls(module).append(call._replace(index=next(self._index)))
 
     def __enter__(self) -> Recorder:
         # A forward of the instance's own (activation checkpointing sets one) is
@@ -72,12 +62,13 @@ class Recorder:
             else:
                 module.forward = own
 
-    def _recording(self, module: nn.Module):
-        forward, calls = module.forward, self._calls[id(module)]
+    def _recording(self, module: nn.Module) -> Callable:
+        forward = module.forward
 
         def record(*args, **kwargs):
             output = forward(*args, **kwargs)
-            calls.append(Call(args, kwargs, output, next(self._index)))
+            call = Call(args, kwargs, output, len(self._calls))
+            self._calls.append((module, call))
             return output
 
         return record

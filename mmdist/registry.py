@@ -3,50 +3,33 @@
 mmengine imports this module by itself when a config names a type ``mmdist.*``.
 """
 
-from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import TASK_UTILS as MMENGINE_TASK_UTILS
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry
 
-MODELS = Registry(
-    'model',
-    parent=MMENGINE_MODELS,
-    scope='mmdist',
-    locations=[
-        'mmdist.losses',
-        'mmdist.comparisons',
-        'mmdist.distiller',
-        'mmdist.backbones',
-        'mmdist.teachers',
-    ],
-)
-TASK_UTILS = Registry(
-    'task util',
-    parent=MMENGINE_TASK_UTILS,
-    scope='mmdist',
-    locations=['mmdist.comparisons'],
-)
-DATASETS = Registry(
-    'dataset',
-    parent=MMENGINE_DATASETS,
-    scope='mmdist',
-    locations=['mmdist.datasets'],
-)
-TRANSFORMS = Registry(
-    'transform',
-    parent=MMENGINE_TRANSFORMS,
-    scope='mmdist',
-    locations=['mmdist.datasets'],
-)
-DATA_SAMPLERS = Registry(
-    'data sampler',
-    parent=MMENGINE_DATA_SAMPLERS,
-    scope='mmdist',
-    locations=['mmdist.datasets'],
-)
-HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='mmdist', locations=['mmdist.hooks']
-)
+
+def _child(parent: Registry, *locations: str) -> Registry:
+    modules = [f'mmdist.{name}' for name in locations]
+    return Registry(parent.name, parent=parent, scope='mmdist', locations=modules)
+
+
+MODELS = _child(
+    mmengine_registry.MODELS,
+    'losses', 'comparisons', 'distiller', 'backbones', 'teachers',
+)  # fmt: skip
+TASK_UTILS = _child(mmengine_registry.TASK_UTILS, 'comparisons')
+DATASETS = _child(mmengine_registry.DATASETS, 'data', 'datasets')
+TRANSFORMS = _child(mmengine_registry.TRANSFORMS, 'data')
+DATA_SAMPLERS = _child(mmengine_registry.DATA_SAMPLERS, 'data')
+HOOKS = _child(mmengine_registry.HOOKS, 'hooks')
+
+
+def class_of(cfg: Any) -> Any:
+    """What the ``type`` of a model's or a loss's config names; None if nothing."""
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind) if isinstance(kind, str) else kind

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from functools import cached_property
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from mmengine.structures import BaseDataElement
@@ -18,29 +17,26 @@ from .teachers import ClassMatch, ForeignTeacher, Teacher
 
 
 class Step:
-    """The batch, the student's recorded calls and the teacher, for one step.
+    """The batch, the student's recorded calls and one of its teachers, for one step.
 
     What the teacher computes is computed at most once, however many comparisons ask
     for it. Nothing is kept after the step.
 
     Args:
         student: The distilled model.
-        teacher: Its teacher, loaded.
+        teacher: The teacher, loaded.
         classes: Which columns of the two are the same class.
         inputs: The student's batch after its data_preprocessor, (N, C, H, W).
         data_samples: The N data samples of the batch.
-        student_modules: Modules of the student to record in :meth:`recording`.
+        recorder: What the student does while it computes its own loss.
         teacher_modules: Modules of the teacher to record in :attr:`teacher_features`.
         labelled: For each image whether it has labels; None if all have. The student's
             own losses of the others do not count.
 
     Attributes:
-        student: The distilled model.
+        student, classes, inputs, data_samples, labelled: As given.
         teacher_model: The teacher's own model, a plain detector or segmentor in eval.
-        classes: As given.
-        inputs: As given.
-        data_samples: As given.
-        labelled: For each image whether it has labels.
+        valid_sizes: Height and width in pixels of each image without its padding.
     """
 
     def __init__(
@@ -50,7 +46,7 @@ class Step:
         classes: ClassMatch,
         inputs: Tensor,
         data_samples: Sequence[BaseDataElement],
-        student_modules: Sequence[nn.Module] = (),
+        recorder: Recorder | None = None,
         teacher_modules: Sequence[nn.Module] = (),
         labelled: Sequence[bool] | None = None,
     ) -> None:
@@ -60,16 +56,17 @@ class Step:
         self.inputs = inputs
         self.data_samples = data_samples
         self.labelled = labelled or (True,) * len(data_samples)
+        full = tuple(inputs.shape[-2:])
+        self.valid_sizes = [
+            tuple(map(min, sample.metainfo.get('img_shape', full)[:2], full))
+            for sample in data_samples
+        ]
         self._teacher = teacher
-        self._student_recorder = Recorder(student_modules)
+        self._student_recorder = recorder or Recorder()
         self._teacher_recorder = Recorder(teacher_modules)
         self._shared: dict[str, Any] = {}
 
     # ---- the student's side ------------------------------------------------------
-
-    def recording(self) -> AbstractContextManager:
-        """Record the student's calls within; it computes its own loss there."""
-        return self._student_recorder
 
     def calls(self, module: nn.Module) -> list[Call]:
         """The student's calls of ``module`` in its own loss pass.
@@ -106,37 +103,58 @@ class Step:
 
     # ---- the teacher's side ------------------------------------------------------
 
-    @cached_property
+    def shared(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Compute something of the teacher for whoever asks first, and keep it.
+
+        Args:
+            key: Name of the result; the same for all that mean the same.
+            compute: Gives the result.
+        """
+        if key not in self._shared:
+            with self._teacher.running():
+                self._shared[key] = compute()
+        return self._shared[key]
+
+    @property
     def teacher_inputs(self) -> Tensor:
         """The batch as the teacher's own data_preprocessor would have given it."""
-        return self._teacher.renormalize(self.inputs, self.valid_sizes)
+        return self.shared(
+            'teacher_inputs',
+            lambda: self._teacher.renormalize(self.inputs, self.valid_sizes),
+        )
 
-    @cached_property
+    @property
     def teacher_features(self) -> Any:
         """The teacher's ``extract_feat``, backbone and neck.
 
         Of a :class:`ForeignTeacher` it is what its forward returns.
         """
-        with self._teacher.running(), self._teacher_recorder:
+        return self.shared('teacher_features', self._extract)
+
+    def _extract(self) -> Any:
+        with self._teacher_recorder:
             if isinstance(self.teacher_model, ForeignTeacher):
                 return self.teacher_model(self.teacher_inputs, self.valid_sizes)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
-    @cached_property
+    @property
     def mirrored(self) -> Step:
         """The same batch, which the teacher sees mirrored, left to right."""
+        return self.shared('mirrored', self._mirror)
+
+    def _mirror(self) -> Step:
         step = Step(
             self.student, self._teacher, self.classes, self.inputs, self.data_samples
         )
         # the padding lies on the left, so the whole width is an image
         step.valid_sizes = [tuple(self.inputs.shape[-2:])] * len(self.inputs)
-        step.teacher_inputs = self.teacher_inputs.flip(-1)
+        step._shared['teacher_inputs'] = self.teacher_inputs.flip(-1)
         return step
 
     def forget_teacher_features(self) -> None:
         """Free the teacher's features, which nobody asks for any more."""
-        for name in ('teacher_features', 'mirrored'):
-            self.__dict__.pop(name, None)
+        for key in ('teacher_features', 'mirrored'):
+            self._shared.pop(key, None)
         self._teacher_recorder.forget()
 
     def teacher_calls(self, module: nn.Module) -> list[Call]:
@@ -161,12 +179,15 @@ class Step:
         with swapped(model, 'extract_feat', lambda *args, **kwargs: features):
             return model(self.teacher_inputs, data_samples, mode=mode)
 
-    @cached_property
+    @property
     def teacher_predictions(self) -> list[BaseDataElement]:
         """What the teacher predicts in a test, in the geometry of the batch.
 
         Of a two-stage detector it is the boxes alone, without masks.
         """
+        return self.shared('teacher_predictions', self._predict)
+
+    def _predict(self) -> list[BaseDataElement]:
         from mmcv.ops.nms import NMSop
 
         suppress = NMSop.apply  # on a CPU it takes float32 alone
@@ -181,40 +202,14 @@ class Step:
             samples.append(type(sample)(metainfo=metainfo))
             if 'proposals' in sample:  # of a detector without RPN
                 samples[-1].proposals = sample.proposals
+        roi_head = getattr(self.teacher_model, 'roi_head', None)
         with (
-            self._teacher.running(),
             swapped(NMSop, 'apply', lambda *args: suppress(*map(_in_float32, args))),
-            ExitStack() as stack,
+            patch.dict(getattr(roi_head, '_modules', {}), mask_head=None),
         ):
-            roi_head = getattr(self.teacher_model, 'roi_head', None)
-            if getattr(roi_head, 'mask_head', None) is not None:
-                modules = roi_head._modules
-                stack.callback(modules.update, mask_head=modules['mask_head'])
-                modules['mask_head'] = None
             return self._run_teacher(self.teacher_features, samples, 'predict')
 
-    def shared(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Compute something of the teacher for whoever asks first, and keep it.
-
-        Args:
-            key: Name of the result; the same for all that mean the same.
-            compute: Gives the result.
-        """
-        if key not in self._shared:
-            with self._teacher.running():
-                self._shared[key] = compute()
-        return self._shared[key]
-
     # ---- the batch ---------------------------------------------------------------
-
-    @cached_property
-    def valid_sizes(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of each image without its padding."""
-        full = tuple(self.inputs.shape[-2:])
-        return [
-            tuple(map(min, sample.metainfo.get('img_shape', full)[:2], full))
-            for sample in self.data_samples
-        ]
 
     def valid_mask(self, height: int, width: int) -> Tensor | None:
         """Where a map of the whole batch shows an image, not its padding.

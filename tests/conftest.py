@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from processes import Group
 from tiny import (
     DET_CLASSES,
     DET_CONFIG,
@@ -30,6 +31,15 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Triton's kernels are interpreted where there is no GPU; read when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+@pytest.fixture(scope='session')
+def group_of():
+    """A gloo group of so many processes, which are the same for all tests."""
+    groups = {}
+    yield lambda size: groups.setdefault(size, Group(size))
+    for group in groups.values():
+        group.close()
 
 
 @pytest.fixture(scope='session')

@@ -91,13 +91,16 @@ def make_batch(
     return dict(inputs=inputs, data_samples=samples)
 
 
-def distilled(student: dict, teacher: dict, checkpoint=None, **comparison) -> nn.Module:
-    """A student in training, compared by SegLogits with a teacher.
+def distilled(
+    student: dict, teacher: dict, checkpoint=None, distill=None, **comparison
+) -> nn.Module:
+    """A student in training, compared with a teacher.
 
     Args:
         student: Config of the model.
         teacher: Config of the model.
         checkpoint: The teacher's weights; None takes random ones.
+        distill: What is compared; left out, it is SegLogits.
         comparison: Arguments of SegLogits.
     """
     torch.manual_seed(0)
@@ -108,7 +111,7 @@ def distilled(student: dict, teacher: dict, checkpoint=None, **comparison) -> nn
             teacher=dict(
                 config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None
             ),
-            distill=dict(dist=dict(type='mmdist.SegLogits', **comparison)),
+            distill=distill or dict(dist=dict(type='mmdist.SegLogits', **comparison)),
         )
     )
     model.init_weights()

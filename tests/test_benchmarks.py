@@ -11,6 +11,7 @@ def test_contestants_are_the_same_function(activation):
     loss.check_same(activation)
 
 
+@pytest.mark.slow
 def test_memory_of_the_fast_path():
     shape = (4, 19, 128, 256)
     size = 4 * 4 * 19 * 128 * 256

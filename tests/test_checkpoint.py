@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
 import pickle
+import struct
+import threading
+import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -12,7 +18,12 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist._startup import _COMPLETIONS
+from mmdist.checkpoint import (
+    check_finite,
+    load_checkpoint,
+    load_strictly,
+)
 
 
 def net(width: int = 3) -> nn.Sequential:
@@ -51,7 +62,10 @@ def test_a_missing_file_says_from_where_it_was_looked_for():
         load_checkpoint('no/such.pth')
 
 
-@pytest.mark.parametrize('content', [b'', b'no checkpoint', b'PK\x03\x04 cut off'])
+@pytest.mark.parametrize(
+    'content',
+    [b'', b'no checkpoint', b'PK\x03\x04 cut off', b'hello', b'error', b'q', b'\x85'],
+)
 def test_a_damaged_file_says_so(tmp_path, content):
     path = tmp_path / 'damaged.pth'
     path.write_bytes(content)
@@ -122,23 +136,297 @@ def test_only_mmengines_loader_knows_the_classes_of_mmengine(tmp_path):
             torch.load(path)
 
 
-@pytest.mark.parametrize('name', ['FORCE_NO_WEIGHTS', 'FORCE_WEIGHTS'])
+def test_what_mmengine_saves_is_read_as_it_was(tmp_path):
+    """By mmengine's loader too, which may be the only one that is called."""
+    path = str(tmp_path / 'a.pth')
+    arrays = [
+        np.arange(6).reshape(2, 3).T, np.array([True, False]), np.ones(2, 'f4'),
+        np.zeros(0), np.uint8(7), np.array(3.5), np.int64(-3),
+    ]  # fmt: skip
+    history = HistoryBuffer([1.0, 2.0], [1, 1], max_length=9)
+    history.update(3.0, 2)
+    torch.save(dict(arrays=(arrays, {'a': arrays}), log=[history, history]), path)
+    for load in (load_checkpoint, CheckpointLoader.load_checkpoint):
+        read = load(path)
+        for found in (read['arrays'][0], read['arrays'][1]['a']):
+            for expected, value in zip(arrays, found, strict=True):
+                assert type(value) is type(expected) and value.dtype == expected.dtype
+                np.testing.assert_array_equal(value, expected)
+        log = read['log'][0]
+        assert type(log) is HistoryBuffer and log is read['log'][1]
+        assert log.max_length == 9
+        for expected, value in zip(history.data, log.data, strict=True):
+            assert value.dtype == expected.dtype
+            np.testing.assert_array_equal(value, expected)
+        log.update(1.0)
+
+
+# ---- a file that is made to harm; the letters are pickle's operations, protocol 2 ----
+
+
+def glob(name: str) -> bytes:
+    return 'c{}\n{}\n'.format(*name.rsplit('.', 1)).encode()
+
+
+def text(value: str) -> bytes:
+    return b'X' + struct.pack('<I', len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return b'J' + struct.pack('<i', value)
+
+
+def pack(*items: bytes) -> bytes:
+    return b'(' + b''.join(items) + b't'
+
+
+def entries(**items: bytes) -> bytes:
+    return b'}(' + b''.join(text(key) + value for key, value in items.items()) + b'u'
+
+
+def of_bytes(value: bytes) -> bytes:
+    return glob('_codecs.encode') + pack(text(value.decode()), text('latin1')) + b'R'
+
+
+def write(path, body: bytes) -> str:
+    torch.save(0, path)
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, 'w') as file:
+        for name, part in parts.items():
+            new = b'\x80\x02' + body + b'.'
+            file.writestr(name, new if name.endswith('data.pkl') else part)
+    return str(path)
+
+
+FALSE, TRUE, NONE = b'\x89', b'\x88', b'N'
+CORE = f'numpy.{"_" * (np.__version__ >= "2")}core.multiarray'
+BARE = glob(f'{CORE}._reconstruct') + pack(
+    glob('numpy.ndarray'), pack(number(0)), of_bytes(b'b')
+)
+
+
+def dtype(code: str) -> bytes:
+    return glob('numpy.dtype') + pack(text(code), FALSE, TRUE) + b'R'
+
+
+def state(size: int, code: bytes, data: bytes) -> bytes:
+    return pack(number(1), pack(number(size)), code, FALSE, of_bytes(data)) + b'b'
+
+
+ARRAY = BARE + b'Rq\x02' + state(1000, dtype('f8'), b'A' * 8000)
+AGAIN = b'h\x02' + state(1, dtype('f8'), b'B' * 8)
+ENLARGED = pack(
+    number(3), text('|'), NONE, NONE, NONE, number(4_000_000), number(1), number(0)
+)
+ATTACKS = dict(
+    reads_past_a_buffer=dict(
+        a=BARE + b'R' + state(1, dtype('V8') + b'q\x01', b'A' * 8),
+        b=b'h\x01' + ENLARGED + b'b',
+    ),
+    pointers_from_bytes=dict(
+        a=glob('numpy.ndarray')
+        + pack(
+            pack(number(1)), text('O'),
+            glob('builtins.bytearray') + pack(of_bytes(b'A' * 8)) + b'R',
+        )
+        + b'R'
+    ),
+    view_of_freed_memory=dict(
+        a=ARRAY,
+        b=glob('numpy.ndarray') + pack(pack(number(9)), text('f8'), b'h\x02') + b'R',
+        c=AGAIN,
+    ),
+    the_same_by_torch=dict(
+        a=ARRAY,
+        b=glob('torch._utils._rebuild_device_tensor_from_numpy')
+        + pack(b'h\x02', glob('torch.float64'), text('cpu'), FALSE)
+        + b'R',
+        c=AGAIN,
+    ),
+    a_second_state=dict(a=ARRAY, b=AGAIN),
+    larger_than_its_buffer=dict(a=BARE + b'R' + state(9, dtype('f8'), b'A' * 8)),
+    objects=dict(a=BARE + b'R' + state(1, dtype('O8'), b'A' * 8)),
+    big_endian=dict(
+        a=dtype('f8') + pack(number(3), text('>')) + b'b'
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_no_array_of_a_file_reaches_foreign_memory(tmp_path, attack):
+    path = write(tmp_path / 'a.pth', entries(state_dict=b'}', **ATTACKS[attack]))
+    with pytest.raises(RuntimeError, match='The loader says'):
+        load_checkpoint(path)
+    with pytest.raises(pickle.UnpicklingError):
+        CheckpointLoader.load_checkpoint(path)
+
+
+def test_the_assembler_of_the_attacks_can_write_an_array(tmp_path):
+    path = write(tmp_path / 'a.pth', entries(state_dict=b'}', a=ARRAY))
+    assert load_checkpoint(path)['a'].shape == (1000,)
+
+
+@pytest.mark.parametrize('value', ['max', None])
+def test_a_file_does_not_change_the_statistics_of_the_process(tmp_path, value):
+    kind = 'mmengine.logging.history_buffer.HistoryBuffer'
+    method = glob('builtins.getattr') + pack(glob(kind), text('max')) + b'R'
+    method = method if value else NONE
+    log = (
+        glob(kind) + b')\x81' + entries(statistics_methods=entries(mean=method)) + b'b'
+    )
+    load_checkpoint(write(tmp_path / 'a.pth', entries(state_dict=b'}', log=log)))
+    assert HistoryBuffer([1.0, 3.0], [1, 1]).statistics('mean') == 2
+
+
+def test_what_the_user_declared_stays_declared(tmp_path):
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(a=np.ones(2)), path)
+    with torch.serialization.safe_globals([np.ndarray, np.dtype]):
+        for load in (load_checkpoint, CheckpointLoader.load_checkpoint):
+            assert load(path)['a'].sum() == 2
+        assert {np.ndarray, np.dtype} <= {*torch.serialization.get_safe_globals()}
+
+
+def test_threads_do_not_decide_for_each_other(tmp_path):
+    """One may run code, the others not; each reads what mmengine saves."""
+    good, evil = str(tmp_path / 'a.pth'), str(tmp_path / 'evil.pth')
+    logs = [HistoryBuffer([float(i)] * 50, [1] * 50) for i in range(20)]
+    torch.save(dict(state_dict={}, logs=logs), good)
+    torch.save(dict(state_dict={}, meta=Exploit(str(tmp_path / 'ran'))), evil)
+    failed = []
+
+    def repeat(work) -> None:
+        for _ in range(20):
+            try:
+                work()
+            except Exception as error:
+                failed.append(error)
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match='does not read'):
+            load_checkpoint(evil)
+
+    work = [functools.partial(load_checkpoint, good, flag) for flag in (True, False)]
+    threads = [threading.Thread(target=repeat, args=(x,)) for x in (*work, refused)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert not (tmp_path / 'ran').exists()
+    assert not [name for name in os.environ if 'ONLY_LOAD' in name]
+
+
+def test_a_url_is_read_as_safely(tmp_path, monkeypatch):
+    """mmengine reads what comes from afar without torch's safe loader."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    torch.save(net().state_dict(), tmp_path / 'a.pth')
+    torch.save(dict(meta=Exploit(str(tmp_path / 'ran'))), tmp_path / 'evil.pth')
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path)
+    )
+    with http.server.HTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/'
+        assert '0.bias' in load_checkpoint(url + 'a.pth')
+        with pytest.raises(RuntimeError, match='does not read'):
+            load_checkpoint(url + 'evil.pth')
+        with pytest.raises(RuntimeError, match=r'none\.pth.*404'):
+            load_checkpoint(url + 'none.pth')
+        server.shutdown()
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_the_loader_of_the_onedl_fork_is_left_alone():
+    """It reads its own checkpoints, and those of others as it always did."""
+    loader = types.SimpleNamespace(load_checkpoint=classmethod(lambda *_: 'theirs'))
+    before = loader.load_checkpoint
+    fork = types.SimpleNamespace(CheckpointLoader=loader, get_torch_safe_globals=list)
+    _COMPLETIONS['mmengine.runner.checkpoint'](fork)
+    assert loader.load_checkpoint is before
+    assert fork.get_torch_safe_globals is list
+
+
 @pytest.mark.parametrize('value', ['1', '0'])
-def test_torchs_variables_do_not_decide_what_is_safe(
-    tmp_path, monkeypatch, name, value
-):
-    """torch refuses to read anything if both are set."""
+@pytest.mark.parametrize('name', ['FORCE_NO_WEIGHTS', 'FORCE_WEIGHTS'])
+def test_torchs_variables_allow_nothing(tmp_path, monkeypatch, name, value):
+    """That which forbids is obeyed, and named."""
     path, trace = str(tmp_path / 'evil.pth'), tmp_path / 'ran'
     torch.save(net().state_dict(), tmp_path / 'a.pth')
     torch.save(dict(state_dict={}, meta=Exploit(str(trace))), path)
-    variable = f'TORCH_{name}_ONLY_LOAD'
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(f'TORCH_{name}_ONLY_LOAD', value)
     assert '0.bias' in load_checkpoint(str(tmp_path / 'a.pth'))
     with pytest.raises(RuntimeError, match=r'teacher\.weights_only=False'):
         load_checkpoint(path)
     assert not trace.exists()
-    load_checkpoint(path, weights_only=False)
-    assert trace.exists()
-    assert {k: v for k, v in os.environ.items() if 'ONLY_LOAD' in k} == {
-        variable: value
-    }
+    if (name, value) == ('FORCE_WEIGHTS', '1'):
+        with pytest.raises(RuntimeError, match='unset TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
+            load_checkpoint(path, weights_only=False)
+    else:
+        load_checkpoint(path, weights_only=False)
+        assert trace.exists()
+
+
+# ---- odd contents --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'content', [[1], 7, 'x', None, torch.zeros(3), {1: torch.zeros(1)}], ids=repr
+)
+def test_what_is_no_dict_of_weights_is_refused(tmp_path, content):
+    for what, value in (
+        ('its content', content),
+        ('state_dict', {'state_dict': content}),
+    ):
+        torch.save(value, tmp_path / 'a.pth')
+        with pytest.raises(
+            ValueError, match=f'{what}.* has to be a dict with names as'
+        ):
+            load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+@pytest.mark.parametrize(
+    'meta',
+    [
+        [1], 'x', 3, {1: 2},
+        *(dict(dataset_meta=data) for data in ([1], 'x', 5, {1: 2})),
+        *(
+            dict(dataset_meta=dict(classes=names))
+            for names in (5, [1, 2], b'ab', {'a': 0}, {'a', 'b'}, torch.zeros(3))
+        ),
+        dict(CLASSES={'a', 'b'}),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_what_is_no_list_of_class_names_is_refused(tmp_path, meta):
+    torch.save(dict(state_dict={}, meta=meta), tmp_path / 'a.pth')
+    with pytest.raises(
+        ValueError, match=r'holds no checkpoint that can be used: .* of'
+    ):
+        load_checkpoint(str(tmp_path / 'a.pth'))
+
+
+@pytest.mark.parametrize(
+    'kind', [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str
+)
+def test_weights_of_another_type_are_refused(kind):
+    state = {key: value.to(kind) for key, value in net().state_dict().items()}
+    with pytest.raises(RuntimeError, match=f'0.weight: {kind}'):
+        load_strictly(net(), state, 'a.pth')
+
+
+@pytest.mark.parametrize('kind', [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_loaded(kind):
+    model = net()
+    state = {key: value.to(kind) for key, value in net().state_dict().items()}
+    load_strictly(model, state, 'a.pth')
+    assert torch.equal(model[0].weight, state['0.weight'].float())
+
+
+def test_weights_that_are_not_finite_are_named():
+    state = net().state_dict()
+    check_finite(state, 'a.pth')
+    state['0.bias'][1] = float('nan')
+    with pytest.raises(RuntimeError, match=r"'a.pth' are broken: 1 .*\(0.bias\)"):
+        check_finite(state, 'a.pth')

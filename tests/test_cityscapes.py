@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import mmseg
 import numpy as np
 import pytest
+from processes import run_script
 
 REPO = Path(__file__).parents[1]
 CONFIGS = REPO / 'configs' / 'seg' / 'cityscapes'
@@ -68,17 +66,10 @@ def folder(tmp_path_factory) -> Path:
     'tools', ['ours', pytest.param('mmseg', marks=pytest.mark.slow)]
 )
 def test_the_papers_pair_trains_and_validates(folder, tools):
-    done = subprocess.run(
-        [
-            sys.executable, TOOLS[tools] / 'train.py', CONFIGS / CONFIG,
-            '--work-dir', folder / tools, '--cfg-options', *OPTIONS,
-        ],
-        cwd=folder,
-        env=dict(os.environ, OMP_NUM_THREADS='1'),
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    log = done.stdout + done.stderr
+    script, config = TOOLS[tools] / 'train.py', CONFIGS / CONFIG
+    arguments = ['--work-dir', folder / tools, '--cfg-options', *OPTIONS]
+    done = run_script(script, config, *arguments, cwd=folder)
+    log = done.stdout
     assert done.returncode == 0, log[-4000:]
     assert 'class names' not in log  # those of student and teacher are known, and equal
     terms = [float(x) for x in re.findall(r'loss_dist: (\S+)', log)]

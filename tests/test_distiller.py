@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -190,7 +191,7 @@ def test_a_copy_for_ema_holds_no_second_teacher(config):
     model = build(config)
     ema = ExponentialMovingAverage(model)
     assert list(ema.module.state_dict()) == list(model.state_dict())
-    assert ema.module.teacher is model.teacher
+    assert ema.module.teacher.model is None
 
 
 def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):
@@ -251,11 +252,66 @@ def test_an_entry_named_like_a_loss_of_the_student_replaces_nothing(config):
     assert losses['loss_cls_distill'] > 0
 
 
-@pytest.mark.parametrize('name', ['loss', 'my_loss', 'a.b', ''])
-def test_names_that_would_corrupt_the_losses_are_refused(config, name):
-    config.model.distill = {name: dict(type='mmdist.SegLogits')}
-    with pytest.raises(ValueError, match='`distill` has an entry'):
-        MODELS.build(config.model)
+@pytest.mark.parametrize('family', ['det'], indirect=True)  # it has a loss_cls
+def test_a_paused_teacher_leaves_the_students_losses(config):
+    """Also that of an entry's name; DDP needs the adapters in the graph."""
+    plain, data = build(config, distilled=False), dataset_batch(config)
+    mimic = dict(type='mmdist.Features', student='neck', adapt=True)
+    config.model.distill = dict(cls=mimic)
+    model = build(config)
+    model.distill_factor = 0.0
+    losses, own = losses_of(model, data), losses_of(plain, data)
+    assert set(losses) - set(own) == {'loss_cls_distill'}
+    assert losses['loss_cls_distill'] == 0 and losses['loss_cls_distill'].requires_grad
+    torch.testing.assert_close({k: losses[k] for k in own}, own)
+
+
+def test_the_students_own_names_of_a_batch_are_taken(config, family):
+    model, data = build(config), dataset_batch(config)
+    expected = losses_of(model, data)['loss_dist']
+    data = model.data_preprocessor(copy.deepcopy(data), True)
+    if family == 'det':
+        data = {f'batch_{name}': value for name, value in data.items()}
+    torch.manual_seed(0)
+    assert model.loss(**data)['loss_dist'] == expected
+
+
+@pytest.mark.parametrize('family', ['det'], indirect=True)  # the same for both
+def test_threads_take_turns(config):
+    """What is recorded in one must not be taken for another's."""
+    model = build(config).eval()
+    batches = [model.data_preprocessor(dataset_batch(config), True) for _ in range(2)]
+    batches[1]['inputs'] = batches[1]['inputs'] + 1
+    expected = [model.loss(**batch)['loss_dist'] for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: model.loss(**batches[i % 2]), range(12)))
+    for i, losses in enumerate(found):
+        torch.testing.assert_close(losses['loss_dist'], expected[i % 2])
+
+
+@pytest.mark.parametrize('family', ['seg'], indirect=True)
+def test_a_teacher_without_an_auxiliary_head_takes_nothing_from_the_others_term(config):
+    model, data = build(config), dataset_batch(config)
+    expected = losses_of(model, data)['loss_dist_aux']
+    other = Config.fromfile(config.model.teacher.config)
+    other.model.auxiliary_head = None
+    teachers = dict(
+        a=config.model.teacher, b=dict(config=other.model, allow_random=True)
+    )
+    config.model.update(teacher=None, teachers=teachers)
+    found = losses_of(build(config), data)
+    torch.testing.assert_close(found['loss_dist_aux'], expected)
+    assert 'dist_aux_inter_b' not in found
+
+
+def test_what_a_term_leaves_out_is_not_logged(config, family):
+    kind = dict(det='DenseLogits', seg='SegLogits')[family]
+    loss = dict(type='mmdist.DISTLoss', beta=0.0)
+    config.model.distill = dict(dist=dict(type=f'mmdist.{kind}', loss=loss))
+    model = build(config)
+    losses = losses_of(model, dataset_batch(config))
+    assert 'dist_inter' not in losses
+    assert model.distill['dist'].loss.intra_corr.isfinite()
 
 
 @pytest.mark.parametrize(

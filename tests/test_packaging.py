@@ -196,12 +196,13 @@ def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):
         assert not done.stderr
         return done.stdout
 
-    # Cheap: nothing but itself is imported by it.
+    # Cheap, below 1 ms: nothing but itself is imported by it.
     loaded = start('import sys; print(*sorted(sys.modules))').split()
     assert '_mmdist_startup' in loaded
-    assert not {'mmdist', 'mmengine', 'importlib.util', 'importlib.metadata'} & {
-        *loaded
-    }
+    assert not {
+        'mmdist', 'mmengine', 'importlib.util', 'importlib.metadata', 'contextlib',
+        'functools', 'collections', '__future__', 'pickle',
+    } & {*loaded}  # fmt: skip
     for left in (tmp_path / 'env').glob('lib/python*/site-packages/_mmdist_startup.py'):
         left.unlink()
     assert start('print("fine")') == 'fine\n'

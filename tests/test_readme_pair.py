@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from docs_blocks import blocks
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from processes import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a test cannot have: the network, and the time for images of full size.
@@ -74,14 +72,8 @@ def test_as_written(folder):
         assert program == 'python' and (ROOT / script).exists()
         if script == 'tools/train.py':
             args += ['--cfg-options', *SMALL]
-        done = subprocess.run(
-            [sys.executable, ROOT / script, *args],
-            cwd=folder,
-            env=dict(os.environ, OMP_NUM_THREADS='1'),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        done = run_script(ROOT / script, *args, cwd=folder)
+        assert done.returncode == 0, done.stdout[-4000:]
     log = next((folder / 'work_dirs' / 'my_pair').glob('*/*.log')).read_text()
     assert len(re.findall(r'Epoch\(train\).*loss_dist: [\d.]+', log)) == 2
     assert 'Epoch(val) [1]' in log

@@ -86,7 +86,7 @@ def check(probe: Probe) -> list[Line]:
     checks = [
         check_python,
         partial(check_torch, probe),
-        partial(check_setuptools, probe, fork),
+        partial(check_setuptools, probe),
         partial(check_single, probe),
         partial(check_engine, probe, fork),
         partial(check_mmcv, probe, fork),
@@ -112,58 +112,45 @@ def check_python() -> Line:
 
 
 def check_torch(probe: Probe) -> Line:
-    version = probe.version('torch')
-    if version is None:
-        return Line('torch', 'missing', '>= 2.0', f'{PIP} torch==2.13.0')
-    if numbers(version) < (2, 0):
-        return Line('torch', version, '>= 2.0', f'{PIP} torch==2.13.0')
-    error = probe.error('import torch')
-    if error:
+    version, wanted = probe.version('torch'), '>= 2.0'
+    if version is None or numbers(version) < (2, 0):
+        return Line('torch', version or 'missing', wanted, f'{PIP} torch==2.13.0')
+    if error := probe.error('import torch'):
         fix = f'{PIP} --force-reinstall torch=={version.split("+")[0]}'
         return Line('torch', f'{version}, but: {error}', 'imports', fix)
-    return Line('torch', version, '>= 2.0')
+    return Line('torch', version, wanted)
 
 
-def check_setuptools(probe: Probe, fork: bool) -> Line:
+def check_setuptools(probe: Probe) -> Line:
     version = probe.version('setuptools')
-    wanted = '< 81 (pkg_resources)'
-    if version is None or numbers(version) >= (81,):
-        # Without it, every `mmdet::...` path in a config fails.
-        return Line('setuptools', version or 'missing', wanted, BUILD_TOOLS)
-    return Line('setuptools', version, wanted)
+    # From 81 on, every `mmdet::...` path in a config fails.
+    ok = version is not None and numbers(version) < (81,)
+    fix = None if ok else BUILD_TOOLS
+    return Line('setuptools', version or 'missing', '< 81 (pkg_resources)', fix)
 
 
 def check_single(probe: Probe) -> Line | None:
     """Both an original and its fork: their files overwrite each other."""
-    pairs = [
-        (name, f'onedl-{fork}')
-        for name, fork in [
-            ('mmengine', 'mmengine'),
-            ('mmcv', 'mmcv'),
-            ('mmdet', 'mmdetection'),
-            ('mmsegmentation', 'mmsegmentation'),
-        ]
-        if probe.version(name) and probe.version(f'onedl-{fork}')
-    ]
-    if not pairs:
-        return None
-    names = ' '.join(name for pair in pairs for name in pair)
-    return Line(
-        'one stack',
-        f'both of: {names}',
-        'upstream or the onedl fork',
-        f'python -m pip uninstall -y {names}, then install one of each pair',
+    pairs = dict(
+        mmengine='mmengine',
+        mmcv='mmcv',
+        mmdet='mmdetection',
+        mmsegmentation='mmsegmentation',
     )
+    both = [(name, f'onedl-{fork}') for name, fork in pairs.items()]
+    found = ' '.join(' '.join(p) for p in both if all(map(probe.version, p)))
+    if not found:
+        return None
+    fix = f'python -m pip uninstall -y {found}, then install one of each pair'
+    return Line('one stack', f'both of: {found}', 'upstream or the onedl fork', fix)
 
 
 def check_engine(probe: Probe, fork: bool) -> Line:
-    name = 'onedl-mmengine' if fork else 'mmengine'
-    pin = '0.10.12' if fork else '0.10.7'
+    name, pin = ('onedl-mmengine', '0.10.12') if fork else ('mmengine', '0.10.7')
     version = probe.version(name)
-    if version is None or not (0, 10) <= numbers(version) < (1,):
-        fix = f'{PIP} {name}=={pin}'
-        return Line(name, version or 'missing', '>= 0.10, < 1', fix)
-    return Line(name, version, '>= 0.10, < 1')
+    ok = version is not None and (0, 10) <= numbers(version) < (1,)
+    fix = None if ok else f'{PIP} {name}=={pin}'
+    return Line(name, version or 'missing', '>= 0.10, < 1', fix)
 
 
 def check_mmcv(probe: Probe, fork: bool) -> Line:
@@ -177,56 +164,46 @@ def check_mmcv(probe: Probe, fork: bool) -> Line:
         fix = f'python -m pip uninstall -y mmcv-lite && {build}'
         return Line(name, 'mmcv-lite, which has no ops', wanted, fix)
     version = probe.version(name)
-    if version is None or not low <= numbers(version) < high:
-        return Line(name, version or 'missing', wanted, build)
-    return Line(name, version, wanted)
+    ok = version is not None and low <= numbers(version) < high
+    return Line(name, version or 'missing', wanted, None if ok else build)
 
 
 def check_ops(probe: Probe, fork: bool) -> Line:
     """Run one compiled op; what it says tells how mmcv was built."""
-    wanted = 'one op runs'
-    error = probe.error(RUN_OPS)
+    error, wanted = probe.error(RUN_OPS), 'one op runs'
     if not error:
         return Line('mmcv.ops', 'nms runs', wanted)
     name = 'onedl-mmcv' if fork else 'mmcv'
     version = probe.version(name) or ('2.3.6' if fork else '2.1.0')
     if not fork and numbers(version) >= (2, 2):
         version = '2.1.0'
-    fix = f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
+    found, fix = error, f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
     if 'mmcv._ext' in error:
         found = 'built without ops'
-    elif 'undefined symbol' in error or 'libtorch' in error or 'libc10' in error:
+    elif any(word in error for word in ('undefined symbol', 'libtorch', 'libc10')):
         found = 'built for another torch'
     elif 'cuda' in error.lower() or 'gpu' in error.lower():
         found, fix = f'CPU only, on a GPU machine: {error}', f'FORCE_CUDA=1 {fix}'
         if not fork and numbers(probe.version('torch') or '0') >= (2, 9):
             fix = 'make env STACK=onedl (mmcv 2.1.0 has no CUDA build for torch >= 2.9)'
-    else:
-        found = error
     return Line('mmcv.ops', found, wanted, fix)
 
 
 def check_cv2(probe: Probe) -> Line:
-    error = probe.error('import cv2')
-    wanted = 'import cv2'
-    if not error:
-        version = probe.version('opencv-python-headless') or probe.version(
-            'opencv-python'
-        )
-        return Line('opencv', version or 'imports', wanted)
-    # opencv-python links libGL, which a machine without a screen often lacks.
+    name, wanted = 'opencv-python-headless', 'import cv2'
     version = probe.version('opencv-python')
+    if not (error := probe.error(wanted)):
+        return Line('opencv', probe.version(name) or version or 'imports', wanted)
+    # opencv-python links libGL, which a machine without a screen often lacks.
     pin = f'=={version}' if version else ''
-    fix = f'{PIP} --force-reinstall --no-deps opencv-python-headless{pin}'
+    fix = f'{PIP} --force-reinstall --no-deps {name}{pin}'
     return Line('opencv', error, wanted, fix)
 
 
 def check_import(probe: Probe, name: str) -> Line:
-    error = probe.error(f'import {name}')
-    version = probe.version(name)
-    if error:
-        return Line(name, version or 'missing', 'for mmseg', f'{PIP} {name}')
-    return Line(name, version or 'imports', 'for mmseg')
+    fix = f'{PIP} {name}' if probe.error(f'import {name}') else None
+    found = probe.version(name) or ('missing' if fix else 'imports')
+    return Line(name, found, 'for mmseg', fix)
 
 
 def check_library(probe: Probe, fork: bool, module: str) -> Line:
@@ -242,8 +219,7 @@ def check_library(probe: Probe, fork: bool, module: str) -> Line:
     fix = f'{PIP} {flag}{name}=={pin}'
     if version is None or f'{numbers(version)[0]}.x' != wanted:
         return Line(name, version or 'missing', wanted, fix)
-    error = probe.error(f'import {module}.apis')
-    if error:
+    if error := probe.error(f'import {module}.apis'):
         fix = f'fix the lines above; if it stays: {fix} --force-reinstall --no-deps'
         return Line(name, f'{version}, but: {error}', f'{wanted}, imports', fix)
     return Line(name, version, wanted)
@@ -255,15 +231,11 @@ def check_sklearn(probe: Probe) -> Line:
 
 
 def check_mmdist(probe: Probe) -> Line:
-    version = probe.version('mmdist')
-    wanted = 'mmdist:: paths resolve'
+    version, wanted = probe.version('mmdist'), 'mmdist:: paths resolve'
+    error = probe.error(RUN_CONFIGS) if version else ''
+    found = f'{version}, but: {error}' if error else version or 'not installed'
     fix = f'{PIP} --no-deps . (in the checkout of mmdist)'
-    if version is None:
-        return Line('mmdist', 'not installed', wanted, fix)
-    error = probe.error(RUN_CONFIGS)
-    if error:
-        return Line('mmdist', f'{version}, but: {error}', wanted, fix)
-    return Line('mmdist', version, wanted)
+    return Line('mmdist', found, wanted, fix if error or not version else None)
 
 
 def report(lines: list[Line]) -> str:
@@ -273,14 +245,9 @@ def report(lines: list[Line]) -> str:
         end = f'-> run: {fix}' if fix else 'ok'
         rows.append(f'{name:21} {found:21} wanted: {wanted:35} {end}')
     wrong = sum(line.fix is not None for line in lines)
-    if wrong:
-        rows.append(
-            f'{wrong} of {len(lines)} to fix, best from the top; '
-            f'`python` is {sys.executable}'
-        )
-    else:
-        rows.append(f'all {len(lines)} are as they should be')
-    return '\n'.join(rows)
+    to_fix = f'{wrong} of {len(lines)} to fix, best from the top; `python` is '
+    good = f'all {len(lines)} are as they should be'
+    return '\n'.join([*rows, to_fix + sys.executable if wrong else good])
 
 
 def main() -> int:

@@ -6,7 +6,7 @@
 Runs of one name are seeds of one method; its seed is `randomness.seed` of the config
 that the run has dumped. The table has the last value of the metric, mean ± standard
 deviation over seeds, and the mean of the differences to the first method, paired by
-seed, with the 95 % interval of Student's t.
+seed, with the 95 % interval of Student's t. A run without a score is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import runs
 import seeds
+from matplotlib.figure import Figure
 from mmengine.config import Config
 
 METRICS = ('mIoU', 'coco/bbox_mAP')
@@ -41,17 +42,21 @@ class Run:
         Raises:
             SystemExit: There is no log.
         """
-        entries = runs.read_log(folder)
+        try:
+            entries = runs.read_log(folder)
+        except ValueError as error:
+            raise SystemExit(f'{folder} has a broken log, {LOG}: {error}') from None
         if not entries:
             raise SystemExit(
                 f'{folder} has no log: there is no {LOG} in it, or it is empty. Give '
                 'the work_dir of a training whose visualizer has a LocalVisBackend.'
             )
         config = sorted(folder.glob(LOG))[-1].with_name('config.py')
-        seed = None
-        if config.is_file():
+        try:
             cfg = Config.fromfile(config, import_custom_modules=False)
             seed = cfg.get('randomness', {}).get('seed')
+        except Exception:  # there is none, or it is broken
+            seed = None
         return cls(folder, str(folder.resolve()) if seed is None else seed, entries)
 
     def curve(self, key: str) -> dict[int, float]:
@@ -73,11 +78,6 @@ class Run:
         """What was logged by validation; the entries of training have `lr`."""
         keys = {key for e in self.entries if 'lr' not in e for key in e}
         return sorted(keys - {'step', 'time', 'data_time'})
-
-    @property
-    def correlations(self) -> list[str]:
-        """The keys of the correlations with the teacher."""
-        return sorted({k for e in self.entries for k in e if CORRELATION.fullmatch(k)})
 
 
 Methods = dict[str, list[Run]]
@@ -110,82 +110,66 @@ def read(arguments: list[str]) -> Methods:
 
 
 def choose_metric(methods: Methods, metric: str | None = None) -> str:
-    """The metric to compare by, which all runs have.
+    """The metric to compare by.
 
     Raises:
-        SystemExit: A run lacks it, or has none of the known ones.
+        SystemExit: No run has it, or has any of the known ones.
     """
-    all_runs = [run for same in methods.values() for run in same]
-    logged = {key for run in all_runs for key in run.metrics}
-    metric = metric or next((known for known in METRICS if known in logged), None)
-    if metric is None:
-        raise SystemExit(
-            f'No run has logged any of {list(METRICS)}. Choose one with --metric, of '
-            f'{sorted(logged)}; without a validation there is none.'
-        )
-    for run in all_runs:
-        if not run.curve(metric):
-            raise SystemExit(
-                f'{run.folder} has no {metric!r} in its log, only {run.metrics}. '
-                'Either it was not validated yet, or --metric names another one.'
-            )
-    return metric
+    logged = {key for same in methods.values() for run in same for key in run.metrics}
+    wanted = METRICS if metric is None else (metric,)
+    for known in wanted:
+        if known in logged:
+            return known
+    raise SystemExit(
+        f'No run has logged any of {list(wanted)}. Choose one with --metric, of '
+        f'{sorted(logged)}; without a validation there is none.'
+    )
 
 
 def make_table(methods: Methods, metric: str) -> str:
-    """The table in Markdown, and a note if the runs do not end at the same step."""
-    scores = {
-        name: {run.seed: list(run.curve(metric).values())[-1] for run in same}
-        for name, same in methods.items()
-    }
+    """The table in Markdown, and a note on runs that are incomplete."""
+    scores: dict[str, dict] = {}
+    ends, lacking = {}, {}
+    for name, same in methods.items():
+        scores[name] = {}
+        for run in same:
+            if curve := run.curve(metric):
+                ends[run.folder], scores[name][run.seed] = list(curve.items())[-1]
+            else:
+                lacking[run.folder] = run.metrics or 'nothing'
     values = [value for by_seed in scores.values() for value in by_seed.values()]
     digits = 2 if max(map(abs, values)) > 1 else 4  # mmdet's AP are fractions
-    first, *others = scores
+    first = next(iter(scores))
     lines = [
         f'| method | seeds | last {metric} | minus {first}, paired by seed | pairs |',
         '|---|---:|---:|---:|---:|',
-        f'| {first} | {len(scores[first])} '
-        f'| {seeds.mean_and_spread(scores[first], digits)} | | |',
     ]
-    for name in others:
-        difference = seeds.paired(scores[name], scores[first])
-        lines.append(
-            f'| {name} | {len(scores[name])} '
-            f'| {seeds.mean_and_spread(scores[name], digits)} '
-            f'| {seeds.interval(difference, digits)} '
-            f'| {len(scores[name].keys() & scores[first].keys())} |'
-        )
-    ends = {
-        run.folder: list(run.curve(metric))[-1]
-        for same in methods.values()
-        for run in same
-    }
+    for name, ours in scores.items():
+        difference = seeds.paired(ours, scores[first])
+        cells = seeds.interval(difference, digits), len(ours.keys() & scores[first])
+        paired = ' | '.join(map(str, cells)) if name != first else '|'
+        spread = seeds.mean_and_spread(ours, digits)
+        lines.append(f'| {name} | {len(ours)} | {spread} | {paired} |')
     if len(set(ends.values())) > 1:
         steps = ', '.join(f'{folder} at {step}' for folder, step in ends.items())
         lines += ['', f'The last {metric} is not of the same step: {steps}.']
+    for folder, metrics in lacking.items():
+        lines += ['', f'{folder} has no {metric!r} yet; it has logged {metrics}.']
     return '\n'.join(lines)
 
 
 def draw(methods: Methods, metric: str, file: Path) -> None:
     """Draw each seed thin and the mean of the seeds thick."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    correlations = sorted(
-        {key for same in methods.values() for run in same for key in run.correlations}
-    )
+    keys = {k for same in methods.values() for r in same for e in r.entries for k in e}
+    correlations = sorted(filter(CORRELATION.fullmatch, keys))
     panels = 2 if correlations else 1
-    figure, (row,) = plt.subplots(
-        1, panels, figsize=(6.5 * panels, 4.5), squeeze=False, layout='constrained'
-    )
+    figure = Figure((6.5 * panels, 4.5), layout='constrained')
+    row = figure.subplots(1, panels, squeeze=False)[0]
     for i, (name, same) in enumerate(methods.items()):
         draw_seeds(row[0], [run.curve(metric) for run in same], f'C{i}', '-', name)
         for j, key in enumerate(correlations):
-            curves = [run.curve(key) for run in same if key in run.correlations]
-            style = STYLES[j % len(STYLES)]
-            draw_seeds(row[1], curves, f'C{i}', style, f'{name}, {key}')
+            style, label = STYLES[j % len(STYLES)], f'{name}, {key}'
+            draw_seeds(row[1], [run.curve(key) for run in same], f'C{i}', style, label)
     # mmdet validates by epoch, mmseg by iteration
     row[0].set(xlabel='step of the validation', ylabel=metric)
     if correlations:
@@ -194,15 +178,14 @@ def draw(methods: Methods, metric: str, file: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 def draw_seeds(axes, curves: list[dict], colour: str, style: str, label: str) -> None:
     """Draw curves of a method, and their mean at the steps that all of them have."""
+    curves = [curve for curve in curves if curve]
     for curve in curves if len(curves) > 1 else []:
-        steps = sorted(curve)
-        values = [curve[step] for step in steps]
-        axes.plot(steps, values, style, color=colour, lw=0.7, alpha=0.5)
+        values = list(curve), list(curve.values())
+        axes.plot(*values, style, color=colour, lw=0.7, alpha=0.5)
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     if steps:
         means = [sum(curve[step] for curve in curves) / len(curves) for step in steps]
@@ -214,19 +197,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        'work_dirs',
-        nargs='+',
-        metavar='WORK_DIR',
-        help='work dir of a training, `dir` or `name=dir`; the name is that of the '
-        'method, else that of the folder',
-    )
-    parser.add_argument(
-        '--metric', help=f'key in the log; the first of {METRICS} that is there'
-    )
-    parser.add_argument(
-        '--out', type=Path, default=Path('compare.png'), help='the plot: %(default)s'
-    )
+    add = parser.add_argument
+    text = 'of a training, `dir` or `name=dir`; the name is that of the method, else '
+    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'{text}that of the folder')
+    add('--metric', help=f'key in the log; the first of {METRICS} that is there')
+    text = 'the plot: %(default)s'
+    add('--out', type=Path, default=Path('compare.png'), help=text)
     args = parser.parse_args()
     methods = read(args.work_dirs)
     metric = choose_metric(methods, args.metric)

@@ -18,7 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmdist.checkpoint import load_checkpoint
+from mmdist.checkpoint import check_finite, load_checkpoint
 from mmdist.registry import MODELS
 from mmdist.teachers.teacher import load_config
 
@@ -56,14 +56,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def student_of(checkpoint: dict) -> dict:
-    """The part of a checkpoint that is the plain student's.
+    """``state_dict`` and ``meta`` of the plain student, from what the Runner saves.
 
-    Args:
-        checkpoint: As mmengine's Runner saves it. With EMAHook, its ``state_dict``
-            holds the averaged weights already.
-
-    Returns:
-        ``state_dict`` and ``meta``.
+    With EMAHook, its ``state_dict`` holds the averaged weights already.
 
     Raises:
         ValueError: There is no ``state_dict``.
@@ -85,11 +80,7 @@ def student_of(checkpoint: dict) -> dict:
 
 
 def check(student: dict, cfg: Config) -> None:
-    """Load strictly into the config's model.
-
-    Raises:
-        RuntimeError: A key is missing, unexpected or of another shape.
-    """
+    """Load strictly into the config's model, or raise RuntimeError."""
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to what it is given
     model.load_state_dict(student['state_dict'], strict=True)
@@ -115,6 +106,7 @@ def main() -> None:
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint, args.weights_only)
     student = student_of(checkpoint)
+    check_finite(student['state_dict'], args.checkpoint)
     if args.config:
         cfg = load_config(args.config)  # its model is the plain student
         check(student, cfg)

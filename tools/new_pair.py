@@ -6,8 +6,10 @@
 
 Both are built with random weights and take one training step on random images: no
 data, no checkpoint and no GPU is needed. What training would refuse is refused here.
-Classes with other names and what is compared are given as in a config:
+A model of another library, classes with other names and what is compared are given as
+in a config:
 
+    --teacher type=mmdist.HFSegmentor name=nvidia/segformer-b5-finetuned-ade-640-640
     --class-map car=vehicle --distill dist.type=mmdist.DenseLogits dist.levels=concat
 """
 
@@ -20,7 +22,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
@@ -29,18 +30,12 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmengine.utils import get_installed_path
-from pair_report import (
-    describe_comparison,
-    describe_model,
-    describe_preprocessing,
-)
-from torch import Tensor, nn
+from pair_report import Report, Seen, as_text, report_pair, watch
+from torch import nn
 
-from mmdist import Comparison, Pair
-from mmdist.families import FAMILIES
-from mmdist.lookup import class_name_in
-from mmdist.record import Recorder
+from mmdist.data.labels import check_heads
 from mmdist.registry import MODELS
+from mmdist.teachers import ForeignTeacher
 from mmdist.teachers.classes import class_names_of_config
 from mmdist.teachers.teacher import load_config, without_pretrained
 
@@ -50,80 +45,67 @@ _base_ = {student!r}
 model = dict(
     _delete_=True,
     type='mmdist.Distiller',
-    student=_base_.model,
+    student=_base_.model{inner},
     teacher=dict(
-        config={teacher!r},
-        checkpoint={checkpoint!r},{names}
+        {teacher}
     ),{distill}
 )
 """
+
+
+class PathOrDict(DictAction):
+    """A path, or the entries of a config."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) == 1 and '=' not in values[0]:
+            setattr(namespace, self.dest, values[0])
+        elif all('=' in value for value in values):
+            super().__call__(parser, namespace, values, option_string)
+        else:
+            parser.error(f'{option_string} is a path or KEY=VALUE ..., got {values}.')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--student', required=True, help='`pkg::path`, or a path')
-    parser.add_argument('--teacher', required=True, help='`pkg::path`, or a path')
-    parser.add_argument(
-        '--checkpoint',
-        help="the teacher's weights, path or URL; of a `pkg::path` those that the "
-        'library publishes, if omitted',
-    )
-    parser.add_argument(
-        '--class-map',
-        nargs='+',
-        default=[],
-        metavar='STUDENT=TEACHER',
-        help="the teacher's names of classes that the student names differently, or "
-        'several that are one class to the student: vehicle=car,truck',
-    )
-    parser.add_argument(
-        '--class-match',
-        choices=('strict', 'shared'),
-        help='shared: compare only the classes that both know',
-    )
-    parser.add_argument(
-        '--distill',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='what is compared, <name>.type=... first; if omitted, the default of the '
-        "student's family",
-    )
-    parser.add_argument('--out', help='where the config goes; printed if omitted')
-    return parser.parse_args()
+
+    def add(name: str, text: str, metavar: str | None = None, **options) -> None:
+        parser.add_argument(name, help=text, metavar=metavar, **options)
+
+    add('--student', '`pkg::path`, or a path', required=True)
+    text = '`pkg::path`, a path, or type=... and more of a model of another library'
+    add('--teacher', text, 'CONFIG', required=True, nargs='+', action=PathOrDict)
+    text = "the teacher's weights; of a `pkg::path` the published ones, if omitted"
+    add('--checkpoint', text, 'PATH_OR_URL')
+    text = 'classes with another name, or several: car=auto vehicle=truck,bus'
+    add('--class-map', text, 'STUDENT=TEACHER', nargs='+', default=[])
+    text = 'shared: compare only the classes that both know'
+    add('--class-match', text, choices=('strict', 'shared'))
+    text = "what is compared, <name>.type=... first; the family's default if omitted"
+    add('--distill', text, 'KEY=VALUE', nargs='+', action=DictAction)
+    add('--out', 'where the config goes; printed if omitted')
+    args = parser.parse_args()
+    if wrong := [pair for pair in args.class_map if '=' not in pair]:
+        parser.error(f'--class-map is STUDENT=TEACHER ..., got {wrong}.')
+    return args
 
 
-def published_checkpoint(config: str) -> str:
-    """The URL that the library's metafile lists for a config.
-
-    Raises:
-        ValueError: The config is not the library's, or it has no weights.
-    """
-    if '::' in config:
-        package, path = _get_package_and_cfg_path(config)
-        try:
-            meta = _get_cfg_metainfo(get_installed_path(package), path)
-        except ValueError:  # it lists all the configs that there are
-            meta = {}
-        if 'Weights' in meta:
-            return meta['Weights']
-    raise ValueError(
-        f'No published weights are known for {config!r}. Give --checkpoint, a path or '
-        'a URL, or take a teacher that its library has weights for.'
-    )
+def published_checkpoint(config: str) -> str | None:
+    """The URL that the library's metafile lists for a config, if there is one."""
+    if '::' not in config:
+        return None
+    package, path = _get_package_and_cfg_path(config)
+    try:
+        return _get_cfg_metainfo(get_installed_path(package), path).get('Weights')
+    except ValueError:  # it lists all the configs that there are
+        return None
 
 
 def build_pair(model: dict, scope: str) -> nn.Module:
-    """Build a distilled model with random weights on both sides.
+    """Build a distilled model for a step on the CPU, with random weights on both sides.
 
-    Args:
-        model: Config of the model, of type ``mmdist.Distiller``.
-        scope: Default scope of the student's config.
-
-    Returns:
-        The model, ready for a step on the CPU.
+    ``scope`` is the default scope of the student's config.
     """
     model = without_pretrained(model)
     model.teacher.update(checkpoint=None, allow_random=True)
@@ -133,43 +115,26 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope):
         pair = revert_sync_batchnorm(MODELS.build(model))
         pair.init_weights()
-    _expect_little(pair)
-    return pair.train()
-
-
-def _expect_little(pair: nn.Module) -> None:
-    """Random weights are sure of nothing."""
+    # Random weights are sure of nothing.
     for module in pair.teacher.model.modules():
         test_cfg = getattr(module, 'test_cfg', None)
         if isinstance(test_cfg, dict) and 'score_thr' in test_cfg:
             test_cfg['score_thr'] = 0.0
+    return pair.train()
 
 
-def run_step(
-    model: nn.Module, classes: Sequence[str]
-) -> tuple[dict[str, Tensor], dict[str, list[Pair]]]:
-    """One training step on random images, backward included.
-
-    Args:
-        model: The distilled model.
-        classes: The student's class names.
-
-    Returns:
-        The losses as they are logged, and the pairs of each comparison.
-    """
-    message_hub = MessageHub.get_current_instance()
-    message_hub.update_info('dataset_meta', dict(classes=classes))
-    for key in ('iter', 'epoch'):  # some heads count
-        message_hub.update_info(key, 0)
+def run_step(model: nn.Module, classes: Sequence[str]) -> Seen:
+    """One training step on random images, backward included."""
+    # what the hooks of a training tell the distiller and some heads
+    counters = dict(dataset_meta=dict(classes=classes), iter=0, epoch=0)
+    MessageHub.get_current_instance().update_info_dict(counters)
     data = model.data_preprocessor(_random_batch(model, len(classes)), training=True)
-    comparisons = dict(model.distill.items())
-    with Recorder(comparisons.values()) as recorder:
-        total, losses = model.parse_losses(model.loss(**data))
+    seen = watch(model, lambda: model.loss(**data))
+    total, losses = model.parse_losses(seen.losses)
     total.backward()
     if not torch.isfinite(total):
         raise ValueError(f'A loss is not finite: {losses}')
-    pairs = {name: recorder.calls(c)[0].args[1] for name, c in comparisons.items()}
-    return losses, pairs
+    return seen._replace(losses=losses)
 
 
 def _random_batch(model: nn.Module, num_classes: int) -> dict:
@@ -177,83 +142,48 @@ def _random_batch(model: nn.Module, num_classes: int) -> dict:
     if not hasattr(model, 'decode_head'):
         from mmdet.testing import demo_mm_inputs
 
-        data = demo_mm_inputs(
-            image_shapes=[(3, *SIZE)] * 2,
-            num_items=[4, 4],
-            num_classes=num_classes + 1,  # it draws labels from 1 on
-            with_mask=getattr(model, 'with_mask', False),
-            with_semantic=getattr(model.roi_head, 'with_semantic', False)
-            if hasattr(model, 'roi_head')
-            else False,
-        )
+        options = dict(with_mask=getattr(model, 'with_mask', False))
+        if hasattr(model, 'roi_head'):
+            options['with_semantic'] = getattr(model.roi_head, 'with_semantic', False)
+        shapes = [(3, *SIZE)] * 2
+        # it draws labels from 1 on
+        data = demo_mm_inputs(2, shapes, [4, 4], num_classes + 1, **options)
         for sample in data['data_samples']:
             sample.gt_instances.labels -= 1
         return data
     from mmseg.structures import SegDataSample
 
-    rng = np.random.default_rng(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images = torch.randint(256, (2, 3, *SIZE), dtype=torch.uint8)
+        labels = torch.randint(num_classes, (2, 1, *SIZE))
     samples = []
-    for _ in range(2):
-        labels = rng.integers(0, num_classes, (8, 8)).repeat(SIZE[0] // 8, 0)
-        labels = torch.from_numpy(labels.repeat(SIZE[1] // 8, 1))[None]
-        sample = SegDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE))
-        sample.gt_sem_seg = PixelData(data=labels)
-        sample.gt_edge_map = PixelData(data=labels % 2)  # PIDNet's
-        samples.append(sample)
-    images = [
-        torch.from_numpy(rng.integers(0, 256, (3, *SIZE), dtype=np.uint8))
-        for _ in samples
-    ]
-    return dict(inputs=images, data_samples=samples)
+    for label in labels:
+        samples.append(SegDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE)))
+        samples[-1].gt_sem_seg = PixelData(data=label)
+        samples[-1].gt_edge_map = PixelData(data=label % 2)  # PIDNet's
+    return dict(inputs=list(images), data_samples=samples)
 
 
-def findings(
-    model: nn.Module,
-    classes: Sequence[str],
-    losses: dict[str, Tensor],
-    pairs: dict[str, list[Pair]],
-) -> dict[str, str]:
-    """What the check found, a line each."""
-    teacher = model.teacher
-    family = class_name_in(model, FAMILIES)
-    lines = {
-        'student': describe_model(model),
-        'teacher': describe_model(teacher.model),
-        'family': family or 'none with a default comparison',
-    }
-    for name, comparison in model.distill.items():
-        lines[name] = _describe_pairs(comparison, pairs[name])
-    if model.why_default:
-        lines['chosen'] = f'because {model.why_default}'
-    match = teacher.classes
-    lines['classes'] = f'{len(classes)}, ' + (
-        'the same in the same order'
-        if match.teacher is None
-        else f'{len(match.teacher)} of them matched by name with the '
-        f"teacher's {match.num_teacher}"
-    )
-    lines['preprocessing'] = describe_preprocessing(teacher.renormalize)
-    lines['first step'] = ', '.join(
-        f'{key} {value.item():.3g}' for key, value in losses.items() if 'loss' in key
-    )
-    return lines
+def read(path: str) -> Config:
+    """A whole config, of a path or ``pkg::path``; ValueError if it has no model."""
+    base = path if '::' in path else os.path.abspath(path)
+    try:
+        config = Config.fromstring(f'_base_ = {base!r}', '.py')
+        config.model.get('type')
+    except Exception as error:  # it is Python: anything may be wrong with it
+        reason = ' '.join((str(error) or type(error).__name__).split())
+        raise ValueError(
+            f'{path} is no config with a `model`: {reason[:300]}'
+        ) from None
+    return config
 
 
-def _describe_pairs(comparison: Comparison, pairs: Sequence[Pair]) -> str:
-    """What is compared, and what the loss was given."""
-    shapes, strides = [], []
-    for pair in pairs:
-        rows, *shape = pair.student.shape
-        if len(shape) > 1:
-            shapes.append('x'.join(map(str, shape)))
-            strides.append(str(round(SIZE[0] / shape[-2])))
-        else:
-            shapes.append(f'{rows} rows of {shape[0]}')
-    return (
-        f'{describe_comparison(comparison, pairs)}; '
-        + ', '.join(shapes)
-        + (f'; strides {", ".join(strides)}' if strides else '')
-    )
+def portable(path: str, folder: Path) -> str:
+    """A path that holds in a config in a folder, wherever it is read from."""
+    if '::' in path or '://' in path or os.path.isabs(path):
+        return path
+    return f'{{{{ fileDirname }}}}/{os.path.relpath(path, folder)}'
 
 
 def main() -> None:
@@ -261,52 +191,70 @@ def main() -> None:
     warnings.filterwarnings('ignore')
     MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
     logging.getLogger('mmengine').setLevel(logging.ERROR)
+    options = {}
+    pairs = (item.split('=', 1) for item in args.class_map)
+    class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
+    if class_map:
+        options['class_map'] = class_map
+    if args.class_match:
+        options['class_match'] = args.class_match
     try:
-        checkpoint = args.checkpoint or published_checkpoint(args.teacher)
-        student = load_config(args.student)
+        whole = read(args.student)
+        student = load_config(whole)
+        if isinstance(args.teacher, str):
+            read(args.teacher)
         classes = class_names_of_config(student)
         if classes is None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
         if 'data_preprocessor' in student:  # as the Runner does
             student.model.setdefault('data_preprocessor', student.data_preprocessor)
-        names = {}
-        if args.class_map:
-            pairs = (item.split('=', 1) for item in args.class_map)
-            class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
-            names['class_map'] = class_map
-        if args.class_match:
-            names['class_match'] = args.class_match
-        distiller = dict(
-            type='mmdist.Distiller',
-            student=student.model,
-            teacher=dict(config=args.teacher, **names),
-        )
+        teacher = dict(config=args.teacher, **options)
+        pair = dict(type='mmdist.Distiller', student=student.model, teacher=teacher)
         if args.distill:
             distill = Config()
             distill.merge_from_dict(args.distill)
-            distiller['distill'] = distill.to_dict()
-        model = build_pair(Config(distiller)._cfg_dict, student.get('default_scope'))
-        losses, pairs = run_step(model, classes)
+            pair['distill'] = distill.to_dict()
+        model = build_pair(Config(pair)._cfg_dict, student.get('default_scope'))
+        check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
+        seen = run_step(model, classes)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f'This pair does not work.\n{error}') from None
-    for key, value in findings(model, classes, losses, pairs).items():
-        print(f'{key:14} {value}')
-    print(f'{"checkpoint":14} {checkpoint}')
+    report = Report()
+    report_pair(report, model, classes, seen)
+    losses = {k: v.item() for k, v in seen.losses.items() if 'loss' in k}
+    report.section('first step')
+    report.line('losses', as_text(losses, 20))
+
+    folder = Path(args.out or 'config.py').parent
+    entries = dict(config=args.teacher)
+    if not isinstance(model.teacher.model, ForeignTeacher):  # it brings its weights
+        checkpoint = args.checkpoint or published_checkpoint(args.teacher)
+        if checkpoint is None:
+            raise SystemExit(
+                f'The pair works, but no published weights of {args.teacher!r} are '
+                'known. Give --checkpoint, a path or a URL, and it is written.'
+            )
+        missing = '://' not in checkpoint and not os.path.exists(checkpoint)
+        note = ', which does not exist: training needs it' if missing else ''
+        report.line('checkpoint', checkpoint + note)
+        entries['checkpoint'] = portable(checkpoint, folder)
+    if isinstance(args.teacher, str):
+        entries['config'] = portable(args.teacher, folder)
+    entries |= options
     base = args.student
-    if '::' not in base:
-        base = os.path.relpath(base, Path(args.out or 'config.py').parent)
     text = TEMPLATE.format(
-        student=base,
-        teacher=args.teacher,
-        checkpoint=checkpoint,
-        names=''.join(f'\n        {k}={v!r},' for k, v in names.items()),
-        distill=f'\n    distill={distiller["distill"]},' if args.distill else '',
+        student=base if '::' in base else os.path.relpath(base, folder),
+        inner='.student' if 'student' in whole.model else '',
+        teacher='\n        '.join(
+            f'{k}={v!r},' for k, v in (entries | options).items()
+        ),
+        distill=f'\n    distill={pair["distill"]},' if args.distill else '',
     )
     if args.out is None:
         print(f'\n{text}', end='')
     else:
         Path(args.out).write_text(text)
-        print(f'{"written":14} {args.out}')
+        report.line('written', args.out)
 
 
 if __name__ == '__main__':

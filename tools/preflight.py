@@ -30,21 +30,14 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
-from pair_report import (
-    Report,
-    as_text,
-    parts,
-    report_classes,
-    report_comparisons,
-    with_name,
-)
+from pair_report import Report, Seen, as_text, report_pair, watch, with_name
 from teacher_score import cannot_score, judge, predictor, score
 from torch import nn
 from train import load_distilling, seed_iterations
 
 from mmdist import DISTLoss
+from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
-from mmdist.record import Recorder
 from mmdist.teachers import MeanTeacher
 
 STEPS = 3  # that are timed
@@ -54,20 +47,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='path of a config that distils')
-    parser.add_argument(
-        '--images',
-        type=int,
-        default=0,
-        metavar='N',
-        help='score the teacher on N validation images; 0, the default, does not',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config, key=value',
-    )
+    add = parser.add_argument
+    add('config', help='path of a config that distils')
+    text = 'score the teacher on N validation images; 0, the default, does not'
+    add('--images', type=int, default=0, metavar='N', help=text)
+    add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
     parser.set_defaults(launcher='none', work_dir=None)
     args = parser.parse_args()
     if args.images < 0:
@@ -81,26 +65,17 @@ class Stop(Exception):
 
 
 class Preflight(Hook):
-    """Looks at a distilled model where the Runner would take its first step.
-
-    Args:
-        report: Where it says what it saw.
-        images: Number of validation images to score the teachers on.
-    """
+    """Looks at a distilled model where the Runner would take its first step."""
 
     def __init__(self, report: Report, images: int) -> None:
         self.report = report
-        self.images = images
+        self.images = images  # of the validation, to score teachers on
         self.has_begun = False
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Look at everything, and stop the Runner.
-
-        Raises:
-            Stop: Always.
-        """
+        """Look at everything, and raise :class:`Stop`."""
         self.has_begun = True
         report, model = self.report, runner.model
         model = model.module if is_model_wrapper(model) else model
@@ -108,23 +83,15 @@ class Preflight(Hook):
         first_factor = model.distill_factor
         model.distill_factor = max(schedules[0].factors) if schedules else 1.0
         classes = runner.train_dataloader.dataset.metainfo.get('classes')
+        starts = runner.cfg.get('load_from')
         own_score = None
-        if self.images and classes and runner.val_loop and runner.cfg.get('load_from'):
-            own_score, _ = score(
-                runner, self.images, model.eval().val_step, len(classes)
-            )
+        if self.images and classes and runner.val_loop and starts:
+            predict = model.eval().val_step
+            own_score, _ = score(runner, self.images, predict, len(classes))
             model.train()
-
         data = model.data_preprocessor(data_batch, training=True)
-        comparisons = dict(model.distill.items())
-        heads = [m for t in model.teachers.values() for m in parts(t.model)]
-        with Recorder(comparisons.values()) as recorder, Recorder(heads) as ran:
-            losses = losses_of(runner, model, data)
-        calls = {key: recorder.calls(c)[0] for key, c in comparisons.items()}
-        ran = [module for module in heads if ran.calls(module)]
-        report_comparisons(report, model, {k: c.args[1] for k, c in calls.items()}, ran)
-        report_classes(report, model, classes)
-
+        seen = watch(model, lambda: losses_of(runner, model, data))
+        report_pair(report, model, classes, seen)
         report.section('first step')
         if schedules:
             report.line(
@@ -132,40 +99,24 @@ class Preflight(Hook):
                 f'distillation has the weight {first_factor:g} in the first step; what '
                 f'follows is at its full weight, {model.distill_factor:g}',
             )
-        terms = {
-            # the distiller's own name for a term that the student has as well
-            f'{term}_distill' if f'{term}_distill' in losses else term
-            for call in calls.values()
-            for term in call.output
-            if term.startswith('loss_')
-        }
-        report_losses(report, model, losses, terms)
-        share = report_gradient(report, model, losses, terms)
+        report_losses(report, model, seen)
+        share = report_gradient(report, model, seen)
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
             # the student's own mean is the student in the first step
-            judge_gradient(report, share)
-            is_dist = any(isinstance(c.loss, DISTLoss) for c in comparisons.values())
-            if is_dist and not schedules and not runner.cfg.get('load_from'):
-                report.warnings.append(
-                    "The student's head starts at random, where DIST has its largest "
-                    'gradients, and there is no ramp. That may cost much in a short '
-                    'training: see `mmdist.DistillScheduleHook` and docs/quickstart.md.'
-                )
-        del losses, recorder, calls
+            is_dist = any(isinstance(c.loss, DISTLoss) for c in model.distill.values())
+            judge_gradient(report, share, bool(schedules), is_dist and not starts)
+        del seen
         if self.images:
-            self._score_teachers(runner, model, classes, own_score)
+            report.section(f'score on {self.images} validation images')
+            self._score_teachers(runner, model, classes)
+        if own_score:
+            report.line('student', as_text(own_score))
         report_cost(report, runner, model, data)
         raise Stop
 
     def _score_teachers(
-        self,
-        runner: Runner,
-        model: nn.Module,
-        classes: Sequence[str] | None,
-        own_score: dict | None,
+        self, runner: Runner, model: nn.Module, classes: Sequence[str] | None
     ) -> None:
-        report = self.report
-        report.section(f'score on {self.images} validation images')
         for name, teacher in model.teachers.items():
             key, reason = with_name('teacher', name), cannot_score(teacher)
             if not runner.val_loop:
@@ -173,19 +124,16 @@ class Preflight(Hook):
             elif not classes:
                 reason = 'the classes of the data set have no names'
             if reason:
-                report.line(key, f'not scored: {reason}')
+                self.report.line(key, f'not scored: {reason}')
                 continue
             predict = predictor(model, teacher)
             metrics, confusion = score(runner, self.images, predict, len(classes))
-            report.line(key, as_text(metrics) or 'nothing found')
+            self.report.line(key, as_text(metrics) or 'nothing found')
             ours = teacher.classes.student
             compared = range(len(classes)) if ours is None else [i for (i,) in ours]
-            verdict = judge(metrics, confusion, classes, compared)
-            if verdict:
+            if verdict := judge(metrics, confusion, classes, compared):
                 who = f'Teacher {name}' if name else 'The teacher'
-                report.reasons.append(f"{who}'s {verdict}")
-        if own_score:
-            report.line('student', as_text(own_score))
+                self.report.reasons.append(f"{who}'s {verdict}")
 
 
 def losses_of(runner: Runner, model: nn.Module, data: dict) -> dict:
@@ -194,16 +142,14 @@ def losses_of(runner: Runner, model: nn.Module, data: dict) -> dict:
         return model.loss(**data)
 
 
-def report_losses(
-    report: Report, model: nn.Module, losses: dict, terms: set[str]
-) -> None:
+def report_losses(report: Report, model: nn.Module, seen: Seen) -> None:
     """The correlations and the losses, which must be numbers."""
-    _, values = model.parse_losses(losses)
+    _, values = model.parse_losses(seen.losses)
     values = {key: value.item() for key, value in values.items() if key != 'loss'}
     groups = {
         'correlations': [k for k in values if '_inter' in k or '_intra' in k],
-        'distillation': [k for k in values if k in terms],
-        'own losses': [k for k in values if 'loss' in k and k not in terms],
+        'distillation': [k for k in values if k in seen.terms],
+        'own losses': [k for k in values if 'loss' in k and k not in seen.terms],
     }
     for title, keys in groups.items():
         if keys:
@@ -211,21 +157,16 @@ def report_losses(
         for key in keys:
             if not math.isfinite(values[key]):
                 report.reasons.append(f'`{key}` is {values[key]} in the first step.')
-            elif values[key] == 0 and key in terms:
+            elif values[key] == 0 and key in seen.terms:
                 report.warnings.append(f'`{key}` is 0 in the first step.')
 
 
-def report_gradient(
-    report: Report, model: nn.Module, losses: dict, terms: set[str]
-) -> float:
-    """The gradient of distillation against that of the student's own losses.
-
-    Returns:
-        The ratio of their norms.
-    """
+def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
+    """The ratio of the gradients of distillation and of the student's own losses."""
     gradients = []
     for is_distill in (False, True):
-        part = {k: v for k, v in losses.items() if (k in terms) == is_distill}
+        losses = seen.losses.items()
+        part = {k: v for k, v in losses if (k in seen.terms) == is_distill}
         model.zero_grad(set_to_none=True)
         total, _ = model.parse_losses(part)
         if total.requires_grad:
@@ -240,73 +181,77 @@ def report_gradient(
         for g in gradients
     )
     share = distilled / own if own else math.inf if distilled else 0.0
+    where = 'backbone' if backbone else 'student'
     report.line(
         'gradient',
         f"distillation has {share:.3g} times the norm of the student's own losses, "
-        f'over {len(backbone or both)} parameters of '
-        f'{"the backbone" if backbone else "the student"}',
+        f'over {len(backbone or both)} parameters of the {where}',
     )
     return share
 
 
-def judge_gradient(report: Report, share: float) -> None:
-    """Say where a share of the gradient is far too large or small."""
+def judge_gradient(report: Report, share: float, ramp: bool, fresh: bool) -> None:
+    """Say where distillation has far too much of the gradient, or too little.
+
+    ``fresh`` is whether DIST meets a head with random weights.
+    """
+    times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
         report.reasons.append('No gradient of distillation reaches the student.')
-    elif share > 10:
+    elif share > 10 and ramp:
         report.warnings.append(
-            f'The gradient of distillation is {share:.3g} times that of the own '
-            'losses, which hardly count beside it. If no ramp bridges the first '
-            'steps, take one, or a smaller weight.'
+            f'{times} at full weight. The ramp has to bridge the steps until it falls: '
+            'watch whether the own losses fall too.'
+        )
+    elif share > 10:
+        report.cautions.append(
+            f'{times}, which hardly count beside it. Bridge the first steps by a ramp, '
+            '`mmdist.DistillScheduleHook`, or take a smaller weight.'
         )
     elif share < 0.01:
+        report.warnings.append(f'{times}: it hardly counts. Take a larger weight.')
+    if fresh and not ramp and 0 < share <= 10:
         report.warnings.append(
-            f'The gradient of distillation is {share:.2g} times that of the own '
-            'losses: it hardly counts. Take a larger weight.'
+            "The student's head starts at random, where DIST has its largest "
+            'gradients, and there is no ramp. That may cost much in a short '
+            'training: see `mmdist.DistillScheduleHook` and docs/quickstart.md.'
         )
 
 
 def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) -> None:
-    """Time and memory of a step with the teachers and while they rest."""
-    device = data['inputs'].device
+    """Time and memory of a step with the teachers, and while they are paused."""
+    device = data['inputs'].device.type
     factors = (model.distill_factor, 0.0)
-    steps: dict[float, list] = {factor: [] for factor in factors}
+    seconds, gib = ({factor: [] for factor in factors} for _ in range(2))
     for _ in range(1 + STEPS):
-        for factor in factors:
-            model.distill_factor = factor
-            steps[factor].append(measure(runner, model, data))
-    costs = [steps[factor][1:] for factor in factors]  # the first warms up
-    seconds = [median(time for time, _ in cost) for cost in costs]
+        for model.distill_factor in factors:
+            model.zero_grad(set_to_none=True)
+            if device == 'cuda':
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            model.parse_losses(losses_of(runner, model, data))[0].backward()
+            if device == 'cuda':
+                torch.cuda.synchronize()
+                memory = torch.cuda.max_memory_allocated() / 2**30
+                gib[model.distill_factor].append(memory)
+            seconds[model.distill_factor].append(time.perf_counter() - start)
+    # the first warms up
+    on, off = (median(seconds[factor][1:]) for factor in factors)
     report.section('cost of a step')
     report.line(
         'time',
-        f'{seconds[0]:.3g} s with the teacher, {seconds[1]:.3g} s without: '
-        f'{seconds[0] / seconds[1]:.2f} times (forward and backward of '
-        f'{len(data["inputs"])} images on {device.type}, median of {STEPS})',
+        f'{on:.3g} s with the teacher, {off:.3g} s without: {on / off:.2f} times '
+        f'(forward and backward of {len(data["inputs"])} images on {device}, median of '
+        f'{STEPS})',
     )
-    if device.type == 'cuda':
-        most = [max(memory for _, memory in cost) / 2**30 for cost in costs]
+    if device == 'cuda':
+        on, off = (max(gib[factor][1:]) for factor in factors)
         report.line(
             'memory',
-            f'at most {most[0]:.2f} GiB with the teacher, {most[1]:.2f} GiB while it '
-            'rests; both with its weights',
+            f'at most {on:.2f} GiB with the teacher, {off:.2f} GiB while it is paused; '
+            'both with its weights',
         )
-
-
-def measure(runner: Runner, model: nn.Module, data: dict) -> tuple[float, int]:
-    """Seconds of a step without the optimizer, and its peak memory in bytes."""
-    on_gpu = data['inputs'].is_cuda
-    model.zero_grad(set_to_none=True)
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    total, _ = model.parse_losses(losses_of(runner, model, data))
-    total.backward()
-    if on_gpu:
-        torch.cuda.synchronize()
-    memory = torch.cuda.max_memory_allocated() if on_gpu else 0
-    return time.perf_counter() - start, memory
 
 
 def main() -> int:
@@ -324,6 +269,7 @@ def main() -> int:
         seed_iterations(cfg)
         hook = Preflight(report, args.images)
         try:
+            check_class_lists(cfg)
             runner = RUNNERS.build(cfg)
             runner.register_hook(hook, 'LOWEST')
             runner.train()
@@ -333,7 +279,7 @@ def main() -> int:
             expected = (ValueError, RuntimeError, OSError)
             if hook.has_begun and not isinstance(error, expected):
                 raise  # a mistake of this tool
-            report.reasons.append(str(error) or repr(error))
+            report.reasons.append(explain(error))
     return report.finish()
 
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the process of a tool need not wait for it
+    from torch import Tensor
 
 TOOLS = Path(__file__).resolve().parent
-# A process that has imported the libraries, which takes a quarter of a minute, and is
-# copied for each training. CUDA does not survive the copy.
-CONTEXT = multiprocessing.get_context(
-    'spawn' if torch.cuda.is_available() else 'forkserver'
-)
 LIBRARIES = ['mmdist'] + [
     f'{name}.{part}'
     for name in ('mmdet', 'mmseg')
@@ -50,13 +49,25 @@ def save_result(folder: Path, result: dict) -> None:
     (folder / 'metrics.json').write_text(json.dumps(result))
 
 
+@functools.cache
+def context() -> BaseContext:
+    """How processes are started: by copies of one that has imported the libraries.
+
+    To import them takes a quarter of a minute. CUDA does not survive the copy.
+    """
+    import torch
+
+    method = 'spawn' if torch.cuda.is_available() else 'forkserver'
+    return multiprocessing.get_context(method)
+
+
 def import_libraries() -> None:
     """Begin to import what the tools need, once for all of them, beside what follows.
 
     The tools get the environment variables that are set now.
     """
-    if CONTEXT.get_start_method() == 'forkserver':
-        CONTEXT.set_forkserver_preload(LIBRARIES)
+    if context().get_start_method() == 'forkserver':
+        context().set_forkserver_preload(LIBRARIES)
         forkserver.ensure_running()
 
 
@@ -72,7 +83,7 @@ def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
     Raises:
         SystemExit: The tool failed; with the end of what it printed.
     """
-    process = CONTEXT.Process(
+    process = context().Process(
         target=_run, args=(TOOLS / name, list(map(str, arguments)), log_file)
     )
     log_file.touch()
@@ -94,12 +105,19 @@ def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
 
 def _run(file: Path, arguments: list[str], log_file: Path) -> None:
     """What the new process does: the tool as from the command line."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with log_file.open('a') as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
     sys.argv = [str(file), *arguments]
     sys.path.insert(0, str(TOOLS))
     runpy.run_path(str(file), run_name='__main__')
+
+
+def _end_with_parent() -> None:
+    """Do not go on computing when the process that started this one was killed."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -113,7 +131,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 class LoggedStep(NamedTuple):
-    """How far a training is, as its log says."""
+    """How far a training is, by its log."""
 
     share: float
     eta: float  # seconds
@@ -153,6 +171,6 @@ def count_parameters(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def replace_between(page: str, begin: str, end: str, made: str) -> str:
-    """A page with what stands between two marks made anew."""
+    """A page with the text between two marks replaced."""
     before, _, rest = page.partition(begin)
     return before + begin + made + end + rest.partition(end)[2]

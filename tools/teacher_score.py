@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from mmengine.runner import Runner
@@ -21,6 +20,7 @@ from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 
 VOID = 255  # the class of what the student has no class for
 MUCH = 0.2  # by so much a class fits another one better, if it is permuted
+Predict = Callable[[dict], Sequence[BaseDataElement]]  # of a batch
 
 
 def cannot_score(teacher: Teacher) -> str:
@@ -30,31 +30,20 @@ def cannot_score(teacher: Teacher) -> str:
         return "it is the student's own mean"
     if isinstance(model, ForeignTeacher) and model.gives == 'features':
         return 'it gives features alone'
-    if hasattr(model, 'panoptic_head'):
-        return 'panoptic predictions are not'
-    return ''
+    return 'panoptic predictions are not' * hasattr(model, 'panoptic_head')
 
 
 @torch.no_grad()
 def score(
-    runner: Runner,
-    number: int,
-    predict: Callable[[dict], Sequence[BaseDataElement]],
-    num_classes: int,
+    runner: Runner, number: int, predict: Predict, num_classes: int
 ) -> tuple[dict[str, float], Tensor]:
-    """Score predictions with the config's own evaluator.
-
-    Args:
-        runner: Its validation is used.
-        number: Number of images, which are spread over the whole data set.
-        predict: Gives the data samples, with predictions, of a batch.
-        num_classes: Number of the student's classes.
+    """Score predictions of that many validation images with the config's evaluator.
 
     Returns:
-        The metrics, and the :func:`confusion` of the classes.
+        The metrics, and the :func:`confusion` of the student's classes.
     """
     dataset = runner.val_dataloader.dataset
-    number = min(number, len(dataset))
+    number = min(number, len(dataset))  # spread over the whole data set
     subset = dataset.get_subset([i * len(dataset) // number for i in range(number)])
     loader = Runner.build_dataloader(dict(runner.cfg.val_dataloader, dataset=subset))
     evaluator = runner.val_evaluator
@@ -69,52 +58,38 @@ def score(
     return evaluator.evaluate(number), total
 
 
-def predictor(
-    student: nn.Module, teacher: Teacher
-) -> Callable[[dict], list[BaseDataElement]]:
-    """What predicts as the teacher does, in the student's classes.
-
-    The teacher sees what it sees in training: the student's images in its own
-    normalisation.
-
-    Args:
-        student: The distilled model.
-        teacher: One of its teachers; its classes are matched.
-    """
+def predictor(student: nn.Module, teacher: Teacher) -> Predict:
+    """What predicts as a teacher does in training, in the student's classes."""
     model = teacher.model
-    is_foreign = isinstance(model, ForeignTeacher)
-    if teacher.dtype is not None and not is_foreign:
-        model = copy.deepcopy(model).float()  # NMS and metrics take no bf16
-    activation = None
-    if is_foreign:
-        activation = 'softmax' if model.gives == 'pixels' else 'identity'
-    elif family_of(model) == SEG:
+    gives = model.gives if isinstance(model, ForeignTeacher) else None
+    activation = dict(pixels='softmax', masks='identity').get(gives)
+    if gives is None and family_of(model) == SEG:
         activation = SegLogits().activation(model)
+    if gives is None and teacher.dtype is not None:
+        model = copy.deepcopy(model).float()  # NMS and metrics take no bf16
 
     def predict(batch: dict) -> list[BaseDataElement]:
         data = student.data_preprocessor(batch, training=False)
         step = Step(student, teacher, teacher.classes, **data)
         samples = step.data_samples
-        if not is_foreign:
+        if gives is None:
             samples = model.predict(step.teacher_inputs, samples)
-        elif model.gives == 'boxes':
+        elif gives == 'boxes':
             for sample, boxes in zip(samples, step.teacher_features, strict=True):
                 found = after_nms(model, *boxes)
                 # in the pixels of its file
                 found.bboxes /= found.bboxes.new_tensor(sample.scale_factor).repeat(2)
                 sample.pred_instances = found
         else:
-            scores = _as_map(model, step.teacher_features).read(step.inputs.shape[-2:])
+            output = step.teacher_features
+            pixels = SegMap(output) if gives == 'pixels' else SegMap(*output, True)
+            scores = pixels.read(step.inputs.shape[-2:])
             samples = student.postprocess_result(scores.float(), samples)
         for sample in samples:
             _to_students_classes(sample, teacher.classes, activation)
         return samples
 
     return predict
-
-
-def _as_map(model: ForeignTeacher, output: Any) -> SegMap:
-    return SegMap(output) if model.gives == 'pixels' else SegMap(*output, True)
 
 
 def _to_students_classes(
@@ -124,45 +99,37 @@ def _to_students_classes(
     if match.teacher is None:
         return
     ours = match.student or [(i,) for i in range(len(match.teacher))]
+    # after the classes that are compared comes the background, or nothing of them
+    table = torch.tensor([*(i for (i,) in ours), VOID])
     if 'pred_sem_seg' in sample and len(sample.seg_logits.data) > 1:
         scores = match.select_teacher(sample.seg_logits.data, 0, activation)
-        # after the classes that are compared comes, if at all, the background
-        table = torch.full((len(scores),), VOID)
-        table[: len(ours)] = torch.tensor(ours).flatten()
         best = scores.argmax(0, keepdim=True)
         sample.pred_sem_seg.data = table.to(best.device)[best]
     elif 'pred_instances' in sample:
-        table = torch.full((match.num_teacher,), VOID)
-        for (mine,), group in zip(ours, match.teacher, strict=True):
-            table[list(group)] = mine
         found = sample.pred_instances
-        found.labels = table.to(found.labels.device)[found.labels]
-        sample.pred_instances = found[found.labels != VOID]
+        common = match.common_labels(found.labels)  # -1: the student does not know it
+        found.labels = table.to(common.device)[common]
+        sample.pred_instances = found[common >= 0]
 
 
 def confusion(sample: BaseDataElement, num_classes: int) -> Tensor:
     """How often each class is taken for each, in pixels or in objects.
 
-    Args:
-        sample: With labels and predictions.
-        num_classes: Number of classes.
-
     Returns:
         (classes, classes + 1), labels by predictions; the last column is what is
         nothing that the student knows, or is not found. Zeros without labels.
     """
+    columns = num_classes + 1
     if 'pred_sem_seg' in sample and 'gt_sem_seg' in sample:
         labels, found = sample.gt_sem_seg.data, sample.pred_sem_seg.data
     elif 'pred_instances' in sample and 'gt_instances' in sample:
         labels, found = sample.gt_instances.labels, _found(sample)
     else:
-        return torch.zeros(num_classes, num_classes + 1)
+        return torch.zeros(num_classes, columns)
     labels, found = (x.flatten().cpu().long() for x in (labels, found))
-    pairs = (labels * (num_classes + 1) + found.clamp(max=num_classes))[
-        labels < num_classes
-    ]
-    size = (num_classes, num_classes + 1)
-    return torch.bincount(pairs, minlength=size[0] * size[1]).view(size).float()
+    pairs = (labels * columns + found.clamp(max=num_classes))[labels < num_classes]
+    counts = torch.bincount(pairs, minlength=num_classes * columns)
+    return counts.view(num_classes, columns).float()
 
 
 def _found(sample: BaseDataElement) -> Tensor:
@@ -183,15 +150,10 @@ def judge(
     names: Sequence[str],
     compared: Sequence[int],
 ) -> str:
-    """What a score says against a teacher; empty if nothing.
+    """What a score says against a teacher that knows the classes ``compared``, or ''.
 
-    Args:
-        metrics: What the evaluator gave.
-        confusion: Of the student's classes, (classes, classes + 1).
-        names: Their names.
-        compared: Indices of those that the teacher knows.
+    ``confusion`` is of all the student's classes, (classes, classes + 1).
     """
-    names = [names[i] for i in compared]
     rows = confusion[list(compared)]
     known = rows[:, list(compared)]
     others = (rows.sum(1) - known.sum(1)).unsqueeze(1)
@@ -200,16 +162,15 @@ def judge(
     ious = _ious(confusion)
     # labelled class i is best matched by predictions of class best[i]
     best = torch.from_numpy(linear_sum_assignment(ious.numpy(), maximize=True)[1])
-    index = torch.arange(len(best))
-    now, then = ious.diag(), ious[index, best]
-    moved = [i for i in index.tolist() if then[i] > now[i] + MUCH]
-    permuted = torch.cat([known[:, best], others], 1)
-    if len(moved) > 1 and not _is_chance(permuted):
+    now, then = ious.diag(), ious[range(len(best)), best]
+    moved = (then > now + MUCH).nonzero().flatten().tolist()
+    mean, possible = (f'{x[present].mean():.1%}' for x in (now, then))
+    if len(moved) > 1 and not _is_chance(torch.cat([known[:, best], others], 1)):
+        names = [names[i] for i in compared]
         found = ', '.join(f'{names[i]} for {names[best[i]]}' for i in moved[:10])
-        now, then = (x[present].mean() for x in (now, then))
         return (
-            f'classes look permuted: it takes {found}. Its mean IoU is {now:.1%}, '
-            f'and would be {then:.1%} in the right order. '
+            f'classes look permuted: it takes {found}. Its mean IoU is {mean}, and '
+            f'would be {possible} in the right order. '
             'Check the class names of its checkpoint and config.'
         )
     average = [value for key, value in metrics.items() if key.endswith('mAP')]
@@ -219,8 +180,8 @@ def judge(
         return 'predictions are like noise: none of the labels is found.'
     if any(key.endswith('mIoU') for key in metrics) and _is_chance(confusion):
         return (
-            f'mean IoU of {now[present].mean():.1%} is like noise: the same '
-            f'predictions dealt out at random have {_chance(confusion):.1%}.'
+            f'mean IoU of {mean} is like noise: the same predictions dealt out at '
+            f'random have {_chance(confusion):.1%}.'
         )
     return ''
 
@@ -232,11 +193,14 @@ def _ious(confusion: Tensor) -> Tensor:
     return both / union.clamp(min=1)
 
 
+def _mean_iou(confusion: Tensor) -> float:
+    return _ious(confusion).diag()[confusion.sum(1) > 0].mean().item()
+
+
 def _chance(confusion: Tensor) -> float:
     """Mean IoU of the labelled classes, were the predictions dealt out at random."""
-    total = confusion.sum().clamp(min=1)
-    dealt = confusion.sum(1, keepdim=True) * confusion.sum(0) / total
-    return _ious(dealt).diag()[confusion.sum(1) > 0].mean().item()
+    dealt = confusion.sum(1, keepdim=True) * confusion.sum(0)
+    return _mean_iou(dealt / confusion.sum().clamp(min=1))
 
 
 def _is_chance(confusion: Tensor) -> bool:
@@ -245,6 +209,5 @@ def _is_chance(confusion: Tensor) -> bool:
     It is below 2 / classes and, as that is much for few classes, less than a tenth of
     the way from chance to 1.
     """
-    miou = _ious(confusion).diag()[confusion.sum(1) > 0].mean().item()
     chance = _chance(confusion)
-    return miou < min(2 / len(confusion), chance + (1 - chance) / 10)
+    return _mean_iou(confusion) < min(2 / len(confusion), chance + (1 - chance) / 10)

@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
-from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
-
-import mmdist  # noqa: F401  (checks the environment, lets torch load safely)
+from train import load_config, mistakes_in_words, parse
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='path of the config file')
-    parser.add_argument('checkpoint', help='path of the checkpoint')
-    parser.add_argument('--work-dir', help='where the metrics go')
-    parser.add_argument('--show', action='store_true', help='show the predictions')
-    parser.add_argument('--show-dir', help='draw the predictions into this folder')
-    parser.add_argument(
-        '--tta', action='store_true', help="test with the config's augmentation"
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config, key=value',
-    )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
-    # torch.distributed.launch passes it; torchrun sets the variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    add = parser.add_argument
+    add('config', help='path of the config file')
+    add('checkpoint', help='path of the checkpoint')
+    add('--show', action='store_true', help='show the predictions')
+    add('--show-dir', help='draw the predictions into this folder')
+    add('--tta', action='store_true', help="test with the config's augmentation")
+    return parse(parser)
 
 
-def main() -> None:
-    args = parse_args()
-    cfg = Config.fromfile(args.config)
-    cfg.launcher = args.launcher
-    if args.cfg_options is not None:
-        cfg.merge_from_dict(args.cfg_options)
-    cfg.work_dir = (
-        args.work_dir
-        or cfg.get('work_dir')
-        or str(Path('work_dirs') / Path(args.config).stem)
-    )
+def test(args: argparse.Namespace) -> None:
+    cfg = load_config(args)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
             raise SystemExit(
-                '--show and --show-dir need `default_hooks.visualization` in the '
-                'config.'
+                '--show needs `default_hooks.visualization` in the config.'
             )
         hook.update(draw=True, show=args.show)
         if args.show_dir:
@@ -67,6 +38,12 @@ def main() -> None:
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     Runner.from_cfg(cfg).test()
+
+
+def main() -> None:
+    args = parse_args()
+    with mistakes_in_words(args.traceback):
+        test(args)
 
 
 if __name__ == '__main__':

@@ -4,51 +4,62 @@ from __future__ import annotations
 
 import argparse
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.model import is_model_wrapper
+from mmengine.logging import MMLogger
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 from torch import nn
 
+import mmdist
 from mmdist.checkpoint import load_checkpoint
 from mmdist.registry import MODELS
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='path of the config file')
-    parser.add_argument('--work-dir', help='where logs and checkpoints go')
-    parser.add_argument(
-        '--amp', action='store_true', help='train with automatic mixed precision'
-    )
-    parser.add_argument(
-        '--auto-scale-lr',
-        action='store_true',
-        help='scale the learning rate by the batch size (needs `auto_scale_lr`)',
-    )
-    parser.add_argument(
-        '--resume',
-        nargs='?',
-        const='auto',
-        help='resume from this checkpoint, or from the latest of the work dir',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='override settings of the config, key=value',
-    )
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none'
-    )
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add the arguments that training and testing share, and parse all."""
+    add = parser.add_argument
+    add('--work-dir', help='where logs, checkpoints and metrics go')
+    add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
+    add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    add('--traceback', action='store_true', help='of a mistake, show where it is found')
     # torch.distributed.launch passes it; torchrun sets the variable instead.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    add('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     return args
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add('config', help='path of the config file')
+    add('--amp', action='store_true', help='train with automatic mixed precision')
+    scale = 'scale the learning rate by the batch size (needs `auto_scale_lr`)'
+    add('--auto-scale-lr', action='store_true', help=scale)
+    add('--resume', nargs='?', const='auto', help='a checkpoint, or else the latest')
+    return parse(parser)
+
+
+@contextmanager
+def mistakes_in_words(frames: bool) -> Iterator[None]:
+    """Exit with the sentence alone of an error of mmdist itself, if not ``frames``."""
+    try:
+        yield
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        is_ours = Path(mmdist.__file__).parent in Path(last.filename).parents
+        is_ours = is_ours and last.line.startswith('raise ')  # torch raises there too
+        if frames or not (is_ours or isinstance(error, FileNotFoundError)):
+            raise
+        raise SystemExit(f'\n{error}') from None
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -70,8 +81,8 @@ def load_distilling(
     """As :func:`load_config`; the parser stops if the config does not distil."""
     try:
         cfg = load_config(args)
-    except OSError as error:
-        parser.error(str(error))
+    except Exception as error:  # it is Python: anything may be wrong with it
+        parser.error(f'{args.config} cannot be read: {error or type(error).__name__}')
     if (cfg.get('model') or {}).get('student') is None:
         parser.error(f'{args.config} does not distil: `model` has no `student`.')
     return cfg
@@ -86,16 +97,20 @@ def seed_iterations(cfg: Config) -> None:
 
 def earlier_run(cfg: Config) -> tuple[str, dict] | None:
     """What to resume from, if that is wanted; nothing of another run is mixed in."""
-    if cfg.get('resume') and cfg.get('load_from'):
+    if not cfg.get('resume'):
+        if there := last_whole_checkpoint(cfg.work_dir):
+            refuse_other_config(cfg, *reversed(there), or_same=True)
+        return None
+    if cfg.get('load_from'):
         found = cfg.load_from, load_checkpoint(cfg.load_from)
         if Path(cfg.load_from).resolve().parent != Path(cfg.work_dir).resolve():
-            refuse_other_runs(cfg)
+            there = None
+            with suppress(RuntimeError):  # all are cut off: so another one is named
+                there = last_whole_checkpoint(cfg.work_dir)
+            if there:
+                refuse_other_config(cfg, *reversed(there))
     else:
         found = last_whole_checkpoint(cfg.work_dir)
-    if not cfg.get('resume'):
-        if found:
-            refuse_other_config(cfg, *reversed(found))
-        return None
     if found:
         path, checkpoint = found
         cfg.load_from = path
@@ -104,16 +119,6 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
         if cfg.get('randomness', {}).get('seed') is None:
             cfg.merge_from_dict({'randomness.seed': checkpoint['meta']['seed']})
     return found
-
-
-def refuse_other_runs(cfg: Config) -> None:
-    """Stop if the work_dir holds a run that is not the one to resume from elsewhere."""
-    try:
-        there = last_whole_checkpoint(cfg.work_dir)
-    except RuntimeError:  # all are cut off: that is why another one is named
-        return
-    if there:
-        refuse_other_config(cfg, *reversed(there))
 
 
 def use_cpus(cfg: Config) -> None:
@@ -126,8 +131,26 @@ def use_cpus(cfg: Config) -> None:
     ) | dict(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
 
 
-def main() -> None:
-    args = parse_args()
+def build_runner(cfg: Config, on_cpus: bool) -> Runner:
+    """The runner; the whole config goes to its log file, and not to the terminal."""
+    kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+
+    def build_logger(self: Runner, *args, **kwargs) -> MMLogger:
+        logger = kind.build_logger(self, *args, **kwargs)
+        logger.handlers[0].addFilter(lambda x: not str(x.msg).startswith('Config:\n'))
+        return logger
+
+    def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
+        if on_cpus and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            self.logger.warning('SyncBN needs GPUs: BN, in each process, replaces it.')
+            model = revert_sync_batchnorm(model)
+        return kind.wrap_model(self, wrapper, model)
+
+    own = dict(build_logger=build_logger, wrap_model=wrap_model)
+    return type(kind.__name__, (kind,), own).from_cfg(cfg)
+
+
+def train(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
@@ -144,24 +167,29 @@ def main() -> None:
         cfg.load_from = None if args.resume == 'auto' else args.resume
     seed_iterations(cfg)
     found = earlier_run(cfg)
-    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+    on_cpus = args.launcher == 'pytorch' and not torch.cuda.is_available()
+    if on_cpus:
         use_cpus(cfg)
     if cfg.get('strategy') and 'runner_type' not in cfg:
         raise SystemExit(
             "`strategy` is for `runner_type = 'FlexibleRunner'`: mmengine's Runner "
             'does without it and does not say so. Set that, or remove `strategy`.'
         )
-    runner = RUNNERS.build(cfg)
+    runner = build_runner(cfg, on_cpus)
     if found:
         model = runner.model
         if not isinstance(model, nn.Module):  # FlexibleRunner builds it in train()
             model = MODELS.build(model)
-        if is_model_wrapper(model):
-            model = model.module
-        check_fits(model, *reversed(found))
+        check_fits(model.module if is_model_wrapper(model) else model, *reversed(found))
         del model
     del found
     runner.train()
+
+
+def main() -> None:
+    args = parse_args()
+    with mistakes_in_words(args.traceback):
+        train(args)
 
 
 if __name__ == '__main__':

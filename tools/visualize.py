@@ -12,7 +12,7 @@ import argparse
 import copy
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -20,27 +20,29 @@ import mmcv
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, RUNNERS, VISUALIZERS
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.structures import InstanceData
-from mmengine.visualization import Visualizer
-from pair_report import describe_comparison, parts, probabilities
+from pair_report import describe_comparison, parts
 from scipy.optimize import linear_sum_assignment
 from teacher_score import cannot_score, predictor
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from train import load_distilling
 
-from mmdist import Pair, comparisons
+from mmdist import Comparison, Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.losses import as_rows
 from mmdist.losses.correlations.common import Settings, is_constant
-from mmdist.losses.correlations.plain import pearson
+from mmdist.losses.correlations.plain import ACTIVATIONS, pearson
 from mmdist.record import Recorder
 from mmdist.teachers import Teacher
 
 NO_CLASSES = comparisons.Features, comparisons.Boxes, comparisons.BoxDistributions
 MIN_IOU = 0.5  # of boxes that agree
+MOST_CLASSES = 40  # in a legend
 COLOURS = {'both': 'lime', 'only teacher': 'blue', 'only student': 'red'}
 
 
@@ -96,8 +98,8 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     if key not in keys:
         raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
-    model._lessons = {key: model._lessons[key]}
-    teacher = model.teachers[model._lessons[key].teacher]
+    model.distill_terms = {key: model.distill_terms[key]}
+    teacher = model.teachers[model.distill_terms[key].teacher]
     if reason := cannot_score(teacher):
         raise ValueError(f'What the teacher predicts is not shown: {reason}.')
     return model.eval(), teacher, dataset
@@ -142,6 +144,23 @@ def pairs_of(model: nn.Module, batch: dict) -> tuple[list[Pair], np.ndarray]:
     model.eval()
     shares = np.divide(sample.img_shape[:2], data['inputs'].shape[-2:])
     return list(recorder.calls(comparison)[0].args[1]), shares
+
+
+def probabilities(
+    comparison: Comparison, student: nn.Module, pair: Pair
+) -> tuple[Tensor, str]:
+    """What is correlated in a pair that a comparison gave, and from which activation.
+
+    Returns:
+        Scores of student and teacher, (2, rows, columns) in float64, on the CPU.
+    """
+    loss = comparison.loss
+    activation = comparison._loss_cfg.get('activation') or pair.activation
+    activation = activation or getattr(loss, 'activation', None)
+    activation = activation or comparison.activation(student)
+    tau = getattr(loss, 'tau', 1.0)
+    both = [as_rows(x).double().cpu() / tau for x in (pair.student, pair.teacher)]
+    return torch.stack([ACTIVATIONS[activation](x) for x in both]), activation
 
 
 def inter_class(scores: Tensor, activation: str, pair: Pair) -> Tensor:
@@ -190,41 +209,48 @@ def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, Instanc
     return dict(zip(COLOURS, groups, strict=True))
 
 
-def painter(is_seg: bool, meta: dict) -> Visualizer:
-    """The library's visualizer, with the names and the colours of the classes."""
-    kind = 'mmseg.SegLocalVisualizer' if is_seg else 'mmdet.DetLocalVisualizer'
-    visualizer = VISUALIZERS.build(dict(type=kind, name='page', alpha=0.6))
-    names, palette = meta['classes'], meta.get('palette')
-    if not palette:  # mmseg's data sets have one
-        from mmdet.visualization import get_palette
+def palette_of(meta: dict) -> list:
+    """A colour for each class, RGB from 0 to 255."""
+    if meta.get('palette'):
+        return meta['palette']  # mmseg's data sets have one
+    from mmdet.visualization import get_palette
 
-        palette = get_palette('random', len(names))
-    visualizer.dataset_meta = dict(classes=names, palette=palette)
-    return visualizer
+    return get_palette('random', len(meta['classes']))
 
 
-def draw(
-    visualizer: Visualizer, image: np.ndarray, sample, is_found: bool, options: dict
-) -> np.ndarray:
-    """Labels or what was found over an image, (height, width, 3) in RGB."""
-    options = dict(options, draw_gt=not is_found, draw_pred=is_found)
-    with tempfile.NamedTemporaryFile(suffix='.png') as file:
-        visualizer.add_datasample('', image, sample, out_file=file.name, **options)
-        return mmcv.imread(file.name, channel_order='rgb')
+def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
+    """An image in the colours of its labels, (height, width, 3); void is darkened."""
+    table = np.zeros((256, 3))
+    table[: len(palette)] = palette
+    height, width = image.shape[:2]
+    labels = mmcv.imresize(labels.astype(np.uint8), (width, height), False, 'nearest')
+    return (0.4 * image + 0.6 * table[labels]).astype(np.uint8)
 
 
-def save(file: Path, panels: dict[str, np.ndarray]) -> None:
-    """Write the panels of an image: RGB images, and of pixels their correlations."""
-    height, width = next(iter(panels.values())).shape[:2]
-    figure = Figure((11, 11 * height / width + 1), layout='compressed')
+def save(file: Path, panels: dict[str, tuple], legend: dict[str, tuple]) -> None:
+    """Write the picture of an image.
+
+    Args:
+        file: Where it goes.
+        panels: An RGB image or correlations, and boxes over it with their colours.
+        legend: The colours of the classes.
+    """
+    height, width = next(iter(panels.values()))[0].shape[:2]
+    figure = Figure((11, 11 * height / width + 1.5), layout='compressed')
     axes = figure.subplots(2, 2).flatten()
     options = dict(cmap='RdBu', vmin=-1, vmax=1, extent=(0, width, height, 0))
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+    for axis, (title, (values, boxes)) in zip(axes, panels.items(), strict=True):
         shown = axis.imshow(values, **options)  # RGB is shown as it is
         axis.set(title=title, xticks=[], yticks=[], facecolor='grey')
+        for (x1, y1, x2, y2), colour in boxes:
+            box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=0.8)
+            axis.add_patch(box)
     if values.ndim == 2:
         figure.colorbar(shown, ax=axes, location='bottom', shrink=0.5, aspect=40)
-    figure.savefig(file, dpi=100, bbox_inches='tight')
+    handles = [Patch(color=colour, label=name) for name, colour in legend.items()]
+    if handles:
+        figure.legend(handles=handles, loc='outside lower center', ncols=8)
+    figure.savefig(file, dpi=100, bbox_inches='tight', pil_kwargs=dict(quality=90))
 
 
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
@@ -240,13 +266,14 @@ BOXES = f"""<b>Both</b> have a box if they give it one class, with an IoU of at 
 {MIN_IOU}; drawn is the student's. Boxes have a score of at least {{}}."""
 
 
-def table(meta: dict, index: list[int], columns: dict[str, Tensor]) -> Iterator[str]:
+def table(
+    names: Sequence[str], palette: list, index: list[int], columns: dict[str, Tensor]
+) -> Iterator[str]:
     """The compared classes in HTML, those with the smallest correlation first."""
     yield ''.join(f'<th>{name}</th>' for name in ('class', *columns))
     for i in columns['correlation'].argsort().tolist():  # NaN comes last
-        name, rgb = (meta[key][index[i]] for key in ('classes', 'palette'))
-        style = f'background: rgb{tuple(map(int, rgb))}'
-        cells = [f'<i style="{style}"></i>&ensp;{escape(name)}']
+        style = f'background: rgb{tuple(map(int, palette[index[i]]))}'
+        cells = [f'<i style="{style}"></i>&ensp;{escape(names[index[i]])}']
         cells += [f'{column[i].item():.4g}' for column in columns.values()]
         yield '<tr>' + ''.join(f'<td>{cell}</td>' for cell in cells)
 
@@ -261,8 +288,9 @@ def main() -> None:
     (comparison,) = model.distill.values()
     ask = predictor(model, teacher)
     is_seg = isinstance(comparison, comparisons.SegLogits)
-    visualizer = painter(is_seg, dataset.metainfo)
-    classes = len(dataset.metainfo['classes'])
+    names, palette = dataset.metainfo['classes'], palette_of(dataset.metainfo)
+    classes = len(names)
+    colours = {i: tuple(x / 255 for x in palette[i]) for i in range(classes)}
     index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
@@ -275,33 +303,44 @@ def main() -> None:
         with torch.no_grad():
             found = model.val_step(copy.deepcopy(batch)) + ask(batch)
         image = mmcv.imread(path, channel_order='rgb')
-        options = dict(with_labels=False) if is_seg else dict(pred_score_thr=0)
-        panels = {'image': image}
-        if truth is not None:
-            panels = {'labels': draw(visualizer, image, truth, False, options)}
-        for name, sample in zip(('student', 'teacher'), found, strict=True):
-            if not is_seg:
-                boxes = sample.pred_instances.cpu()
-                boxes.pop('masks', None)
-                sample.pred_instances = boxes[boxes.scores >= args.score_thr]
-            panels[name] = draw(visualizer, image, sample, True, options)
+        samples = dict(student=found[0], teacher=found[1])
+        if truth is None:
+            panels = {'image': (image, ())}
+        else:
+            panels, samples = {}, dict(labels=truth, **samples)
+        seen: set[int] = set()
+        for name, sample in samples.items():
+            kind = 'gt' if name == 'labels' else 'pred'
+            if is_seg:
+                labels = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
+                panels[name] = tinted(image, labels, palette), ()
+            else:
+                boxes = sample.get(f'{kind}_instances').cpu()
+                if kind == 'pred':
+                    boxes.pop('masks', None)
+                    boxes = boxes[boxes.scores >= args.score_thr]
+                    sample.pred_instances = boxes
+                labels = boxes.labels.numpy()
+                each = zip(boxes.bboxes, labels.tolist(), strict=True)
+                panels[name] = image, [(x, colours[i]) for x, i in each]
+            seen.update(np.unique(labels).tolist())
         if is_seg:
             values = inter_class(scores, activation, pair)
             height, width = map(round, np.multiply(values.shape, shares).tolist())
-            panels['inter-class correlation'] = values[:height, :width]
+            panels['inter-class correlation'] = values[:height, :width], ()
             text = f'mean inter-class correlation {values.nanmean():.3f}'
         else:
             groups = agreement(*(sample.pred_instances for sample in found))
-            visualizer.set_image(image)
             for name, boxes in groups.items():
                 counts[name] += boxes.labels.bincount(minlength=classes)
-                if len(boxes):
-                    visualizer.draw_bboxes(boxes.bboxes, COLOURS[name], line_widths=2)
             text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
-            panels[', '.join(map(': '.join, COLOURS.items()))] = visualizer.get_image()
-        save(args.out / f'{n:03}.png', panels)
+            boxes = [(x, COLOURS[name]) for name in groups for x in groups[name].bboxes]
+            panels[', '.join(map(': '.join, COLOURS.items()))] = image, boxes
+        seen = sorted(seen & colours.keys())[:MOST_CLASSES]
+        legend = {names[i]: colours[i] for i in seen}
+        save(args.out / f'{n:03}.jpg', panels, legend)
         text = escape(f'{Path(path).name}. {text}')
-        images.append(f'<h3>{text}</h3><img src="{n:03}.png" alt="{text}">')
+        images.append(f'<h3>{text}</h3><img src="{n:03}.jpg" alt="{text}">')
     index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]
     columns = {'correlation': intra_class(sums, activation)}
@@ -312,7 +351,7 @@ def main() -> None:
         title=escape(title),
         rows=f'{sums[0, 0].max():.0f} {"pixels" if is_seg else "anchors or boxes"}',
         how=MAP if is_seg else BOXES.format(args.score_thr),
-        table='\n'.join(table(visualizer.dataset_meta, index, columns)),
+        table='\n'.join(table(names, palette, index, columns)),
         images='\n'.join(images),
     )
     (args.out / 'index.html').write_text(page)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +13,9 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmdist.lookup import by_class_name
-from mmdist.losses import DISTLoss, as_rows
-from mmdist.registry import MODELS
+from mmdist.lookup import by_class_name, check_arguments, did_you_mean
+from mmdist.losses import DISTLoss, Terms, as_rows
+from mmdist.registry import MODELS, class_of
 from mmdist.step import Step
 from mmdist.teachers import Teacher
 
@@ -65,7 +63,7 @@ LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Comparison(BaseModule):
-    """What of the student is compared with what of the teacher, in three steps.
+    """Selects outputs of student and teacher and yields aligned pairs, in three steps.
 
     A subclass says which modules it needs (:meth:`student_modules`), and how to
     :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
@@ -200,45 +198,18 @@ class Comparison(BaseModule):
         terms: dict[str, list[Tensor]] = {}
         for pair in pairs:
             key = '_'.join(filter(None, (name, pair.name)))
-            loss = self._loss_for(pair)
-            value = pair.weight * self._compute(loss, pair)
-            terms.setdefault(f'loss_{key}', []).append(value)
+            found = self._compute(pair)
+            terms.setdefault(f'loss_{key}', []).append(pair.weight * found.loss)
             for relation in ('inter', 'intra'):
-                correlation = getattr(loss, f'{relation}_corr', None)
-                if correlation is not None:
+                correlation = getattr(found, relation)
+                if correlation is not None:  # of a term that is not left out
                     terms.setdefault(f'{key}_{relation}', []).append(correlation)
         return {
             key: sum(values) if key.startswith('loss_') else sum(values) / len(values)
             for key, values in terms.items()
         }
 
-    def _loss_for(self, pair: Pair) -> nn.Module:
-        """The loss as it suits a pair."""
-        if not isinstance(self.loss, DISTLoss):
-            return self.loss
-        loss = copy.copy(self.loss)
-        if pair.activation is not None and 'activation' not in self._loss_cfg:
-            loss.activation = pair.activation
-        columns = pair.student.shape[1]
-        if columns <= 2 and loss.beta:
-            loss.beta = 0.0
-            self._warn_of_few_columns(columns)
-        return loss
-
-    def _warn_of_few_columns(self, columns: int) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        what = 'one channel' if columns == 1 else 'two classes'
-        value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
-        warnings.warn(
-            f'{type(self).__name__} compares {what} per row: the inter-class '
-            f'correlation of such a row is {value}, and gives nothing to learn from. '
-            'The term is left out, as with `beta=0`; the intra-class term remains.',
-            stacklevel=2,
-        )
-
-    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
+    def _compute(self, pair: Pair) -> Terms:
         ours, theirs = tuple(pair.student.shape), tuple(pair.teacher.shape)
         if ours != theirs:
             same_rows = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
@@ -246,21 +217,47 @@ class Comparison(BaseModule):
                 f'{type(self).__name__}: the student gives logits of shape {ours}, the '
                 f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
             )
+        if isinstance(self.loss, DISTLoss):
+            few_columns = ours[1] <= 2 and self.loss.beta
+            if few_columns:
+                self._warn_of_few_columns(ours[1])
+            return self.loss.terms(
+                pair.student,
+                pair.teacher,
+                pair.mask,
+                activation=None if 'activation' in self._loss_cfg else pair.activation,
+                beta=0.0 if few_columns else None,
+            )
+        return Terms(self._plain_loss(pair), None, None)
+
+    def _plain_loss(self, pair: Pair) -> Tensor:
+        """The loss of a pair, by a loss that knows no correlations."""
         student, teacher = pair.student, pair.teacher
-        to_logits = by_class_name(loss, LOSSES_OF_LOGITS)
+        to_logits = by_class_name(self.loss, LOSSES_OF_LOGITS)
         if to_logits is not None and pair.activation == 'identity':
             student, teacher = to_logits(student), to_logits(teacher)
         if self._loss_takes_mask:
-            return loss(student, teacher, mask=pair.mask)
+            return self.loss(student, teacher, mask=pair.mask)
         student, teacher = as_rows(student), as_rows(teacher)
         if pair.mask is not None:
-            student, teacher = (
-                student[pair.mask.flatten()],
-                teacher[pair.mask.flatten()],
-            )
+            mask = pair.mask.flatten()
+            student, teacher = student[mask], teacher[mask]
         if not len(student):  # the mean of nothing is NaN in most losses
             return pair.student.sum() * 0
-        return loss(student, teacher)
+        return self.loss(student, teacher)
+
+    def _warn_of_few_columns(self, columns: int) -> None:
+        if not self._has_warned:
+            what = 'one channel' if columns == 1 else 'two classes'
+            value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
+            warnings.warn(
+                f'{type(self).__name__} compares {what} per row: the inter-class '
+                f'correlation of such a row is {value}, and gives nothing to learn '
+                'from. The term is left out, as with `beta=0`; the intra-class term '
+                'remains.',
+                stacklevel=2,
+            )
+        self._has_warned = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # The checkpoint of a plain student knows nothing of distillation: what is
@@ -285,36 +282,33 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
         cfg: Its config, with a ``type``.
 
     Raises:
-        ValueError: There is no such kind, or it has no such argument.
+        ValueError: There is no such kind or no such loss, or it has no such argument.
     """
-    kinds = sorted(
-        f'mmdist.{key}'
-        for key, cls in MODELS.module_dict.items()
-        if inspect.isclass(cls) and issubclass(cls, Comparison)
-    )
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     if isinstance(kind, str) and kind in REMOVED:
         raise ValueError(f'`distill.{name}`: {REMOVED[kind]}')
-    with MODELS.switch_scope_and_registry(None) as registry:
-        cls = registry.get(kind) if isinstance(kind, str) else kind
-    if not (inspect.isclass(cls) and issubclass(cls, Comparison)):
-        raise ValueError(
-            f'`distill.{name}` says what to compare by its `type`, but there is no '
-            f'{kind!r} that compares.{_did_you_mean(str(kind).split(".")[-1], kinds)} '
-            f'mmdist has {", ".join(kinds)}; for one of your own see `custom_imports` '
-            'and docs/own_comparison.md.'
-        )
-    takes = inspect.signature(cls).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        for key in cfg.keys() - takes.keys() - {'type', '_scope_'}:
-            raise ValueError(
-                f'`distill.{name}`: {cls.__name__} has no argument {key!r}.'
-                f'{_did_you_mean(key, takes)} It takes {", ".join(takes)}.'
-            )
+    compares = 'says what to compare by its `type`, but there is no {!r} that compares'
+    _check(f'distill.{name}', cfg, Comparison, compares)
+    if cfg.get('loss') is not None:
+        loss = 'is the config of a loss, but there is no {!r}'
+        _check(f'distill.{name}.loss', cfg['loss'], nn.Module, loss)
     return MODELS.build(dict(cfg))
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    bare = {name.rsplit('.')[-1]: name for name in known}
-    close = difflib.get_close_matches(word, bare, n=1)
-    return f' Did you mean {bare[close[0]]!r}?' if close else ''
+def _check(where: str, cfg: Any, base: type, says: str) -> None:
+    cls, kind = class_of(cfg), cfg.get('type') if isinstance(cfg, Mapping) else cfg
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        known = sorted(
+            f'mmdist.{name}'
+            for name, c in MODELS.module_dict.items()
+            if inspect.isclass(c)
+            and (
+                issubclass(c, base) if base is Comparison else 'losses' in c.__module__
+            )
+        )
+        raise ValueError(
+            f'`{where}` {says.format(kind)}.{did_you_mean(kind, known)} mmdist has '
+            f'{", ".join(known)}; for one of your own see `custom_imports` and '
+            'docs/own_comparison.md.'
+        )
+    check_arguments(where, cls, cfg)

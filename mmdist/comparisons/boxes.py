@@ -214,12 +214,12 @@ class Boxes(Comparison):
             code.float(), target.float(), None, weight, name, row_weight=row_weight
         )
 
-    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
+    def _plain_loss(self, pair: Pair) -> Tensor:
         counts = pair.row_weight[:, None] > 0
         # where no row counts a box may be of any size, and its loss NaN
         target = torch.where(counts, pair.teacher, 0)
         code = torch.where(counts, pair.student, target)
-        values = loss(code, target, reduction_override='none')
+        values = self.loss(code, target, reduction_override='none')
         # (rows,) of an IoU, (rows, 4) of L1; there may be no row, which reshape refuses
         values = torch.where(counts, values[..., None].flatten(1), 0).sum(1)
         total = pair.row_weight.sum()

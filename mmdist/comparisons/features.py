@@ -237,11 +237,11 @@ class Features(Comparison):
             pairs.append(Pair(student, teacher, step.valid_mask(*size), self.weight))
         return pairs
 
-    def _compute(self, loss: nn.Module, pair: Pair) -> Tensor:
+    def _plain_loss(self, pair: Pair) -> Tensor:
         # Maps, not rows: a loss may depend on where they are.
         mask = dict(mask=pair.mask) if self._loss_takes_mask else {}
         with torch.autocast(pair.student.device.type, enabled=False):
-            return loss(pair.student, pair.teacher, **mask)
+            return self.loss(pair.student, pair.teacher, **mask)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if self._not_adapted:  # a test without the teacher's config

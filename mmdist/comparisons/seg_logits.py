@@ -122,13 +122,19 @@ class SegLogits(Comparison):
             size = self._size(step, own, taught)
             mask = self._mask(step, head, size) if self.ignore_mask else None
             student, teacher = own.read(size), taught.read(size)
-            teacher = _as_many_channels(student, teacher, as_scores)
+            is_binary = student.shape[1] == 1 != step.classes.num_student
+            student = _two_classes(student, step.classes.num_student, as_scores)
+            teacher = _two_classes(teacher, step.classes.num_teacher, as_scores)
             known = step.classes.mostly_known(teacher, activation=activation)
             if known is not None:
                 mask = known if mask is None else mask & known
             student, teacher = step.classes.select(
                 student, teacher, activation=activation
             )
+            if is_binary:
+                student, teacher = (
+                    _foreground(x, as_scores) for x in (student, teacher)
+                )
             weight, name = (1.0, '') if head is heads[0] else (self.aux_weight, 'aux')
             scores = 'identity' if as_scores else None
             pairs.append(Pair(student, teacher, mask, weight, name, scores))
@@ -182,13 +188,20 @@ def _predicts_masks(model: nn.Module) -> bool:
     return seg.is_mask_head(seg.head_of(model))
 
 
-def _as_many_channels(student: Tensor, teacher: Tensor, as_scores: bool) -> Tensor:
-    """A binary teacher's output as the student has it: one channel, or two."""
-    channels = (student.shape[1], teacher.shape[1])
-    if channels == (1, 2):
-        background, foreground = teacher.split(1, dim=1)
-        return foreground if as_scores else foreground - background
-    if channels == (2, 1):
-        background = 1 - teacher if as_scores else torch.zeros_like(teacher)
-        return torch.cat([background, teacher], dim=1)
-    return teacher
+def _two_classes(scores: Tensor, classes: int | None, as_scores: bool) -> Tensor:
+    """A binary segmentor's one channel, (N, 1, h, w), as those of its two classes."""
+    if scores.shape[1] > 1 or classes == 1:
+        return scores
+    background = 1 - scores if as_scores else torch.zeros_like(scores)
+    return torch.cat([background, scores], dim=1)
+
+
+def _foreground(scores: Tensor, as_scores: bool) -> Tensor:
+    """Two channels as the one of a binary segmentor."""
+    if scores.shape[1] != 2:
+        raise ValueError(
+            'A binary student learns which of its two classes a pixel is, so the '
+            'teacher has to know both: map both of them with `teacher.class_map`.'
+        )
+    background, foreground = scores.split(1, dim=1)
+    return foreground if as_scores else foreground - background

@@ -1,8 +1,8 @@
-"""Datasets, transforms and samplers that mmdet and mmseg do not have."""
+"""Data sets that mmseg does not have."""
 
-from .camvid import CamVidDataset
-from .image_folder import ImageFolder
-from .mark_unlabelled import MarkUnlabelled
-from .mixed_sampler import MixedSampler
-
-__all__ = ['CamVidDataset', 'ImageFolder', 'MarkUnlabelled', 'MixedSampler']
+try:
+    from .camvid import CamVidDataset
+except ModuleNotFoundError:  # mmseg is not installed
+    __all__ = []
+else:
+    __all__ = ['CamVidDataset']

@@ -9,10 +9,15 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmdist.lookup import in_words
 from mmdist.registry import HOOKS
+
+# In the message hub: what was logged by an iteration that distilled.
+LOGGED = 'mmdist_logged'
 
 
 @HOOKS.register_module()
+@in_words
 class DistillScheduleHook(Hook):
     """Ramps the weight of all distillation losses, or stops them.
 
@@ -42,11 +47,15 @@ class DistillScheduleHook(Hook):
         stop: float | None = None,
         by_epoch: bool = False,
     ) -> None:
-        times, factors = zip(*points, strict=True)
-        if list(times) != sorted(set(times)) or min(factors) < 0:
+        try:
+            times, factors = zip(*points, strict=True)
+            is_fine = list(times) == sorted(set(times)) and min(factors) >= 0
+        except (TypeError, ValueError):
+            is_fine = False
+        if not is_fine:
             raise ValueError(
                 '`points` are (time, factor) pairs with growing times and factors of '
-                f'at least 0, got {list(points)}.'
+                f'at least 0, got {points!r}.'
             )
         self.times, self.factors = times, factors
         self.stop = stop
@@ -88,6 +97,17 @@ class DistillScheduleHook(Hook):
             )
         model.distill_factor = self.factor_at(self._time(runner, runner.iter))
         runner.message_hub.update_scalar('train/distill_factor', model.distill_factor)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+    ) -> None:
+        """Drop from the log what was not computed; mmengine repeats the last value."""
+        hub, logged = runner.message_hub, list(outputs or ())
+        if hub.get_scalar('train/distill_factor').current():
+            hub.update_info(LOGGED, logged)
+            return
+        for name in set(hub.get_info(LOGGED, ())).difference(logged):
+            hub.log_scalars.pop(f'train/{name}', None)
 
     def _time(self, runner: Runner, iteration: int) -> float:
         """An iteration in the unit of the schedule."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,21 @@ from mmdist.registry import MODELS
 from .correlations import Settings, correlations
 from .correlations.common import compute_dtype, sum_over_processes
 from .correlations.plain import ACTIVATIONS
+
+
+class Terms(NamedTuple):
+    """What :meth:`DISTLoss.terms` gives, all 0-dim tensors.
+
+    Attributes:
+        loss: The loss, with its gradient.
+        inter: The mean inter-class correlation, detached; None where its term is left
+            out (weight 0).
+        intra: The mean intra-class correlation likewise.
+    """
+
+    loss: Tensor
+    inter: Tensor | None
+    intra: Tensor | None
 
 
 @MODELS.register_module()
@@ -111,11 +127,6 @@ class DISTLoss(nn.Module):
         damping: float = 0.0,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f'DISTLoss does not know activation={activation!r}; choose one of '
-                f'{", ".join(map(repr, ACTIVATIONS))}.'
-            )
         if not tau > 0:
             raise ValueError(f'DISTLoss needs a temperature tau > 0, got tau={tau!r}.')
         if damping < 0:
@@ -123,7 +134,7 @@ class DISTLoss(nn.Module):
         self.beta = beta
         self.gamma = gamma
         self.tau = tau
-        self.activation = activation
+        self.activation = check_activation(activation)
         self.scale_by_tau = scale_by_tau
         self.loss_weight = loss_weight
         self.sync = sync
@@ -147,7 +158,19 @@ class DISTLoss(nn.Module):
         teacher_logits: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """Compute the loss.
+        """Compute the loss: ``terms(...).loss``."""
+        return self.terms(student_logits, teacher_logits, mask).loss
+
+    def terms(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        mask: Tensor | None = None,
+        *,
+        activation: str | None = None,
+        beta: float | None = None,
+    ) -> Terms:
+        """Compute the loss and the correlations of its terms.
 
         Args:
             student_logits: Floating point, shape (rows, classes) or
@@ -155,10 +178,12 @@ class DISTLoss(nn.Module):
             teacher_logits: The same shape.
             mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). Other
                 rows change nothing, whatever they hold. ``None`` where all count.
+            activation: For this call only, instead of the loss's own.
+            beta: For this call only, instead of the loss's own.
 
         Returns:
-            A 0-dim tensor in fp32 (float64 for float64 logits); 0 with gradient 0 where
-            no row counts.
+            The loss in fp32 (float64 for float64 logits), 0 with gradient 0 where no
+            row counts, and the correlations, None for a term of weight 0.
 
         Raises:
             TypeError: Logits are not floating point or the mask is not bool.
@@ -166,10 +191,12 @@ class DISTLoss(nn.Module):
                 inf in rows that count (on a GPU, where nothing waits for the
                 device, the error may surface at a later operation).
         """
+        activation = check_activation(activation or self.activation)
+        beta = self.beta if beta is None else beta
         check_inputs(student_logits, teacher_logits, mask)
         group = process_group() if self.sync else None
         with torch.autocast(student_logits.device.type, enabled=False):
-            settings = Settings(self.activation, self.tau, self.eps, group)
+            settings = Settings(activation, self.tau, self.eps, group)
             inter_corr, intra_corr = correlations(
                 student_logits, teacher_logits, mask, settings, self.path
             )
@@ -186,11 +213,15 @@ class DISTLoss(nn.Module):
                 )
                 tiny = torch.finfo(dtype).tiny
                 scale = scale * (ours / (self.damping * theirs + tiny)).clamp(max=1)
-            terms = ((self.beta, inter_corr), (self.gamma, intra_corr))
+            terms = ((beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out the loss is 0, and still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
             losses = [weight * scale * (1 - corr) for weight, corr in terms]
-            return sum(losses[1:], losses[0]).to(dtype)
+            return Terms(
+                sum(losses[1:], losses[0]).to(dtype),
+                self.inter_corr if beta != 0 else None,
+                self.intra_corr if self.gamma != 0 else None,
+            )
 
 
 def spread(
@@ -223,6 +254,16 @@ def any_row(
             return rows > 0
         rows = torch.full((), rows, device=logits.device)
     return sum_over_processes(rows, group) > 0
+
+
+def check_activation(activation: str) -> str:
+    """Stop with a sentence where an activation is unknown; returns it."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f'DISTLoss does not know activation={activation!r}; choose one of '
+            f'{", ".join(map(repr, ACTIVATIONS))}.'
+        )
+    return activation
 
 
 def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,16 @@ from functools import lru_cache
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
-from torch import Tensor
+from torch import Tensor, nn
+
+from .class_map import (
+    as_list,
+    check_class_map,
+    check_names,
+    first_few,
+    no_match,
+    unknown_names,
+)
 
 
 @dataclass
@@ -43,8 +51,14 @@ class ClassMatch:
     ) -> tuple[Tensor, Tensor]:
         """Take the common classes of both, in the same order, along ``dim``.
 
-        See :meth:`select_student` and :meth:`select_teacher`, for sides with different
-        activations.
+        A column after the named classes is the background, and is kept. What only one
+        side knows is background to the other, so there its probability is added to the
+        background of its own side. Without a background it is left out: scores of a
+        sigmoid are independent of it, and a softmax is then over the common classes
+        alone (see :meth:`mostly_known`).
+
+        A group of several columns becomes one: the sum of their probabilities, or of
+        sigmoids the largest.
 
         Args:
             student: The student's scores, with its classes along ``dim``.
@@ -52,7 +66,7 @@ class ClassMatch:
             dim: The dimension of the classes.
             activation: What turns the scores into probabilities: ``'softmax'``,
                 ``'sigmoid'``, or ``'identity'`` where they are probabilities of one
-                distribution.
+                distribution. Sides with different ones are selected one by one.
 
         Returns:
             The scores of both, with equally many columns.
@@ -65,34 +79,13 @@ class ClassMatch:
     def select_student(
         self, scores: Tensor, dim: int = 1, activation: str = 'softmax'
     ) -> Tensor:
-        """Take the common classes of the student's scores.
-
-        A column after the named classes is the background, and is kept. What only one
-        side knows is background to the other, so there its probability is added to the
-        background of its own side. Without a background it is left out: scores of a
-        sigmoid are independent of it, and a softmax is then over the common classes
-        alone (see :meth:`mostly_known`).
-
-        A group of several columns becomes one: the sum of their probabilities, or of
-        sigmoids the largest.
-
-        Args:
-            scores: Scores with the classes along ``dim``.
-            dim: The dimension of the classes.
-            activation: As in :meth:`select`.
-        """
+        """The student's side of :meth:`select`."""
         return _select(scores, self.student, self.num_student, dim, activation)
 
     def select_teacher(
         self, scores: Tensor, dim: int = 1, activation: str = 'softmax'
     ) -> Tensor:
-        """Take the common classes of the teacher's scores; see :meth:`select_student`.
-
-        Args:
-            scores: Scores with the classes along ``dim``.
-            dim: The dimension of the classes.
-            activation: As in :meth:`select`.
-        """
+        """The teacher's side of :meth:`select`."""
         return _select(scores, self.teacher, self.num_teacher, dim, activation)
 
     def common_labels(self, labels: Tensor) -> Tensor:
@@ -141,30 +134,37 @@ class ClassMatch:
             _on_device(columns, teacher.device)[index],
         )
 
-    def describe(self, student: Sequence[str], teacher: Sequence[str]) -> str:
-        """Say which classes are compared and which are not.
+    def describe(
+        self, student: Sequence[str], teacher: Sequence[str], most: int | None = None
+    ) -> str:
+        """Say which classes are compared, under which names, and which are not.
 
         Args:
             student: The student's class names.
             teacher: The teacher's class names.
+            most: Name at most so many of each kind, and count the rest.
         """
-        student, teacher = _names(student), _names(teacher)
+        student, teacher = as_list(student), as_list(teacher)
         ours = self.student or [(i,) for i in range(len(student))]
         theirs = self.teacher or [(i,) for i in range(len(teacher))]
-        pairs = []
+        compared, mapped = [], []
         for (mine,), group in zip(ours, theirs, strict=True):
             names = ' + '.join(teacher[i] for i in group)
-            same = names == student[mine]
-            pairs.append(names if same else f'{student[mine]} <- {names}')
-        text = f'Classes that are compared ({len(pairs)}): {", ".join(pairs)}.'
-        for whose, names, groups in (
-            ('student', student, self.student),
-            ('teacher', teacher, self.teacher),
-        ):
-            others = [names[i] for i in _others(groups, len(names))]
-            if others:
-                text += f' Only the {whose} knows ({len(others)}): {", ".join(others)}.'
-        return text
+            compared.append(student[mine])
+            if names != student[mine]:
+                mapped.append(f'{student[mine]} <- {names}')
+        of_student = [student[i] for i in _others(self.student, len(student))]
+        of_teacher = [teacher[i] for i in _others(self.teacher, len(teacher))]
+        return ' '.join(
+            f'{what} ({len(names)}): {first_few(names, most)}.'
+            for what, names in {
+                'Classes that are compared': compared,
+                'Under other names': mapped,
+                'Only the student knows': of_student,
+                'Only the teacher knows': of_teacher,
+            }.items()
+            if names
+        )
 
     def mostly_known(
         self, teacher: Tensor, dim: int = 1, activation: str = 'softmax'
@@ -184,12 +184,12 @@ class ClassMatch:
             at least half of the probability; None if the student knows all classes, or
             if they are those of a sigmoid, which are independent.
         """
-        others = _others(self.teacher, self.num_teacher)
-        if not others or activation == 'sigmoid':
+        left_out = _others(self.teacher, self.num_teacher)
+        if not left_out or activation == 'sigmoid':
             return None
         known, unknown = (
             _as_one(teacher, columns, dim, activation).squeeze(dim)
-            for columns in (tuple(itertools.chain(*self.teacher)), others)
+            for columns in (tuple(itertools.chain(*self.teacher)), left_out)
         )
         return known >= unknown
 
@@ -201,6 +201,7 @@ def _select(
     dim: int,
     activation: str,
 ) -> Tensor:
+    """One column for each group, along ``dim``, and one for the background, if any."""
     if groups is None:
         return scores
     background = tuple(range(num_classes, scores.size(dim)))
@@ -275,18 +276,20 @@ def match_classes(
             ``'shared'``: what both know is compared.
 
     Raises:
-        ValueError: Neither list holds the other; it prints both. Or ``class_map`` has
-            names that are not there, or one name of the teacher's for two classes.
+        ValueError: Neither list holds the other; it prints the first of both. Or a
+            class is named twice, or ``class_map`` has names that are not there.
     """
-    class_map = class_map or {}
+    class_map = check_class_map(class_map)
     if student is None or teacher is None:
         if class_map or class_match == 'shared':
-            raise ValueError(_cannot_translate(student, teacher))
+            raise ValueError(unknown_names(student, teacher))
         return ClassMatch()
-    student, teacher = _names(student), _names(teacher)
-    wanted = [_names(class_map.get(name, name)) for name in student]
-    _check_class_map(class_map, student, teacher)
-    if wanted == [[name] for name in teacher]:
+    student, teacher = as_list(student), as_list(teacher)
+    wanted = [class_map.get(name, [name]) for name in student]
+    are_equal = wanted == [[name] for name in teacher]
+    if class_map or not are_equal:
+        check_names(student, teacher, class_map)
+    if are_equal:
         return ClassMatch()
     common = [
         i for i, names in enumerate(wanted) if names and set(names) <= set(teacher)
@@ -300,85 +303,39 @@ def match_classes(
     one_in_the_other = match.student is None or not _others(match.teacher, len(teacher))
     if common and (class_match == 'shared' or one_in_the_other):
         return match
-    only_student = [student[i] for i in range(len(student)) if i not in common]
+    only_student = [name for i, name in enumerate(student) if i not in common]
     only_teacher = [teacher[i] for i in _others(match.teacher, len(teacher))]
     raise ValueError(
-        'The classes of student and teacher cannot be matched by name.\n'
-        f'Student ({len(student)}): {student}\nTeacher ({len(teacher)}): {teacher}\n'
-        f'Only the student has {sorted(only_student)}, only the teacher '
-        f'{sorted(only_teacher)}. If they are the same under other names, say so: '
-        "`teacher.class_map=dict(<student's>=<teacher's>, ...)`"
-        f'{_close_names(only_student, only_teacher)}.'
-        + (
-            " To compare only what both know, `teacher.class_match='shared'`."
-            if common
-            else ''
-        )
+        no_match(student, teacher, only_student, only_teacher, bool(class_map))
     )
 
 
-def _close_names(student: Sequence[str], teacher: Sequence[str]) -> str:
-    """Names that may mean the same, as a ``class_map``."""
-    bare = {name.strip().casefold().replace('_', ' '): name for name in teacher}
-    close = {}
-    for name in student:
-        key = name.strip().casefold().replace('_', ' ')
-        for found in difflib.get_close_matches(key, bare, n=1, cutoff=0.7):
-            close[name] = bare[found]
-    return f'; close names are {close}' if close else ''
+def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
+    """The names that a checkpoint holds; None if there are none.
 
-
-def _names(classes: Sequence[str]) -> list[str]:
-    """The names as a list; the name of a single class may stand alone."""
-    return [classes] if isinstance(classes, str) else list(classes)
-
-
-def _cannot_translate(
-    student: Sequence[str] | None, teacher: Sequence[str] | None
-) -> str:
-    whose = 'the teacher' if student is not None else 'the student'
-    return (
-        '`teacher.class_map` translates class names, but the class names of '
-        f'{"both" if student is teacher is None else whose} are unknown. Those of the '
-        'student are the `metainfo` of the dataset that the Runner trains on. Those of '
-        'the teacher are in its checkpoint, or come from the dataset in the '
-        '`train_dataloader` of `teacher.config`: give the whole config, with '
-        "`metainfo=dict(classes=(...))` in its dataset, not the model's alone."
-    )
-
-
-def _check_class_map(
-    class_map: Mapping[str, str | Sequence[str]],
-    student: list[str],
-    teacher: list[str],
-) -> None:
-    mapped = set(itertools.chain(*map(_names, class_map.values())))
-    lacking = {
-        'the student': sorted(set(class_map) - set(student)),
-        'the teacher': sorted(mapped - set(teacher)),
-    }
-    lacks = [f'{who} has no class {names}' for who, names in lacking.items() if names]
-    if lacks:
-        raise ValueError(
-            '`teacher.class_map` maps class names of the student to class names of the '
-            f'teacher, but {" and ".join(lacks)}.\n'
-            f'Student: {student}\nTeacher: {teacher}'
-        )
-    for name in mapped:
-        same = [own for own in student if name in _names(class_map.get(own, own))]
-        if len(same) > 1:
-            raise ValueError(
-                f"`teacher.class_map` compares the student's {same} with one class of "
-                f'the teacher, {name!r}. Two columns of the same scores would distort '
-                "every softmax: map one of the student's classes to it."
-            )
-
-
-def class_names_of_checkpoint(checkpoint: dict) -> Sequence[str] | None:
-    meta = checkpoint.get('meta') or {}
-    dataset_meta = {k.lower(): v for k, v in (meta.get('dataset_meta') or {}).items()}
+    Raises:
+        ValueError: What it holds is no list of names.
+    """
+    meta = checkpoint.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    of_data = meta.get('dataset_meta')
+    of_data = of_data if isinstance(of_data, Mapping) else {}
     # 'CLASSES': mmdet 2.x and mmseg 0.x.
-    return dataset_meta.get('classes') or meta.get('CLASSES')
+    for classes in (
+        of_data.get('classes'),
+        of_data.get('CLASSES'),
+        meta.get('CLASSES'),
+    ):
+        if classes is not None:
+            is_list = isinstance(classes, (str, list, tuple))
+            if not is_list or not all(isinstance(name, str) for name in classes):
+                raise ValueError(
+                    'The class names in the checkpoint of the teacher are no list of '
+                    f'names in the order of its columns, but {classes!r:.200}. Write '
+                    "one into its `meta['dataset_meta']['classes']`."
+                )
+            return as_list(classes) or None
+    return None
 
 
 def class_names_of_config(config: Config) -> Sequence[str] | None:
@@ -393,7 +350,7 @@ def class_names_of_config(config: Config) -> Sequence[str] | None:
                     dataset['type'], dataset.get('_scope_', scope)
                 )
             if classes is not None:
-                return (classes,) if isinstance(classes, str) else tuple(classes)
+                return tuple(as_list(classes))
             inner = dataset.get('dataset') or dataset.get('datasets')
             dataset = inner[0] if isinstance(inner, list) else inner
     return None
@@ -409,3 +366,23 @@ def _class_names_of_type(dataset_type: str, scope: str | None) -> Sequence[str] 
     except RuntimeError:  # not registered: the teacher's dataset is not installed here
         return None
     return getattr(cls, 'METAINFO', {}).get('classes')
+
+
+def check_number(names: Sequence[str], model: nn.Module) -> None:
+    """Raise ValueError unless a head of the model has as many classes as names.
+
+    Columns without a name would pass for the background.
+    """
+    heads = {
+        module.num_classes
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, 'num_classes', None), int) and 'rpn' not in path
+    }
+    # a panoptic detector has its things in one head and its stuff in another
+    if heads and len(names) not in heads and not hasattr(model, 'semantic_head'):
+        raise ValueError(
+            f'The teacher has {len(names)} class names ({first_few(names)}), but its '
+            f'head has {" or ".join(map(str, sorted(heads)))} classes. The names are '
+            'those in its checkpoint, or else of the dataset in `teacher.config`: give '
+            'the config and the checkpoint of one training.'
+        )

@@ -65,6 +65,12 @@ class HFTeacher(ForeignTeacher):
         config: Its config.
         class_names: The names of its classes; of the config if omitted.
         resize: Resize each batch to the fixed size of the image processor.
+
+    Raises:
+        ImportError: transformers is not installed.
+        FileNotFoundError: There is no such model, or the hub cannot be reached.
+        RuntimeError: Weights are missing, unexpected or of another shape.
+        ValueError: The model is not known here.
     """
 
     def __init__(
@@ -81,13 +87,10 @@ class HFTeacher(ForeignTeacher):
             options['class_info_file'] = None
         processor = _load(name, 'AutoImageProcessor', **options)
         scale = processor.rescale_factor if processor.do_rescale else 1.0
-        mean, std = (
-            [x / scale for x in values] if processor.do_normalize else [constant] * 3
-            for values, constant in (
-                (processor.image_mean, 0.0),
-                (processor.image_std, 1 / scale),
-            )
-        )
+        mean, std = [0.0] * 3, [1.0] * 3
+        if processor.do_normalize:
+            mean, std = processor.image_mean, processor.image_std
+        mean, std = ([x / scale for x in values] for values in (mean, std))
         super().__init__(class_names or _names_of_columns(config), mean, std)
         self.size = _fixed_size(name, config, processor) if resize else None
         self.model = _load_model(name, auto)
@@ -115,12 +118,6 @@ class HFSegmentor(HFTeacher):
         resize: Resize each batch to the fixed size of the image processor. It is always
             done for BEiT, DPT and EoMT, which take one size only. If omitted, the
             others see the images as the student does.
-
-    Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: There is no such model, or the hub cannot be reached.
-        RuntimeError: Weights are missing, unexpected or of another shape.
-        ValueError: It is no segmentor that is known here.
     """
 
     def __init__(self, name: str, resize: bool = False) -> None:
@@ -169,11 +166,7 @@ class HFDetector(HFTeacher):
             the teacher sees the images as the student does.
 
     Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: There is no such model, or the hub cannot be reached.
-        RuntimeError: Weights are missing, unexpected or of another shape.
-        ValueError: It is no detector that is known here, or ``prompts`` are missing,
-            not taken, or too many.
+        ValueError: ``prompts`` are missing, not taken, or too many.
     """
 
     gives = 'boxes'
@@ -275,12 +268,7 @@ def _names_of_columns(config: Any) -> list[str]:
 
 
 def _load(name: str, auto: str, **options) -> Any:
-    """Something of a model, by a class of transformers.
-
-    Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: There is no such model, or the hub cannot be reached.
-    """
+    """Something of a model, by a class of transformers."""
     try:
         import transformers
     except ImportError as error:
@@ -326,19 +314,17 @@ def _load_model(name: str, auto: str) -> nn.Module:
 
 def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
     """Height and width that the model was trained at."""
-    size = processor.size
     if config.model_type in FIXED_SIZE and getattr(config, 'image_size', None):
-        height = width = config.image_size
-        if not isinstance(height, int):
-            height, width = config.image_size
-        return height, width
-    height, width = (getattr(size, side, None) for side in ('height', 'width'))
-    if height is None or width is None:
+        size = config.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+    size = processor.size
+    sides = tuple(getattr(size, side, None) for side in ('height', 'width'))
+    if None in sides:
         raise ValueError(
             f'The image processor of {name!r} has no fixed size, but {size}: omit '
             '`resize`.'
         )
-    return height, width
+    return sides
 
 
 def _unknown(name: str, kind: str, known: Sequence[str]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from mmengine.logging import MessageHub
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .classes import ClassMatch
 from .renormalize import Renormalize
@@ -15,18 +18,19 @@ from .teacher import Teacher, build_model, load_config
 
 # What the Runner saves in each checkpoint beside the model, and loads to resume.
 SAVED = 'mmdist_mean_teacher'
+_WRITERS: weakref.WeakSet[MeanTeacher] = weakref.WeakSet()
 
 
 class MeanTeacher(Teacher):
     """An exponential moving average of the student's parameters.
 
     A mean teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780) needs no
-    weights to begin with: in the first step it is a copy of the student. Each later
-    step starts with teacher = momentum * teacher + (1 - momentum) * student. Buffers,
-    such as the statistics of batch norm, are the student's.
+    weights to begin with: in the first step it is a copy of the student. After each
+    step of an optimizer, teacher = momentum * teacher + (1 - momentum) * student.
+    Buffers, such as the statistics of batch norm, are the student's.
 
     A checkpoint holds the mean in its message hub, not in the student's state dict, and
-    a resumed run goes on with it.
+    a resumed run goes on with it. A copy of the model begins a mean of its own.
 
     Args:
         student: Config of the student.
@@ -47,9 +51,7 @@ class MeanTeacher(Teacher):
                 f'step, between 0 and 1, got {momentum}.'
             )
         self.momentum = momentum
-        self.average: ExponentialMovingAverage | None = None
-        # What was there when the model was built belongs to another run.
-        self._saved = MessageHub.get_current_instance().get_info(SAVED)
+        self.__setstate__({})
 
     @property
     def origin(self) -> str:
@@ -59,20 +61,51 @@ class MeanTeacher(Teacher):
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), 'average': None, '_saved': None}
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.average: ExponentialMovingAverage | None = None
+        # Whether the student has moved on since; a tensor, so that what is saved is
+        # what it is then.
+        self._is_behind = torch.tensor(True)
+        # What is there already belongs to another run.
+        self._saved = MessageHub.get_current_instance().get_info(SAVED)
+
     def load(self, student: nn.Module) -> None:
         """Build the teacher; :meth:`follow` gives it the student's weights.
 
         Args:
-            student: Gives the device.
+            student: Gives the device, the type of the weights and the normalisation.
         """
         if self.model is not None:
             return
-        model = build_model(load_config(self.config)).requires_grad_(False).eval()
+        model = build_model(load_config(self.config))
+        # the Runner may have given it to the student
+        model.data_preprocessor = deepcopy(student.data_preprocessor)
+        model.requires_grad_(False).eval()
         self.average = ExponentialMovingAverage(model, momentum=1 - self.momentum)
         self.model = self.average.module
-        nn.Module.to(self.model, next(student.parameters()).device)
+        nn.Module.to(self.model, next(student.parameters()))
         preprocessors = student.data_preprocessor, self.model.data_preprocessor
         self.renormalize = Renormalize(*preprocessors)
+        self._watch(student)
+
+    def _watch(self, student: nn.Module) -> None:
+        """Take note of each step of an optimizer that has parameters of the student.
+
+        Not every forward has one: gradients are accumulated, and may overflow.
+        """
+        student, is_behind = weakref.ref(student), self._is_behind
+
+        def stepped(optimizer: torch.optim.Optimizer, *args) -> None:
+            own = (
+                set() if student() is None else {id(p) for p in student().parameters()}
+            )
+            for group in optimizer.param_groups:
+                if any(id(parameter) in own for parameter in group['params']):
+                    is_behind.fill_(True)
+
+        handle = register_optimizer_step_post_hook(stepped)
+        weakref.finalize(self, handle.remove)
 
     def follow(self, student: nn.Module) -> None:
         """Move on from the last mean, or from that of a resumed checkpoint.
@@ -93,12 +126,18 @@ class MeanTeacher(Teacher):
             )
         hub = MessageHub.get_current_instance()
         saved = hub.get_info(SAVED)
-        if saved is not None and saved is not self._saved:  # resumed
+        known = (self._saved, *(teacher._saved for teacher in _WRITERS))
+        if saved is not None and all(saved is not other for other in known):  # resumed
+            saved = dict(saved)
+            self._is_behind.copy_(saved.pop('is_behind', torch.tensor(True)))
             self.average.load_state_dict(saved)
-        self.average.update_parameters(student)
+        if self._is_behind:
+            self.average.update_parameters(student)
+            self._is_behind.fill_(False)
         # The tensors themselves: what is saved is what they are then.
-        self._saved = self.average.state_dict()
+        self._saved = {**self.average.state_dict(), 'is_behind': self._is_behind}
         hub.update_info(SAVED, self._saved)
+        _WRITERS.add(self)
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
         """The student's own classes."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +22,13 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.lookup import check_arguments
 from mmdist.registry import MODELS
 
+from .class_map import check_class_map
 from .classes import (
     ClassMatch,
+    check_number,
     class_names_of_checkpoint,
     class_names_of_config,
     match_classes,
@@ -59,12 +66,16 @@ class Teacher:
             probabilities are averaged, where the comparison is dense.
 
     Attributes:
+        name: Where its arguments stand in the config.
         classes: Which of its columns are the student's classes; None until these are
             known.
 
     Raises:
-        ValueError: ``dtype``, ``class_match`` or ``views`` is none of these.
+        ValueError: ``dtype``, ``class_map``, ``class_match`` or ``views`` is none of
+            these.
     """
+
+    name = 'teacher'
 
     def __init__(
         self,
@@ -80,16 +91,14 @@ class Teacher:
         views: Sequence[str] = (),
     ) -> None:
         if dtype not in (None, *_HALF_PRECISION):
-            raise ValueError(
-                f'`teacher.dtype` is one of {list(_HALF_PRECISION)} or None, '
-                f'got {dtype!r}.'
-            )
+            raise ValueError(f"`teacher.dtype` is 'bf16' or 'fp16', got {dtype!r}.")
         if class_match not in ('strict', 'shared'):
             raise ValueError(
                 f"`teacher.class_match` is 'strict' or 'shared', got {class_match!r}."
             )
-        if list(views) not in ([], ['flip']):
+        if views not in ((), [], ('flip',), ['flip']):
             raise ValueError(f"`teacher.views` is ['flip'] or omitted, got {views!r}.")
+        check_class_map(class_map)
         self.config = config
         self.checkpoint = checkpoint
         self.allow_random = allow_random
@@ -112,17 +121,24 @@ class Teacher:
             return self.checkpoint
         return 'random weights' if self.allow_random else 'weights of its own'
 
+    # Its model belongs to one student. A copy of the student, made by EMA or read from
+    # a file, has none to move, cast or train: it loads its own if it is ever trained.
+
     def __deepcopy__(self, memo: dict) -> Teacher:
-        # A copy of the student (EMA makes one) has the same guest, not a second one.
-        return self
+        return copy(self)
 
     def __getstate__(self) -> dict:
-        # A file holds no second model: the teacher is loaded again from its own.
         return {**self.__dict__, 'model': None}
+
+    @property
+    def device(self) -> torch.device:
+        """Where its model is; that of another library may have no parameters."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        return next(tensors).device
 
     def move_to(self, device: torch.device) -> None:
         """Move the model; FSDP moves the student's tensors without ``_apply``."""
-        if next(self.model.parameters()).device != device:
+        if self.device != device:
             self.apply(lambda tensor: tensor.to(device))
 
     def apply(self, fn) -> None:
@@ -132,24 +148,26 @@ class Teacher:
 
     def build(self) -> nn.Module:
         """A model of the teacher's config, without its weights; it is not kept."""
-        return build_model(load_config(self.config))
+        return build_model(self._load_config())
 
     def load(self, student: nn.Module) -> None:
         """Build the teacher, load its weights strictly and freeze it.
 
         Args:
-            student: Gives the device and the normalisation that batches come with.
+            student: Gives the device, the type of the weights and the normalisation
+                that batches come with.
 
         Raises:
-            ValueError: There is no checkpoint and ``allow_random`` is not set.
+            ValueError: There is no checkpoint and ``allow_random`` is not set, or the
+                class names are not as many as the classes.
             RuntimeError: A key is missing, unexpected or of another shape, or the file
                 cannot be read.
             FileNotFoundError: There is no such file.
         """
         if self.model is not None:
             return
-        config = load_config(self.config)
-        needs_weights = self.checkpoint is None and not _brings_weights(config)
+        config = self._load_config()
+        needs_weights = self.checkpoint is None and _foreign_class(config) is None
         if needs_weights and not self.allow_random:
             raise ValueError(
                 'The teacher has no checkpoint. Give `teacher.checkpoint`, a path or a '
@@ -163,14 +181,17 @@ class Teacher:
             checkpoint = load_checkpoint(self.checkpoint, self.weights_only)
             load_strictly(model, checkpoint, self.checkpoint)
             self.class_names = class_names_of_checkpoint(checkpoint) or self.class_names
+        if self.class_names is not None:
+            check_number(self.class_names, model)
         model.requires_grad_(False).eval()
-        model.to(next(student.parameters()).device)
+        weight = next(student.parameters())
+        model.to(weight.device)
         # before the cast, which rounds mean and std too
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
         # LD's own `to` takes a device alone.
-        nn.Module.to(model, self.dtype)
+        nn.Module.to(model, self.dtype or weight.dtype)
         if self.channels_last:
             nn.Module.to(model, memory_format=torch.channels_last)
         if self.compile:
@@ -185,12 +206,17 @@ class Teacher:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Whatever the teacher computes is computed within: no gradient, its dtype."""
-        device = next(self.model.parameters()).device.type
-        half = (
-            nullcontext() if self.dtype is None else torch.autocast(device, self.dtype)
-        )
+        half = nullcontext()
+        if self.dtype is not None:
+            half = torch.autocast(self.device.type, self.dtype)
         with torch.no_grad(), half:
             yield
+
+    def _load_config(self) -> Config:
+        config = load_config(self.config, f'{self.name}.config')
+        if (cls := _foreign_class(config)) is not None:
+            check_arguments(f'{self.name}.config', cls, config.model)
+        return config
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
         """Find the teacher's column of each of the student's classes.
@@ -199,13 +225,11 @@ class Teacher:
             student_classes: Class names of the student's dataset; None if unknown.
 
         Raises:
-            ValueError: The classes cannot be matched by name; it prints both lists.
+            ValueError: The classes cannot be matched by name.
         """
         match = match_classes(
             student_classes, self.class_names, self.class_map, self.class_match
         )
-        if self.class_match == 'shared':
-            print_log(match.describe(student_classes, self.class_names), 'current')
         if student_classes is None or self.class_names is None:
             whose = 'student' if student_classes is None else 'teacher'
             print_log(
@@ -214,20 +238,32 @@ class Teacher:
                 logger='current',
                 level=logging.WARNING,
             )
+        elif match != ClassMatch() or self.class_map or self.class_match == 'shared':
+            text = match.describe(student_classes, self.class_names, most=8)
+            print_log(f'mmdist: `{self.name}`. {text}', 'current')
         return match
 
 
-def load_config(config: str | os.PathLike | Config | dict) -> Config:
+def load_config(
+    config: str | os.PathLike | Config | dict, key: str = 'config'
+) -> Config:
     """The teacher's config, with a ``model``.
 
     Args:
         config: A path, ``pkg::path``, a Config, or the config dict of a model.
+        key: What the user calls it, for errors.
 
     Returns:
-        The config. Of a distillation config, the student is taken as the model.
+        The config; of a distillation config with the student as its model. Its
+        ``data_preprocessor`` is the model's, as it is to the Runner.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It has no model.
     """
     if isinstance(config, (str, os.PathLike)):
         config = os.fspath(config)
+        _check_path(config, key)
         if '::' in config:
             # Not mmengine.hub.get_config: it pip-installs what it does not find.
             config = Config.fromstring(f'_base_ = {config!r}', '.py')
@@ -237,13 +273,46 @@ def load_config(config: str | os.PathLike | Config | dict) -> Config:
         config = Config(deepcopy(dict(config)))
     else:
         config = Config(dict(model=deepcopy(config)))
+    if not config.get('model'):
+        raise ValueError(f'`{key}` has no `model`, so it makes no teacher.')
+    preprocessor = config.model.get(
+        'data_preprocessor', config.get('data_preprocessor')
+    )
     if config.model.get('student') is not None:
         config.model = config.model.student
+    if preprocessor is not None:
+        config.model.setdefault('data_preprocessor', preprocessor)
     return config
 
 
-def _brings_weights(config: Config) -> bool:
-    """Whether the model is of a class that loads its weights itself."""
+def _check_path(config: str, key: str) -> None:
+    """Raise FileNotFoundError, with similar names, where there is no such config."""
+    package, _, inner = config.rpartition('::')
+    path = Path(inner).absolute()
+    if package:
+        origin = getattr(find_spec(package), 'origin', None)
+        if origin is None:
+            raise FileNotFoundError(
+                f'`{key}` is {config!r}, but {package!r} is not installed.'
+            )
+        path = Path(origin).parent / '.mim/configs' / inner
+    if path.is_file():
+        return
+    while not path.parent.is_dir():
+        path = path.parent
+    near = difflib.get_close_matches(path.name, os.listdir(path.parent))
+    text = f'`{key}` is {config!r}, but there is no {path.name!r} in {path.parent}'
+    text += f'; similar: {", ".join(near)}.' if near else '.'
+    if not package and not os.path.isabs(config):
+        text += (
+            f' A relative path counts from the working directory, {os.getcwd()}. One '
+            "that counts from the config begins with '{{ fileDirname }}/'."
+        )
+    raise FileNotFoundError(text)
+
+
+def _foreign_class(config: Config) -> type[ForeignTeacher] | None:
+    """The class of a model that loads its weights itself; None for another."""
     scope = config.get('default_scope')
     with (
         DefaultScope.overwrite_default_scope(scope),
@@ -251,7 +320,7 @@ def _brings_weights(config: Config) -> bool:
     ):
         kind = config.model.get('type')
         cls = registry.get(kind) if isinstance(kind, str) else kind
-    return inspect.isclass(cls) and issubclass(cls, ForeignTeacher)
+    return cls if inspect.isclass(cls) and issubclass(cls, ForeignTeacher) else None
 
 
 def build_model(config: Config, random: bool = False) -> nn.Module:

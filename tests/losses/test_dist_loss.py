@@ -446,6 +446,24 @@ def test_correlations_of_the_last_call(make_loss):
     copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))
 
 
+def test_terms_of_one_call():
+    """Other settings for one call; the correlation of a term of weight 0 is None."""
+    student, teacher = (torch.tensor(x, requires_grad=True) for x in logits((9, 4)))
+    loss = DISTLoss()
+    both = loss.terms(student, teacher)
+    assert both.loss.requires_grad and not both.inter.requires_grad
+    assert both.loss.item() == pytest.approx(2 - (both.inter + both.intra).item())
+    assert both[1:] == (loss.inter_corr, loss.intra_corr)
+    got = loss.terms(student, teacher, activation='sigmoid', beta=0)
+    own = DISTLoss(activation='sigmoid', beta=0)
+    assert got.loss == own(student, teacher)
+    assert got.inter is None and got.intra == own.intra_corr == loss.intra_corr
+    assert DISTLoss(gamma=0).terms(student, teacher).intra is None
+    assert loss(student, teacher) == both.loss  # for that one call only
+    with pytest.raises(ValueError, match='sofmax'):
+        loss.terms(student, teacher, activation='sofmax')
+
+
 @pytest.mark.parametrize('masked', [False, True])
 def test_no_step_waits_for_the_gpu(masked):
     """A fake GPU tensor has no values: reading one raises."""

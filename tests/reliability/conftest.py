@@ -17,6 +17,12 @@ val_evaluator = None
 """
 
 
+@pytest.fixture
+def pair(group_of):
+    """Calls a function in two processes, and gives what each returned."""
+    return group_of(2)
+
+
 @pytest.fixture(scope='module')
 def make_config(det_config, seg_config, tmp_path_factory):
     """Makes a distilled config of a family: its path, to be changed by options."""

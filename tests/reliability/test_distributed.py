@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
-from watch import Unlabel, WatchHook, in_processes, student, unlabel
+from watch import Unlabel, WatchHook, student, unlabel
 
 REPO = Path(__file__).parents[2]
 # mmengine passes device_ids, which is wrong on CPUs
@@ -29,12 +30,12 @@ WRAPPER = dict(
 )
 
 
+def first_weights(runner, _) -> torch.Tensor:
+    return next(student(runner).parameters()).detach().clone()
+
+
 def train_and_tell(cfg: Config) -> dict:
     """In each process: train, and tell what DDP was given and what came out."""
-    WatchHook.after = lambda runner, _: (
-        next(student(runner).parameters()).detach().clone(),
-        next(student(runner).decode_head.parameters()).detach().clone(),
-    )
     calls = []
     runner = Runner.from_cfg(cfg)
     model = student(runner)
@@ -48,7 +49,8 @@ def train_and_tell(cfg: Config) -> dict:
             calls.append('loaded')
 
     model.teacher.load = load_and_watch
-    runner.train()
+    with mock.patch.object(WatchHook, 'after', first_weights):
+        runner.train()
     watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
     ddp = runner.model._get_ddp_logging_data()
     return dict(
@@ -67,27 +69,31 @@ def train_and_tell(cfg: Config) -> dict:
     )
 
 
-def train_in_two(make_config, tmp_path, **options) -> list[dict]:
-    cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
-    results = in_processes(train_and_tell, cfg, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
-    # the processes saw different images, and ended with the same weights
-    assert first['losses'] != second['losses']
-    for name in first['weights'].keys() - set(first['buffers']):
-        # (buffers are each process's own, or broadcast when the next step begins)
-        assert torch.equal(first['weights'][name], second['weights'][name]), name
-    # DDP knows the student's tensors, and not one of the teacher's
-    for result in results:
-        assert result['teacher_tensors'] > 0
-        for what in ('tensors', 'bytes', 'buffers'):
-            assert result[f'ddp_{what}'] == result[f'own_{what}']
-    # the checkpoint holds what each process has
-    (path,) = (tmp_path / 'work').glob('iter_4.pth')
-    saved = torch.load(path, weights_only=False)['state_dict']
-    assert saved.keys() == first['weights'].keys()
-    assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
-    return results
+@pytest.fixture
+def train_in_two(pair, make_config, tmp_path):
+    """Trains a segmentor in two processes, and gives what each tells."""
+
+    def train(**options) -> list[dict]:
+        cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
+        first, second = results = pair(train_and_tell, cfg)
+        # the processes saw different images, and ended with the same weights
+        assert first['losses'] != second['losses']
+        for name in first['weights'].keys() - set(first['buffers']):
+            # (buffers are each process's own, or broadcast when the next step begins)
+            assert torch.equal(first['weights'][name], second['weights'][name]), name
+        # DDP knows the student's tensors, and not one of the teacher's
+        for result in results:
+            assert result['teacher_tensors'] > 0
+            for what in ('tensors', 'bytes', 'buffers'):
+                assert result[f'ddp_{what}'] == result[f'own_{what}']
+        # the checkpoint holds what each process has
+        (path,) = (tmp_path / 'work').glob('iter_4.pth')
+        saved = torch.load(path, weights_only=False)['state_dict']
+        assert saved.keys() == first['weights'].keys()
+        assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
+        return results
+
+    return train
 
 
 def train_without_labels(cfg: Config) -> dict:
@@ -98,9 +104,9 @@ def train_without_labels(cfg: Config) -> dict:
     return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
 def test_processes_with_other_mixes_of_labels_do_not_wait(
-    make_config, tmp_path, family
+    pair, make_config, tmp_path, family
 ):
     """All images, some or none are labelled; the relations are over both processes."""
     last = {'seg': {'train_cfg.max_iters': 4}, 'det': {'train_cfg.max_epochs': 2}}
@@ -114,9 +120,7 @@ def test_processes_with_other_mixes_of_labels_do_not_wait(
         **{'model.distill': dict(dist=dict(type=kind, loss=loss))},
         **last[family],
     )
-    results = in_processes(train_without_labels, cfg, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
+    first, second = results = pair(train_without_labels, cfg)
     for name, value in first['weights'].items():
         assert torch.equal(value, second['weights'][name]), name
     of_the_student = {'seg': 'decode.loss_ce', 'det': 'loss_cls'}[family]
@@ -150,35 +154,32 @@ def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
         ('atss/atss_r50_fpn_1x_coco.py', 'mmdist.DenseLogits'),
     ],
 )
-def test_a_process_with_two_passes_does_not_wait_for_one_with_one(path, kind, tmp_path):
+def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, kind):
     """DETR and ATSS divide by a number that is averaged over the processes."""
     distill = dict(dist=dict(type=kind, loss=dict(type='mmdist.DISTLoss', sync=True)))
-    results = in_processes(
-        steps_of_other_mixes, path, distill, world_size=2, folder=tmp_path
-    )
-    assert all(isinstance(result, list) for result in results), results
+    results = pair(steps_of_other_mixes, path, distill)
     for first, second in zip(*results, strict=True):
         for name, gradient in first.items():
             assert gradient.isfinite().all()
             assert torch.equal(gradient, second[name]), name
 
 
-@pytest.mark.parametrize('find_unused', [False, True])
-def test_processes_end_with_the_same_weights(make_config, tmp_path, find_unused):
+@pytest.mark.parametrize(
+    'find_unused', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_processes_end_with_the_same_weights(train_in_two, find_unused):
     """And with buffers broadcast, or not, which is mmengine's default."""
     wrapper = dict(
         WRAPPER, find_unused_parameters=find_unused, broadcast_buffers=find_unused
     )
-    for result in train_in_two(make_config, tmp_path, model_wrapper_cfg=wrapper):
+    for result in train_in_two(model_wrapper_cfg=wrapper):
         assert result['teacher_ran_at'] == [0, 1, 2, 3]
         assert all(losses['loss_dist'] > 0 for losses in result['losses'].values())
 
 
-def test_adapters_train_and_the_schedule_stops_the_teacher(make_config, tmp_path):
+def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
     """After the stop the adapters take no part in the loss; DDP must not stop."""
     results = train_in_two(
-        make_config,
-        tmp_path,
         model_wrapper_cfg=WRAPPER,
         **{
             'model.distill': dict(
@@ -215,27 +216,24 @@ def cascade_step() -> dict:
     return {key: value.item() for key, value in losses.items() if 'dist' in key}
 
 
-def test_a_cascade_that_stops_early_keeps_the_processes_in_step(tmp_path):
+def test_a_cascade_that_stops_early_keeps_the_processes_in_step(pair):
     """With `sync` each process calls the loss of every stage, or the others hang."""
-    results = in_processes(cascade_step, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
+    first, second = pair(cascade_step)
     assert first == pytest.approx(second, abs=1e-6)  # of the first process's rows
     for stage in range(3):
         assert 0 < first[f'loss_dist_s{stage}'] < 4
         assert first[f'dist_s{stage}_intra'] != 0
 
 
-def test_gradients_are_accumulated(make_config, tmp_path):
+@pytest.mark.slow
+def test_gradients_are_accumulated(train_in_two):
     results = train_in_two(
-        make_config,
-        tmp_path,
         model_wrapper_cfg=WRAPPER,
         **{'optim_wrapper.accumulative_counts': 2},
     )
     for result in results:
         assert result['teacher_ran_at'] == [0, 1, 2, 3]
-    first = [backbone for backbone, _ in results[0]['after_each']]
+    first = results[0]['after_each']
     assert torch.equal(first[1], first[2])  # no step after the third batch
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[2], first[3])

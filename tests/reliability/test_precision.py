@@ -34,8 +34,15 @@ def amp_on_cpu(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='replaces the scaler of GPUs')
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('family', ['det', 'seg'])
+@pytest.mark.parametrize(
+    ('family', 'dtype'),
+    [
+        ('det', 'float16'),
+        ('seg', 'bfloat16'),
+        pytest.param('det', 'bfloat16', marks=pytest.mark.slow),
+        pytest.param('seg', 'float16', marks=pytest.mark.slow),
+    ],
+)
 def test_mixed_precision(
     make_config, train, tmp_path, after, amp_on_cpu, family, dtype
 ):
@@ -94,7 +101,7 @@ def test_ema_keeps_evaluates_and_saves_the_student_alone(
     assert count('RetinaNet') - before == 3
     average = next(h for h in runner.hooks if isinstance(h, EMAHook)).ema_model.module
     model = student(runner)
-    assert average.teacher is model.teacher
+    assert average.teacher.model is None
     assert average.state_dict().keys() == model.state_dict().keys()
 
     saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)

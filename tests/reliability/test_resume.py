@@ -11,7 +11,8 @@ from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
-from watch import WatchHook, in_processes, student
+from processes import in_process
+from watch import WatchHook, student
 
 from mmdist.work_dir import last_whole_checkpoint
 
@@ -82,7 +83,7 @@ SCHEDULES = dict(
 )
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
 def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
     """SIGKILL within an iteration; by iterations (seg) and by epochs (det)."""
     options, kill_at, resumed_at = SCHEDULES[family]
@@ -92,13 +93,13 @@ def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
         options = dict(options, **{'train_dataloader.dataset.pipeline': PLAIN})
     whole = make_config(family, tmp_path / 'whole', **OPTIONS, **options)
     cut = make_config(family, tmp_path / 'cut', **OPTIONS, **options)
-    (expected,) = in_processes(train, whole, folder=tmp_path)
-    (killed,) = in_processes(train, cut, kill_at, folder=tmp_path)
+    expected = in_process(train, whole)
+    killed = in_process(train, cut, kill_at)
     assert killed == -signal.SIGKILL
 
     cut.resume = True
     cut.load_from, _ = last_whole_checkpoint(cut.work_dir)
-    (resumed,) = in_processes(train, cut, folder=tmp_path)
+    resumed = in_process(train, cut)
     assert min(resumed['losses']) == resumed_at
     for i, losses in resumed['losses'].items():
         assert losses == expected['losses'][i]
@@ -110,7 +111,7 @@ def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
 def test_killed_while_a_checkpoint_is_written(make_config, tmp_path):
     """What is left is cut off; the run goes on from the one before."""
     cfg = make_config('seg', tmp_path / 'work')
-    (killed,) = in_processes(train, cfg, 3, True, folder=tmp_path)
+    killed = in_process(train, cfg, 3, True)
     assert killed == -signal.SIGKILL
     names = sorted(path.name for path in (tmp_path / 'work').glob('*.pth'))
     assert names == ['iter_2.pth', 'iter_4.pth']

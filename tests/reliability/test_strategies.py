@@ -9,7 +9,7 @@ import torch
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
-from watch import Unlabel, WatchHook, in_processes, student
+from watch import Unlabel, WatchHook, student
 
 # On CPUs both wrappers are told so; mmengine names a GPU to them.
 STRATEGIES_OF_TWO = dict(
@@ -62,7 +62,7 @@ def test_a_single_device(make_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('unlabelled', [False, True])
-def test_sharded_training_is_that_of_ddp(make_config, tmp_path, unlabelled):
+def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled):
     """FSDP in two processes, on CPUs over gloo: the same losses; 30 seconds alone.
 
     With images without labels, each process has another mix of them.
@@ -73,10 +73,7 @@ def test_sharded_training_is_that_of_ddp(make_config, tmp_path, unlabelled):
             'seg', tmp_path / name, launcher='pytorch', runner_type='FlexibleRunner',
             strategy=strategy,
         )  # fmt: skip
-        results[name] = in_processes(
-            train, cfg, unlabelled, world_size=2, folder=tmp_path
-        )
-        assert all(isinstance(x, dict) for x in results[name]), results[name]
+        results[name] = pair(train, cfg, unlabelled)
         assert {x['runner'] for x in results[name]} == {'FlexibleRunner'}
     assert results['fsdp'][0]['wrapper'] == 'MMFullyShardedDataParallel'
     for ddp, fsdp in zip(results['ddp'], results['fsdp'], strict=True):

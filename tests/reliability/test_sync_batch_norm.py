@@ -18,9 +18,9 @@ from mmseg.utils import register_all_modules as register_mmseg
 from segmentors import distilled, make_batch, zoo_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from watch import in_processes, unlabel
+from watch import unlabel
 
-from mmdist.unlabelled import Part, counting
+from mmdist.data.unlabelled import Part, labelled_losses_only
 
 SEGMENTORS = {
     'PSPNet': 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024',
@@ -141,20 +141,18 @@ def steps(name: str, kind: type[Norm]) -> dict:
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [
-        ('RetinaNet', LikeTorch),
         ('PSPNet', LikeTorch),
+        pytest.param('RetinaNet', LikeTorch, marks=pytest.mark.slow),
         # these take a batch of both in two passes
-        ('Faster R-CNN', LikeTorch),
         ('Faster R-CNN', LikeMMCV),
-        ('Deformable DETR', LikeMMCV),
-        ('MaskFormer', LikeTorch),
+        pytest.param('Faster R-CNN', LikeTorch, marks=pytest.mark.slow),
+        pytest.param('Deformable DETR', LikeMMCV, marks=pytest.mark.slow),
+        pytest.param('MaskFormer', LikeTorch, marks=pytest.mark.slow),
     ],
 )
-def test_processes_with_other_mixes_exchange_in_the_same_order(name, kind, tmp_path):
+def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):
     """A norm without its counterpart would wait, or get the sums of another norm."""
-    results = in_processes(steps, name, kind, world_size=2, folder=tmp_path)
-    assert all(isinstance(result, dict) for result in results), results
-    first, second = results
+    first, second = pair(steps, name, kind)
     assert first['told'] == second['told']
     assert {name for _, name in first['told']} == first['means'].keys()
     assert {way for way, _ in first['told']} == {'forward', 'backward'}
@@ -169,22 +167,24 @@ def test_processes_with_other_mixes_exchange_in_the_same_order(name, kind, tmp_p
 def norms_of_the_libraries() -> list[str]:
     """What torch's norm says, in a usual part of a batch and beside a labelled one."""
     said = []
-    for is_rest in (False, True):
+    for is_unlabelled in (False, True):
         norm = nn.SyncBatchNorm(3)
-        part = Part(torch.zeros(0), [], (not is_rest,), is_rest)
-        with counting(norm, part):
+        part = Part(torch.zeros(0), [], (not is_unlabelled,), is_unlabelled)
+        with labelled_losses_only(norm, part):
             try:
                 said.append(str(norm(torch.rand(2, 3, 4, 4)).shape))
             except ValueError as error:
                 said.append(str(error))
     mmcv = MMSyncBatchNorm(3)
-    with counting(nn.Sequential(mmcv), Part(torch.zeros(0), [], (False,), True)):
+    with labelled_losses_only(
+        nn.Sequential(mmcv), Part(torch.zeros(0), [], (False,), True)
+    ):
         said.append(mmcv.group_size)
     return [*said, mmcv.group_size]
 
 
-def test_the_libraries_norms_decide_so(tmp_path):
+def test_the_libraries_norms_decide_so(pair):
     """torch's stops for want of a GPU where it would wait for the other process."""
-    for said in in_processes(norms_of_the_libraries, world_size=2, folder=tmp_path):
+    for said in pair(norms_of_the_libraries):
         assert 'expected input tensor to be on GPU' in said[0]
         assert said[1:] == ['torch.Size([2, 3, 4, 4])', 1, 2]

@@ -1,15 +1,8 @@
-"""A hook that sees a training, and processes to train in."""
+"""A hook that sees a training, and one that takes labels away."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import pickle
-import socket
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
-from unittest import mock
 
 import torch
 from mmengine.dist import get_rank
@@ -57,58 +50,3 @@ def unlabel(data_samples: list, iteration: int) -> None:
 def student(runner):
     model = runner.model
     return model.module if is_model_wrapper(model) else model
-
-
-def in_processes(target: Callable, *args, world_size: int = 1, folder: Path) -> list:
-    """Call ``target(*args)`` in processes that form a gloo group, if several.
-
-    They are forked from a server that has imported the libraries once. They have no
-    GPU, so that every machine runs the same test.
-
-    Returns:
-        What each process returned; its exit code if it returned nothing.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['mmdet.apis', 'mmseg.apis', 'mmdist.distiller'])
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'):
-        processes = [
-            context.Process(
-                target=_enter, args=(target, args, rank, world_size, port, folder)
-            )
-            for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-    results = []
-    for rank, process in enumerate(processes):
-        process.join()
-        path = folder / f'result{rank}'
-        if path.exists():
-            results.append(pickle.loads(path.read_bytes()))
-            path.unlink()
-        else:
-            results.append(process.exitcode)
-    return results
-
-
-def _enter(target, args, rank, world_size, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(
-        CUDA_VISIBLE_DEVICES='',
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-    )
-    if world_size > 1:
-        # a process that waits for a call that never comes fails, and does not hang
-        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
-    result = target(*args)
-    (folder / f'result{rank}').write_bytes(pickle.dumps(result))
-    if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

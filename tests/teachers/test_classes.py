@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmseg.datasets import ADE20KDataset, CityscapesDataset
 from scipy.special import expit, logit, softmax
+from segmentors import calibrate, distilled, make_batch, zoo_model
 
-from mmdist.teachers.classes import ClassMatch, match_classes
+from mmdist.record import Recorder
+from mmdist.teachers import Teacher
+from mmdist.teachers.classes import (
+    ClassMatch,
+    class_names_of_checkpoint,
+    match_classes,
+)
 
 FEW = ('person', 'car')
 MANY = ('person', 'bicycle', 'car')
@@ -135,7 +147,12 @@ def test_other_names_are_mapped_by_class_map():
 def test_classes_that_cannot_be_matched_print_both_lists():
     with pytest.raises(ValueError) as error:
         match_classes(['cat', 'dog'], ['dog', 'cow'])
-    for part in ("['cat', 'dog']", "['dog', 'cow']", "['cat']", "['cow']", 'class_map'):
+    for part in (
+        '(2): cat, dog\n',
+        '(2): dog, cow\n',
+        'the student (1): cat\n',
+        'the teacher (1): cow\n',
+    ):
         assert part in str(error.value)
     with pytest.raises(ValueError, match='cannot be matched'):
         match_classes(['cat'], ['dog'])
@@ -240,9 +257,10 @@ def test_what_both_know_is_compared_if_asked_for():
     a, b = match.select(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 9, 0]]))
     assert a.tolist() == b.tolist() == [[0, 1]]
     text = match.describe(student, teacher)
-    assert 'compared (2): person, car.' in text
-    assert 'student knows (1): drone.' in text
-    assert 'teacher knows (1): cat.' in text
+    assert text == (
+        'Classes that are compared (2): person, car. '
+        'Only the student knows (1): drone. Only the teacher knows (1): cat.'
+    )
 
     # with a background, what only one side knows is background to the other
     p = softmax(np.arange(4.0)[None], 1)
@@ -266,10 +284,7 @@ def test_the_error_offers_shared_classes_and_close_names():
 
 
 def test_ade20k_teaches_cityscapes():
-    """Each name of the shipped map is one of the two data sets."""
-    from mmengine.config import Config
-    from mmseg.datasets import ADE20KDataset, CityscapesDataset
-
+    """By the shipped map, which the error names."""
     config = Config.fromstring(
         "_base_ = 'mmdist::_base_/class_maps/cityscapes_from_ade20k.py'", '.py'
     )
@@ -282,6 +297,131 @@ def test_ade20k_teaches_cityscapes():
     assert compared == [name for name in cityscapes if name not in left_out]
     car = match.teacher[compared.index('car')]
     assert [ade20k[i] for i in car] == ['car', 'van']
+    text = match.describe(cityscapes, ade20k, most=3)
+    assert 'other names (5): building <- building + house + skyscraper, ' in text
+    assert text.endswith('teacher knows (126): wall, floor, ceiling and 123 more.')
+
+    with pytest.raises(ValueError, match='cannot be matched') as error:
+        match_classes(cityscapes, ade20k)
+    assert "'mmdist::_base_/class_maps/cityscapes_from_ade20k.py'" in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    'class_map',
+    [
+        *([('car', 'auto')], 'car', {'car': 3}, {'car': None}, {1: 'auto'}),
+        *({'car': {'auto', 'van'}}, {'car': ['auto', 'auto']}, {'car': [['auto']]}),
+    ],
+)
+def test_a_class_map_of_another_form_is_refused(class_map):
+    """A name that stands twice in a list would count twice."""
+    with pytest.raises(ValueError, match=r'`teacher.class_map` is a dict from .*, got'):
+        Teacher({}, class_map=class_map)
+
+
+def test_two_classes_of_one_name_are_refused():
+    for names in (['car', 'dog', 'dog'], FEW), (FEW, ['car', 'person', 'car']):
+        with pytest.raises(ValueError, match=r"several have the same: \['(dog|car)'\]"):
+            match_classes(*names)
+    assert match_classes(['a', 'a'], ['a', 'a']) == ClassMatch()
+
+
+# ---- of a teacher that is loaded ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'names', [5, [1, 2, 3], {'car', 'dog'}, {'car': 0, 'dog': 1}, b'ab']
+)
+def test_odd_names_in_a_checkpoint_are_refused(names):
+    with pytest.raises(ValueError, match='no list of names'):
+        class_names_of_checkpoint(dict(meta=dict(dataset_meta=dict(classes=names))))
+    for meta in (names, dict(dataset_meta=names), dict(dataset_meta={1: names})):
+        assert class_names_of_checkpoint(dict(meta=meta)) is None
+
+
+def test_names_of_a_teacher_that_is_loaded(det_config, tmp_path, monkeypatch):
+    """As many as its head has; else columns without a name would be the background."""
+    (tmp_path / 'config.py').write_text(det_config)
+    teacher = Teacher(str(tmp_path / 'config.py'), str(tmp_path / 'a.pth'))
+    model = teacher.build()
+    for names, right in (('ab', False), ('abcd', False), ('abc', True)):
+        meta = dict(dataset_meta=dict(CLASSES=list(names)))
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), teacher.checkpoint)
+        message = f'{len(names)} class names .* but its head has 3 classes'
+        with nullcontext() if right else pytest.raises(ValueError, match=message):
+            teacher.load(model)
+
+    logged = []
+    monkeypatch.setattr(
+        'mmdist.teachers.teacher.print_log', lambda text, *_, **__: logged.append(text)
+    )
+    teacher.match_classes(list('abc'))
+    assert not logged
+    teacher.match_classes(list('ba'))
+    assert logged == [
+        'mmdist: `teacher`. Classes that are compared (2): b, a. Only the teacher '
+        'knows (1): c.'
+    ]
+
+
+# ---- binary segmentation -----------------------------------------------------------
+
+
+def binary_student(channels: int, match: ClassMatch):
+    """What a tiny PSPNet of two classes is compared with: (model, student, teacher)."""
+    init_default_scope('mmseg')
+    student, teacher = (zoo_model('pspnet/pspnet_r18-d8') for _ in range(2))
+    for head in (student.decode_head, student.auxiliary_head):
+        head.update(num_classes=2, out_channels=channels)
+        head.loss_decode.use_sigmoid = channels == 1
+    for head in (teacher.decode_head, teacher.auxiliary_head):
+        head.num_classes = match.num_teacher
+    torch.manual_seed(0)
+    model = distilled(student, teacher, aux_weight=0).train()
+    calibrate(model.teacher.model)
+    model.teacher.classes = match
+    with Recorder([model.distill.dist, model.decode_head]) as recorder:
+        losses = model(**make_batch(2), mode='loss')
+    losses['loss_dist'].backward()
+    assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
+    (pair,) = recorder.calls(model.distill.dist)[0].args[1]
+    return model, recorder.calls(model.decode_head)[0].output.detach().numpy(), pair
+
+
+@pytest.mark.parametrize('channels', [1, 2])
+@pytest.mark.parametrize(
+    ('names', 'class_map'),
+    [
+        (['tree', 'road', 'sky'], {'rest': ['sky', 'tree']}),
+        (['road', 'rest'], None),
+        (['lane', 'rest', 'sky'], {'road': 'lane'}),
+    ],
+)
+def test_a_binary_student_learns_from_other_classes(channels, names, class_map):
+    """With one channel as with two: the share of the road, in numpy."""
+    match = match_classes(['rest', 'road'], names, class_map)
+    model, own, pair = binary_student(channels, match)
+    guest = model.teacher.model
+    with torch.no_grad():
+        logits = guest.decode_head(guest.extract_feat(make_batch(2)['inputs']))
+    p = dict(zip(names, softmax(logits.numpy(), 1).swapaxes(0, 1), strict=True))
+    rest = sum(p[x] for x in (class_map or {}).get('rest', ['rest']))
+    road = p['lane'] if 'lane' in names else p['road']
+    for found, expected in (
+        (pair.teacher, road / (rest + road)),
+        (pair.student, expit(own[:, 0]) if channels == 1 else softmax(own, 1)[:, 1]),
+    ):
+        found = found.detach().numpy()
+        assert found.shape[1] == channels
+        found = expit(found[:, 0]) if channels == 1 else softmax(found, 1)[:, 1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_binary_student_needs_both_classes():
+    match = match_classes(['rest', 'road'], ['road', 'sky'], None, 'shared')
+    with pytest.raises(ValueError, match='map both of them'):
+        binary_student(1, match)
 
 
 def test_an_empty_list_leaves_a_class_out():

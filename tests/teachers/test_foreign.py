@@ -7,11 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from det_zoo import batch, model_config
-from mmdet.utils import register_all_modules as register_mmdet
-from mmengine.registry import DefaultScope
-from mmseg.utils import register_all_modules as register_mmseg
-from segmentors import make_batch, zoo_model
+from det_zoo import batch
+from foreign_pairs import PSPNET, RETINANET, distil
+from segmentors import make_batch
 from torch import nn
 
 from mmdist import MODELS, ForeignTeacher
@@ -33,6 +31,17 @@ class ConvSegmentor(ForeignTeacher):
     def forward(self, images, sizes):
         self.seen = images, sizes
         return self.net(images)
+
+
+@MODELS.register_module()
+class Formula(ForeignTeacher):
+    """It has no parameters, as a model that another program runs."""
+
+    def __init__(self, class_names):
+        super().__init__(class_names, MEAN, STD)
+
+    def forward(self, images, sizes):
+        return torch.stack([images.mean(1) * i for i in range(19)], 1)
 
 
 @MODELS.register_module()
@@ -64,47 +73,19 @@ def names(number: int) -> list[str]:
 
 
 def segmentor(distill: dict | None = None, **teacher) -> nn.Module:
-    register_mmseg(init_default_scope=False)
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
-        model = MODELS.build(
-            dict(
-                type='mmdist.Distiller',
-                student=student,
-                teacher=dict(
-                    config=dict(
-                        type='mmdist.ConvSegmentor', class_names=names(19), **teacher
-                    )
-                ),
-                distill=distill,
-            )
-        )
-        model.init_weights()
-    return model.train()
+    config = dict(type='mmdist.ConvSegmentor', class_names=names(19)) | teacher
+    return distil(PSPNET, config, distill)
 
 
 def detector(distill: dict | None = None, **teacher) -> nn.Module:
-    register_mmdet()
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            student=model_config('retinanet/retinanet_r18_fpn_1x_coco.py'),
-            teacher=dict(
-                config=dict(
-                    type='mmdist.GridDetector', class_names=names(80), **teacher
-                )
-            ),
-            distill=distill,
-        )
-    )
-    model.init_weights()
-    return model.train()
+    config = dict(type='mmdist.GridDetector', class_names=names(80)) | teacher
+    return distil(RETINANET, config, distill)
 
 
-def test_a_segmentor_teaches_with_weights_of_its_own():
+@pytest.mark.parametrize('kind', ['ConvSegmentor', 'Formula'])
+def test_a_segmentor_teaches_with_weights_of_its_own(kind):
     """No checkpoint, no `allow_random`, no decode head, no dataset of its own."""
-    model = segmentor()
+    model = segmentor(type=f'mmdist.{kind}')
     data = make_batch(19)
     losses = model(**copy.deepcopy(data), mode='loss')
     assert 0 < losses['loss_dist'].item() < 3
@@ -166,7 +147,6 @@ def test_what_it_does_not_give_is_refused():
         segmentor(seg, gives='features')
     with pytest.raises(ValueError, match=r"gives is one of .* got 'words'"):
         segmentor(gives='words')
-    register_mmdet()
     boxes = dict(dist=dict(type='mmdist.Detections'))
     model = detector(boxes)
     model.teacher.model.gives = 'pixels'

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from builders import dataset_batch
 from mmengine.config import Config
+from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
+from mmdist.registry import MODELS
 from mmdist.teachers.teacher import Teacher, load_config
 
 RETINANET = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
@@ -28,6 +33,107 @@ def test_of_a_distillation_config_the_student_is_the_teacher(tmp_path):
         ' student=_base_.model, teacher=dict(config="none.py"))'
     )
     assert load_config(path).model.type == 'RetinaNet'
+
+
+def test_a_data_preprocessor_of_the_config_is_the_models(det_config, tmp_path):
+    """As it is to the Runner; without, the teacher would be shown raw pixels."""
+    path = tmp_path / 'config.py'
+    path.write_text(det_config)
+    plain = Config.fromfile(path)
+    moved = Config.fromfile(path)
+    moved.data_preprocessor = moved.model.pop('data_preprocessor')
+    assert load_config(moved).model == plain.model
+    moved.model = dict(type='mmdist.Distiller', student=moved.model, teacher={})
+    assert load_config(moved).model == plain.model
+
+
+def test_copies_of_a_student_share_no_teacher(det_config, tmp_path):
+    """They may be cast, moved and trained, and load it when they are trained."""
+    path = tmp_path / 'config.py'
+    path.write_text(det_config)
+    config = Config.fromfile(path)
+    teacher = dict(config=str(path), checkpoint=str(tmp_path / 'a.pth'))
+    weights = Teacher(str(path)).build().state_dict()
+    torch.save(dict(state_dict=weights), teacher['checkpoint'])
+    model = MODELS.build(
+        dict(type='mmdist.Distiller', student=config.model, teacher=teacher)
+    )
+    model.init_weights()
+    batch = model.data_preprocessor(dataset_batch(config), True)
+    expected = model(**copy.deepcopy(batch), mode='loss')['loss_dist']
+    for other in (copy.deepcopy(model), ExponentialMovingAverage(model).module):
+        assert other.teacher.model is None
+        other.half().to('meta')
+    for name, weight in model.teacher.model.state_dict().items():
+        assert (
+            torch.equal(weight, weights[name]) and weight.dtype == weights[name].dtype
+        )
+    other = copy.deepcopy(model)
+    assert torch.equal(other(**batch, mode='loss')['loss_dist'], expected)
+    assert other.teacher.model is not model.teacher.model
+    double = copy.deepcopy(model).double()
+    double.teacher.load(double)
+    assert next(double.teacher.model.parameters()).dtype == torch.float64
+
+
+# ---- mistakes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            dict(teacher=dict(config='a.py', chekpoint='a.pth')),
+            "`teacher`: no argument 'chekpoint'. Did you mean 'checkpoint'? It takes "
+            'config, checkpoint, allow_random, ',
+        ),
+        (dict(teacher=dict(checkpoint='a.pth')), "`teacher`: .* 'config' is missing"),
+        (dict(teacher='a.py'), "`teacher` is a dict of arguments, got 'a.py'"),
+        (
+            dict(teachers=dict(a=dict(config='a.py', view=['flip']))),
+            "`teachers.a`: no argument 'view'. Did you mean 'views'?",
+        ),
+    ],
+)
+def test_misspelt_arguments_name_what_there_is(options, message, det_config):
+    student = Config.fromstring(det_config, '.py').model
+    with pytest.raises(ValueError, match=message.replace('?', r'\?')):
+        MODELS.build(dict(type='mmdist.Distiller', student=student, **options))
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        (
+            'mmdet::retinanet/retinanet_r18_fpn_1x_coc.py',
+            r"no 'retinanet_r18_.*_coc.py' in .*; similar: retinanet_r18_fpn_1x_coco",
+        ),
+        ('mmdet::retinanets/a.py', r"no 'retinanets' in .*; similar: retinanet[,.]"),
+        ('nolib::a/b.py', "'nolib' is not installed"),
+        ('configs::a.py', "'configs' is not installed"),  # a folder
+        (
+            'configs/stuednt.py',
+            r"no 'stuednt.py' in .*configs; similar: student.py. A relative path "
+            r"counts from the working directory, .* begins with '{{ fileDirname }}/'",
+        ),
+    ],
+)
+def test_a_config_that_does_not_exist_is_named_with_similar_ones(
+    config, message, tmp_path, monkeypatch
+):
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs/student.py').touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        Teacher(config, 'a.pth').load(nn.Linear(1, 1))
+    assert str(error.value).startswith(f'`teacher.config` is {config!r}, but ')
+    assert len(str(error.value)) < 600 and error.value.__context__ is None
+
+
+def test_a_config_without_a_model_is_refused(tmp_path):
+    (tmp_path / 'a.py').write_text('lr = 1')
+    with pytest.raises(ValueError, match='has no `model`'):
+        Teacher(str(tmp_path / 'a.py')).build()
 
 
 def test_no_checkpoint_is_an_error_unless_random_is_meant():

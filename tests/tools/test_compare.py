@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pytest
 import scipy.stats
 from builders import distilled_text
 from matplotlib.figure import Figure
@@ -19,15 +19,23 @@ from mmengine.visualization import LocalVisBackend
 TOOL = Path(__file__).parents[2] / 'tools' / 'compare.py'
 
 
-def compare(cwd: Path, *args: str, ok: bool = True) -> str:
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', TOOL, *args],
-        cwd=cwd, env=dict(os.environ, OMP_NUM_THREADS='1'), capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    assert 'Traceback' not in done.stderr, done.stderr
-    return done.stdout if ok else done.stderr
+@pytest.fixture
+def compare(monkeypatch, capsys, tmp_path):
+    """Run the tool where the logs are; gives what it printed, or stopped with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(TOOL.parent)
+
+    def run(*args: str, ok: bool = True) -> str:
+        monkeypatch.setattr(sys, 'argv', ['compare.py', *args])
+        capsys.readouterr()
+        if ok:
+            runpy.run_path(str(TOOL), run_name='__main__')
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TOOL), run_name='__main__')
+        return str(stopped.value)
+
+    return run
 
 
 def write_log(
@@ -68,7 +76,7 @@ def rows(output: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
 
 
-def test_table_has_the_last_values_over_seeds_and_paired_differences(tmp_path):
+def test_table_has_the_last_values_over_seeds_and_paired_differences(compare, tmp_path):
     alone, dist = np.array([41.0, 42.5, 40.25]), np.array([43.0, 47.0, 41.5])
     names = []
     for seed in range(3):
@@ -78,7 +86,7 @@ def test_table_has_the_last_values_over_seeds_and_paired_differences(tmp_path):
     # a seed that the first method does not have is in the mean alone
     write_log(tmp_path / 'd7', {4: 50.0}, 7)
 
-    output = compare(tmp_path, *names, 'DIST=d7', '--out', 'out.png')
+    output = compare(*names, 'DIST=d7', '--out', 'out.png')
     low, high = scipy.stats.ttest_rel(dist, alone).confidence_interval(0.95)
     all_dist = [*dist, 50.0]
     assert rows(output) == [
@@ -109,10 +117,12 @@ def test_the_mean_is_drawn_at_the_steps_that_all_seeds_have(monkeypatch):
     assert mean.get_label() == 'DIST'
 
 
-def test_methods_are_named_by_their_folders_and_fractions_have_four_digits(tmp_path):
+def test_methods_are_named_by_their_folders_and_fractions_have_four_digits(
+    compare, tmp_path
+):
     for name, score in (('alone', 0.482), ('dist', 0.513)):
         write_log(tmp_path / name, {1: score}, metric='coco/bbox_mAP')
-    assert rows(compare(tmp_path, 'alone', 'dist/')) == [
+    assert rows(compare('alone', 'dist/')) == [
         ['alone', '1', '0.4820', '', ''],
         ['dist', '1', '0.5130', '-', '1'],
     ]
@@ -120,51 +130,68 @@ def test_methods_are_named_by_their_folders_and_fractions_have_four_digits(tmp_p
     assert width < 2 * height  # no correlations, no second panel
 
 
-def test_runs_without_a_seed_are_seeds_but_no_pairs(tmp_path):
+def test_runs_without_a_seed_are_seeds_but_no_pairs(compare, tmp_path):
     for name, score in dict(a=10.0, b=20.0, c=30.0, d=40.0).items():
         write_log(tmp_path / name, {1: score}, seed=None)
-    output = compare(tmp_path, 'alone=a', 'alone=b', 'dist=c', 'dist=d')
+    output = compare('alone=a', 'alone=b', 'dist=c', 'dist=d')
     assert rows(output) == [
         ['alone', '2', '15.00 ± 7.07', '', ''],
         ['dist', '2', '35.00 ± 7.07', '-', '0'],
     ]
 
 
-def test_a_run_that_went_on_or_began_anew_counts_as_the_last_of_it(tmp_path):
+def test_a_run_that_went_on_or_began_anew_counts_as_the_last_of_it(compare, tmp_path):
     write_log(tmp_path / 'a', {1: 10.0, 2: 11.0, 3: 12.0})
     write_log(tmp_path / 'a', {2: 21.0, 3: 22.0, 4: 23.0}, timestamp='20260102_000000')
     write_log(tmp_path / 'b', {1: 10.0, 2: 11.0, 3: 12.0})
     write_log(tmp_path / 'b', {1: 30.0}, seed=5, timestamp='20260102_000000')
-    output = compare(tmp_path, 'a', 'b')
+    output = compare('a', 'b')
     assert [row[2] for row in rows(output)] == ['23.00', '30.00']
     assert 'The last mIoU is not of the same step: a at 4, b at 1.' in output
     assert rows(output)[1][4] == '0'  # seed 0 and seed 5
 
 
-def test_another_metric_can_be_chosen(tmp_path):
+def test_another_metric_can_be_chosen(compare, tmp_path):
     write_log(tmp_path / 'a', {1: 70.0}, metric='mAcc')
-    assert rows(compare(tmp_path, 'a', '--metric', 'mAcc'))[0][2] == '70.00'
-    said = compare(tmp_path, 'a', ok=False)
+    assert rows(compare('a', '--metric', 'mAcc'))[0][2] == '70.00'
+    said = compare('a', ok=False)
     assert "No run has logged any of ['mIoU', 'coco/bbox_mAP']" in said
     assert "['mAcc']" in said
 
 
-def test_runs_that_cannot_be_compared_are_named(tmp_path):
+def test_a_run_without_a_score_has_a_dash(compare, tmp_path):
     write_log(tmp_path / 'good', {1: 10.0})
+    write_log(tmp_path / 'young', {}, seed=1)
+    backend = tmp_path / 'young' / '20260101_000000' / 'vis_data'
+    (backend / 'scalars.json').write_text('{"lr": 0.1, "step": 1}\n{"lr": ')
     write_log(tmp_path / 'det', {1: 0.1}, metric='coco/bbox_mAP')
+    (tmp_path / 'det' / '20260101_000000' / 'vis_data' / 'config.py').write_text(
+        'hello'
+    )
+    output = compare('a=good', 'a=young', 'b=det')
+    assert rows(output) == [['a', '1', '10.00', '', ''], ['b', '0', '-', '-', '0']]
+    assert "young has no 'mIoU' yet; it has logged nothing." in output
+    assert "det has no 'mIoU' yet; it has logged ['coco/bbox_mAP']." in output
+
+
+def test_runs_that_cannot_be_compared_are_named(compare, tmp_path):
+    write_log(tmp_path / 'good', {1: 10.0})
     (tmp_path / 'empty').mkdir()
     write_log(tmp_path / 'twin', {1: 10.0})
+    write_log(tmp_path / 'broken', {1: 1.0})
+    log = tmp_path / 'broken/20260101_000000/vis_data/scalars.json'
+    log.write_text('hello}')
     for args, expected in {
         ('good', 'empty'): 'empty has no log',
         ('good', 'missing'): 'missing has no log',
-        ('good', 'det'): "det has no 'mIoU' in its log, only ['coco/bbox_mAP']",
+        ('good', 'broken'): 'broken has a broken log',
         ('a=good', 'a=twin'): 'good and twin have the same name and seed (0)',
     }.items():
-        assert expected in compare(tmp_path, *args, ok=False)
+        assert expected in compare(*args, ok=False)
     assert not (tmp_path / 'compare.png').exists()
 
 
-def test_a_real_training(seg_config, tmp_path, monkeypatch):
+def test_a_real_training(compare, seg_config, tmp_path, monkeypatch):
     (tmp_path / 'student.py').write_text(seg_config)
     (tmp_path / 'distilled.py').write_text(
         distilled_text(config='student.py', allow_random=True)
@@ -176,8 +203,6 @@ def test_a_real_training(seg_config, tmp_path, monkeypatch):
     runner = Runner.from_cfg(cfg)
     runner.train()
     score = runner.message_hub.get_scalar('val/mIoU').current()
-    assert rows(compare(tmp_path, 'DIST=work')) == [
-        ['DIST', '1', f'{score:.2f}', '', '']
-    ]
+    assert rows(compare('DIST=work')) == [['DIST', '1', f'{score:.2f}', '', '']]
     height, width, _ = matplotlib.image.imread('compare.png').shape
     assert width > 2 * height  # its correlations are drawn

@@ -124,6 +124,15 @@ def test_a_config_that_does_not_fit_is_an_error(trained, export, det_config):
     assert not list(trained.glob('other-*.pth'))
 
 
+def test_weights_that_diverged_are_refused(trained, export):
+    diverged = torch.load(trained / 'work/epoch_1.pth', weights_only=False)
+    diverged['state_dict']['bbox_head.retina_cls.bias'][0] = float('nan')
+    torch.save(diverged, trained / 'diverged.pth')
+    with pytest.raises(RuntimeError, match=r'broken: 1 .*bbox_head\.retina_cls\.bias'):
+        export('diverged.pth', '--out', 'diverged.pth')
+    assert not list(trained.glob('diverged-*.pth'))
+
+
 def test_other_files_are_refused(trained, export):
     torch.save(dict(weights={}), trained / 'odd.pth')
     with pytest.raises(ValueError, match='no `state_dict`'):

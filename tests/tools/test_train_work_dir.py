@@ -61,15 +61,44 @@ def log_of(work_dir: Path) -> str:
 
 def test_another_config_does_not_overwrite_the_checkpoints(run, work_dir):
     before = (work_dir / 'iter_3.pth').stat().st_mtime
-    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+    with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
+    with pytest.raises(SystemExit, match=r'with this config, .*, --resume'):
+        run(work_dir)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
-    run(work_dir)  # the same config may be run again
+    run(work_dir, '--resume')  # nothing is left to do
+
+
+def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, capsys):
+    options = ['--cfg-options', 'model.decode_head.channels=8', 'train_cfg.max_iters=5']
+    with pytest.raises(SystemExit) as stop:
+        run(work_dir, '--resume', *options)
+    assert str(stop.value).startswith('\nThe weights in ')
+    assert 'train_pipeline' not in capsys.readouterr().out
+    assert 'train_pipeline' in log_of(work_dir)
+    with pytest.raises(RuntimeError, match='cannot be resumed with this model'):
+        run(work_dir, '--resume', '--traceback', *options)
+    # what is no known mistake keeps its traceback
+    with pytest.raises(TypeError, match='nonsense'):
+        run(work_dir, '--resume', '--cfg-options', 'model.decode_head.nonsense=1')
+
+
+def test_sync_bn_is_replaced_in_several_processes_on_cpus(run, tmp_path, monkeypatch):
+    """torch has it on GPUs only, and DDP refuses to wrap it, in one process too."""
+    values = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    norm = 'model.backbone.norm_cfg.type=SyncBN'
+    try:
+        run(tmp_path / 'work', '--launcher', 'pytorch', '--cfg-options', norm)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert 'SyncBN needs GPUs: BN' in log_of(tmp_path / 'work')
 
 
 def test_another_model_does_not_resume(run, work_dir):
     options = ['model.decode_head.channels=8', 'train_cfg.max_iters=5']
-    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+    with pytest.raises(SystemExit, match=r'cannot be resumed with this model'):
         run(work_dir, '--resume', '--cfg-options', *options)
 
 
@@ -91,7 +120,7 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     options = ['--resume', str(elsewhere), '--cfg-options']
     other = 'optim_wrapper.optimizer.lr=0.5'
     before = (work_dir / 'iter_3.pth').stat().st_mtime
-    with pytest.raises(RuntimeError, match=r'these differ: optim_wrapper\)'):
+    with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, *options, other)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
     # a folder of its own, the same config, or a checkpoint that lies in the work_dir
@@ -120,5 +149,5 @@ def test_flexible_runner(run, work_dir, tmp_path):
     run(tmp_path / 'new', '--resume', '--cfg-options', *options)
     assert 'resumed epoch: 0, iter: 2' in log_of(tmp_path / 'new')
     options.append('model.decode_head.channels=8')
-    with pytest.raises(RuntimeError, match=r'cannot be resumed with this model'):
+    with pytest.raises(SystemExit, match=r'cannot be resumed with this model'):
         run(tmp_path / 'new', '--resume', '--cfg-options', *options)

@@ -1,4 +1,4 @@
-# Scenes of handwritten digits, made by tools/make_digits.py. The students train on
+# Scenes of handwritten digits, made by tools/dev/make_digits.py. The students train on
 # `train-few`; a teacher may train on all of `train`. The background, 0 in the maps, is
 # void: the classes are the ten digits.
 data_root = 'data/digits/'

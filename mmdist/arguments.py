@@ -1,0 +1,142 @@
+"""The arguments of the Distiller: what a user may give, and sentences for the rest."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mmengine.logging import print_log
+from torch import nn
+
+from .lookup import did_you_mean
+from .registry import class_of
+from .teachers.teacher import load_config
+
+
+class DistillTerm(NamedTuple):
+    """An entry of ``distill``, learned from one teacher."""
+
+    name: str  # of the entry
+    cfg: dict  # of the comparison
+    teacher: str  # its name; '' if there is only one
+    weight: float
+
+    @property
+    def key(self) -> str:
+        """Its name in ``model.distill``."""
+        return '_'.join(filter(None, (self.name, self.teacher)))
+
+
+def student_config(student: Any) -> dict:
+    """The config of the student, from it, a path, or a model that distils already."""
+    if isinstance(student, (str, os.PathLike)):
+        student = load_config(student).model
+    names = ('mmdist.Distiller', 'Distiller')
+    while isinstance(student, Mapping) and student.get('type') in names:
+        print_log(
+            'mmdist: `student` is distilled already. Its own student is taken, and '
+            'neither its teacher nor what it compares.',
+            logger='current',
+        )
+        student = student.get('student')
+    if not isinstance(student, Mapping) or 'type' not in student:
+        raise ValueError(
+            '`student` is the config of a model, such as `student=_base_.model`, or '
+            f'the path of a config, got {student!r}.'
+        )
+    return student
+
+
+def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> None:
+    """Stop at an argument that neither the student nor ``own``, a function, takes."""
+    cls = class_of(student)
+    if not inspect.isclass(cls):
+        return  # building it says why
+    ours = list(inspect.signature(own).parameters)[:-1]
+    inits = [inspect.signature(c.__init__).parameters for c in cls.__mro__[:-1]]
+    takes = set().union(*inits)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in inits[0].values())
+    for key in overrides.keys() - takes:
+        nearest = did_you_mean(key, ours if is_open else [*ours, *takes])
+        if nearest or not is_open:
+            raise ValueError(
+                f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
+                f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
+            )
+
+
+def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
+    """The arguments of each teacher by its name, which is '' for the only one."""
+    if (teacher is None) == (teachers is None):
+        raise ValueError(
+            'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
+            'name -> arguments.'
+        )
+    if teachers is None:
+        return {'': teacher}
+    _check_names('teachers', teachers, "config='teacher.py', checkpoint='teacher.pth'")
+    return dict(teachers)
+
+
+def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
+    """Each entry of ``distill`` with each of its teachers, by key.
+
+    Raises:
+        ValueError: ``distill`` is malformed, or ``from_teacher`` is: it names a teacher
+            that is not there, or its weights are negative or sum to 0.
+    """
+    _check_names('distill', distill, "type='mmdist.SegLogits'")
+    terms: dict[str, DistillTerm] = {}
+    for name, entry in distill.items():
+        cfg = dict(entry) if isinstance(entry, Mapping) else entry
+        wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
+        weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
+        if wanted is None:
+            weights = dict.fromkeys(teachers, 1)
+        elif teachers == ['']:
+            raise ValueError(
+                f'`distill.{name}.from_teacher` chooses among several teachers, but '
+                'there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
+            )
+        unknown = sorted(set(weights) - set(teachers))
+        if unknown:
+            raise ValueError(
+                f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
+                f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
+            )
+        if min(weights.values(), default=0) < 0 or not sum(weights.values()):
+            raise ValueError(
+                f'`distill.{name}.from_teacher` gives the teachers the weights '
+                f'{dict(weights)}: none may be negative, and one must be above 0.'
+            )
+        for teacher, weight in weights.items():
+            term = DistillTerm(name, cfg, teacher, weight)
+            other = terms.get(term.key)
+            if other is not None:
+                raise ValueError(
+                    f'Entries and teachers are named so that {term.key!r} means two '
+                    f'things: {other.name!r} with teacher {other.teacher!r}, and '
+                    f'{name!r} with teacher {teacher!r}. Rename one of them.'
+                )
+            if weight:
+                terms[term.key] = term
+    return terms
+
+
+def _check_names(argument: str, entries: Any, example: str) -> None:
+    example = f'`{argument}=dict(<name>=dict({example}))`'
+    if not isinstance(entries, Mapping) or not entries or 'type' in entries:
+        raise ValueError(
+            f'`{argument}` is a dict of name -> config, {example}, got {entries!r}.'
+        )
+    for name in entries:
+        is_name = isinstance(name, str) and name.isidentifier() and 'loss' not in name
+        if not is_name or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f'`{argument}` has an entry {name!r}. Names are identifiers without '
+                '"loss" in them, and no methods of a dict: they become the keys '
+                'loss_<name> (added to the total) and <name>_inter, <name>_intra (only '
+                'logged).'
+            )

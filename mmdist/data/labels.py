@@ -1,0 +1,265 @@
+"""Labels against classes: what the data set names, the head has, the labels hold.
+
+Where these differ, a loss stops with an IndexError, a GPU with an assertion, or the
+training runs and learns something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from mmengine.config import Config
+from mmengine.fileio import get_text
+from mmengine.logging import MessageHub
+from mmengine.registry import DATASETS, DefaultScope
+from mmengine.structures import BaseDataElement
+from torch import nn
+
+from mmdist.lookup import is_a
+from mmdist.teachers.classes import class_names_of_config
+
+# Heads whose columns are the classes of the data set.
+HEADS = (
+    *('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head', 'panoptic_head'),
+    'roi_head.bbox_head',
+)
+OTHER_HEADS = 'STDCHead', 'VPDDepthHead'  # of edges, of depth
+
+
+@contextmanager
+def checked_labels(
+    student: nn.Module,
+    data_samples: Sequence[BaseDataElement],
+    classes: Sequence[str] | None,
+) -> Iterator[None]:
+    """Check the labels of the first batch, and those of a batch whose loss fails.
+
+    Args:
+        student: The student.
+        data_samples: The data samples of the batch.
+        classes: Class names of its data set; None if unknown.
+
+    Raises:
+        ValueError: The labels, or the class lists of the run, do not fit.
+    """
+    if not getattr(student, '_labels_are_checked', False):
+        if classes is not None:
+            check_class_lists(_config_of_run())
+        check_labels(student, data_samples, classes)
+        student._labels_are_checked = True
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        try:
+            check_labels(student, data_samples, classes)
+        except ValueError as found:
+            raise found from error
+        raise
+
+
+def _config_of_run() -> Config:
+    """The config that the Runner trains; an empty one if it cannot be read again."""
+    text = MessageHub.get_current_instance().get_info('cfg')
+    try:
+        return Config.fromstring(text or '', '.py')
+    except Exception:  # it is Python, and may hold what its dump does not
+        return Config()
+
+
+def check_labels(
+    student: nn.Module,
+    data_samples: Sequence[BaseDataElement],
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Check that the head has a column for each class and each label of a batch.
+
+    Args:
+        student: A detector or a segmentor.
+        data_samples: The data samples of a batch; those without labels pass.
+        classes: Class names of the data set; None if unknown.
+
+    Raises:
+        ValueError: It says how many classes the data set names, the head has and the
+            labels hold, and what to do.
+    """
+    heads = _heads(student)
+    if not heads:
+        return
+    head = next(iter(heads.values()))
+    size, void = head.num_classes, getattr(head, 'ignore_index', None)
+    held: dict[int, str] = {}  # a file for each label
+    for sample in data_samples:
+        if sample.metainfo.get('unlabelled'):
+            continue
+        if 'gt_sem_seg' in sample and hasattr(student, 'decode_head'):
+            labels = sample.gt_sem_seg.data
+            file = sample.metainfo.get('seg_map_path') or 'a label map'
+            if labels.ndim != 3 or len(labels) != 1:
+                raise ValueError(
+                    f'{file} has several channels: the labels have the shape '
+                    f'{tuple(labels.shape)} instead of (1, height, width). A label map '
+                    'has one channel, whose values are the indices of the classes; '
+                    'convert colours to indices.'
+                )
+        elif 'labels' in sample.get('gt_instances', ()):
+            labels = sample.gt_instances.labels
+            file = sample.metainfo.get('img_path') or 'an image'
+        else:
+            continue
+        held |= dict.fromkeys(labels.unique().tolist(), file)
+    held.pop(void, None)
+    check_heads(student, classes, labels=sorted(held))
+    wrong = sorted(label for label in held if not 0 <= label < size)
+    if wrong:
+        named = 'no classes' if classes is None else f'{len(classes)} classes'
+        raise ValueError(
+            f'The labels hold {_some(wrong)} ({held[wrong[0]]}), but the student has '
+            f'{size} classes and the data set names {named}: labels are 0 to '
+            f'{size - 1}' + (f', or {void} for void' if void is not None else '') + '. '
+            'Convert the label maps to indices of the classes (of Cityscapes take the '
+            '*_labelTrainIds.png, not the *_labelIds.png), or change `num_classes` and '
+            "the data set's `metainfo`."
+            + ' If 0 is not a class, set `reduce_zero_label=True`.'
+            * (wrong == [size])
+        )
+
+
+def check_heads(
+    model: nn.Module,
+    classes: Sequence[str] | None,
+    whose: str = 'student',
+    labels: Sequence[int] = (),
+) -> None:
+    """Check that the heads have as many classes as the data set names.
+
+    Args:
+        model: A detector or a segmentor.
+        classes: The names; None if unknown.
+        whose: Whose model it is, for the message.
+        labels: Those of a batch, for the message.
+
+    Raises:
+        ValueError: A head has another number.
+    """
+    for name, head in _heads(model).items() if classes is not None else ():
+        if head.num_classes != len(classes):
+            held = f', and a batch holds the labels {_some(labels)}' if labels else ''
+            raise ValueError(
+                f"The {whose}'s data set names {len(classes)} classes "
+                f'({_some(classes)}), but its `{name}` has num_classes='
+                f'{head.num_classes}{held}. Set `num_classes={len(classes)}` in every '
+                'head, or name the classes of the head in the data set, '
+                '`metainfo=dict(classes=(...))`.'
+            )
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The heads with a column for each class, by their paths."""
+    # things in one head, stuff in another; classes that are words in a prompt
+    if hasattr(model, 'semantic_head') or hasattr(model, 'language_model'):
+        return {}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if re.sub(r'\.\d+$', '', name) in HEADS
+        and isinstance(getattr(module, 'num_classes', None), int)
+        and not is_a(module, *OTHER_HEADS)
+    }
+
+
+def _some(values: Sequence) -> str:
+    values = list(values)
+    return ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
+
+
+def check_class_lists(cfg: Config) -> None:
+    """Check the class names of a config's data sets before they are built.
+
+    Args:
+        cfg: A whole config.
+
+    Raises:
+        ValueError: A COCO file lacks a class that its data set names, or has the
+            classes in another order; or validation has another order than training.
+    """
+    scope = cfg.get('default_scope')
+    lists = {}
+    for loader in ('train_dataloader', 'val_dataloader'):
+        dataset = (cfg.get(loader) or {}).get('dataset')
+        for inner in _inner_datasets(dataset):
+            _check_coco_file(loader, inner, scope)
+        alone = dict(default_scope=scope, train_dataloader=dict(dataset=dataset))
+        lists[loader] = class_names_of_config(Config(alone)) or ()
+    train, val = lists.values()
+    if train != val and sorted(train) == sorted(val):
+        raise ValueError(
+            '`val_dataloader` names the classes of `train_dataloader` in another order '
+            f'({_some(val)} instead of {_some(train)}). Predictions are numbered as in '
+            'training, so they would be scored as other classes: give both data sets '
+            'the same `metainfo=dict(classes=(...))`.'
+        )
+
+
+def _inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
+    """A data set without its wrappers; of a concatenation each part."""
+    if not isinstance(dataset, Mapping):
+        return
+    parts = [dataset.get('dataset'), *(dataset.get('datasets') or ())]
+    if not any(parts):
+        yield dataset
+    for part in parts:
+        yield from _inner_datasets(part)
+
+
+def _check_coco_file(loader: str, dataset: Mapping, scope: str | None) -> None:
+    """Compare the names of a data set with those of its file, whose order counts."""
+    kind = dataset.get('type')
+    with (
+        DefaultScope.overwrite_default_scope(dataset.get('_scope_', scope)),
+        DATASETS.switch_scope_and_registry(None) as registry,
+    ):
+        cls = registry.get(kind) if isinstance(kind, str) else kind
+    if not hasattr(cls, 'COCOAPI'):
+        return
+    from mmdet.datasets import CocoDataset
+
+    classes = (dataset.get('metainfo') or {}).get('classes', cls.METAINFO['classes'])
+    if cls.load_data_list is not CocoDataset.load_data_list or isinstance(classes, str):
+        return
+    file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file', ''))
+    try:
+        text = get_text(file, backend_args=dataset.get('backend_args'))
+        start = text.index('[', text.index('"categories"'))
+        found = json.JSONDecoder().raw_decode(text, start)[0]
+        found = [category['name'] for category in found]
+    except (OSError, LookupError, TypeError, ValueError):
+        return  # the data set says what is wrong with its file
+    named = f"{loader}'s data set names {_some(classes)}, but {file} has {_some(found)}"
+    if lacking := [name for name in classes if name not in found]:
+        raise ValueError(
+            f'{named}: it has no class {_some(lacking)}. Its objects would be left out '
+            'and the others numbered wrongly. Correct `metainfo=dict(classes=(...))`.'
+        )
+    if list(classes) != [name for name in found if name in classes]:
+        raise ValueError(
+            f'{named}, in another order. mmdet numbers classes in the order of the '
+            'file, so they would get the names of others: give the order of the file '
+            'in `metainfo=dict(classes=(...))`.'
+        )
+
+
+def explain(error: Exception) -> str:
+    """The message of what stopped a Runner, and in words if a data set is empty."""
+    is_in_words = isinstance(error, (ValueError, RuntimeError, OSError))
+    text = str(error) if is_in_words and str(error) else repr(error)
+    if 'need at least one array to concatenate' in text:
+        return (
+            'A data set has no image with labels: its `ann_file`, `data_prefix` or '
+            '`metainfo=dict(classes=(...))` does not fit the files, or its '
+            '`filter_cfg` leaves out every image.'
+        )
+    return text

@@ -1,0 +1,324 @@
+"""Images without labels: the student's own losses do not see them.
+
+A sample with ``metainfo['unlabelled'] = True`` counts in every comparison and in none
+of the student's own losses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mmdist.comparisons.base import Pair
+from mmdist.families import DENSE, SEG, family_of
+from mmdist.lookup import is_a
+from mmdist.record import Recorder, swapped
+
+
+class Part(NamedTuple):
+    """Images of a batch that go through the student's heads together."""
+
+    inputs: Tensor  # (N, C, H, W)
+    data_samples: list[BaseDataElement]
+    labelled: tuple[bool, ...]  # for each image
+    is_unlabelled: bool = False  # all of it, beside a part with labels
+    recorder: Recorder | None = None  # of these images, with what ran before
+    features: Any = None  # of these images, if the whole batch has been extracted
+
+    @contextmanager
+    def recording(self, student: nn.Module) -> Iterator[None]:
+        """The student computes its own losses within, and is recorded."""
+        with self.recorder or ExitStack(), labelled_losses_only(student, self):
+            yield
+
+
+def by_parts(
+    student: nn.Module,
+    modules: Sequence[nn.Module],
+    inputs: Tensor,
+    data_samples: Sequence[BaseDataElement],
+    learn: Callable[[Part], tuple[dict, dict[str, list[Pair]]]],
+    paused: bool = False,
+) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
+    """Learn from a batch, at once but for one that :func:`split` splits.
+
+    Args:
+        student: The student.
+        modules: Modules of the student to record.
+        inputs: The batch, (N, C, H, W).
+        data_samples: The N data samples.
+        learn: Gives, for a part, the student's own losses and the pairs of each
+            comparison.
+        paused: Nothing is distilled, so unlabelled images beside others are left out.
+
+    Returns:
+        Both for the whole batch.
+    """
+    losses, pairs = {}, []
+    for part in split(student, modules, inputs, data_samples):
+        if paused and part.is_unlabelled:
+            continue
+        own, compared = learn(part)
+        losses |= drop_unlabelled_losses(own, part)
+        pairs.append(compared)
+    return losses, {
+        key: joined([of_part[key] for of_part in pairs]) for key in pairs[0]
+    }
+
+
+def split(
+    student: nn.Module,
+    modules: Sequence[nn.Module],
+    inputs: Tensor,
+    data_samples: Sequence[BaseDataElement],
+) -> list[Part]:
+    """Split a batch with unlabelled images as the student can take it.
+
+    The arguments are those of :func:`by_parts`.
+
+    Returns:
+        The batch itself if all images are labelled. Else unlabelled images have samples
+        of their own, without labels. It is one part if the student's losses can be told
+        which images count (:func:`labelled_losses_only`), or if no image is labelled;
+        else two, the labelled images first, with the features of one pass of the whole
+        batch.
+    """
+    labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
+    recorder = Recorder(modules)
+    if all(labelled):
+        return [Part(inputs, list(data_samples), labelled, recorder=recorder)]
+    like = data_samples[labelled.index(True) if any(labelled) else 0]
+    void = _void_label(student)
+    samples = [
+        sample if mark else without_labels(sample, like, inputs, void)
+        for sample, mark in zip(data_samples, labelled, strict=True)
+    ]
+    if not any(labelled) or _heads(student):
+        return [Part(inputs, samples, labelled, recorder=recorder)]
+    with recorder:
+        features = student.extract_feat(inputs)
+    maps = [x for x in tree_leaves(features) if isinstance(x, Tensor)]
+    if any(len(x) != len(inputs) for x in maps):  # TridentNet: one for each branch
+        features = None
+        recorder.forget()
+    parts = []
+    for mark in (True, False):
+        index = [i for i, own in enumerate(labelled) if own is mark]
+
+        def choose(x: Any, index: list[int] = index) -> Any:
+            per_image = isinstance(x, Tensor) and x.ndim and len(x) == len(labelled)
+            return x[index] if per_image else x
+
+        part = Part(
+            inputs[index],
+            [samples[i] for i in index],
+            (mark,) * len(index),
+            not mark,
+            recorder.changed(lambda x, choose=choose: tree_map(choose, x)),
+            tree_map(choose, features),
+        )
+        parts.append(part)
+    return parts
+
+
+@contextmanager
+def labelled_losses_only(student: nn.Module, part: Part) -> Iterator[None]:
+    """Let the student's own losses see the labelled images of a part alone.
+
+    In a part with both, its heads run on all images, so that batch norm sees one batch,
+    and their ``loss_by_feat`` gets what belongs to the labelled ones. A part of a batch
+    that is split takes its features from the pass of the whole batch.
+    """
+    with ExitStack() as stack:
+        swaps = []
+        if part.features is not None:
+            swaps.append((student, 'extract_feat', lambda *_, **__: part.features))
+        if part.is_unlabelled:
+            # Another process may have no such part, so this one must not wait for it:
+            # in losses that are dropped, or in batch norm.
+            swaps.append((torch.distributed, 'is_initialized', lambda: False))
+            norms = [m for m in student.modules() if is_a(m, 'SyncBatchNorm')]
+            swaps += [(m, 'group_size', 1) for m in norms]  # mmcv's does not ask
+        if len(set(part.labelled)) > 1:
+            index = [i for i, mark in enumerate(part.labelled) if mark]
+            for head in _heads(student):
+                loss = _loss_of_images(head.loss_by_feat, index, len(part.labelled))
+                swaps.append((head, 'loss_by_feat', loss))
+        for swap in swaps:
+            stack.enter_context(swapped(*swap))
+        yield
+
+
+def _heads(student: nn.Module) -> list[nn.Module]:
+    """Heads whose forward is one step and whose ``loss_by_feat`` the next.
+
+    Those of all segmentors and of most one-stage detectors. A two-stage detector or a
+    DETR reads labels before, to sample proposals or to denoise.
+    """
+    family = family_of(student)
+    heads = []
+    if family == SEG and hasattr(student, 'decode_head'):
+        heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
+    elif family == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
+        others = (getattr(student, name, None) for name in ('mask_head', 'segm_head'))
+        # of a class with a `loss` of its own nothing is known
+        own = type(student.bbox_head).loss.__qualname__ != 'BaseDenseHead.loss'
+        if not own and all(other is None for other in others):
+            heads = [student.bbox_head]
+    parts = (h if isinstance(h, nn.ModuleList) else [h] for h in heads if h is not None)
+    return list(itertools.chain(*parts))
+
+
+def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
+    """A head's loss, given what belongs to some of the images.
+
+    Raises:
+        RuntimeError: It is given a tensor without a row per image.
+    """
+    signature = inspect.signature(loss_by_feat)
+
+    def choose(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            if not x.ndim or len(x) != number:
+                raise RuntimeError(
+                    f'{loss_by_feat.__qualname__} is given a tensor of shape '
+                    f'{tuple(x.shape)} for {number} images, so mmdist does not know '
+                    'what of it belongs to the labelled images. Train this student '
+                    'with labels.'
+                )
+            return x[index]
+        if not isinstance(x, (list, tuple)):
+            return x
+        per_image = len(x) == number and not any(
+            isinstance(item, (Tensor, list, tuple)) for item in x
+        )
+        return type(x)([x[i] for i in index] if per_image else map(choose, x))
+
+    def loss(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        for name, value in given.arguments.items():
+            # MaskFormer: (decoder layers, N, ...)
+            is_stack = name.startswith('all_') and isinstance(value, Tensor)
+            given.arguments[name] = value[:, index] if is_stack else choose(value)
+        return loss_by_feat(*given.args, **given.kwargs)
+
+    return loss
+
+
+def without_labels(
+    sample: BaseDataElement,
+    like: BaseDataElement,
+    inputs: Tensor,
+    ignore_index: int = 255,
+) -> BaseDataElement:
+    """A sample of the same image without labels: no boxes, and void pixels.
+
+    Args:
+        sample: A data sample of mmdet or mmseg, with labels, with garbage or without.
+        like: A sample of the batch, labelled if one is, with all that the student
+            expects.
+        inputs: The batch, (N, C, H, W).
+        ignore_index: The label of void pixels.
+    """
+    blank = type(sample)(metainfo=sample.metainfo)
+    if 'proposals' in sample:  # of a detector without RPN
+        blank.proposals = sample.proposals
+    size, device = tuple(inputs.shape[-2:]), inputs.device
+    if is_a(sample, 'DetDataSample'):
+        blank.gt_instances = (
+            no_instances(size, device)
+            if like.metainfo.get('unlabelled')
+            else like.gt_instances[:0]  # with all that the student expects
+        )
+        blank.ignored_instances = no_instances(size, device)
+        maps = dict(gt_sem_seg='sem_seg')
+    else:
+        blank.gt_sem_seg = PixelData(data=_void(size, ignore_index, device))
+        maps = dict(gt_sem_seg='data', gt_edge_map='data')
+    for name, field in maps.items():
+        if name in like:
+            shape = like.get(name).get(field).shape[-2:]
+            # an edge map has no void, and its loss is dropped
+            value = 0 if name == 'gt_edge_map' else ignore_index
+            blank.set_field(PixelData(**{field: _void(shape, value, device)}), name)
+    return blank
+
+
+def no_instances(
+    size: tuple[int, int],
+    device: torch.device | str = 'cpu',
+    masks: bool = True,
+) -> InstanceData:
+    """Instances of an image of a size, (height, width), that has none."""
+    from mmdet.structures.mask import BitmapMasks
+
+    instances = InstanceData(
+        bboxes=torch.zeros((0, 4), device=device),
+        labels=torch.zeros(0, dtype=torch.long, device=device),
+    )
+    if masks:
+        instances.masks = BitmapMasks([], *size)
+    return instances
+
+
+def _void(size: Sequence[int], value: int, device: torch.device) -> Tensor:
+    return torch.full((1, *size), value, dtype=torch.long, device=device)
+
+
+def _void_label(student: nn.Module) -> int:
+    """The label of pixels that a segmentor's own loss ignores; 255 for a detector."""
+    head = getattr(student, 'decode_head', None)
+    if isinstance(head, nn.ModuleList):
+        head = head[-1]
+    index = getattr(head, 'ignore_index', 255)
+    return 0 if index is None else index  # it ignores nothing, and is dropped anyway
+
+
+def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
+    """The student's own losses of a part, as they count.
+
+    Those of a part with labels do, and nothing of an unlabelled one beside it. For a
+    batch without any labels they are zeros that keep all parameters in the graph, since
+    DDP waits for those that take no part.
+    """
+    if any(part.labelled):
+        return own
+    if part.is_unlabelled:
+        return {}
+    return {
+        key: tree_map(lambda loss: 0 * loss.nan_to_num(), value)
+        for key, value in own.items()
+        if 'loss' in key
+    }
+
+
+def joined(parts: Sequence[Sequence[Pair]]) -> Sequence[Pair]:
+    """The pairs of all parts of a batch, with their rows in one."""
+    if len(parts) == 1:
+        return parts[0]
+    return [_join(pairs) for pairs in zip(*parts, strict=True)]
+
+
+def _join(pairs: Sequence[Pair]) -> Pair:
+    rows: dict[str, Tensor | None] = dict(mask=None, row_weight=None)
+    for name in ('student', 'teacher', 'row_weight'):
+        if getattr(pairs[0], name) is not None:
+            rows[name] = torch.cat([getattr(pair, name) for pair in pairs])
+    if any(pair.mask is not None for pair in pairs):
+        rows['mask'] = torch.cat([_mask(pair) for pair in pairs])
+    return dataclasses.replace(pairs[0], **rows)
+
+
+def _mask(pair: Pair) -> Tensor:
+    if pair.mask is not None:
+        return pair.mask
+    return torch.ones_like(pair.student[:, 0], dtype=torch.bool)

@@ -1,0 +1,145 @@
+"""What the Runner says of a training, and what is watched while it goes on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_distributed
+from mmengine.logging import MessageHub, print_log
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from .comparisons.base import Pair
+
+NEVER = torch.iinfo(torch.long).max
+
+
+def told(key: str, default: Any = None) -> Any:
+    """What the Runner has told mmengine's message hub."""
+    return MessageHub.get_current_instance().get_info(key, default)
+
+
+def refuse_untried_strategies() -> None:
+    """Stop where FlexibleRunner hands the model to an engine of another library.
+
+    These engines leave no mark on the model that they wrap; the text of the Runner's
+    config, which is known once training has begun, names them.
+
+    Raises:
+        NotImplementedError: The config names such a strategy.
+    """
+    found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', told('cfg') or '')
+    if found:
+        raise NotImplementedError(
+            f'mmdist does not distil under `{found[0]}`: nobody has tried whether the '
+            'teacher survives its engine. Use `FSDPStrategy`, `DDPStrategy` or '
+            '`SingleDeviceStrategy`, or omit `runner_type` and `strategy`.'
+        )
+
+
+class Watch:
+    """Stops a training that is lost, and warns of a comparison that teaches nothing.
+
+    Both are noted on the device and read every 50 steps, since whoever reads waits for
+    it. On a CPU there is nothing to wait for, so losses are read in each step.
+    """
+
+    every = 50
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._terms: list[str] = []
+        self._lost_at: Tensor | None = None  # for each term, counted from 1; or NEVER
+        self._compared = 0
+        self._counts: dict[str, Tensor | bool] = {}  # whether a row did, lately
+        self._warned: set[str] = set()
+
+    def losses(self, losses: Mapping[str, Any]) -> None:
+        """See the losses of a step; raise RuntimeError if some have become non-finite.
+
+        One that is finite again, as mixed precision may have it, does not count.
+        """
+        if not torch.is_grad_enabled():
+            return  # losses of a validation
+        self._steps += 1
+        iteration = told('iter', self._steps - 1) + 1
+        terms, finite = [], []
+        for name, value in losses.items():
+            leaves = tree_leaves(value) if 'loss' in name else []
+            terms += [name] * len(leaves)
+            finite += [leaf.detach().isfinite().all() for leaf in leaves]
+        if not terms:
+            return
+        if terms != self._terms:
+            self._terms, self._lost_at = terms, None
+        finite = torch.stack(finite)
+        lost_at = torch.full_like(finite, NEVER, dtype=torch.long)
+        if self._lost_at is None:
+            self._lost_at = lost_at
+        self._lost_at = torch.where(finite, lost_at, self._lost_at.clamp(max=iteration))
+        is_free = finite.device.type == 'cpu' and not is_distributed()
+        is_last = iteration == told('max_iters')
+        if is_free or is_last or self._steps % self.every == 0:
+            self._stop_if_lost(self._lost_at.tolist())
+
+    def _stop_if_lost(self, lost_at: list[int]) -> None:
+        first = min(lost_at)
+        if first == NEVER:
+            return
+        terms = {t for t, i in zip(self._terms, lost_at, strict=True) if i == first}
+        good = last_checkpoint_before(first)
+        raise RuntimeError(
+            f'The training was stopped, since {" and ".join(sorted(terms))} became NaN '
+            f'or infinite in iteration {first}. '
+            + (f'The last checkpoint before it is {good}.' if good else '')
+            + ' Try a smaller learning rate, a longer warm-up or '
+            '`optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If the student trains '
+            'well alone, let distillation begin slowly, by '
+            '`mmdist.DistillScheduleHook`.'
+        )
+
+    def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
+        """See what is compared in a step; warn once for each where no row counts."""
+        self._compared += 1
+        for key, terms in pairs.items():
+            for pair in terms:
+                count = pair.student.numel() > 0
+                for rows in (pair.mask, pair.row_weight):
+                    if count is not False and rows is not None:
+                        count = count & (rows > 0).any()
+                self._counts[key] = count | self._counts.get(key, False)
+        if self._compared % self.every:
+            return
+        for key in pairs.keys() - self._warned:
+            if not self._counts.get(key):
+                self._warned.add(key)
+                print_log(
+                    f'mmdist: no row of `distill.{key}` has counted for {self.every} '
+                    'iterations, so nothing is learned by it. Either the labels leave '
+                    'nothing but void and padding, or the teacher gives the common '
+                    'classes too little probability everywhere: see `class_map`, '
+                    '`class_match`, and `min_score` where the comparison has it.',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+        self._counts.clear()
+
+
+def last_checkpoint_before(iteration: int) -> str | None:
+    """The run's last checkpoint before an iteration, whose weights were used since."""
+    if told('last_ckpt') is None:
+        return None
+    per_epoch = told('max_iters', 0) // (told('max_epochs') or 1)
+    found = {}
+    for path in Path(told('last_ckpt')).parent.glob('*_*.pth'):
+        unit, _, number = path.stem.partition('_')
+        if unit in ('iter', 'epoch') and number.isdecimal():
+            steps = int(number) * (per_epoch if unit == 'epoch' else 1)
+            if steps < iteration - 1:  # iteration `steps + 1` used it, and went well
+                found[steps] = str(path)
+    return found[max(found)] if found else None

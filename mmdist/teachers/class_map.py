@@ -1,0 +1,140 @@
+"""What users say of class names, checked, and what they can do where none match."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+READY_MAPS = Path(__file__).parents[1] / '.mim/configs/_base_/class_maps'
+
+
+def as_list(classes: Sequence[str]) -> list[str]:
+    """The names as a list; the name of a single class may stand alone."""
+    return [classes] if isinstance(classes, str) else list(classes)
+
+
+def first_few(names: Sequence[str], most: int | None = 8) -> str:
+    """The first names in words, and how many more there are."""
+    more = 0 if most is None else len(names) - most
+    return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
+
+
+def check_class_map(class_map: Any) -> dict[str, list[str]]:
+    """A ``class_map`` with a list for each of the student's names.
+
+    Raises:
+        ValueError: It does not map names to names, or a list has one of them twice.
+    """
+    class_map = {} if class_map is None else class_map
+    is_right = isinstance(class_map, Mapping)
+    for own, theirs in class_map.items() if is_right else ():
+        names = as_list(theirs) if isinstance(theirs, (str, list, tuple)) else [None]
+        is_right &= all(isinstance(name, str) for name in (own, *names))
+        is_right = is_right and len(set(names)) == len(names)
+    if not is_right:
+        raise ValueError(
+            "`teacher.class_map` is a dict from the student's names to one name of the "
+            f"teacher's, or a list of them, each once, got {class_map!r:.200}."
+        )
+    return {own: as_list(theirs) for own, theirs in class_map.items()}
+
+
+def check_names(
+    student: list[str], teacher: list[str], class_map: Mapping[str, list[str]]
+) -> None:
+    """Raise ValueError where a name is not there, or stands for two columns."""
+    for whose, names in (('student', student), ('teacher', teacher)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                'The classes are matched by their names, but of those of the '
+                f'{whose} several have the same: {twice}.'
+            )
+    mapped = set(itertools.chain(*class_map.values()))
+    lacking = {
+        'the student': sorted(set(class_map) - set(student)),
+        'the teacher': sorted(mapped - set(teacher)),
+    }
+    lacks = [f'{who} has no class {names}' for who, names in lacking.items() if names]
+    if lacks:
+        raise ValueError(
+            '`teacher.class_map` maps class names of the student to class names of the '
+            f'teacher, but {" and ".join(lacks)}.\n{_both(student, teacher)}'
+        )
+    for name in mapped:
+        same = [own for own in student if name in class_map.get(own, [own])]
+        if len(same) > 1:
+            raise ValueError(
+                f"`teacher.class_map` compares the student's {same} with one class of "
+                f'the teacher, {name!r}. Two columns of the same scores would distort '
+                "every softmax: map one of the student's classes to it."
+            )
+
+
+def unknown_names(student: Any, teacher: Any) -> str:
+    """Why a class map cannot be used where one side is None."""
+    whose = 'the teacher' if student is not None else 'the student'
+    return (
+        '`teacher.class_map` translates class names, but the class names of '
+        f'{"both" if student is teacher is None else whose} are unknown. Those of the '
+        'student are the `metainfo` of the dataset that the Runner trains on, those of '
+        'the teacher are in its checkpoint, or else in the whole config, as '
+        '`metainfo=dict(classes=(...))` of the dataset in its `train_dataloader`.'
+    )
+
+
+def no_match(
+    student: list[str],
+    teacher: list[str],
+    only_student: list[str],
+    only_teacher: list[str],
+    has_map: bool,
+) -> str:
+    """What differs, and each way to go on that there is."""
+    close = dict(_close_names(only_student, only_teacher))
+    ready = None if has_map else _ready_map(student, teacher)
+    text = (
+        f'The classes of student and teacher cannot be matched by name.\n'
+        f'{_both(student, teacher)}\n{_both(only_student, only_teacher, "Only the ")}\n'
+        "Say which are the same under other names: `teacher.class_map=dict(<student's>="
+        f"<teacher's>, ...)`{f'; close names are {close}' if close else ''}."
+    )
+    if ready:
+        text += (
+            f" mmdist has such a map for these two: `_base_` takes '{ready}', and "
+            "`teacher` takes `class_map=_base_.class_map, class_match='shared'`."
+        )
+    if len(only_student) < len(student):
+        text += " To compare only what both know, `teacher.class_match='shared'`."
+    return text
+
+
+def _both(student: list[str], teacher: list[str], only: str = '') -> str:
+    sides = {f'{only}student': student, f'{only}teacher': teacher}
+    return '\n'.join(
+        f'{s} ({len(names)}): {first_few(names)}' for s, names in sides.items()
+    )
+
+
+def _close_names(student: list[str], teacher: list[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of names that may mean the same."""
+    bare = {name.strip().casefold().replace('_', ' '): name for name in teacher}
+    for name in student:
+        key = name.strip().casefold().replace('_', ' ')
+        for found in difflib.get_close_matches(key, bare, n=1, cutoff=0.7):
+            yield name, bare[found]
+
+
+def _ready_map(student: list[str], teacher: list[str]) -> str | None:
+    """The class map that mmdist has for these two data sets."""
+    for path in sorted(READY_MAPS.glob('*.py')):
+        names = Config.fromfile(path).class_map
+        mapped = itertools.chain(*map(as_list, names.values()))
+        if set(names) <= set(student) and set(mapped) <= set(teacher):
+            return f'mmdist::_base_/class_maps/{path.name}'
+    return None

@@ -1,0 +1,171 @@
+"""Labels, heads and class lists that do not fit: a sentence before the first step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from builders import dataset_batch, distilled_text
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
+from mmengine.runner import Runner
+
+from mmdist import MODELS
+from mmdist.data.labels import check_class_lists, check_heads, check_labels, explain
+from mmdist.teachers.teacher import build_model, load_config
+
+
+def write_pair(folder: Path, text: str, **changes: str) -> Config:
+    """A pair of a right teacher and a student whose config is changed."""
+    (folder / 'teacher.py').write_text(text)
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / 'student.py').write_text(text)
+    pair = distilled_text(config=str(folder / 'teacher.py'), allow_random=True)
+    (folder / 'pair.py').write_text(pair)
+    return Config.fromfile(folder / 'pair.py')
+
+
+def train(cfg: Config, folder: Path) -> None:
+    """As the libraries' own tools/train.py does."""
+    cfg.work_dir = str(folder / 'work')
+    Runner.from_cfg(cfg).train()
+
+
+@pytest.fixture
+def own_labels(tmp_path, seg_root, seg_config):
+    """Config of the data with other label maps."""
+
+    def config(change) -> str:
+        root = shutil.copytree(seg_root, tmp_path / 'own')
+        for file in (root / 'labels').iterdir():
+            cv2.imwrite(str(file), change(cv2.imread(str(file), 0)))
+        return seg_config.replace(str(seg_root), str(root))
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ('change', 'says'),
+    [
+        (
+            lambda x: np.where(x == 2, 33, x),
+            r'hold 33 \(.*own/labels/\d\.png\), but the student has 3 classes and the '
+            'data set names 3 classes: labels are 0 to 2, or 255 for void.*labelTrain',
+        ),
+        (lambda x: np.where(x == 2, 3, x), 'hold 3 .* set `reduce_zero_label=True`'),
+        (
+            lambda x: np.stack([x] * 3, 2),
+            r'\d\.png has several channels: .* \(96, 128, 3\)',
+        ),
+    ],
+)
+def test_label_maps(own_labels, tmp_path, change, says):
+    cfg = write_pair(tmp_path, own_labels(change))
+    with pytest.raises(ValueError, match=says):
+        train(cfg, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('library', 'old', 'new', 'says'),
+    [
+        (
+            *('seg', 'num_classes=3', 'num_classes=2'),
+            r"student's data set names 3 classes \(sky, road, tree\), but its "
+            r'`decode_head` has num_classes=2, and a batch holds the labels 0, 1, 2\. '
+            r'Set `num_classes=3` in every head, or',
+        ),
+        ('seg', "('sky', 'road', 'tree')", "('sky',)", r'1 classes \(sky\),.*=3'),
+        ('det', 'num_classes=3', 'num_classes=80', 'names 3 .*`bbox_head` .*=80'),
+        ('det', "'car'", "'caar'", "train_dataloader's .* no class caar.*Correct"),
+        ('det', "('person', 'car'", "('car', 'person'", 'in another order. mmdet'),
+    ],
+)
+def test_numbers_and_names(request, tmp_path, library, old, new, says):
+    text = request.getfixturevalue(f'{library}_config')
+    cfg = write_pair(tmp_path, text, **{old: new})
+    with pytest.raises(ValueError, match=says):
+        train(cfg, tmp_path)
+
+
+def test_validation_in_another_order(tmp_path, seg_config):
+    shuffled = "val_dataloader['dataset']['metainfo'] = dict(classes={})"
+    text = f'{seg_config}\n{shuffled.format(("tree", "sky", "road"))}'
+    cfg = write_pair(tmp_path, text)
+    says = r'`val_dataloader` .* order \(tree, sky, road instead of sky, road, tree\)'
+    with pytest.raises(ValueError, match=says):
+        train(cfg, tmp_path)
+
+
+def test_a_data_set_without_a_known_class(det_config):
+    cfg = Config.fromstring(
+        det_config.replace("'person', 'car', 'dog'", "'a', 'b'"), '.py'
+    )
+    with pytest.raises(ValueError, match='has person, car, dog: it has no class a, b'):
+        check_class_lists(cfg)
+    with (
+        DefaultScope.overwrite_default_scope('mmdet'),
+        pytest.raises(ValueError, match='concatenate') as error,
+    ):
+        filter_cfg = dict(filter_empty_gt=True)
+        DATASETS.build(dict(cfg.train_dataloader.dataset, filter_cfg=filter_cfg))
+    assert 'no image with labels' in explain(error.value)
+
+
+def test_a_later_batch_whose_loss_fails(tmp_path, seg_config):
+    cfg = write_pair(tmp_path, seg_config)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    for label in (2, 3):
+        data = model.data_preprocessor(dataset_batch(cfg), training=True)
+        data['data_samples'][1].gt_sem_seg.data[:, 20:60] = label
+        if label == 2:
+            model.loss(**data)
+    with pytest.raises(ValueError, match='The labels hold 3 ') as raised:
+        model.loss(**data)
+    assert isinstance(raised.value.__cause__, IndexError)
+
+
+def test_what_is_right_passes(seg_config, det_config):
+    for text in (seg_config, det_config):
+        cfg = Config.fromstring(text, '.py')
+        check_class_lists(cfg)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            model = MODELS.build(cfg.model)
+            samples = dataset_batch(cfg)['data_samples']
+        names = cfg.train_dataloader.dataset.metainfo.classes
+        check_labels(model, samples, names)
+        samples[0].set_metainfo(dict(unlabelled=True))  # whatever its labels are
+        delattr(
+            samples[0], 'gt_sem_seg' if 'gt_sem_seg' in samples[0] else 'gt_instances'
+        )
+        check_labels(model, samples, None)
+
+
+@pytest.mark.parametrize(
+    ('path', 'classes'),
+    [
+        ('mmdet::panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py', 133),  # things, stuff
+        ('mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py', 133),
+        ('mmdet::solo/solo_r50_fpn_1x_coco.py', 80),
+        ('mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', 80),
+        (
+            'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py',
+            19,
+        ),  # edges of 2 classes
+        ('mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py', 19),
+    ],
+)
+def test_families_with_heads_of_other_numbers_pass(path, classes):
+    with torch.device('meta'):
+        model = build_model(load_config(path))
+    names = [str(i) for i in range(classes)]
+    check_heads(model, names)
+    if 'panoptic-fpn' not in path:
+        with pytest.raises(ValueError, match=f'{classes + 1} classes .*={classes}'):
+            check_heads(model, [*names, 'one more'])

@@ -1,0 +1,211 @@
+"""Loading and mixing images without labels; docs/unlabelled.md, run word by word."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from builders import distilled_text
+from docs_blocks import code
+from mmdet.structures import DetDataSample
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset, ConcatDataset
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+from mmengine.runner import Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+from mmseg.structures import SegDataSample
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from mmdist.data import ImageFolder, MarkUnlabelled, MixedSampler
+
+BLOCKS = dict(zip(('seg', 'det'), code('docs/unlabelled.md'), strict=True))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Five images in two folders, and a file that is none."""
+    rng = np.random.default_rng(0)
+    for name in ('a/0.png', 'a/1.jpg', 'b/2.png', 'b/3.JPG', '4.png'):
+        path = tmp_path / 'images' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+        path.write_bytes(cv2.imencode(path.suffix, image)[1].tobytes())
+    (tmp_path / 'images/readme.txt').write_text('')
+    return tmp_path / 'images'
+
+
+def test_all_images_of_a_folder_are_found(folder, tmp_path):
+    data = ImageFolder(str(folder), pipeline=[])
+    names = [Path(data.get_data_info(i)['img_path']).name for i in range(len(data))]
+    assert names == ['4.png', '0.png', '1.jpg', '2.png', '3.JPG']
+    info = data.get_data_info(0)
+    assert (info['height'], info['width']) == (96, 128)
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(FileNotFoundError, match='There is no image'):
+        ImageFolder(str(tmp_path / 'empty'), pipeline=[])
+
+
+@pytest.mark.parametrize('color_type', ['color', 'color_ignore_orientation'])
+def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
+    """A camera that was turned says so in EXIF data."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg', exif=exif)
+    load = dict(type='LoadImageFromFile', color_type=color_type)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        data = ImageFolder(str(tmp_path), pipeline=[load])
+    info = data.get_data_info(0)
+    assert (info['height'], info['width']) == data[0]['img'].shape[:2]
+
+
+def test_a_loop_of_links_is_read_once(folder):
+    (folder / 'a' / 'loop').symlink_to(folder)
+    (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())
+    assert len(ImageFolder(str(folder), pipeline=[])) == 5
+
+
+def test_mmseg_is_not_needed(monkeypatch):
+    datasets = importlib.import_module('mmdist.datasets')
+    for name in ('mmseg', 'mmseg.datasets'):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, 'mmdist.datasets.camvid', raising=False)
+    assert not importlib.reload(datasets).__all__
+    for registry, name in ((DATASETS, 'ImageFolder'), (TRANSFORMS, 'MarkUnlabelled')):
+        assert registry.get(f'mmdist.{name}') is not None
+
+
+def test_a_sample_is_marked_and_loses_its_labels():
+    inputs = torch.zeros(3, 6, 8)
+    for sample in (DetDataSample(), SegDataSample()):
+        results = MarkUnlabelled()(dict(inputs=inputs, data_samples=sample))
+        assert results['data_samples'].metainfo['unlabelled'] is True
+    assert (sample.gt_sem_seg.data == 255).all()
+    with pytest.raises(ValueError, match='after `PackDetInputs`'):
+        MarkUnlabelled()(dict(img=inputs))
+
+
+class Numbers(BaseDataset):
+    """Data without files."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        super().__init__()
+
+    def load_data_list(self) -> list[dict]:
+        return [dict(number=i) for i in range(self.size)]
+
+
+def batches(sizes, per_batch, epoch, rank=0, world_size=1, seed=0) -> list[list[int]]:
+    sampler = MixedSampler(
+        ConcatDataset([Numbers(size) for size in sizes]), per_batch, seed
+    )
+    sampler.rank, sampler.world_size = rank, world_size
+    sampler.batches = -(-sizes[0] // (per_batch[0] * world_size))
+    sampler.set_epoch(epoch)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    number = sum(per_batch)
+    return [indices[i : i + number] for i in range(0, len(indices), number)]
+
+
+def test_every_batch_has_its_share_of_each_data_set():
+    seen = [b for epoch in range(5) for b in batches((6, 10), (2, 1), epoch)]
+    assert len(seen) == 15
+    for batch in seen:
+        assert sum(i < 6 for i in batch) == 2 and len(batch) == 3
+    counts = Counter(i for batch in seen for i in batch)
+    # the first is shown once in each epoch, the second goes on where it was
+    assert all(counts[i] == 5 for i in range(6))
+    assert sorted(counts[i] for i in range(6, 16)) == [1] * 5 + [2] * 5
+    first, second = (batches((6, 10), (2, 1), epoch) for epoch in (0, 1))
+    assert first != second and first == batches((6, 10), (2, 1), 0)
+
+
+def test_processes_share_an_epoch():
+    ranks = [batches((12, 9), (2, 1), 0, rank, 2) for rank in range(2)]
+    assert [len(r) for r in ranks] == [3, 3]
+    indices = [i for rank in ranks for batch in rank for i in batch]
+    assert sorted(i for i in indices if i < 12) == list(range(12))
+    others = [i for i in indices if i >= 12]
+    assert len(others) == len(set(others)) == 6
+
+
+def test_training_by_iterations_goes_on_where_it_was():
+    """mmengine starts anew and skips what was trained, over the end of an epoch too."""
+
+    def indices(skip: int) -> list[list[int]]:
+        data = ConcatDataset([Numbers(6), Numbers(10)])
+        sampler = MixedSampler(data, (2, 1), seed=0)
+        loader = DataLoader(data, batch_size=3, sampler=sampler, collate_fn=list)
+        batches = _InfiniteDataloaderIterator(loader)
+        return [
+            [item['number'] + 6 * (place == 2) for place, item in enumerate(batch)]
+            for _, batch in zip(range(8), batches, strict=False)
+        ][skip:]
+
+    every = indices(0)
+    assert indices(4) == every[4:]
+    assert sorted(i for batch in every[:3] for i in batch[:2]) == list(range(6))
+    assert sorted(i for batch in every[3:6] for i in batch[:2]) == list(range(6))
+    assert len({batch[2] for batch in every}) == 8  # across epochs, none twice
+
+
+def test_wrong_numbers_are_an_error():
+    with pytest.raises(ValueError, match='It got 2 data sets'):
+        MixedSampler(ConcatDataset([Numbers(2), Numbers(2)]), [1])
+    with pytest.raises(ValueError, match='ConcatDataset'):
+        MixedSampler(Numbers(2), [1, 1])
+
+
+@pytest.mark.parametrize('family', ['seg', 'det'])
+def test_the_page_trains(family, request, folder, tmp_path):
+    """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
+    (tmp_path / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
+    size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
+    block = BLOCKS[family]
+    (tmp_path / 'base.py').write_text(
+        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
+    )
+    block = re.sub(r"_base_ = '.*'", "_base_ = './base.py'", block)
+    block = block.replace('data/unlabelled', str(folder)).replace(
+        size, 'scale=(128, 96)'
+    )
+    block = block.replace('_base_.crop_size', '(96, 128)')
+    (tmp_path / 'config.py').write_text(block)
+    config = Config.fromfile(tmp_path / 'config.py')
+    config.work_dir = str(tmp_path / 'work')
+    config.train_dataloader.num_workers = 0
+    if family == 'seg':
+        config.train_cfg.max_iters = 3
+        config.train_cfg.val_interval = 100
+    else:
+        config.train_cfg.max_epochs = 2
+        config.train_cfg.val_interval = 100
+    runner = Runner.from_cfg(config)
+    marks, losses = [], []
+    step = runner.model.loss
+
+    def keep(inputs, samples, **kwargs):
+        marks.append([bool(s.metainfo.get('unlabelled')) for s in samples])
+        losses.append(step(inputs, samples, **kwargs))
+        return losses[-1]
+
+    runner.model.loss = keep
+    runner.train()
+    assert len(marks) >= 2 and all(m == [False, False, True, True] for m in marks)
+    assert all(found['loss_dist'].item() > 0 for found in losses)
+
+
+def test_blocks_are_as_the_page_says():
+    for scope, block in zip(('mmseg', 'mmdet'), BLOCKS.values(), strict=True):
+        assert len(block.strip().splitlines()) <= 20
+        with DefaultScope.overwrite_default_scope(scope):
+            assert DATASETS.get('mmdist.ImageFolder') is ImageFolder

@@ -1,0 +1,60 @@
+"""A student of mmdet or mmseg that is distilled from a model of another library."""
+
+from __future__ import annotations
+
+import torch
+from det_zoo import batch, model_config
+from mmdet.utils import register_all_modules as register_mmdet
+from mmengine.registry import DefaultScope
+from mmseg.utils import register_all_modules as register_mmseg
+from segmentors import make_batch, zoo_model
+from torch import nn
+
+from mmdist import MODELS
+
+RETINANET = 'retinanet/retinanet_r18_fpn_1x_coco.py'
+PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
+
+
+def distil(
+    student: str, teacher: dict, distill: dict | None = None, **options
+) -> nn.Module:
+    """A pair in training.
+
+    Args:
+        student: A config of mmdet, ending in '.py', or one of mmseg's by its name.
+        teacher: Config of the model.
+        distill: What is compared; None takes the default.
+        options: Further arguments of the teacher.
+    """
+    register_mmdet()
+    register_mmseg(init_default_scope=False)
+    torch.manual_seed(0)
+    if student.endswith('.py'):
+        student, scope = model_config(student), 'mmdet'
+    else:
+        width = 1 if 'mit-b0' in student else 1 / 8
+        student, scope = zoo_model(student, width), 'mmseg'
+    with DefaultScope.overwrite_default_scope(scope):
+        model = MODELS.build(
+            dict(
+                type='mmdist.Distiller',
+                student=student,
+                teacher=dict(config=teacher, **options),
+                distill=distill,
+            )
+        )
+        model.init_weights()
+    return model.train()
+
+
+def gradient(model: nn.Module) -> float:
+    """Norm of the gradient of `loss_dist` of a batch; all of it must be finite."""
+    is_segmentor = hasattr(model, 'decode_head')
+    data = make_batch(19) if is_segmentor else batch(model)
+    losses = model(**data, mode='loss')
+    assert losses['loss_dist'].item() > 0
+    losses['loss_dist'].backward()
+    grads = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert torch.stack(grads).isfinite().all()
+    return torch.stack(grads).norm().item()

@@ -1,0 +1,173 @@
+"""Functions and scripts in processes of their own.
+
+They are forked from a server that has imported the libraries once. They have no GPU, so
+that every machine runs the same test.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import runpy
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+CONTEXT = multiprocessing.get_context('forkserver')
+CONTEXT.set_forkserver_preload(
+    [
+        'mmdist.distiller',
+        *(
+            f'{library}.{part}'
+            for library in ('mmdet', 'mmseg')
+            for part in ('apis', 'datasets', 'engine', 'visualization')
+        ),
+    ]
+)
+SECONDS = 120  # that a call may take
+
+
+def start(target: Callable, *args, daemon: bool = False) -> BaseProcess:
+    """Start a process; a daemon has no children, and ends with the tests."""
+    process = CONTEXT.Process(target=target, args=args, daemon=daemon)
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'):
+        process.start()
+    return process
+
+
+def in_process(target: Callable, *args):
+    """Call ``target(*args)`` in a new process.
+
+    Returns:
+        What it returned; the exit code of a process that was killed.
+    """
+    ours, theirs = CONTEXT.Pipe()
+    process = start(_serve, theirs, None)
+    theirs.close()
+    ours.send_bytes(pickle.dumps((target, args)))
+    try:
+        return _result(ours)
+    except EOFError:
+        process.join()
+        return process.exitcode
+    finally:
+        process.kill()
+
+
+class Group:
+    """Processes that form a gloo group and stay for many calls.
+
+    Args:
+        size: The number of processes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.members: list[tuple[BaseProcess, Connection]] = []
+
+    def __call__(self, target: Callable, *args) -> list:
+        """What ``target(*args)`` returns in each process.
+
+        Raises:
+            RuntimeError: It failed in one, with the traceback there. The next call has
+                new processes, as the others may wait for the one that failed.
+        """
+        if not self.members:
+            with socket.socket() as s:
+                s.bind(('127.0.0.1', 0))
+                port = s.getsockname()[1]
+            for rank in range(self.size):
+                ours, theirs = CONTEXT.Pipe()
+                group = (rank, self.size, port)
+                process = start(_serve, theirs, group, daemon=True)
+                self.members.append((process, ours))
+                theirs.close()
+        pipes = [pipe for _, pipe in self.members]
+        for pipe in pipes:
+            pipe.send_bytes(pickle.dumps((target, args)))
+        results = {}
+        try:
+            while len(results) < self.size:
+                ready = wait(set(pipes) - results.keys(), SECONDS)
+                if not ready:
+                    raise RuntimeError(f'{target.__name__} takes too long.')
+                results |= {pipe: _result(pipe) for pipe in ready}
+        except BaseException:
+            self.close()
+            raise
+        return [results[pipe] for pipe in pipes]
+
+    def close(self) -> None:
+        for process, pipe in self.members:
+            process.kill()
+            pipe.close()
+        self.members = []
+
+
+def _result(pipe: Connection):
+    result, error = pickle.loads(pipe.recv_bytes())
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+def _serve(pipe: Connection, group: tuple[int, int, int] | None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if group is not None:
+        rank, size, port = map(str, group)
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        # a process that waits for a call that never comes fails, and does not hang
+        torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
+    with suppress(EOFError):  # closed by the test
+        while data := pipe.recv_bytes():
+            try:
+                target, args = pickle.loads(data)
+                answer = pickle.dumps((target(*args), None))
+            except BaseException:
+                answer = pickle.dumps((None, traceback.format_exc()))
+            pipe.send_bytes(answer)
+
+
+def run_script(
+    script: Path, *args, cwd: Path, **environ: str
+) -> subprocess.CompletedProcess:
+    """What ``python script args`` does, without the time for importing the libraries.
+
+    Args:
+        script: The path of the script.
+        args: Its arguments.
+        cwd: The working directory.
+        environ: Environment variables.
+
+    Returns:
+        The exit code and, as ``stdout``, all that was printed.
+    """
+    log = cwd / f'.{os.getpid()}.log'
+    process = start(_run, os.fspath(script), list(map(str, args)), cwd, environ, log)
+    process.join()
+    output = log.read_text()
+    log.unlink()
+    return subprocess.CompletedProcess([script, *args], process.exitcode, output)
+
+
+def _run(script: str, args: list[str], cwd: Path, environ: dict, log: Path) -> None:
+    with open(log, 'w') as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(cwd)
+    os.environ.update(environ)
+    sys.argv = [script, *args]
+    sys.path.insert(0, os.path.dirname(script))
+    runpy.run_path(script, run_name='__main__')

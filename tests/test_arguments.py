@@ -1,0 +1,107 @@
+"""What a config gives the Distiller: taken, or refused in a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from builders import distilled_text
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmseg.models import build_segmentor
+
+from mmdist.hooks import DistillScheduleHook
+
+SEG = dict(type='mmdist.SegLogits')
+
+
+@pytest.fixture
+def config(seg_config, tmp_path) -> Config:
+    init_default_scope('mmseg')
+    (tmp_path / 'student.py').write_text(seg_config)
+    (tmp_path / 'distilled.py').write_text(
+        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
+    )
+    return Config.fromfile(tmp_path / 'distilled.py')
+
+
+def loss(**options) -> dict:
+    return dict(distill=dict(d=dict(**SEG, loss=options)))
+
+
+def several(*names, **entries) -> dict:
+    teachers = {name: dict(config='x.py') for name in names}
+    return dict(teacher=None, teachers=teachers, distill=entries)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(distil=dict(d=SEG)), r"EncoderDecoder has .* 'distil'\. .* 'distill'\?"),
+        (dict(decode_heat={}), r"'decode_heat'\. Did you mean 'decode_head'\?"),
+        (dict(distill=SEG), r'name -> config, .* got .*SegLogits'),
+        (dict(distill={}), '`distill` is a dict of name -> config'),
+        (dict(distill=dict(pop=SEG)), "an entry 'pop'.* no methods of a dict"),
+        (dict(distill={'loss': SEG}), "`distill` has an entry 'loss'"),
+        (dict(distill={'my_loss': SEG}), "`distill` has an entry 'my_loss'"),
+        (dict(distill={'a.b': SEG}), r"`distill` has an entry 'a\.b'"),
+        (dict(distill={'': SEG}), "`distill` has an entry ''"),
+        (dict(student=None), 'such as `student=_base_.model`'),
+        (dict(student=dict(num=1)), 'such as `student=_base_.model`'),
+        (
+            loss(type='mmdist.DISTLoss', betta=1),
+            r"`distill\.d\.loss`: no argument 'betta'\. Did you mean 'beta'\?",
+        ),
+        (
+            loss(type='DISTLoss'),
+            r"`distill\.d\.loss` .* no 'DISTLoss'\. Did you mean 'mmdist\.DISTLoss'\?",
+        ),
+        (loss(beta=1), r'`distill\.d\.loss` is the config of a loss, .* no None'),
+        (
+            several('b_c', 'c', a=SEG, a_b=SEG),
+            "'a_b_c' means two things: 'a' with teacher 'b_c', and 'a_b' with",
+        ),
+        (
+            several('a', 'b', d=dict(**SEG, from_teacher=dict(a=0, b=0))),
+            'weights .* none may be negative',
+        ),
+        (several(d=SEG), '`teachers` is a dict of name'),
+    ],
+)
+def test_a_mistake_ends_in_a_sentence(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        MODELS.build({**config.model, **changes})
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(point=[(0, 1)]), "'point'. Did you mean 'points'.* by_epoch"),
+        (dict(points=5), 'growing times'),
+        (dict(points=[(5, 1.0), (2, 0.0)]), 'growing times'),
+        (dict(points=[(0, -1.0)]), 'growing times'),
+    ],
+)
+def test_a_mistake_in_the_schedule_ends_in_a_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        DistillScheduleHook(**options)
+
+
+def test_students_that_are_taken(config, tmp_path):
+    """The path of a config, and the student of one that distils already."""
+    plain = MODELS.build(config.model.student)
+    for student in (
+        str(tmp_path / 'student.py'),
+        str(tmp_path / 'distilled.py'),
+        config.model,
+    ):
+        model = MODELS.build({**config.model, 'student': student})
+        assert list(model.state_dict()) == list(plain.state_dict())
+        assert model.student_class is type(plain)
+
+
+def test_arguments_of_none_that_the_apis_set_leave_the_students(config):
+    """mmseg's builder has None as the default of both."""
+    for key in ('train_cfg', 'test_cfg'):
+        assert config.model.student[key] is not None
+    model = build_segmentor(config.model)
+    assert model.test_cfg == config.model.student.test_cfg
+    assert model.train_cfg == config.model.student.train_cfg

@@ -1,0 +1,120 @@
+"""How far a command is, in one line; standard library only."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from time import monotonic
+from typing import TextIO
+
+EVERY = 60  # seconds between two lines where there is no terminal
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f'{minutes}:{seconds:02}'
+
+
+class Plan:
+    """The seconds left of steps that are done one after the other.
+
+    Args:
+        expected: The seconds of each step on the machine where they were measured.
+    """
+
+    def __init__(self, expected: Mapping[str, float]) -> None:
+        self.waiting = dict(expected)
+        self.pace = 1.0  # this machine's time over that of the other
+
+    def begin(self, step: str) -> None:
+        self.expected, self.began = self.waiting.pop(step), monotonic()
+
+    def spent(self) -> float:
+        """Seconds since the current step began."""
+        return monotonic() - self.began
+
+    def left(self, eta: float | None = None) -> float:
+        """Seconds left of all steps.
+
+        Args:
+            eta: Those of the current step, if it reports them. The later steps are then
+                expected to be as fast or slow as this one.
+        """
+        spent = self.spent()
+        if eta is None:
+            # a step that takes longer than expected is taken to be nearly done
+            eta = max(self.expected * self.pace - spent, spent / 10)
+        else:
+            self.pace = (spent + eta) / self.expected
+        return eta + self.pace * sum(self.waiting.values())
+
+
+class Progress:
+    """A line that is rewritten in place; without a terminal, a few plain lines.
+
+    In a file or a pipe each finished step is a line, and while a step runs there is one
+    line a minute. Leave the `with` block before you print anything else.
+
+    Args:
+        name: What the line begins with.
+        total: The number of steps.
+        stream: Where it is written; standard output if omitted.
+    """
+
+    def __init__(self, name: str, total: int, stream: TextIO | None = None) -> None:
+        self.name, self.total, self.finished = name, total, 0
+        self.stream = stream or sys.stdout
+        self.live = self.stream.isatty()
+        self.began = self.printed = monotonic()
+        self.dirty = False  # the cursor is behind a line that is not ended
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.dirty:
+            self._write('\n')
+
+    def elapsed(self) -> float:
+        """Seconds since all of it began."""
+        return monotonic() - self.began
+
+    def show(self, text: str, left: float | None = None) -> None:
+        """Show what runs now, and the seconds left of all steps, if known."""
+        head, tail = self._parts(text)
+        tail += '' if left is None else f', about {clock(left)} left'
+        if self.live:
+            width = self._width()  # cut off before the times, padded over the last line
+            line = head[: max(0, width - len(tail))] + tail
+            self._write(f'\r{line[:width]:{width}}')
+        elif monotonic() - self.printed >= EVERY:
+            self.printed = monotonic()
+            self._write(f'{head}{tail}\n')
+
+    def done(self, text: str) -> None:
+        """Count one more finished step; a terminal shows only the number."""
+        self.finished += 1
+        if not self.live:
+            self.printed = monotonic()
+            self._write(''.join(self._parts(text)) + '\n')
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.dirty:
+            self._write('\r' + ' ' * self._width() + '\r')
+        self._write(f'[{self.name}] {text}\n')
+
+    def _parts(self, text: str) -> tuple[str, str]:
+        head = f'[{self.name}] {self.finished}/{self.total} {text}'
+        return head, f'; {clock(self.elapsed())}'
+
+    def _width(self) -> int:
+        # in the last column some terminals begin a new line
+        return (os.get_terminal_size(self.stream.fileno()).columns or 80) - 1
+
+    def _write(self, text: str) -> None:
+        self.dirty = not text.endswith(('\n', '\r'))
+        self.stream.write(text)
+        self.stream.flush()
