@@ -19,10 +19,11 @@ RETINANET, ATSS, FASTER, CASCADE, DINO = (
     FAMILIES[name]
     for name in ('RetinaNet', 'ATSS', 'Faster R-CNN', 'Cascade R-CNN', 'DINO')
 )
-DENSE = (
-    *('RetinaNet', 'FCOS', 'ATSS', 'GFL', 'RTMDet'),
-    *('YOLOX', 'TOOD', 'VFNet', 'FreeAnchor', 'FSAF'),
-)
+QUICK = ('RetinaNet', 'GFL', 'RTMDet', 'YOLOX', 'TOOD', 'VFNet')
+BOXES_OF = [
+    *(FAMILIES[name] for name in QUICK),
+    *slow(FAMILIES[name] for name in ('FCOS', 'ATSS', 'FreeAnchor', 'FSAF')),
+]
 NORMED_FCOS = (
     'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py'
 )
@@ -92,7 +93,7 @@ def test_a_copy_of_the_student_teaches_nothing(name):
     assert all((p.row_weight > 0).any() for p in pairs)
 
 
-@pytest.mark.parametrize('path', [*(FAMILIES[name] for name in DENSE), NORMED_FCOS])
+@pytest.mark.parametrize('path', [*BOXES_OF, NORMED_FCOS])
 def test_boxes_of_locations_are_those_that_the_head_predicts(path):
     """Oracle: its own ``predict_by_feat``, with the scores that go with the boxes."""
     model = pair(path).eval()

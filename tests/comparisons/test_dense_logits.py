@@ -424,8 +424,8 @@ def all_of_them(head: nn.Module) -> ConfigDict:
         'ddod/ddod_r50_fpn_1x_coco.py',
         'foveabox/fovea_r50_fpn_4xb4-1x_coco.py',
         GFL,
-        'lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py',
-        'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
+        *slow(['lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py']),
+        *slow(['nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py']),
         PAA,
         VFNET,
         YOLOF,
@@ -469,9 +469,8 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
     'student, teacher',
     [
         (YOLOX, RTMDET),  # trained at objects alone <- quality
-        (FCOS, GFL),  # points <- anchors
-        (VFNET, ATSS),
         (ATSS, TOOD),  # logits <- probabilities
+        *slow([(FCOS, GFL), (VFNET, ATSS)]),  # points <- anchors, ...
     ],
 )
 def test_joint_scores_of_heads_of_other_meaning(student, teacher):

@@ -32,10 +32,10 @@ MORE_STUDENTS = (
     *('RetinaNet', 'FCOS', 'ATSS', 'RTMDet', 'TOOD', 'YOLOv3', 'Faster R-CNN', 'HTC'),
     *('DETR', 'DINO', 'DDQ'),
 )
-TEACHERS = ('FCOS', 'CenterNet', 'HTC', 'Sparse R-CNN')
+TEACHERS = ('FCOS', 'CenterNet', 'Sparse R-CNN')
 MORE_TEACHERS = (
     *('RetinaNet', 'YOLOX', 'PAA', 'YOLOv3', 'Mask R-CNN', 'Cascade R-CNN'),
-    *('DINO', 'Deformable DETR', 'DDQ'),
+    *('DINO', 'Deformable DETR', 'DDQ', 'HTC'),
 )
 SIZES = ((96, 96), (72, 96))
 

@@ -180,7 +180,10 @@ def expected(student: list, teacher: list, sigmoid: bool = True):
     return correlations(s, t)
 
 
-@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize(
+    'family',
+    ['detr', 'dab', 'dino', 'ddq', *slow(['conditional', 'deformable', 'two-stage'])],
+)
 def test_rows_are_the_matched_queries(family):
     model = build(tiny(family, queries=10), tiny(family, queries=7))
     losses, (student, teacher) = step(model)
@@ -225,7 +228,7 @@ def queries_of(logits: np.ndarray, boxes: np.ndarray) -> InstanceData:
     )
 
 
-@pytest.mark.parametrize('number', [10, 300, 310, 400, 900])
+@pytest.mark.parametrize('number', [10, 310, *slow([300, 400, 900])])
 def test_what_the_teacher_is_sure_of_is_compared(number):
     """However many unsure queries it has; the student is unsure of everything."""
     model = build(tiny('deformable'), tiny('deformable'))

@@ -261,6 +261,7 @@ def test_learned_proposals_are_refused_by_name():
         build_pair(sparse, distill=roi())
 
 
+@pytest.mark.slow
 def test_the_one_branch_of_a_trident_teacher_is_asked_about_all_of_the_student():
     """The student trains on one copy of the batch per branch; rois count through."""
     sizes = ((64, 64), (64, 64))
