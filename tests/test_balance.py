@@ -14,6 +14,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmdist.balance import KEY, MAX_SCALE, Balance
+from mmdist.record import Fork
 
 RATIO = 3.0
 
@@ -105,3 +106,87 @@ def test_at_each_output_the_ratio_is_that_of_the_norms(config):
             torch.testing.assert_close(losses[key], values[key])
     assert losses['dist_scale'] > 0
     assert 'dist_scale' not in values
+
+
+def test_a_loss_scale_changes_nothing(config):
+    """That of a GradScaler or of gradient accumulation."""
+    data = dataset_batch(config)
+    scales = []
+    for unit in (1.0, 1024.0):
+        model = distilled(config, RATIO)
+        step(model, data, unit)
+        scales.append(step(model, data, unit)[0]['dist_scale'].item())
+    assert scales[0] > 0
+    assert scales[1] == pytest.approx(scales[0], rel=1e-4)
+
+
+def unlabelled(data: dict) -> dict:
+    data = copy.deepcopy(data)
+    for sample in data['data_samples']:
+        sample.set_metainfo(dict(unlabelled=True))
+    return data
+
+
+def test_images_without_labels_are_weighed_as_those_before(config):
+    data = dataset_batch(config)
+    plain = MODELS.build(config.model)
+    model = distilled(config, RATIO)
+    plain.load_state_dict(model.state_dict())
+    _, own = step(plain.train(), data)
+    step(model, data)
+    _, found = step(model, unlabelled(data))
+    for a, result in zip(own, found, strict=True):
+        assert norm(result) <= RATIO * norm(a) * 1.001
+    assert norm(found[0]) > 0
+
+
+def test_without_any_label_it_is_the_published_loss(config):
+    data = unlabelled(dataset_batch(config))
+    _, expected = step(distilled(config, None), data)
+    model = distilled(config, RATIO)
+    _, first = step(model, data)
+    assert all(norm(x) == 0 for x in first)
+    _, found = step(model, data)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_resumed_run_goes_on_with_what_is_known(config, hub):
+    data = dataset_batch(config)
+    model = distilled(config, RATIO)
+    step(model, data)
+    state = copy.deepcopy(hub.state_dict())
+    expected, _ = step(model, data)
+    hub.runtime_info.pop(KEY)
+    resumed = distilled(config, RATIO)
+    hub.load_state_dict(state)
+    found, _ = step(resumed, data)
+    assert torch.equal(found['dist_scale'], expected['dist_scale'])
+    # another model in this process has nothing to do with it
+    assert step(distilled(config, RATIO), data)[0]['dist_scale'] == 0
+
+
+def scales_of_two_steps(coefficients: list[list[float]]) -> float:
+    """In each process; own gradient, and that of distillation, at one output."""
+    MessageHub.get_current_instance().runtime_info.pop(KEY, None)
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    own, dist = coefficients[rank]
+    balance = Balance(RATIO)
+    for _ in range(2):
+        x = torch.ones(4, requires_grad=True) * 1.0
+        fork = Fork(x.view_as(x), x.view_as(x), 0)
+        loss = dist * fork.recorded.sum()
+        scales = balance(dict(dist=[loss]), [fork])
+        (own * fork.own.sum() + loss).backward()
+    return scales['dist'].item()
+
+
+def test_all_processes_have_the_same_factor(group_of):
+    found = group_of(2)(scales_of_two_steps, [[1.0, 3.0], [2.0, 4.0]])
+    assert found == pytest.approx([RATIO * np.sqrt(5 / 25)] * 2)
+
+
+@pytest.mark.parametrize('ratio', [0, -1.0, float('nan'), 'auto', True])
+def test_what_is_no_ratio_is_refused(ratio):
+    with pytest.raises(ValueError, match='`balance` says how many times'):
+        Balance(ratio)
