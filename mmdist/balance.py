@@ -121,11 +121,7 @@ class Balance:
         """What is known, in the first step that of a run which is resumed."""
         if self._state is None:
             saved = _saved()
-            if (
-                saved is None
-                or saved is self._saved_before
-                or len(saved['own']) != len(like)
-            ):
+            if saved is None or saved is self._saved_before:
                 saved = dict(
                     mean=torch.full_like(like, -1.0),  # no step so far
                     own=torch.zeros_like(like),

@@ -99,8 +99,7 @@ class Watch:
             + (f'The last checkpoint before it is {good}.' if good else '')
             + ' Try a smaller learning rate, a longer warm-up or '
             '`optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If the student trains '
-            'well alone, let distillation begin slowly, by '
-            '`mmdist.DistillScheduleHook`.'
+            'well alone, distil with `balance`, which is 3.0 by default, or less.'
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:

@@ -90,6 +90,8 @@ class Preflight(Hook):
             own_score, _ = score(runner, self.images, predict, len(classes))
             model.train()
         data = model.data_preprocessor(data_batch, training=True)
+        # seen as it is before it is balanced
+        balance, model.balance = model.balance, None
         seen = watch(model, lambda: losses_of(runner, model, data))
         report_pair(report, model, classes, seen)
         report.section('first step')
@@ -101,10 +103,18 @@ class Preflight(Hook):
             )
         report_losses(report, model, seen)
         share = report_gradient(report, model, seen)
+        model.balance = balance
+        if balance:
+            report.line(
+                'balance',
+                f'in training it has {balance.ratio:g} times their norm, at each '
+                'output that is compared',
+            )
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
             # the student's own mean is the student in the first step
             is_dist = any(isinstance(c.loss, DISTLoss) for c in model.distill.values())
-            judge_gradient(report, share, bool(schedules), is_dist and not starts)
+            ramp = 'balance' if balance else 'schedule' if schedules else ''
+            judge_gradient(report, share, ramp, is_dist and not starts)
         del seen
         if self.images:
             report.section(f'score on {self.images} validation images')
@@ -190,14 +200,20 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
     return share
 
 
-def judge_gradient(report: Report, share: float, ramp: bool, fresh: bool) -> None:
+def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None:
     """Say where distillation has far too much of the gradient, or too little.
 
-    ``fresh`` is whether DIST meets a head with random weights.
+    Args:
+        report: Where it goes.
+        share: Its norm over that of the student's own losses.
+        ramp: What bridges the first steps: ``'balance'``, ``'schedule'`` or nothing.
+        fresh: Whether DIST meets a head with random weights.
     """
     times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
         report.reasons.append('No gradient of distillation reaches the student.')
+    elif ramp == 'balance':
+        return
     elif share > 10 and ramp:
         report.warnings.append(
             f'{times} at full weight. The ramp has to bridge the steps until it falls: '
@@ -205,16 +221,16 @@ def judge_gradient(report: Report, share: float, ramp: bool, fresh: bool) -> Non
         )
     elif share > 10:
         report.cautions.append(
-            f'{times}, which hardly count beside it. Bridge the first steps by a ramp, '
-            '`mmdist.DistillScheduleHook`, or take a smaller weight.'
+            f'{times}, which hardly count beside it. Leave `balance` at its default, '
+            'or bridge the first steps by a ramp, `mmdist.DistillScheduleHook`.'
         )
     elif share < 0.01:
         report.warnings.append(f'{times}: it hardly counts. Take a larger weight.')
     if fresh and not ramp and 0 < share <= 10:
         report.warnings.append(
             "The student's head starts at random, where DIST has its largest "
-            'gradients, and there is no ramp. That may cost much in a short '
-            'training: see `mmdist.DistillScheduleHook` and docs/quickstart.md.'
+            'gradients, and `balance=None` leaves them as they are. That may cost much '
+            'in a short training: see docs/quickstart.md.'
         )
 
 

@@ -5,4 +5,3 @@ kl = dict(
     loss=dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=1, loss_weight=10.0),
 )
 model = dict(distill=dict(_delete_=True, kl=kl))
-custom_hooks = []  # KL does better without the ramp

@@ -75,8 +75,7 @@ TASKS = (
         'mIoU',
         'mIoU',
         1,
-        # two steps, DIST in both
-        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2, 'custom_hooks': []},
+        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
         (110, 50, 70, 95),
     ),
 )
