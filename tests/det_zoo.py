@@ -160,6 +160,7 @@ def build_pair(
     factors: tuple[int, int] = (8, 4),
     edit: Callable | None = None,
     sizes: Sizes = SIZES,
+    balance: float | None = None,  # most tests look at each loss by itself
 ) -> nn.Module:
     """A student and a random teacher, of 1/8 and 1/4 of the channels."""
     register_all_modules()
@@ -168,6 +169,7 @@ def build_pair(
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=balance,
             student=model_config(student, factors[0], edit),
             teacher=dict(
                 config=model_config(teacher or student, factors[1], edit),

@@ -39,6 +39,7 @@ def distil(
         model = MODELS.build(
             dict(
                 type='mmdist.Distiller',
+                balance=None,
                 student=student,
                 teacher=dict(config=teacher, **options),
                 distill=distill,

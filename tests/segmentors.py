@@ -107,6 +107,7 @@ def distilled(
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,  # the loss by itself
             student=student,
             teacher=dict(
                 config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None

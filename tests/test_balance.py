@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import dataset_batch
+from det_zoo import FAMILIES, batch, build_pair
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
@@ -190,3 +191,19 @@ def test_all_processes_have_the_same_factor(group_of):
 def test_what_is_no_ratio_is_refused(ratio):
     with pytest.raises(ValueError, match='`balance` says how many times'):
         Balance(ratio)
+
+
+@pytest.mark.parametrize(
+    'family',
+    ['RetinaNet', 'YOLOX', 'Faster R-CNN', 'Cascade R-CNN', 'Deformable DETR'],
+)
+def test_every_family_of_detectors(family):
+    model = build_pair(FAMILIES[family], balance=RATIO)
+    data = batch(model)
+    for _ in range(2):
+        model.zero_grad()
+        losses = model(**data, mode='loss')
+        model.parse_losses(losses)[0].backward()
+    assert 0 < losses['dist_scale'] <= MAX_SCALE
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients)

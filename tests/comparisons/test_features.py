@@ -46,6 +46,7 @@ def build(student: Config, teacher: Config | None, init: bool = True, **distill)
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=student.model,
             teacher=dict(config=teacher, allow_random=True),
             distill=distill,

@@ -74,6 +74,7 @@ def build(student: dict, teacher: dict, distill: dict | None = None, **kwargs):
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=student,
             teacher=dict(config=teacher, allow_random=True, **kwargs),
             distill=distill,

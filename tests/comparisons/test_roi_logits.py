@@ -306,6 +306,7 @@ def test_a_runner_trains_it_and_its_checkpoint_is_the_students(
     teacher.dump(tmp_path / 'teacher.py')
     config.model = dict(
         type='mmdist.Distiller',
+        balance=None,
         student=student,
         teacher=dict(config=str(tmp_path / 'teacher.py'), allow_random=True),
         distill=dict(

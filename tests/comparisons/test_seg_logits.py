@@ -487,6 +487,7 @@ def test_inference_is_the_students_own(pspnet, upernet, mode):
         pspnet.test_cfg = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
     distiller = dict(
         type='mmdist.Distiller',
+        balance=None,
         student=pspnet,
         # neither needs to exist
         teacher=dict(config='nowhere.py', checkpoint='nowhere.pth'),

@@ -69,6 +69,7 @@ def test_a_new_family_is_a_file_and_a_line(monkeypatch):
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=dict(
                 type='CellDetector', data_preprocessor=teacher.data_preprocessor
             ),

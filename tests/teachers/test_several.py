@@ -42,6 +42,7 @@ def build(distill: dict | None = None, student: str = PSPNET, **teachers) -> nn.
         model = MODELS.build(
             dict(
                 type='mmdist.Distiller',
+                balance=None,
                 student=zoo_model(student),
                 distill=distill,
                 **teachers,
@@ -138,6 +139,7 @@ def test_teachers_of_two_architectures_with_the_comparison_chosen_for_each():
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=model_config(RETINANET),
             teachers={
                 name: dict(config=model_config(path), allow_random=True)
@@ -219,6 +221,7 @@ def test_probabilities_of_a_dense_detector_are_averaged():
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=model_config(RETINANET),
             teacher=dict(
                 config=model_config(RETINANET, 4), allow_random=True, views=['flip']
@@ -244,6 +247,7 @@ def test_views_are_refused_where_no_location_is_compared():
     model = MODELS.build(
         dict(
             type='mmdist.Distiller',
+            balance=None,
             student=model_config(faster),
             teacher=dict(
                 config=model_config(faster), allow_random=True, views=['flip']
