@@ -49,6 +49,7 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
     with DefaultScope.overwrite_default_scope(scope):
         model = revert_sync_batchnorm(MODELS.build(model)).train()
         model.init_weights()
+    model.balance = None  # in the first step it leaves no gradient
     for teacher in model.teachers.values():  # random models are sure of nothing
         teacher.classes = teacher.match_classes(names)
         if 'cityscapes_from_ade20k' in config.text:  # it sees what Cityscapes has

@@ -72,12 +72,11 @@ def test_recorded_tensors_die_with_their_step(
 
     def leave_and_note(self, *exc_info):
         leave(self, *exc_info)
-        for calls in self._calls.values():
-            for call in calls:
-                outputs = call.output
-                while isinstance(outputs, (tuple, list)):
-                    outputs = outputs[0]
-                recorded.append(weakref.ref(outputs))
+        for _, call in self._calls:
+            outputs = call.output
+            while isinstance(outputs, (tuple, list)):
+                outputs = outputs[0]
+            recorded.append(weakref.ref(outputs))
 
     alive = []
     monkeypatch.setattr(Recorder, '__exit__', leave_and_note)
