@@ -1,6 +1,7 @@
 # What all small models of the study on BCCD share: half the resolution, ImageNet's
 # MobileNetV2, and anchors from 24 pixels on.
 _base_ = ['./datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
+custom_imports = dict(imports=['study.mobilenet_v2'])
 scale = (320, 240)
 train_pipeline = [
     dict(type='LoadImageFromFile'),

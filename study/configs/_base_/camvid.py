@@ -4,6 +4,7 @@ _base_ = [
     '../../../configs/_base_/datasets/camvid.py',
     'mmseg::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['study.mobilenet_v2'])
 scale = (240, 180)
 crop_size = (128, 160)
 train_pipeline = [
