@@ -47,7 +47,6 @@ PAIRS = {
     'BoxDistributions': ('GFL', 'GFL'),
     'Masks': ('Mask R-CNN', 'Cascade Mask R-CNN'),
     'RoILogits': ('Faster R-CNN', 'Cascade R-CNN'),
-    'BoxLogits': ('Faster R-CNN', 'RetinaNet'),
     'QueryLogits': ('Sparse R-CNN', 'Sparse R-CNN'),
     'Detections': ('RetinaNet', 'Faster R-CNN'),
     'mmdist.': ('RetinaNet', 'RetinaNet'),

@@ -1,8 +1,8 @@
 """What only a GPU can show: the loss at full size, and training in its precisions.
 
 `python -m tools.dev.gpu_check` runs this file; those with `training` in their name need
-mmcv with its ops, mmdet and mmseg. `tests/losses` runs on the GPU too, where there is
-one.
+mmcv with its ops, mmdet and mmseg. `tests/losses/test_correlations_gpu.py` runs on
+the GPU too, where there is one.
 """
 
 from __future__ import annotations

@@ -33,7 +33,6 @@ from mmengine.utils import get_installed_path
 from pair_report import Report, Seen, as_text, report_pair, watch
 from torch import nn
 
-from mmdist.comparisons import BoxLogits
 from mmdist.data.labels import check_heads
 from mmdist.registry import MODELS
 from mmdist.teachers import ForeignTeacher
@@ -116,10 +115,7 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     with DefaultScope.overwrite_default_scope(scope):
         pair = revert_sync_batchnorm(MODELS.build(model))
         pair.init_weights()
-    # Random weights are sure of nothing, and their boxes meet by chance alone.
-    for comparison in pair.distill.values():
-        if isinstance(comparison, BoxLogits):
-            comparison.min_iou = 0.0
+    # Random weights are sure of nothing.
     for module in pair.teacher.model.modules():
         test_cfg = getattr(module, 'test_cfg', None)
         if isinstance(test_cfg, dict) and 'score_thr' in test_cfg:

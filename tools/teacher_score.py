@@ -12,9 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdist.comparisons import SegLogits
-from mmdist.comparisons.default import SEG, kind_of
 from mmdist.comparisons.detections import after_nms
-from mmdist.comparisons.seg_map import SegMap
+from mmdist.families import SEG, family_of
+from mmdist.families.seg import SegMap
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 
@@ -63,7 +63,7 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
     model = teacher.model
     gives = model.gives if isinstance(model, ForeignTeacher) else None
     activation = dict(pixels='softmax', masks='identity').get(gives)
-    if gives is None and kind_of(model) == SEG:
+    if gives is None and family_of(model) == SEG:
         activation = SegLogits().activation(model)
     if gives is None and teacher.dtype is not None:
         model = copy.deepcopy(model).float()  # NMS and metrics take no bf16

@@ -98,7 +98,6 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     if key not in keys:
         raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
-    model.distill[key].max_rows = None  # of SegLogits: a map has all pixels
     model.distill_terms = {key: model.distill_terms[key]}
     teacher = model.teachers[model.distill_terms[key].teacher]
     if reason := cannot_score(teacher):

@@ -2,7 +2,6 @@
 
 from .base import Comparison, Pair
 from .box_distributions import BoxDistributions
-from .box_logits import BoxLogits
 from .boxes import Boxes
 from .dense_logits import DenseLogits
 from .detections import Detections
@@ -14,7 +13,6 @@ from .seg_logits import SegLogits
 
 __all__ = [
     'BoxDistributions',
-    'BoxLogits',
     'Boxes',
     'Comparison',
     'DenseLogits',

@@ -267,6 +267,13 @@ class Comparison(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+# Kinds that there were, and what to take instead.
+REMOVED = {
+    'mmdist.BoxLogits': 'mmdist.BoxLogits is no more: it lost accuracy. Take '
+    'mmdist.Detections, which compares what any detector detects.'
+}
+
+
 def build_comparison(name: str, cfg: dict) -> Comparison:
     """Build an entry of ``distill``.
 
@@ -277,6 +284,9 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
     Raises:
         ValueError: There is no such kind or no such loss, or it has no such argument.
     """
+    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
+    if isinstance(kind, str) and kind in REMOVED:
+        raise ValueError(f'`distill.{name}`: {REMOVED[kind]}')
     compares = 'says what to compare by its `type`, but there is no {!r} that compares'
     _check(f'distill.{name}', cfg, Comparison, compares)
     if cfg.get('loss') is not None:

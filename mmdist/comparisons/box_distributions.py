@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from mmdist.families import dense
+from mmdist.families.probabilities import check_min_score
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
-from .dense_logits import DenseLogits
-from .probabilities import check_min_score
 
 
 @MODELS.register_module()
@@ -23,8 +23,12 @@ class BoxDistributions(Comparison):
     student those of its teacher. A row is an edge of the box at a location.
 
     Args:
-        loss: Config of the loss; if omitted, the KL divergence with the temperature and
-            the weight that mmdet trains its LD configs with.
+        loss: Config of the loss; if omitted, the KL divergence with the temperature 10
+            and the ``loss_weight`` 0.25 of mmdet's LD configs, but of another scale:
+            the mean over the edges that count. mmdet's ``LDHead`` adds up over the
+            positive locations, weighted by the student's class scores, and divides by
+            4. Where these weights add up to 15, that is 15 times as much; raise
+            ``loss_weight`` accordingly.
         min_score: Locations where the teacher gives no class at least this probability
             do not count.
 
@@ -40,7 +44,6 @@ class BoxDistributions(Comparison):
         super().__init__(loss or kl)
         check_min_score(min_score)
         self.min_score = min_score
-        self._reader = DenseLogits()
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The dense head."""
@@ -62,8 +65,7 @@ class BoxDistributions(Comparison):
 
     def ask(self, step: Step, recorded: None) -> list[tuple[Tensor, Tensor]]:
         """Class logits and distributions of the teacher per level."""
-        output = self._reader.run_teacher(step, self._head(step.teacher_model))
-        return list(zip(*output, strict=True))
+        return list(zip(*dense.ask(step), strict=True))
 
     def pair(
         self,

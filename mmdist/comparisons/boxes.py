@@ -10,18 +10,17 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdist.families import DENSE, QUERY, ROI, dense, family_of, query, reader_of, roi
+from mmdist.families.box_codes import Code, decode, encoded, encodes
+from mmdist.families.probabilities import check_min_score, foreground
+from mmdist.families.roi import Judged, Proposals
 from mmdist.lookup import is_a
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import Teacher
 
 from .base import Comparison, Pair
-from .decode import Code, decode, encoded, encodes
-from .default import DENSE, QUERIES, ROI, kind_of
-from .dense_logits import DenseLogits
-from .probabilities import check_min_score, foreground
-from .query_logits import QueryLogits
-from .roi_logits import Judged, Proposals, RoILogits, stages_of
+from .matching import Matching
 
 
 @MODELS.register_module()
@@ -71,11 +70,8 @@ class Boxes(Comparison):
         self.is_own_loss = loss is None
         self.min_score = min_score
         self.weight = weight
-        self._readers = {
-            DENSE: DenseLogits(score='joint'),
-            ROI: RoILogits(stage=stage),
-            QUERIES: QueryLogits(min_score=min_score),
-        }
+        self.stage = stage
+        self.match = Matching(min_score=min_score)
 
     @property
     def in_pixels(self) -> bool:
@@ -85,8 +81,8 @@ class Boxes(Comparison):
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
         """Check the student, and take the loss of its head."""
         super().bind(student, teacher)
-        is_queries = kind_of(student) == QUERIES
-        head = self._heads(student)[0]
+        is_queries = family_of(student) == QUERY
+        head = _heads(student)[0]
         own = getattr(head, 'loss_iou' if is_queries else 'loss_bbox', None)
         if self.is_own_loss and own is not None:
             self.loss = deepcopy(own)
@@ -98,59 +94,60 @@ class Boxes(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """Those of the class comparison of its family."""
-        for head in self._heads(student):
-            if not _is_known(head, kind_of(student)):
+        if family_of(student) not in (DENSE, ROI, QUERY):
+            raise self.unsupported(student, 'it is of none of these families')
+        modules = reader_of(student).modules(student, self.unsupported)
+        for head in _heads(student):
+            if not _is_known(head, family_of(student)):
                 raise self.unsupported(
                     student,
                     f'how a {type(head).__name__} encodes its boxes is not known here',
                 )
-        return self._reader(student).student_modules(student)
+        return modules
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """Both are of one family, with boxes that are known here."""
-        if kind_of(student) != kind_of(teacher):
+        if family_of(student) != family_of(teacher):
             raise ValueError(
                 'Boxes compares rows of two detectors of one family, but the student '
                 f'is a {type(student).__name__}, the teacher a '
                 f'{type(teacher).__name__}.'
             )
-        self._reader(student).check_pair(student, teacher)
         self.student_modules(teacher)
+        if family_of(student) == DENSE:
+            dense.check_same_priors('Boxes', *_heads(student), *_heads(teacher), True)
+        elif family_of(student) == ROI:
+            roi.check_stage('Boxes', teacher, self.stage)
+        else:
+            query.check_same_activation('Boxes', student, teacher)
 
     def record(self, step: Step) -> list[Any]:
         """Proposals of all stages, or queries, or the output of a dense head."""
-        reader = self._reader(step.student)
-        if kind_of(step.student) != DENSE:
-            return reader.record(step)
-        (head,) = reader.student_modules(step.student)
-        return [step.calls(head)[-1].output]
+        if family_of(step.student) != DENSE:
+            return reader_of(step.student).record(step)
+        return [step.calls(dense.head_of(step.student))[-1].output]
 
     def ask(self, step: Step, recorded: list[Any]) -> list[Any]:
         """What the teacher says of the same proposals, or its queries or output."""
-        kind, reader = kind_of(step.student), self._reader(step.student)
-        if kind == ROI:
-            return [judged[-1] for judged in reader.judge_once(step, recorded)]
-        if kind == QUERIES:
-            return reader.ask(step, None)
-        (head,) = reader.student_modules(step.teacher_model)
-        return [reader.run_teacher(step, head)]
+        family = family_of(step.student)
+        if family == ROI:
+            judged = roi.judge_once(step, recorded, self.stage)
+            return [outputs[-1] for outputs in judged]
+        return query.ask(step) if family == QUERY else [dense.ask(step)]
 
     def pair(self, step: Step, recorded: list[Any], asked: list[Any]) -> list[Pair]:
         """A pair of boxes, (rows, 4), for each stage of the student."""
-        kind = kind_of(step.student)
-        if kind == ROI:
+        family = family_of(step.student)
+        if family == ROI:
             both = zip(recorded, asked, strict=True)
             return [self._of_proposals(step, *one) for one in both]
-        compare = self._of_queries if kind == QUERIES else self._of_locations
+        compare = self._of_queries if family == QUERY else self._of_locations
         return [compare(step, recorded[-1], asked[-1])]
 
     def _of_proposals(self, step: Step, proposals: Proposals, judged: Judged) -> Pair:
-        roi_head = step.student.roi_head
-        student = stages_of(roi_head.bbox_head)[proposals.stage]
-        teacher = stages_of(step.teacher_model.roi_head.bbox_head)[judged.stage]
-        logits = self._readers[ROI].per_class(
-            step.teacher_model, judged.stage, judged.logits
-        )
+        _, student = roi.stages(step.student)[proposals.stage]
+        _, teacher = roi.stages(step.teacher_model)[judged.stage]
+        logits = roi.per_class(step.teacher_model, judged.stage, judged.logits)
         scores, ours, theirs = step.classes.best(foreground(logits, 'softmax'))
         priors = proposals.rois[:, 1:]
         target = teacher.bbox_coder.decode(
@@ -161,18 +158,15 @@ class Boxes(Comparison):
             code = student.bbox_coder.decode(priors, code)
         else:
             target = student.bbox_coder.encode(priors, target)
-        weight, name = self.weight, ''
-        if isinstance(roi_head.bbox_head, nn.ModuleList):
-            weight = weight * roi_head.stage_loss_weights[proposals.stage]
-            name = f's{proposals.stage}'
-        return self._pair(code, target, scores, weight, name)
+        term = roi.term_of(step.student, proposals.stage)
+        return self._pair(code, target, scores, **term)
 
     def _of_locations(self, step: Step, recorded: tuple, asked: tuple) -> Pair:
         student, teacher = (
-            self._heads(model)[0] for model in (step.student, step.teacher_model)
+            dense.head_of(model) for model in (step.student, step.teacher_model)
         )
         scores = []
-        for level in self._readers[DENSE].scores_of(teacher, asked):
+        for level in dense.scores_of(teacher, asked, 'joint'):
             rows = level.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
             best, *_ = step.classes.best(rows.flatten(0, 3))
             best = best.view(rows.shape[:-1])
@@ -191,25 +185,23 @@ class Boxes(Comparison):
             code.code.flatten(0, 1),
             target.reshape(-1, 4),
             torch.cat(scores, 1).flatten(),
-            self.weight,
         )
 
     def _of_queries(
         self, step: Step, recorded: list[InstanceData], asked: list[InstanceData]
     ) -> Pair:
-        reader = self._readers[QUERIES]
-        rows = reader.matched(step, recorded, asked)
+        rows = self.match.queries(step, recorded, asked)
         code, target = (torch.cat([x.bboxes for x in side]) for side in rows)
         logits = torch.cat([x.scores for x in rows[1]])
-        scores = foreground(logits, reader.activation(step.teacher_model)).amax(1)
-        return self._pair(code, target, scores, self.weight)
+        activation = query.activation_of(step.teacher_model)
+        return self._pair(code, target, foreground(logits, activation).amax(1))
 
     def _pair(
         self,
         code: Tensor,
         target: Tensor,
         scores: Tensor,
-        weight: float,
+        weight: float = 1.0,
         name: str = '',
     ) -> Pair:
         row_weight = scores * (scores >= self.min_score)
@@ -217,6 +209,7 @@ class Boxes(Comparison):
             # RTMDet's distances may be negative: no box, and no IoU
             sizes = torch.cat([x[:, 2:] - x[:, :2] for x in (code, target)], 1)
             row_weight = row_weight * (sizes > 0).all(1)
+        weight = self.weight * weight
         return Pair(
             code.float(), target.float(), None, weight, name, row_weight=row_weight
         )
@@ -232,25 +225,18 @@ class Boxes(Comparison):
         total = pair.row_weight.sum()
         return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
 
-    def _reader(self, model: nn.Module) -> Comparison:
-        kind = kind_of(model)
-        if kind not in self._readers:
-            raise self.unsupported(model, 'it is of none of these families')
-        return self._readers[kind]
 
-    def _heads(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The heads that regress boxes, one for each stage."""
-        reader, kind = self._reader(model), kind_of(model)
-        modules = reader.student_modules(model)
-        if kind == ROI:
-            return stages_of(model.roi_head.bbox_head)
-        return modules[-1:]
+def _heads(model: nn.Module) -> Sequence[nn.Module]:
+    """The heads that regress boxes, one for each stage of a two-stage detector."""
+    if family_of(model) == ROI:
+        return [head for _, head in roi.stages(model)]
+    return [dense.head_of(model) if family_of(model) == DENSE else query.head_of(model)]
 
 
-def _is_known(head: nn.Module, kind: str) -> bool:
-    if kind == DENSE:
+def _is_known(head: nn.Module, family: str) -> bool:
+    if family == DENSE:
         return encodes(head)
-    if kind == QUERIES:
+    if family == QUERY:
         return True
     # CrowdDet regresses several boxes of a proposal, SABL the sides of one
     coder = getattr(head, 'bbox_coder', None)

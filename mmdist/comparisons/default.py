@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmdist.lookup import by_class_name
+from mmdist.families import DENSE, FAMILIES, QUERY, ROI, SEG, family_of
 from mmdist.registry import MODELS
 from mmdist.teachers import Teacher
 
 from .base import Comparison
 
-SEG, DENSE, ROI, QUERIES = (
-    f'mmdist.{name}Logits' for name in ('Seg', 'Dense', 'RoI', 'Query')
-)
 DETECTIONS = 'mmdist.Detections'
-# The comparison of each family, by the class of the model.
+# The comparison of each family; that of any other is Detections.
 KINDS: dict[str, str] = {
-    'EncoderDecoder': SEG,
-    'MultimodalEncoderDecoder': SEG,
-    'MaskFormer': SEG,
-    'SingleStageDetector': DENSE,
-    'SingleStageInstanceSegmentor': DENSE,
-    'SparseRCNN': QUERIES,
-    'TwoStageDetector': ROI,
-    'DetectionTransformer': QUERIES,
+    SEG: 'mmdist.SegLogits',
+    DENSE: 'mmdist.DenseLogits',
+    ROI: 'mmdist.RoILogits',
+    QUERY: 'mmdist.QueryLogits',
 }
-
-
-def kind_of(model: nn.Module) -> str | None:
-    """The comparison of a model's own family; None for an unknown family."""
-    return by_class_name(model, KINDS)
 
 
 def default_for(student: nn.Module) -> dict:
@@ -38,22 +26,22 @@ def default_for(student: nn.Module) -> dict:
     Raises:
         ValueError: The family is not known.
     """
-    kind = kind_of(student)
-    if kind is None:
+    family = family_of(student)
+    if family is None:
         raise ValueError(
             f'mmdist does not know what to compare for a {type(student).__name__}: '
             'neither it nor a base class of it is among the supported families '
-            f'({", ".join(KINDS)}). Say what to compare, '
+            f'({", ".join(FAMILIES)}). Say what to compare, '
             '`distill=dict(<name>=dict(type=...))`. For a comparison of your own see '
             'docs/own_comparison.md.'
         )
-    return dict(type=kind)
+    return dict(type=KINDS.get(family, DETECTIONS))
 
 
 def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, str]:
     """What is compared for a student and its teacher.
 
-    It is the comparison of the student's family. If the teacher is no match, it is what
+    It is the comparison of the student's family, and if the teacher is no match, what
     the teacher detects (``Detections``).
 
     Args:
@@ -68,13 +56,13 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
     """
     own = default_for(student)['type']
     reasons: list[str] = []
-    for kind in (own, DETECTIONS):
+    for kind in dict.fromkeys((own, DETECTIONS)):
         comparison = MODELS.build(dict(type=kind))
         try:
             comparison.bind(student, teacher)
             comparison.check_pair(student, teacher.model)
         except ValueError as error:
-            if SEG in (own, kind_of(teacher.model)):
+            if SEG in (family_of(student), family_of(teacher.model)):
                 raise
             reasons.append(str(error))
             continue
@@ -82,7 +70,7 @@ def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, 
             return comparison, reasons[0].split('. ')[0]
         return comparison, 'student and teacher are of one kind'
     raise ValueError(
-        f'{reasons[0]}\nNor can detections be compared. {reasons[1]}\n'
+        f'{reasons[0]}\nNor can detections be compared. {reasons[-1]}\n'
         'mmdist.Features compares feature maps of any two models, '
         "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
     )

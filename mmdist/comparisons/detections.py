@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mmdist.families import Places, reader_of
+from mmdist.families.probabilities import foreground
 from mmdist.losses import DISTLoss
 from mmdist.losses.correlations.common import sum_over_processes
 from mmdist.losses.dist_loss import process_group
@@ -17,19 +21,12 @@ from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher
 
 from .base import Comparison, Pair
-from .default import DENSE, QUERIES, ROI, kind_of
-from .dense_logits import DenseLogits, prior_generator
-from .probabilities import foreground
-from .query_logits import QueryLogits
-from .roi_logits import Proposals, RoILogits
+from .matching import Matching
 
 # Of teachers of other libraries; those of mmdet have their own.
 MIN_SCORE, NMS, MAX_PER_IMAGE = 0.05, dict(type='nms', iou_threshold=0.5), 100
 # of places at once, in the cache; all of them take 1 GB beside 300 boxes at 800x1333
 CHUNK = 4096
-# A point stands for a square of so many strides, the anchor of ATSS, which does as well
-# as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
-POINT_SIZE = 8
 
 
 @MODELS.register_module()
@@ -69,12 +66,7 @@ class Detections(Comparison):
         if not 0 < min_iou < 1:
             raise ValueError(f'`min_iou` is an IoU, 0 < min_iou < 1, got {min_iou}.')
         self.min_iou = min_iou
-        # what `predict` ranks by
-        self._readers = {
-            DENSE: DenseLogits(score='joint'),
-            ROI: RoILogits(),
-            QUERIES: QueryLogits(),
-        }
+        self.match = Matching()
 
     def activation(self, student: nn.Module) -> str:
         """Probabilities are compared."""
@@ -82,30 +74,25 @@ class Detections(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The dense head, extractor and bbox head, or the head of the queries."""
-        modules = self._reader(student).student_modules(student)
-        if kind_of(student) == DENSE and prior_generator(modules[0]) is None:
-            raise self.unsupported(student, 'its head has no anchors or points')
-        return modules
+        reader = _reader_of(student)
+        if reader is None:
+            raise self.unsupported(student, 'it is of none of these families')
+        return reader.modules(student, self.unsupported)
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a detector."""
+        heads = [getattr(teacher, f'{name}_head', ...) for name in ('bbox', 'roi')]
         if isinstance(teacher, ForeignTeacher):
             if teacher.gives != 'boxes':
                 raise self.unsupported(teacher, f'it gives {teacher.gives}')
-        elif kind_of(teacher) not in (DENSE, ROI, QUERIES):
+        elif _reader_of(teacher) is None:
             raise self.unsupported(teacher, 'it is no detector')
-        elif getattr(teacher, 'bbox_head', getattr(teacher, 'roi_head', None)) is None:
+        elif None in heads:
             raise self.unsupported(teacher, 'it detects no boxes')
 
-    def record(self, step: Step) -> list:
-        """The output of the dense head, all stages' proposals, or the queries."""
-        reader = self._reader(step.student)
-        if kind_of(step.student) == ROI:
-            return reader.record(step)
-        if kind_of(step.student) == QUERIES:
-            return reader.record(step)[-1:]
-        (head,) = reader.student_modules(step.student)
-        return [step.calls(head)[-1].output]
+    def record(self, step: Step) -> list[Places]:
+        """The student's anchors, proposals or queries, with its scores there."""
+        return _reader_of(step.student).places(step)
 
     def ask(self, step: Step, recorded: None) -> list[InstanceData]:
         """The teacher's detections in each image: boxes, scores and labels."""
@@ -113,21 +100,35 @@ class Detections(Comparison):
             return [after_nms(step.teacher_model, *x) for x in step.teacher_features]
         return [sample.pred_instances for sample in step.teacher_predictions]
 
-    def pair(self, step: Step, recorded: list, asked: list[InstanceData]) -> list[Pair]:
+    def pair(
+        self, step: Step, recorded: list[Places], asked: list[InstanceData]
+    ) -> list[Pair]:
         """A pair for each level of a dense head or stage of a cascade."""
-        found = []
-        for detections in asked:
+        assigned = _reader_of(step.student).ASSIGNED
+        teachers = [torch.zeros_like(place.scores) for place in recorded]
+        for image, detections in enumerate(asked):
             labels = detections.labels.long()  # CrowdDet's are floats
             labels = step.classes.common_labels(labels)
-            common = InstanceData(
+            found = InstanceData(
                 bboxes=detections.bboxes, scores=detections.scores, labels=labels
-            )
-            found.append(common[labels >= 0])
-        if kind_of(step.student) == ROI:
-            return [self._of_proposals(step, one, found) for one in recorded]
-        if kind_of(step.student) == QUERIES:
-            return [self._of_queries(step, recorded[0], found)]
-        return self._of_locations(step, recorded[0], found)
+            )[labels >= 0]
+            here = [place.images == image for place in recorded]
+            if not len(found) or not any(rows.any() for rows in here):
+                continue
+            if assigned == 'one to one':
+                meta = step.data_samples[image].metainfo
+                values = self._of_queries(recorded[0], here[0], found, meta)
+            else:
+                values = self._of_overlaps(recorded, here, found, assigned)
+            numbers = [int(rows.sum()) for rows in here]
+            for teacher, rows, value in zip(
+                teachers, here, values.split(numbers), strict=True
+            ):
+                teacher[rows] = value.to(teacher.dtype)
+        return [
+            Pair(x.scores, teacher, x.mask, x.weight, x.name, 'identity')
+            for x, teacher in zip(recorded, teachers, strict=True)
+        ]
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
         """As in the base; DIST compares the classes that are there."""
@@ -152,140 +153,56 @@ class Detections(Comparison):
             pair, student=pair.student[:, index], teacher=pair.teacher[:, index]
         )
 
-    def _of_proposals(
-        self, step: Step, proposals: Proposals, found: list[InstanceData]
-    ) -> Pair:
-        stage, rois, logits, _ = proposals
-        logits = self._readers[ROI].per_class(step.student, stage, logits)
-        logits = step.classes.select_student(logits, 1, 'softmax')
-        student = foreground(logits, 'softmax')
-        # CrowdDet predicts several times for a proposal, TridentNet in several branches
-        rois = rois.repeat_interleave(len(student) // max(len(rois), 1), 0)
-        images = rois[:, 0] % len(found)
-        teacher = torch.zeros_like(student)
-        for image, detections in enumerate(found):
-            here = images == image
-            if here.any() and len(detections):
-                overlaps = _overlaps(rois[here, 1:], detections.bboxes)
-                matched = overlaps >= self.min_iou
-                teacher[here] = best_scores(matched, detections, student.shape[1])
-        weight, name = 1.0, ''
-        roi_head = step.student.roi_head
-        if isinstance(roi_head.bbox_head, nn.ModuleList):
-            weight, name = roi_head.stage_loss_weights[stage], f's{stage}'
-        return Pair(student, teacher, None, weight, name, 'identity')
+    def _of_overlaps(
+        self,
+        places: Sequence[Places],
+        here: Sequence[Tensor],
+        found: InstanceData,
+        assigned: str,
+    ) -> Tensor:
+        """The best score of what overlaps each place of an image, (rows, classes)."""
+        boxes = [place.boxes[rows] for place, rows in zip(places, here, strict=True)]
+        overlaps = _overlaps(torch.cat(boxes), found.bboxes)
+        least = self.min_iou
+        if assigned == 'overlap or best':
+            least = overlaps.amax(0).clamp(1e-6, self.min_iou)
+        return best_scores(overlaps >= least, found, places[0].scores.shape[1])
 
     def _of_queries(
-        self, step: Step, queries: list[InstanceData], found: list[InstanceData]
-    ) -> Pair:
-        reader = self._readers[QUERIES]
-        activation = reader.activation(step.student)
-        students, teachers = [], []
-        for query, detections, sample in zip(
-            queries, found, step.data_samples, strict=True
-        ):
-            logits = step.classes.select_student(query.scores, 1, activation)
-            student = foreground(logits, activation)
-            best, labels = detections.scores.to(student), detections.labels
-            probs = best[:, None] * nn.functional.one_hot(labels, student.shape[1])
-            candidates = reader.candidates(logits, query.bboxes, step)
-            candidates.probs = student.detach()  # without background, as the teacher's
-            of_student, of_teacher = reader.match(
-                candidates,
-                InstanceData(
-                    probs=probs,
-                    best=best,
-                    labels=labels,
-                    bboxes=detections.bboxes.float(),
-                ),
-                sample.metainfo,
-            )
-            teacher = torch.zeros_like(student)
-            teacher[of_student] = probs[of_teacher]
-            students.append(student)
-            teachers.append(teacher)
-        return Pair(torch.cat(students), torch.cat(teachers), activation='identity')
-
-    def _of_locations(
-        self, step: Step, output: tuple, found: list[InstanceData]
-    ) -> list[Pair]:
-        reader = self._readers[DENSE]
-        (head,) = reader.student_modules(step.student)
-        levels = [
-            step.classes.select_student(x, 2, 'identity')
-            for x in reader.scores_of(head, output)
-        ]
-        anchors = _anchors(head, levels)
-        numbers = [len(x) for x in anchors]
-        teachers = torch.stack(
-            [
-                self._scores_at_anchors(torch.cat(anchors), detections, levels[0])
-                for detections in found
-            ]
-        ).split(numbers, 1)
-        pairs = []
-        for student, teacher in zip(levels, teachers, strict=True):
-            rows = student.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
-            mask = step.valid_mask(*student.shape[-2:])
-            if mask is not None:
-                mask = mask[..., None].expand(rows.shape[:-1]).flatten()
-            pairs.append(
-                Pair(
-                    rows.flatten(0, 3),
-                    teacher.flatten(0, 1),
-                    mask,
-                    activation='identity',
-                )
-            )
-        return pairs
-
-    def _scores_at_anchors(
-        self, anchors: Tensor, detections: InstanceData, like: Tensor
+        self, queries: Places, here: Tensor, found: InstanceData, img_meta: dict
     ) -> Tensor:
-        classes = like.shape[2]
-        if not len(detections):
-            return anchors.new_zeros(len(anchors), classes)
-        overlaps = _overlaps(anchors, detections.bboxes)
-        least = overlaps.amax(0).clamp(1e-6, self.min_iou)
-        return best_scores(overlaps >= least, detections, classes)
+        """The score of the detection of each query of an image, (rows, classes)."""
+        student = queries.scores[here].detach()
+        best, labels = found.scores.to(student), found.labels
+        scores = best[:, None] * F.one_hot(labels, student.shape[1])
+        of_student, of_teacher = self.match(
+            InstanceData(probs=student, bboxes=queries.boxes[here]),
+            InstanceData(
+                probs=scores, best=best, labels=labels, bboxes=found.bboxes.float()
+            ),
+            img_meta,
+        )
+        teacher = torch.zeros_like(student)
+        teacher[of_student] = scores[of_teacher]
+        return teacher
 
-    def _reader(self, model: nn.Module) -> Comparison:
-        kind = kind_of(model)
-        if kind not in self._readers:
-            raise self.unsupported(model, 'it is of none of these families')
-        return self._readers[kind]
+
+def _reader_of(model: nn.Module) -> ModuleType | None:
+    """How a detector is read; None for any other model."""
+    reader = reader_of(model)
+    return reader if hasattr(reader, 'places') else None
 
 
 def best_scores(matched: Tensor, detections: InstanceData, classes: int) -> Tensor:
     """For each place and class the best score of the detections there, else 0.
 
-    Args:
-        matched: Which detections are at a place, (places, detections).
-        detections: With ``scores`` and ``labels``, (detections,).
-        classes: Number of classes.
-
-    Returns:
-        (places, classes).
+    ``matched`` is (places, detections), the result (places, classes).
     """
     places, which = matched.nonzero(as_tuple=True)
     scores = detections.scores.float()
     best = scores.new_zeros(len(matched) * classes)
     cells = places * classes + detections.labels[which]
     return best.scatter_reduce(0, cells, scores[which], 'amax').view(-1, classes)
-
-
-def _anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-    """The anchors of each level, (h * w * anchors, 4); squares around points."""
-    generator = prior_generator(head)
-    sizes = [x.shape[-2:] for x in levels]
-    priors = generator.grid_priors(sizes, device=levels[0].device)
-    if hasattr(generator, 'base_anchors'):
-        return priors
-    squares = []
-    for points, stride in zip(priors, generator.strides, strict=True):
-        half = points.new_tensor(stride).expand(2) * (POINT_SIZE / 2)
-        squares.append(torch.cat([points[:, :2] - half, points[:, :2] + half], 1))
-    return squares
 
 
 def _overlaps(places: Tensor, boxes: Tensor) -> Tensor:
@@ -299,13 +216,8 @@ def _overlaps(places: Tensor, boxes: Tensor) -> Tensor:
 def after_nms(model: ForeignTeacher, boxes: Tensor, scores: Tensor) -> InstanceData:
     """The detections in an image by a model that gives all its boxes.
 
-    Args:
-        model: The model.
-        boxes: (M, 4), x1 y1 x2 y2 in pixels.
-        scores: (M, classes), as its ``activation`` says.
-
-    Returns:
-        ``bboxes``, ``scores`` and ``labels``.
+    These are (M, 4), x1 y1 x2 y2 in pixels, and their scores (M, classes), as the
+    model's ``activation`` says.
     """
     from mmdet.models.layers import multiclass_nms
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from mmdist.families.probabilities import fp32
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
 from mmdist.step import Step
@@ -109,19 +110,22 @@ class Features(Comparison):
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
         """Check the path, complete the loss, and make the 1x1 convolutions."""
         super().bind(student, teacher)
-        if self.levels == 'stride':
-            self._pair_by_stride(student, teacher)
-        if self.adapt is False or self._not_adapted:
-            return
+        try:
+            if self.levels == 'stride':
+                self._pair_by_stride(student, _built(teacher))
+            if self.adapt is not False:
+                self._make_adapters(student, teacher)
+        except _NotRun as error:  # a test must not need the teacher
+            self._not_adapted = str(error)
+
+    def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
         ours, theirs = self.student_channels, self.teacher_channels
         if ours is None:
-            module = self.student_modules(student)[0]
-            ours = self._channels(student, module, self.student_path, self.levels)
+            ours = [x.size(1) for x in self._dry_maps(student, 'student', self.levels)]
         if theirs is None:
-            theirs = self._teacher_channels(teacher)
-        if ours is None or theirs is None:
-            return
-        if isinstance(theirs, int):
+            maps = self._dry_maps(_built(teacher), 'teacher', self.teacher_levels)
+            theirs = [x.size(1) for x in maps]
+        elif isinstance(theirs, int):
             theirs = [theirs] * len(ours)
         self._check_number(len(ours), len(theirs))
         if self.adapt or list(ours) != list(theirs):
@@ -131,6 +135,51 @@ class Features(Comparison):
                     nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
                     for s, t in zip(ours, theirs, strict=True)
                 )
+
+    def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Replace ``levels`` by the indices of the maps that both have."""
+        ours, theirs = (
+            [round(512 / x.size(3)) for x in self._dry_maps(*side, None, (512,))]
+            for side in ((student, 'student'), (teacher, 'teacher'))
+        )
+        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+        if not common:
+            raise ValueError(
+                f"Features: the student's `{self.student_path}` has maps of the "
+                f"strides {ours}, the teacher's `{self.teacher_path}` of {theirs}, so "
+                "levels='stride' pairs none. Give indices, `levels` and "
+                "`teacher_levels`; the teacher's maps are resized."
+            )
+        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
+        print_log(
+            'Features compares the maps of the strides '
+            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
+            f'{theirs}.',
+            logger='current',
+        )
+
+    def _dry_maps(
+        self,
+        model: nn.Module,
+        whose: str,
+        levels: Sequence[int] | None,
+        sizes: Sequence[int] = (128, 512),
+    ) -> list[Tensor]:
+        """The maps of a batch of zeros.
+
+        Raises:
+            _NotRun: The model cannot be run.
+        """
+        path, name = getattr(self, f'{whose}_path'), type(model).__name__
+        module = self._module(model, path, whose)
+        try:
+            calls = _dry_run(model, module, sizes)
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'
+            raise _NotRun(f'{name} did not run on zeros, {reason}') from error
+        if not calls:
+            raise _NotRun(f'{name} did not run its `{path}` in a forward pass.')
+        return self._maps(calls, path, levels)
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have the module, and its channels be known."""
@@ -180,7 +229,7 @@ class Features(Comparison):
                     f'`{self.teacher_path}` {teacher.size(1)}. Leave `adapt` and '
                     '`teacher_channels` out, and 1x1 convolutions adapt them.'
                 )
-            student, teacher = _at_least_fp32(student), _at_least_fp32(teacher)
+            student, teacher = fp32(student), fp32(teacher)
             size = student.shape[-2:]
             if teacher.shape[-2:] != size:
                 # The teacher's, so that the gradient is that of the student's own map.
@@ -213,88 +262,11 @@ class Features(Comparison):
             + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
         )
 
-    def _pair_by_stride(self, student: nn.Module, teacher: Teacher) -> None:
-        """Replace ``levels`` by the indices of the maps that both have."""
-        module = self.student_modules(student)[0]
-        maps = [self._dry_maps(student, module, self.student_path, None, (512,))]
-        model = self._built(teacher)
-        if model is None or maps[0] is None:
-            return
-        module = self.teacher_modules(model)[0]
-        maps.append(self._dry_maps(model, module, self.teacher_path, None, (512,)))
-        if maps[1] is None:
-            return
-        ours, theirs = ([round(512 / x.size(3)) for x in side] for side in maps)
-        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
-        if not common:
-            raise ValueError(
-                f"Features: the student's `{self.student_path}` has maps of the "
-                f"strides {ours}, the teacher's `{self.teacher_path}` of {theirs}, so "
-                "levels='stride' pairs none. Give indices, `levels` and "
-                "`teacher_levels`; the teacher's maps are resized."
-            )
-        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
-        print_log(
-            'Features compares the maps of the strides '
-            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
-            f'{theirs}.',
-            logger='current',
-        )
-
-    def _built(self, teacher: Teacher) -> nn.Module | None:
-        """The teacher without its weights; None, with the reason kept, if it fails."""
-        try:
-            return teacher.build()
-        except Exception as error:  # of any kind: a test must not need the teacher
-            self._not_adapted = f'{type(error).__name__}: {error}'
-            return None
-
-    def _teacher_channels(self, teacher: Teacher) -> list[int] | None:
-        model = self._built(teacher)
-        if model is None:
-            return None
-        module = self.teacher_modules(model)[0]
-        return self._channels(model, module, self.teacher_path, self.teacher_levels)
-
-    def _channels(
-        self,
-        model: nn.Module,
-        module: nn.Module,
-        path: str,
-        levels: Sequence[int] | None,
-    ) -> list[int] | None:
-        """Channels of the maps; None, with the reason kept, if it cannot be run."""
-        maps = self._dry_maps(model, module, path, levels)
-        return maps and [x.size(1) for x in maps]
-
-    def _dry_maps(
-        self,
-        model: nn.Module,
-        module: nn.Module,
-        path: str,
-        levels: Sequence[int] | None,
-        sizes: Sequence[int] = (128, 512),
-    ) -> list[Tensor] | None:
-        """The maps of zeros; None, with the reason kept, if it cannot be run."""
-        try:
-            calls = _dry_run(model, module, sizes)
-        except Exception as error:  # as above
-            self._not_adapted = (
-                f'{type(model).__name__} did not run on zeros, '
-                f'{type(error).__name__}: {error}'
-            )
-            return None
-        if not calls:
-            self._not_adapted = (
-                f'{type(model).__name__} did not run its `{path}` in a forward pass.'
-            )
-            return None
-        return self._maps(calls, path, levels)
-
     def _maps(
         self, calls: Sequence, path: str, levels: Sequence[int] | None
     ) -> list[Tensor]:
-        tensors = [x for call in calls for x in _tensors(call.output)]
+        outputs = tree_leaves([call.output for call in calls])
+        tensors = [x for x in outputs if isinstance(x, Tensor)]
         maps = [x for x in tensors if x.ndim == 4]
         if not maps:
             raise ValueError(
@@ -320,6 +292,18 @@ class Features(Comparison):
             )
 
 
+class _NotRun(Exception):
+    """A model could not be built or run to see its maps."""
+
+
+def _built(teacher: Teacher) -> nn.Module:
+    """The teacher without its weights."""
+    try:
+        return teacher.build()
+    except Exception as error:  # of any kind
+        raise _NotRun(f'{type(error).__name__}: {error}') from error
+
+
 def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
     """The calls of ``module`` when ``model`` runs on a batch of zeros.
 
@@ -333,15 +317,10 @@ def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
         for size in sizes:
             shape = (size, size)
             zeros = reference.new_zeros(1, 3 if mean is None else len(mean), *shape)
-            sample = BaseDataElement(
-                metainfo=dict(
-                    img_shape=shape,
-                    ori_shape=shape,
-                    pad_shape=shape,
-                    batch_input_shape=shape,
-                    scale_factor=(1.0, 1.0),
-                )
+            sizes_of = dict.fromkeys(
+                ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape
             )
+            sample = BaseDataElement(metainfo=dict(sizes_of, scale_factor=(1.0, 1.0)))
             try:
                 with (
                     torch.no_grad(),
@@ -361,19 +340,3 @@ def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
     finally:
         for m in was_training:
             m.training = True
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmdist.families import roi
+from mmdist.families.probabilities import check_min_score, foreground
+from mmdist.families.roi import Judged, Proposals
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
 from .base import Comparison, Pair
-from .probabilities import check_min_score, foreground
-from .roi_logits import Proposals, RoILogits, stages_of
-from .sparse_queries import sampled_rois
-
-# Those that take nothing but features and proposals.
-MASK_FORWARDS = ('StandardRoIHead._mask_forward', 'CascadeRoIHead._mask_forward')
-
-
-class ProposedMasks(NamedTuple):
-    """What one stage of the student's mask head was given and what it returned."""
-
-    stage: int
-    rois: Tensor  # (rois, 5), the image's index in the batch and the box
-    logits: Tensor  # (rois, classes or 1, height, width)
-
-
-class JudgedMasks(NamedTuple):
-    """What one stage of the teacher says of them."""
-
-    stage: int
-    scores: Tensor  # (rois, classes + background), as the bbox head returned them
-    logits: Tensor  # (rois, classes or 1, height, width)
 
 
 @MODELS.register_module()
@@ -77,7 +57,7 @@ class Masks(Comparison):
         super().__init__(loss or dict(type='mmdist.DISTLoss', gamma=0.0))
         check_min_score(min_score)
         self.min_score = min_score
-        self._reader = RoILogits(stage=stage)
+        self.stage = stage
 
     def activation(self, student: nn.Module) -> str:
         """A mask has a sigmoid per pixel."""
@@ -85,86 +65,49 @@ class Masks(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The extractors and mask heads of all stages."""
-        extractors, heads = self._stages(student)
-        return [*extractors, *heads]
+        return roi.modules(student, self.unsupported, 'mask')
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must predict masks of proposals, too."""
-        self._reader.check_pair(student, teacher)
-        self._stages(teacher)
+        roi.check(teacher, self.unsupported)
+        roi.check_masks(teacher, self.unsupported)
+        roi.check_stage('Masks', teacher, self.stage)
 
-    def record(self, step: Step) -> list[ProposedMasks]:
+    def record(self, step: Step) -> list[Proposals]:
         """The positive proposals and their masks, for each stage."""
-        recorded = []
-        for stage, (extractor, head) in enumerate(
-            zip(*self._stages(step.student), strict=True)
-        ):
-            if stage > 0 and not step.has_run(head):  # no proposal is left
-                _, rois, logits = recorded[-1]
-                recorded.append(ProposedMasks(stage, rois[:0], logits[:0]))
-                continue
-            said = step.calls(head)[-1]
-            rois = sampled_rois(step.call_before(extractor, said))
-            recorded.append(ProposedMasks(stage, rois, said.output))
-        return recorded
+        return roi.record(step, 'mask')
 
-    def ask(self, step: Step, recorded: list[ProposedMasks]) -> list[JudgedMasks]:
-        """The teacher's classes and masks of the same proposals."""
-        roi_head = step.teacher_model.roi_head
-        proposals = [Proposals(stage, rois, None) for stage, rois, _ in recorded]
-        asked = []
-        for one, said in zip(
-            proposals, self._reader.judge(step, proposals), strict=True
-        ):
-            stage, scores, _ = said[-1]
-            which = [stage] if isinstance(roi_head.mask_head, nn.ModuleList) else []
-            masks = roi_head._mask_forward(*which, step.teacher_features, one.rois)
-            asked.append(JudgedMasks(stage, scores, masks['mask_preds']))
-        return asked
+    def ask(self, step: Step, recorded: list[Proposals]) -> list[tuple[Judged, Tensor]]:
+        """What the teacher says of the same proposals, and its masks."""
+        judged = [x[-1] for x in roi.judge(step, recorded, self.stage)]
+        return [
+            (one, roi.judge_masks(step, proposals, one.stage))
+            for one, proposals in zip(judged, recorded, strict=True)
+        ]
 
     def pair(
-        self, step: Step, recorded: list[ProposedMasks], asked: list[JudgedMasks]
+        self,
+        step: Step,
+        recorded: list[Proposals],
+        asked: list[tuple[Judged, Tensor]],
     ) -> list[Pair]:
         """A pair for each stage of the student, (proposals, pixels)."""
-        roi_head = step.student.roi_head
-        is_cascade = isinstance(roi_head.mask_head, nn.ModuleList)
         pairs = []
-        for ours, theirs in zip(recorded, asked, strict=True):
-            scores = self._reader.per_class(
-                step.teacher_model, theirs.stage, theirs.scores
-            )
+        for ours, (judged, masks) in zip(recorded, asked, strict=True):
+            scores = roi.per_class(step.teacher_model, judged.stage, judged.logits)
             best, *classes = step.classes.best(foreground(scores, 'softmax'))
             student, teacher = (
-                _of_class(side.logits, index)
-                for side, index in zip((ours, theirs), classes, strict=True)
+                _of_class(logits, index)
+                for logits, index in zip((ours.logits, masks), classes, strict=True)
             )
             if teacher.shape != student.shape:
                 teacher = F.interpolate(
                     teacher[:, None], student.shape[1:], mode='bilinear'
                 )[:, 0]
-            pairs.append(
-                Pair(
-                    student.flatten(1),
-                    teacher.flatten(1),
-                    best >= self.min_score,
-                    roi_head.stage_loss_weights[ours.stage] if is_cascade else 1.0,
-                    f's{ours.stage}' if is_cascade else '',
-                )
-            )
+            term = roi.term_of(step.student, ours.stage)
+            sure = best >= self.min_score
+            pairs.append(Pair(student.flatten(1), teacher.flatten(1), sure, **term))
         return pairs
-
-    def _stages(self, model: nn.Module) -> tuple[Sequence, Sequence]:
-        """Extractors and mask heads."""
-        roi_head = getattr(model, 'roi_head', None)
-        if getattr(roi_head, 'mask_head', None) is None:
-            raise self.unsupported(model, 'it has no `roi_head.mask_head`')
-        if type(roi_head)._mask_forward.__qualname__ not in MASK_FORWARDS:
-            raise self.unsupported(
-                model, f'the mask head of its {type(roi_head).__name__} needs more'
-            )
-        if getattr(roi_head, 'share_roi_extractor', False):
-            raise self.unsupported(model, 'its mask head has no extractor of its own')
-        return stages_of(roi_head.mask_roi_extractor), stages_of(roi_head.mask_head)
 
 
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from mmengine.dist import get_rank
-from mmengine.logging import MessageHub
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmdist.lookup import by_class_name, is_a
+from mmdist.families import seg
+from mmdist.families.seg import SegMap
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher
 
 from .base import Comparison, Pair
-from .seg_map import SegMap, TwoViews, draw_pixels
-
-# Which of several outputs of a head's forward predicts at inference. Names, so that
-# mmseg does not have to be installed.
-PREDICTING_OUTPUT: dict[str, int] = {
-    'DAHead': 0,  # position and channel attention together | each alone
-    'EncHead': 0,  # | the classes of the whole image
-    'DDRHead': 0,  # context | spatial branch
-    'PIDHead': 1,  # proportional | integral | derivative branch
-    'IterativeDecodeHead': -1,  # one per stage of K-Net
-}
-MASK_HEADS = ('MaskFormerHead', 'Mask2FormerHead')
-SAN_HEAD = 'SideAdapterCLIPHead'
 
 
 @MODELS.register_module()
@@ -57,18 +43,16 @@ class SegLogits(Comparison):
             padded pixels. The published code does not; False restores it.
         resize: Whose size both maps are compared at: that of the 'smaller' one, of the
             'student', the 'teacher' or the 'label'.
-        max_rows: Compare at most so many pixels of a batch and head, drawn anew in
-            every step; None takes all.
-        sampling: How they are drawn: 'uniform', or 'balanced', equally many of every
-            class that the teacher predicts, as far as there are.
-        seed: Seed of the drawing. With the iteration and the rank of the process it
-            decides which pixels are drawn, so a resumed run draws the same.
+
+    Raises:
+        ValueError: ``resize`` is none of these.
     """
 
     families = (
         'the segmentors of mmseg: heads that score the classes of each pixel, cascades '
         "of them, and mask classification (MaskFormer, Mask2Former, SAN), mmdet's too"
     )
+    asks_first = True
 
     def __init__(
         self,
@@ -76,9 +60,6 @@ class SegLogits(Comparison):
         aux_weight: float = 0.4,
         ignore_mask: bool = True,
         resize: str = 'smaller',
-        max_rows: int | None = None,
-        sampling: str = 'uniform',
-        seed: int = 0,
     ) -> None:
         super().__init__(loss)
         if resize not in ('smaller', 'student', 'teacher', 'label'):
@@ -86,101 +67,64 @@ class SegLogits(Comparison):
                 "`resize` of SegLogits is 'smaller', 'student', 'teacher' or 'label', "
                 f'got {resize!r}.'
             )
-        if sampling not in ('uniform', 'balanced'):
-            raise ValueError(
-                f"`sampling` of SegLogits is 'uniform' or 'balanced', got {sampling!r}."
-            )
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(
-                '`max_rows` of SegLogits is a number of pixels or None, got '
-                f'{max_rows}.'
-            )
         self.aux_weight = aux_weight
         self.ignore_mask = ignore_mask
         self.resize = resize
-        self.max_rows = max_rows
-        self.sampling = sampling
-        self.seed = seed
-        self._steps = 0
 
     def activation(self, student: nn.Module) -> str:
         """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
-        head = self._head(student)
-        if is_mask_head(head):
-            return 'identity'
-        return 'sigmoid' if head.out_channels == 1 else 'softmax'
+        return seg.activation_of(student)
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The head that predicts and the auxiliary heads."""
-        return [self._head(student), *self._auxiliary_heads(student)]
+        return [seg.head_of(student, self.unsupported), *self._auxiliary_heads(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a segmentor."""
         if not isinstance(teacher, ForeignTeacher):
-            self._head(teacher)
+            seg.head_of(teacher, self.unsupported)
         elif teacher.gives not in ('pixels', 'masks'):
             raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
     def record(self, step: Step) -> list[SegMap]:
         """The map of each head, as it computed it for its own loss."""
-        # A cascade runs a head once more for the next one; the first run is its own.
-        return [
-            self._map(step, head, step.calls(head)[0].output)
-            for head in self.student_modules(step.student)
-        ]
-
-    asks_first = True
+        as_scores = self._as_scores(step)
+        heads = self.student_modules(step.student)
+        return [seg.record(step, head, as_scores) for head in heads]
 
     def ask(self, step: Step, recorded: None) -> list[SegMap]:
         """The teacher's maps of the same heads, from its features."""
+        as_scores = self._as_scores(step)
         if isinstance(step.teacher_model, ForeignTeacher):
-            return [self._foreign_map(step)]
-        head = self._head(step.teacher_model)
-        maps = [self._map(step, head, _decode(step, head))]
-        for _, teacher_head in self._auxiliary_pairs(step):
-            output = teacher_head.forward(step.teacher_features)
-            maps.append(self._map(step, teacher_head, output))
-        return maps
+            return [seg.ask_foreign(step, as_scores)]
+        heads = [head for _, head in self._auxiliary_pairs(step)]
+        heads.insert(0, seg.head_of(step.teacher_model))
+        return [seg.ask(step, head, as_scores) for head in heads]
 
     def mean_of_views(
         self, step: Step, asked: list[SegMap], mirrored: list[SegMap]
-    ) -> list[TwoViews]:
+    ) -> list[SegMap]:
         """Maps of the mean probabilities."""
-        return list(map(TwoViews, asked, mirrored))
+        both = zip(asked, mirrored, strict=True)
+        return [replace(one, mirrored=other) for one, other in both]
 
     def pair(
-        self,
-        step: Step,
-        recorded: list[SegMap],
-        asked: list[SegMap] | list[TwoViews],
+        self, step: Step, recorded: list[SegMap], asked: list[SegMap]
     ) -> list[Pair]:
         """Logits or scores at the same pixels, with those that count."""
         heads = self.student_modules(step.student)
         used = [heads[0], *(head for head, _ in self._auxiliary_pairs(step))]
-        generator = self._generator(step)
+        as_scores = self._as_scores(step)
+        activation = 'identity' if as_scores else 'softmax'
         pairs = []
-        for head, teacher in zip(used, asked, strict=True):
-            student = recorded[heads.index(head)]
-            size = self._size(step, student, teacher)
+        for head, taught in zip(used, asked, strict=True):
+            own = recorded[heads.index(head)]
+            size = self._size(step, own, taught)
             mask = self._mask(step, head, size) if self.ignore_mask else None
-            if self.max_rows is None:
-                student, teacher = student.read(size), teacher.read(size)
-            else:
-                pixels, mask = draw_pixels(
-                    self.max_rows,
-                    step.inputs.new_ones((len(step.inputs), *size), dtype=torch.bool)
-                    if mask is None
-                    else mask,
-                    generator,
-                    _predicted(teacher, size) if self.sampling == 'balanced' else None,
-                )
-                student = student.read_at(pixels, size)
-                teacher = teacher.read_at(pixels, size)
-            as_scores = self._as_scores(step)
+            student, teacher = own.read(size), taught.read(size)
             is_binary = student.shape[1] == 1 != step.classes.num_student
             student = _two_classes(student, step.classes.num_student, as_scores)
             teacher = _two_classes(teacher, step.classes.num_teacher, as_scores)
-            activation = 'identity' if as_scores else 'softmax'
             known = step.classes.mostly_known(teacher, activation=activation)
             if known is not None:
                 mask = known if mask is None else mask & known
@@ -198,46 +142,14 @@ class SegLogits(Comparison):
 
     def _as_scores(self, step: Step) -> bool:
         """Whether scores are compared, not logits: DISTLoss does, where masks are."""
-        models = (step.student, step.teacher_model)
         return (
-            any(map(self._predicts_masks, models))
+            any(map(_predicts_masks, (step.student, step.teacher_model)))
             and hasattr(self.loss, 'activation')
             and self._loss_cfg.get('activation', 'identity') == 'identity'
         )
 
-    def _predicts_masks(self, model: nn.Module) -> bool:
-        if isinstance(model, ForeignTeacher):
-            return model.gives == 'masks'
-        return is_mask_head(self._head(model))
-
-    def _head(self, model: nn.Module) -> nn.Module:
-        """The head that predicts: of a cascade the last that gives a map."""
-        if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
-            return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
-        if not hasattr(model, 'decode_head'):
-            raise self.unsupported(model, 'it has no `decode_head`')
-        if is_a(model, 'DepthEstimator'):
-            raise self.unsupported(
-                model, 'it estimates depth, and does not score classes'
-            )
-        head = model.decode_head
-        if isinstance(head, nn.ModuleList):
-            head = [stage for stage in head if not is_a(stage, 'PointHead')][-1]
-        return head
-
     def _auxiliary_heads(self, model: nn.Module) -> list[nn.Module]:
-        """The auxiliary heads with the same classes, the deepest first."""
-        heads = getattr(model, 'auxiliary_head', None)
-        if heads is None or not self.aux_weight:
-            return []
-        classes = self._head(model).num_classes
-        heads = [
-            head
-            for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
-            # STDC has a head for boundaries.
-            if head.num_classes == classes and not is_a(head, 'STDCHead')
-        ]
-        return sorted(heads, key=_depth, reverse=True)
+        return seg.auxiliary_heads(model) if self.aux_weight else []
 
     def _auxiliary_pairs(self, step: Step) -> list[tuple[nn.Module, nn.Module]]:
         """The auxiliary heads of student and teacher, the deepest with the deepest."""
@@ -245,34 +157,6 @@ class SegLogits(Comparison):
         return list(
             zip(student, self._auxiliary_heads(step.teacher_model), strict=False)
         )
-
-    def _map(self, step: Step, head: nn.Module, output) -> SegMap:
-        """What the head predicts, from the output of its forward."""
-        queries = None
-        if is_a(head, *MASK_HEADS):
-            classes, masks = output[0][-1], output[1][-1]
-        elif is_a(head, SAN_HEAD):
-            masks, classes = output[0][-1], output[1][-1]
-        else:
-            masks, classes = output, None
-            if not isinstance(output, Tensor):
-                masks = output[_predicting_output(head, output)]
-        if classes is not None:
-            dtype = torch.promote_types(classes.dtype, torch.float32)
-            queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
-        return self._seg_map(step, masks, queries)
-
-    def _foreign_map(self, step: Step) -> SegMap:
-        output = step.teacher_features
-        if step.teacher_model.gives == 'pixels':
-            return self._seg_map(step, output)
-        return self._seg_map(step, *output)
-
-    def _seg_map(
-        self, step: Step, maps: Tensor, queries: Tensor | None = None
-    ) -> SegMap:
-        align_corners = getattr(step.student, 'align_corners', False)
-        return SegMap(maps, queries, self._as_scores(step), align_corners)
 
     def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
         if self.resize == 'label':
@@ -297,82 +181,11 @@ class SegLogits(Comparison):
                 pixels.fill_(True)
         return mask if valid is None else mask & valid
 
-    def _generator(self, step: Step) -> torch.Generator:
-        # Of the Runner; without one, the calls are counted.
-        iteration = MessageHub.get_current_instance().get_info('iter', self._steps)
-        self._steps += 1
-        seed = hash((self.seed, iteration, get_rank())) % 2**63
-        return torch.Generator(step.inputs.device).manual_seed(seed)
 
-
-# ---- heads -----------------------------------------------------------------------
-
-
-def is_mask_head(head: nn.Module) -> bool:
-    """Whether a head predicts masks and the class of each, not a class per pixel."""
-    return is_a(head, *MASK_HEADS, SAN_HEAD)
-
-
-def _depth(head: nn.Module) -> float:
-    """Index of the deepest feature that a head reads."""
-    index = head.in_index
-    indices = index if isinstance(index, Sequence) else [index]
-    return max(float('inf') if i < 0 else i for i in indices)
-
-
-def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
-    index = by_class_name(head, PREDICTING_OUTPUT)
-    if index is not None:
-        return index
-    name = type(head).__name__
-    raise ValueError(
-        f'{name} returns {len(outputs)} outputs, and SegLogits does not know which one '
-        'predicts at inference. Give its index: '
-        f"`mmdist.comparisons.seg_logits.PREDICTING_OUTPUT['{name}'] = 0`."
-    )
-
-
-def _decode(step: Step, head: nn.Module):
-    """Output of the teacher's head, run as the model runs it at inference."""
-    model = step.teacher_model
-    if is_a(head, SAN_HEAD):
-        inputs = images = step.teacher_inputs
-        if model.asymetric_input:
-            images = F.interpolate(
-                inputs, scale_factor=model.encoder_resolution, mode='bilinear'
-            )
-        features = model.extract_feat(images)
-        return head.forward([inputs, features, model.text_encoder()], [])
-    features = step.teacher_features
-    if is_a(head, *MASK_HEADS):
-        full = tuple(step.inputs.shape[-2:])
-        samples = [
-            BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=full))
-            for size in step.valid_sizes
-        ]
-        return head.forward(features, samples)
-    if not isinstance(model.decode_head, nn.ModuleList):
-        return head.forward(features)
-    stages = iter(model.decode_head)
-    output = next(stages).forward(features)
-    for stage in stages:
-        if is_a(stage, 'PointHead'):
-            break
-        output = stage.forward(features, output)
-    return output
-
-
-# ---- maps ------------------------------------------------------------------------
-
-
-def _predicted(teacher: SegMap, size: tuple[int, int]) -> Tensor:
-    """The teacher's class of each pixel, (N, *size), found at its own size."""
-    scores = teacher.read(teacher.size)
-    if scores.shape[1] == 1:
-        labels = scores > (0.5 if teacher.as_scores else 0)
-    else:
-        labels = scores.argmax(dim=1, keepdim=True)
-    return F.interpolate(labels.float(), size=size, mode='nearest').squeeze(1).long()
+def _predicts_masks(model: nn.Module) -> bool:
+    if isinstance(model, ForeignTeacher):
+        return model.gives == 'masks'
+    return seg.is_mask_head(seg.head_of(model))
 
 
 def _two_classes(scores: Tensor, classes: int | None, as_scores: bool) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mmdist.comparisons.base import Pair
-from mmdist.comparisons.default import DENSE, SEG, kind_of
+from mmdist.families import DENSE, SEG, family_of
 from mmdist.lookup import is_a
 from mmdist.record import Recorder, swapped
 
@@ -164,11 +164,11 @@ def _heads(student: nn.Module) -> list[nn.Module]:
     Those of all segmentors and of most one-stage detectors. A two-stage detector or a
     DETR reads labels before, to sample proposals or to denoise.
     """
-    kind = kind_of(student)
+    family = family_of(student)
     heads = []
-    if kind == SEG and hasattr(student, 'decode_head'):
+    if family == SEG and hasattr(student, 'decode_head'):
         heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
-    elif kind == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
+    elif family == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
         others = (getattr(student, name, None) for name in ('mask_head', 'segm_head'))
         # of a class with a `loss` of its own nothing is known
         own = type(student.bbox_head).loss.__qualname__ != 'BaseDenseHead.loss'

@@ -5,15 +5,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from common import dist, slow, step
 from det_zoo import SIZES, batch, build_pair, keep_backbone, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
-from mmengine.logging import MMLogger
 from scipy.special import expit, softmax
-from scipy.stats import pearsonr
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from mmdist.families import dense as family
 from mmdist.losses import as_rows as as_matrix
 from mmdist.registry import MODELS
 from mmdist.teachers import match_classes
@@ -21,7 +21,6 @@ from mmdist.teachers import match_classes
 RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 FCOS = 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
-SSD = 'ssd/ssd300_coco.py'
 YOLOF = 'yolof/yolof_r50-c5_8xb8-1x_coco.py'
 YOLACT = 'yolact/yolact_r50_1xb8-55e_coco.py'
 YOLOV3 = 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py'
@@ -43,20 +42,6 @@ EXACT = dict(type='mmdist.DISTLoss', eps=0)
 
 def dense(**kwargs) -> dict:
     return dict(dist=dict(type='mmdist.DenseLogits', **kwargs))
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where there is none, with one entry or all the same."""
-    if len(a) < 2 or any(np.linalg.norm(x - x.mean()) < 1e-6 for x in (a, b)):
-        return 0.0
-    return pearsonr(a, b)[0]
-
-
-def dist(student: np.ndarray, teacher: np.ndarray) -> float:
-    """The published loss, term by term."""
-    inter = [correlation(s, t) for s, t in zip(student, teacher, strict=True)]
-    intra = [correlation(s, t) for s, t in zip(student.T, teacher.T, strict=True)]
-    return (1 - np.mean(inter)) + (1 - np.mean(intra)) if inter else 0.0
 
 
 def raw_outputs(model: nn.Module, data: dict) -> tuple[list, list]:
@@ -87,17 +72,15 @@ def as_rows(level: np.ndarray, anchors: int, joint: bool) -> np.ndarray:
     return rows if joint else rows.reshape(n * h * w * anchors, channels // anchors)
 
 
-def keep_pairs(model: nn.Module) -> list:
-    """The pairs that the comparison will make."""
-    comparison, pairs = model.distill['dist'], []
-    pair = comparison.pair
-    comparison.pair = lambda *args: pairs.extend(pair(*args)) or pairs
-    return pairs
-
-
-@pytest.mark.parametrize('mask', [True, False])
-@pytest.mark.parametrize('levels', ['sum', 'concat'])
-@pytest.mark.parametrize('anchors', ['joint', 'separate'])
+@pytest.mark.parametrize(
+    ('anchors', 'levels', 'mask'),
+    [
+        ('joint', 'sum', True),
+        ('joint', 'sum', False),  # as published
+        ('separate', 'concat', True),
+        *slow([('separate', 'sum', True), ('joint', 'concat', False)]),
+    ],
+)
 def test_rows_of_retinanet_against_numpy(anchors, levels, mask):
     distill = dense(anchors=anchors, levels=levels, ignore_mask=mask, loss=EXACT)
     model = build_pair(RETINANET, distill=distill, edit=first_levels, sizes=PADDED)
@@ -118,12 +101,6 @@ def test_rows_of_retinanet_against_numpy(anchors, levels, mask):
         rows = [[np.concatenate(side) for side in zip(*rows, strict=True)]]
     expected = sum(dist(student, teacher) for student, teacher in rows)
     assert losses['loss_dist'].item() == pytest.approx(expected, abs=1e-3)
-
-
-def strides_of_2(cfg, original, factor):
-    """SSD300 has strides of 7, 107 and 300 for its last, smallest levels."""
-    if original.bbox_head.type == 'SSDHead':
-        cfg.bbox_head.anchor_generator.strides = [8, 16, 32, 64, 107, 320]
 
 
 def first_levels(cfg, original, factor):
@@ -201,8 +178,7 @@ def test_heads_that_filter_in_eval_are_asked_as_in_training(path):
     model = build_pair(path, distill=dense(), factors=(8, 8))
     teacher = model.teacher.model
     teacher.load_state_dict(model.state_dict())
-    pairs = keep_pairs(model)
-    model(**batch(model), mode='loss')
+    _, pairs = step(model, batch(model))
     assert len(pairs) == 5
     for pair in pairs:
         torch.testing.assert_close(pair.student, pair.teacher)
@@ -212,8 +188,7 @@ def test_heads_that_filter_in_eval_are_asked_as_in_training(path):
 def test_both_corner_heatmaps_of_both_stacks_count():
     sizes = ((128, 128), (128, 128))
     model = build_pair(CORNERNET, distill=dense(), sizes=sizes)
-    pairs = keep_pairs(model)
-    model(**batch(model, sizes), mode='loss')
+    _, pairs = step(model, batch(model, sizes))
     assert [p.student.shape for p in pairs] == [(2, 80, 32, 32)] * 4
     assert model.distill['dist'].loss.activation == 'sigmoid'
 
@@ -406,109 +381,13 @@ def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
 def test_scores_of_different_kinds_are_compared_as_probabilities():
     """ATSS has sigmoids, TOOD returns probabilities."""
     model = build_pair(ATSS, TOOD, dense())
-    pairs = keep_pairs(model)
     data = batch(model)
-    losses = model(**data, mode='loss')
+    losses, pairs = step(model, data)
     assert losses['loss_dist'].item() > 0
     for pair, student, teacher in zip(pairs, *raw_outputs(model, data), strict=True):
         assert pair.activation == 'identity'
         np.testing.assert_allclose(pair.student.detach(), expit(student), atol=1e-6)
         np.testing.assert_allclose(pair.teacher, teacher, atol=1e-6)
-
-
-# ---- anchors='best' --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ('student', 'teacher', 'strides'),
-    [
-        (RETINANET, FCOS, (8, 16, 32, 64, 128)),  # 9 anchors, 1 point
-        (FCOS, RETINANET, (8, 16, 32, 64, 128)),
-        (RETINANET, RTMDET, (8, 16, 32)),  # of 5 levels and of 3
-        (YOLOX, ATSS, (8, 16, 32)),
-        (RETINANET, SSD, (8, 16, 32, 64)),  # a softmax, 4 or 6 anchors
-        (SSD, YOLOX, (8, 16, 32)),
-    ],
-)
-def test_the_best_anchor_of_a_location(student, teacher, strides):
-    """Against the maximum of the raw scores, in numpy."""
-    sizes = ((320, 320), (256, 320))
-    if SSD not in (student, teacher):
-        sizes = ((128, 128), (96, 80))
-    distill = dense(anchors='best', loss=EXACT)
-    factors = tuple(1 if path == SSD else 8 for path in (student, teacher))
-    model = build_pair(student, teacher, distill, factors, strides_of_2, sizes)
-    pairs = keep_pairs(model)
-    data = batch(model, sizes)
-    losses = model(**data, mode='loss')
-    raw = raw_outputs(model, data)
-    softmax_too = SSD in (student, teacher)
-    expected = 0
-    assert len(pairs) == len(strides)
-    for number, (pair, stride) in enumerate(zip(pairs, strides, strict=True)):
-        rows = []
-        for path, levels in zip((student, teacher), raw, strict=True):
-            level = levels[number]
-            columns = 81 if path == SSD else 80
-            n, channels, h, w = level.shape
-            scores = level.reshape(n, channels // columns, columns, h, w)
-            if path == SSD:
-                scores = softmax(scores, 2)[:, :, :80]
-            else:
-                scores = expit(scores)
-            counts = valid_rows((h, w), stride, sizes).ravel()
-            rows.append(as_rows(scores.max(1), 1, True)[counts])
-        ours, theirs = (as_matrix(x).detach() for x in (pair.student, pair.teacher))
-        mask = ... if pair.mask is None else pair.mask.flatten()
-        if not softmax_too:
-            ours, theirs = ours.sigmoid(), theirs.sigmoid()
-        np.testing.assert_allclose(ours[mask], rows[0], atol=1e-5)
-        np.testing.assert_allclose(theirs[mask], rows[1], atol=1e-5)
-        expected += dist(*rows)
-    assert losses['loss_dist'].item() == pytest.approx(expected, rel=5e-3)
-
-
-def test_with_one_anchor_best_is_joint():
-    values = []
-    for anchors in ('joint', 'best'):
-        model = build_pair(ATSS, distill=dense(anchors=anchors))
-        values.append(model(**batch(model), mode='loss')['loss_dist'].item())
-    assert values[0] == values[1]
-
-
-def test_levels_of_one_side_only_are_named(caplog):
-    comparison = MODELS.build(dict(type='mmdist.DenseLogits', anchors='best'))
-    model = build_pair(RETINANET, RTMDET)
-    logger = MMLogger.get_current_instance()  # it does not propagate
-    level = logger.level
-    logger.setLevel('INFO')
-    logger.addHandler(caplog.handler)
-    comparison.check_pair(model, model.teacher.model)
-    logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
-    (message,) = caplog.messages
-    assert 'the levels of the strides [(8, 8), (16, 16), (32, 32)]' in message
-    assert 'The student has [(8, 8), (16, 16), (32, 32), (64, 64), (128' in message
-
-
-def test_levels_without_a_common_stride_are_an_error():
-    def coarse(cfg, original, factor):
-        if original.type == 'YOLOF':
-            cfg.bbox_head.anchor_generator.strides = [48]
-
-    with pytest.raises(ValueError, match=r'mmdist\.Detections'):
-        build_pair(YOLOX, YOLOF, dense(anchors='best'), edit=coarse)
-
-
-def test_a_level_that_differs_by_rounding_is_resized():
-    from mmdist.comparisons.dense_logits import _resized
-
-    levels = torch.rand(1, 1, 2, 5, 4), torch.rand(1, 1, 2, 4, 4)
-    assert _resized(levels[0], levels[1]).shape == levels[1].shape
-    constant = torch.full((1, 1, 2, 5, 4), 3.0)
-    assert torch.equal(_resized(constant, levels[1]), torch.full((1, 1, 2, 4, 4), 3.0))
-    with pytest.raises(ValueError, match=r'\(5, 4\) for the student and \(3, 4\)'):
-        _resized(torch.rand(1, 1, 2, 3, 4), levels[0])
 
 
 # ---- score='joint' ---------------------------------------------------------------
@@ -545,11 +424,11 @@ def all_of_them(head: nn.Module) -> ConfigDict:
         'ddod/ddod_r50_fpn_1x_coco.py',
         'foveabox/fovea_r50_fpn_4xb4-1x_coco.py',
         GFL,
-        'lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py',
-        'nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py',
+        *slow(['lad/lad_r50-paa-r101_fpn_2xb8_coco_1x.py']),
+        *slow(['nas_fcos/nas-fcos_r50-caffe_fpn_nashead-gn-head_4xb4-1x_coco.py']),
         PAA,
         VFNET,
-        'yolof/yolof_r50-c5_8xb8-1x_coco.py',
+        YOLOF,
     ],
     ids=lambda path: path.split('/')[0],
 )
@@ -575,8 +454,7 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
     (result,) = head.predict_by_feat(
         *output, batch_img_metas=[meta], cfg=all_of_them(head)
     )
-    comparison = MODELS.build(dict(type='mmdist.DenseLogits', score='joint'))
-    scores = comparison.scores_of(head, output)
+    scores = family.scores_of(head, output, 'joint')
     assert all(level.shape[2:] == (4, 6, 4) for level in scores)
     scores = torch.cat([as_matrix(level.flatten(0, 1)) for level in scores])
     if path == YOLOX:  # it keeps the best class of a location
@@ -591,17 +469,15 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
     'student, teacher',
     [
         (YOLOX, RTMDET),  # trained at objects alone <- quality
-        (FCOS, GFL),  # points <- anchors
-        (VFNET, ATSS),
         (ATSS, TOOD),  # logits <- probabilities
+        *slow([(FCOS, GFL), (VFNET, ATSS)]),  # points <- anchors, ...
     ],
 )
 def test_joint_scores_of_heads_of_other_meaning(student, teacher):
     model = build_pair(student, teacher, dense(score='joint'))
     assert model.distill['dist'].loss.activation == 'identity'
-    pairs = keep_pairs(model)
     data = batch(model)
-    losses = model(**data, mode='loss')
+    losses, pairs = step(model, data)
     guest = model.teacher
     inputs = guest.renormalize(data['inputs'], SIZES)
     with torch.no_grad():
@@ -639,8 +515,7 @@ def test_the_root_of_a_vanishing_score_has_a_finite_gradient():
     head = MODELS.build(model_config(PAA).bbox_head)
     output = [torch.full((1, c, 2, 2), -200.0) for c in (80, 4, 1)]
     output[0].requires_grad_()
-    comparison = MODELS.build(dict(type='mmdist.DenseLogits', score='joint'))
-    (scores,) = comparison.scores_of(head, tuple([x] for x in output))
+    (scores,) = family.scores_of(head, tuple([x] for x in output), 'joint')
     scores.sum().backward()
     assert output[0].grad.isfinite().all()
 
@@ -654,9 +529,8 @@ def pairs_of_two_and_three_classes(distill: dict) -> tuple[nn.Module, dict, list
     sizes = ((64, 64), (64, 64))
     model = build_pair(YOLACT, distill=distill, edit=classes, sizes=sizes)
     model.teacher.classes = match_classes(['cat', 'ant'], ['ant', 'bee', 'cat'])
-    pairs = keep_pairs(model)
     data = batch(model, sizes, num_classes=2)
-    model(**data, mode='loss')
+    _, pairs = step(model, data)
     return model, data, pairs
 
 
@@ -699,16 +573,3 @@ def test_a_class_that_the_student_does_not_know_is_background(anchors):
 def test_what_is_not_a_dense_head_is_refused_by_name(path, student, message):
     with pytest.raises(ValueError, match=f'{message}.*docs/own_comparison.md'):
         build_pair(path, distill=dense(student=student))
-
-
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        (dict(anchors='all'), "`anchors` is 'joint', 'separate' or 'best'"),
-        (dict(levels='mean'), "`levels` is 'sum' or 'concat'"),
-        (dict(score='both'), "`score` is 'class' or 'joint'"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        build_pair(RETINANET, distill=dense(**arguments))

@@ -71,8 +71,8 @@ def test_a_teacher_config_that_does_not_exist(make_config, tmp_path, path):
         (dict(loss=dict(type='mmdist.DISTLoss')), r'`distill\.dist` says what .* None'),
         ('mmdist.SegLogits', r'`distill\.dist` says what to compare by its `type`'),
         (
-            dict(type='mmdist.SegLogits', max_row=3),
-            r"no argument 'max_row'\. Did you mean 'max_rows'\? It takes",
+            dict(type='mmdist.SegLogits', resizes='label'),
+            r"no argument 'resizes'\. Did you mean 'resize'\? It takes",
         ),
     ],
 )

@@ -15,11 +15,7 @@ def fp32(x: Tensor) -> Tensor:
 
 
 def check_min_score(min_score: float) -> None:
-    """Stop where the least score of a row that counts is no probability.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise ValueError unless 0 <= min_score < 1."""
     if not 0 <= min_score < 1:
         raise ValueError(
             f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
@@ -42,17 +38,9 @@ def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
 
 
 def mean_probability(a: Tensor, b: Tensor, activation: str, dim: int = 1) -> Tensor:
-    """Scores whose probabilities are the mean of those of two.
+    """Scores whose probabilities are the mean of those of two, in fp32 at least.
 
-    Args:
-        a: Scores, with the classes along ``dim``.
-        b: Scores of the same shape.
-        activation: What turns scores into probabilities: ``'softmax'``, ``'sigmoid'``
-            or ``'identity'``.
-        dim: The dimension of the classes.
-
-    Returns:
-        Scores of the same shape, for the same activation, in fp32 at least.
+    All have the same shape and activation, and the classes along ``dim``.
     """
     a, b = fp32(a), fp32(b)
     if activation == 'identity':

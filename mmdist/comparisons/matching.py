@@ -1,0 +1,127 @@
+"""Assign the queries of a student to those of its teacher, one to one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from mmdist.families import query
+from mmdist.registry import TASK_UTILS
+from mmdist.step import Step
+
+# The weights are those with which mmdet trains its DETRs.
+MATCH_COSTS = (
+    dict(type='mmdist.ClassProbabilityCost', weight=2.0),
+    dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
+    dict(type='mmdet.IoUCost', weight=2.0, iou_mode='giou'),
+)
+
+
+@TASK_UTILS.register_module()
+class ClassProbabilityCost:
+    """L1 distance between the class probabilities of two sets of queries.
+
+    mmdet's class costs ask for the one class of a ground truth, so a query that is sure
+    of its class is cheap for every target of that class. A teacher's query is mostly
+    unsure, and should get a query that is as unsure: its own copy above all. For a
+    softmax and a teacher that is certain, half of this is mmdet's ClassificationCost
+    plus 1.
+
+    Args:
+        weight: Weight of the cost.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    def __call__(
+        self,
+        pred_instances: InstanceData,
+        gt_instances: InstanceData,
+        img_meta: dict | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """The costs, (n, m), of ``probs`` (n, classes) and (m, classes)."""
+        return self.weight * torch.cdist(pred_instances.probs, gt_instances.probs, p=1)
+
+
+class Matching:
+    """Hungarian matching on class and box (Carion et al., ECCV 2020, equation 1).
+
+    Args:
+        costs: Configs of the costs to match by; ``MATCH_COSTS`` if omitted.
+        min_score: Queries whose best class the teacher gives a smaller probability are
+            left out.
+    """
+
+    def __init__(
+        self, costs: Sequence[dict] | None = None, min_score: float = 0.0
+    ) -> None:
+        self.costs = [TASK_UTILS.build(dict(cost)) for cost in costs or MATCH_COSTS]
+        self.min_score = min_score
+
+    def __call__(
+        self, student: InstanceData, teacher: InstanceData, img_meta: dict
+    ) -> tuple[Tensor, Tensor]:
+        """Indices of the paired queries of an image, the student's and the teacher's.
+
+        Both have what the costs look at, ``probs`` and ``bboxes``, the teacher's also
+        ``best``, the probability of the best class.
+        """
+        # mmdet brings scipy; the loss alone, which imports this file too, needs neither
+        from scipy.optimize import linear_sum_assignment
+
+        kept = (teacher.best >= self.min_score).nonzero().squeeze(1)
+        # The matching would choose what costs least: of too many queries of the
+        # teacher those as unsure as the student's, and none that has found an object.
+        # The student's need no choice: each of the teacher's gets the one like it.
+        if len(kept) > len(student):
+            kept = kept[teacher.best[kept].topk(len(student)).indices]
+        cost = sum(
+            match_cost(
+                pred_instances=student, gt_instances=teacher[kept], img_meta=img_meta
+            )
+            for match_cost in self.costs
+        )
+        of_student, of_kept = (
+            torch.from_numpy(index).to(kept.device)
+            for index in linear_sum_assignment(cost.cpu())
+        )
+        return of_student, kept[of_kept]
+
+    def queries(
+        self, step: Step, student: list[InstanceData], teacher: list[InstanceData]
+    ) -> tuple[list[InstanceData], list[InstanceData]]:
+        """The queries of a layer, per image, paired, with the common classes."""
+        activation = query.activation_of(step.student)
+        ours, theirs = [], []
+        for s, t, sample in zip(student, teacher, step.data_samples, strict=True):
+            logits = step.classes.select(s.scores, t.scores, activation=activation)
+            s, t = (
+                InstanceData(scores=scores, bboxes=side.bboxes)
+                for scores, side in zip(logits, (s, t), strict=True)
+            )
+            of_student, of_teacher = self(
+                _candidates(s, activation), _candidates(t, activation), sample.metainfo
+            )
+            ours.append(s[of_student])
+            theirs.append(t[of_teacher])
+        return ours, theirs
+
+
+def _candidates(queries: InstanceData, activation: str) -> InstanceData:
+    """What the match costs look at."""
+    # Half precision would round the costs, and the matching with them.
+    logits, bboxes = queries.scores.detach().float(), queries.bboxes.detach().float()
+    if activation == 'sigmoid':
+        probs = foreground = logits.sigmoid()
+    else:
+        probs = logits.softmax(-1)
+        foreground = probs[:, :-1]  # the last column is the background
+    best, labels = foreground.max(-1)
+    return InstanceData(
+        scores=logits, probs=probs, best=best, labels=labels, bboxes=bboxes
+    )

@@ -1,0 +1,301 @@
+"""Dense (one-stage) detectors, and RPNs: a head that scores every location."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist.families import Places, Refuse, unreadable
+from mmdist.families.probabilities import fp32
+from mmdist.lookup import by_class_name
+from mmdist.losses import as_rows
+from mmdist.step import Step
+
+ASSIGNED = 'overlap or best'
+# A point stands for a square of so many strides, the anchor of ATSS, which does as well
+# as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
+POINT_SIZE = 8
+SAME_LOCATIONS = (
+    'Take a teacher with the same levels, strides and anchors per location, or '
+    'mmdist.Detections, which compares what any teacher detects. Where a location has '
+    "a single anchor or point, `score='joint'` takes any."
+)
+
+
+class ClassMaps(NamedTuple):
+    """Where a head's forward returns its class scores, and as what."""
+
+    maps: Callable[[nn.Module, tuple], Sequence[Tensor]] = lambda head, out: out[0]
+    activation: str | None = None  # None: as the head's `use_sigmoid_cls` says
+    # Outside training the head skips locations or suppresses neighbours.
+    ask_as_in_training: bool = False
+    # The second score that the head's `predict` multiplies the class score by: its
+    # log-probabilities per level, (N, anchors, h, w).
+    factor: Callable[[nn.Module, tuple], Sequence[Tensor]] | None = None
+    takes_root: bool = False  # `predict` takes the root of that product
+
+
+def _yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
+    """Box (4), objectness (1) and classes of each anchor, (N, anchors, 85, h, w)."""
+    return [x.unflatten(1, (head.num_base_priors, -1)) for x in out[0]]
+
+
+def _yolov3_classes(head: nn.Module, out: tuple) -> list[Tensor]:
+    return [x[:, :, 5:].flatten(1, 2) for x in _yolov3(head, out)]
+
+
+def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
+    return [F.logsigmoid(fp32(x[:, :, 4])) for x in _yolov3(head, out)]
+
+
+def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
+    """Objectness, centerness or IoU, after the classes and the boxes."""
+    return [F.logsigmoid(fp32(x)) for x in out[2]]
+
+
+def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
+    """How sure SABL is of its buckets; the sides of a box, whatever the box is."""
+    confidences = []
+    for buckets, offsets in out[1]:
+        n, _, h, w = buckets.shape
+        predicted = [fp32(as_rows(x)).contiguous() for x in (buckets, offsets)]
+        boxes = predicted[0].new_zeros(len(predicted[0]), 4)
+        _, confidence = head.bbox_coder.decode(boxes, predicted)
+        confidences.append(confidence.view(n, 1, h, w).log())
+    return confidences
+
+
+# Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first of a head's
+# classes in the table counts. Names, so that mmdet does not have to be installed.
+HEADS: dict[str, ClassMaps] = {
+    'TOODHead': ClassMaps(activation='identity'),  # it returns probabilities
+    'CenterNetHead': ClassMaps(activation='identity'),  # the same
+    # Top-left and bottom-right heatmaps, of every stack of the hourglass.
+    'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
+    'YOLOV3Head': ClassMaps(_yolov3_classes, 'sigmoid', factor=_yolov3_objectness),
+    'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
+    'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
+    'ATSSHead': ClassMaps(factor=_third_output),  # centerness
+    'DDODHead': ClassMaps(factor=_third_output),  # IoU
+    'PAAHead': ClassMaps(factor=_third_output, takes_root=True),  # IoU; of LAD too
+    # Derived from ATSS, but with no second score: VFNet's third output are boxes.
+    'RTMDetHead': ClassMaps(),
+    'VFNetHead': ClassMaps(),
+    'SABLRetinaHead': ClassMaps(factor=_sabl_confidence),
+    'GuidedAnchorHead': ClassMaps(ask_as_in_training=True),
+    'DecoupledSOLOHead': ClassMaps(lambda head, out: out[2], 'sigmoid', True),
+    'SOLOHead': ClassMaps(lambda head, out: out[1], 'sigmoid', True),
+}
+# Heads with class scores that cannot be compared, and why.
+REFUSED: dict[str, str] = {
+    'ATSSVLFusionHead': 'whose classes are the words of a prompt',
+    'CascadeRPNHead': 'whose stages need the anchors that each model refined itself',
+}
+
+
+def head_of(
+    model: nn.Module, path: str | None = None, refuse: Refuse = unreadable
+) -> nn.Module:
+    """The dense head, one with class scores that are known here.
+
+    If no path is given, it is ``'bbox_head'``, or ``'mask_head'`` where there is no
+    bbox head (SOLO).
+    """
+    paths = [path] if path else ['bbox_head', 'mask_head']
+    for name in paths:  # an instance may have None in place
+        head = reduce(lambda m, n: getattr(m, n, None), name.split('.'), model)
+        if head is not None:
+            break
+    else:
+        raise refuse(model, f'it has no `{"` or `".join(paths)}`')
+    what = f'its dense head is a {type(head).__name__}'
+    refused = by_class_name(head, REFUSED)
+    if refused is not None:
+        raise refuse(model, f'{what}, {refused}')
+    if activation_of(head) is None:
+        raise refuse(model, f'{what}, which does not have `use_sigmoid_cls`')
+    return head
+
+
+def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+    """The head, which must have anchors or points."""
+    head = head_of(model, refuse=refuse)
+    if prior_generator(head) is None:
+        raise refuse(model, 'its head has no anchors or points')
+    return [head]
+
+
+# ---- scores ----------------------------------------------------------------------
+
+
+def _class_maps(head: nn.Module) -> ClassMaps:
+    return by_class_name(head, HEADS) or ClassMaps()
+
+
+def activation_of(head: nn.Module) -> str | None:
+    """What turns the head's scores into probabilities; None if it does not say."""
+    known = _class_maps(head).activation
+    if known is None and hasattr(head, 'use_sigmoid_cls'):
+        known = 'sigmoid' if head.use_sigmoid_cls else 'softmax'
+    return known
+
+
+def ask(step: Step, path: str | None = None) -> tuple:
+    """The output of the teacher's head, on its features, once a step."""
+    head = head_of(step.teacher_model, path)
+
+    def run() -> tuple:
+        # The flag of the head alone: its layers, Dropout or BN, stay in eval.
+        head.training = _class_maps(head).ask_as_in_training
+        try:
+            return head(step.teacher_features)
+        finally:
+            head.training = False
+
+    return step.shared(f'head {path}', run)
+
+
+def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tensor]:
+    """The class scores of each level in a head's output, (N, anchors, classes, h, w).
+
+    With ``score='joint'`` they are the probabilities that the head's own ``predict``
+    ranks by, without background.
+    """
+    columns = getattr(head, 'cls_out_channels', head.num_classes)
+    class_maps, activation = _class_maps(head), activation_of(head)
+    logits = [x.unflatten(1, (-1, columns)) for x in class_maps.maps(head, output)]
+    if score == 'class' or activation == 'identity':
+        return logits
+    # The logarithm of a product does not underflow, nor has its half, the root, an
+    # infinite gradient at 0.
+    if activation == 'sigmoid':
+        joint = [F.logsigmoid(fp32(x)) for x in logits]
+    else:
+        joint = [fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
+    if class_maps.factor is not None:
+        factors = class_maps.factor(head, output)
+        joint = [x + f.unsqueeze(2) for x, f in zip(joint, factors, strict=True)]
+    if class_maps.takes_root:
+        joint = [x / 2 for x in joint]
+    return [x.exp() for x in joint]
+
+
+# ---- anchors and points ----------------------------------------------------------
+
+
+def prior_generator(head: nn.Module):
+    """What places the head's anchors or points, of mmdet; None if there is none."""
+    for name in ('prior_generator', 'square_anchor_generator'):  # SABL, guided anchors
+        if hasattr(head, name):
+            return getattr(head, name)
+    return None
+
+
+def check_same_priors(
+    who: str, student: nn.Module, teacher: nn.Module, any_shape: bool
+) -> None:
+    """Raise ValueError where two heads have other levels, strides or anchors.
+
+    ``any_shape`` lets the single anchor or point of a location be any. Anchors that are
+    shifted are a warning.
+    """
+    student, teacher = map(prior_generator, (student, teacher))
+    if student is None or teacher is None:
+        return
+    counts = student.num_base_priors, teacher.num_base_priors
+    differ = None
+    if student.strides != teacher.strides:
+        differ = (
+            f'the strides of the student are {student.strides}, those of the teacher '
+            f'{teacher.strides}'
+        )
+    elif counts[0] != counts[1]:
+        differ = (
+            f'the student has {counts[0]} anchors per location on its levels, the '
+            f'teacher {counts[1]}'
+        )
+    elif not (any_shape and set(counts[0]) == {1}):
+        differ = _other_shape(student, teacher)
+    if differ:
+        raise ValueError(
+            f'{who} compares the same anchors at the same locations, but {differ}. '
+            f'{SAME_LOCATIONS}'
+        )
+    centres = [_centres(generator) for generator in (student, teacher)]
+    if not torch.allclose(*centres):
+        ours, theirs = (centre[0].tolist() for centre in centres)
+        warnings.warn(
+            f'{who} compares location with location. The first anchor or point of '
+            f'a location lies {ours} strides (x, y) into it for the student, {theirs} '
+            'for the teacher, so the two may find an object at neighbouring locations. '
+            'A teacher without that shift, if there is one, fits better.',
+            stacklevel=2,
+        )
+
+
+def _other_shape(student, teacher) -> str | None:
+    """The first anchor of another width or height, in words; points have none."""
+    if not (hasattr(student, 'base_anchors') and hasattr(teacher, 'base_anchors')):
+        return None
+    levels = zip(student.base_anchors, teacher.base_anchors, strict=True)
+    for level, both in enumerate(levels):
+        shapes = [anchors[:, 2:] - anchors[:, :2] for anchors in both]
+        same = torch.isclose(*shapes).all(1).tolist()
+        if not all(same):
+            k = same.index(False)
+            ours, theirs = ('{:.1f} x {:.1f}'.format(*x[k].tolist()) for x in shapes)
+            return (
+                f'anchor {k} of level {level} is {ours} pixels (width x height) for '
+                f'the student, {theirs} for the teacher'
+            )
+    return None
+
+
+def _centres(generator) -> Tensor:
+    """Where in a location its first anchor or point lies, (levels, 2), in strides."""
+    if not hasattr(generator, 'base_anchors'):
+        return torch.full((generator.num_levels, 2), float(generator.offset))
+    first = torch.stack([anchors[0] for anchors in generator.base_anchors])
+    return (first[:, :2] + first[:, 2:]) / 2 / torch.tensor(generator.strides)
+
+
+def places(step: Step) -> list[Places]:
+    """The student's anchors, or squares around its points, level by level.
+
+    The rows of a level are image, y, x, anchor; those in the padding do not count.
+    """
+    head = head_of(step.student)
+    output = step.calls(head)[-1].output
+    levels = [
+        step.classes.select_student(x, 2, 'identity')
+        for x in scores_of(head, output, 'joint')
+    ]
+    found = []
+    for x, boxes in zip(levels, _anchors(head, levels), strict=True):
+        rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
+        mask = step.valid_mask(*x.shape[-2:])
+        if mask is not None:
+            mask = mask[..., None].expand(rows.shape[:-1]).flatten()
+        images = torch.arange(len(x), device=x.device).repeat_interleave(len(boxes))
+        found.append(Places(rows.flatten(0, 3), boxes.repeat(len(x), 1), images, mask))
+    return found
+
+
+def _anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """The anchors of each level, (h * w * anchors, 4); squares around points."""
+    generator = prior_generator(head)
+    sizes = [x.shape[-2:] for x in levels]
+    priors = generator.grid_priors(sizes, device=levels[0].device)
+    if hasattr(generator, 'base_anchors'):
+        return priors
+    squares = []
+    for points, stride in zip(priors, generator.strides, strict=True):
+        half = points.new_tensor(stride).expand(2) * (POINT_SIZE / 2)
+        squares.append(torch.cat([points[:, :2] - half, points[:, :2] + half], 1))
+    return squares

@@ -1,0 +1,169 @@
+"""Detectors with object queries: DETRs, and Sparse R-CNN's learned proposals."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from mmdist.families import Places, Refuse, unreadable
+from mmdist.families.probabilities import foreground
+from mmdist.families.roi import is_sparse, sampled_rois, stages
+from mmdist.step import Step
+
+ASSIGNED = 'one to one'
+
+# Per decoder layer (or stage), per image: `scores`, logits (queries, classes), and
+# `bboxes`, (queries, 4), x1 y1 x2 y2 in pixels; the form that mmdet's match costs take.
+Queries = list[list[InstanceData]]
+
+
+def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
+    """The head on the last decoder layer or stage; it scores a list of classes."""
+    if is_sparse(model):
+        return model.roi_head.bbox_head[-1]
+    if not hasattr(model, 'forward_transformer'):
+        raise refuse(model, 'it has no `forward_transformer`')
+    if hasattr(model, 'language_model'):
+        raise refuse(model, 'it scores the words of a prompt, not a list of classes')
+    return model.bbox_head
+
+
+def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+    """The modules whose calls :func:`record` reads; the last is the head."""
+    head = head_of(model, refuse)
+    if not is_sparse(model):
+        return [head]
+    return [module for stage in stages(model) for module in stage]
+
+
+def activation_of(model: nn.Module) -> str:
+    """What turns the scores of the queries into probabilities."""
+    return 'sigmoid' if head_of(model).loss_cls.use_sigmoid else 'softmax'
+
+
+def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
+    """Raise ValueError where the scores of two models are of other kinds."""
+    kinds = {'sigmoid': 'sigmoid, no background', 'softmax': 'softmax with background'}
+    ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
+    if ours != theirs:
+        raise ValueError(
+            f'{who}: the head of the student ({type(student).__name__}) has {ours}, '
+            f'that of the teacher ({type(teacher).__name__}) {theirs}. Take a teacher '
+            'with the same `bbox_head.loss_cls.use_sigmoid`.'
+        )
+
+
+def record(step: Step) -> Queries:
+    """The student's matching queries, from its own loss pass."""
+    if is_sparse(step.student):
+        return _record_sparse(step)
+    output = step.calls(head_of(step.student))[-1].output
+    return _of_detr(step.student, output, step)
+
+
+def ask(step: Step) -> Queries:
+    """The teacher's queries: its transformer and head on its features, once a step."""
+
+    def run() -> Queries:
+        teacher = step.teacher_model
+        if is_sparse(teacher):
+            return _ask_sparse(step)
+        inputs = teacher.forward_transformer(step.teacher_features, step.data_samples)
+        return _of_detr(teacher, teacher.bbox_head.forward(**inputs), step)
+
+    return step.shared('queries', run)
+
+
+def places(step: Step) -> list[Places]:
+    """The student's queries of the last decoder layer, as one term."""
+    activation = activation_of(step.student)
+    images = record(step)[-1]
+    scores = [
+        foreground(step.classes.select_student(x.scores, 1, activation), activation)
+        for x in images
+    ]
+    boxes = torch.cat([x.bboxes.detach().float() for x in images])
+    index = [torch.full_like(x[:, 0], i) for i, x in enumerate(scores)]
+    return [Places(torch.cat(scores), boxes, torch.cat(index))]
+
+
+def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:
+    """Keep the queries that the model is matched by and predicts with.
+
+    The model has just run, and its head returned class logits, (layers, N, queries,
+    classes), and boxes, (layers, N, queries, 4), cx cy w h relative to the image.
+    """
+    from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+
+    logits, boxes = output
+    # In training, the queries are [denoising | matching | dense (of DDQ alone)].
+    cache = getattr(model, 'cache_dict', {})
+    end = logits.size(2)
+    if model.training:
+        end -= cache.get('num_dense_queries', 0)
+    patterns = getattr(model, 'num_patterns', 0) or 1  # DAB-DETR: content queries
+    matching = slice(end - model.num_queries * patterns, end)
+    distinct = cache.get('distinct_query_mask', [])  # of DDQ, from its second layer on
+    layers = []
+    for layer in range(len(logits)):
+        images = []
+        for i, sample in enumerate(step.data_samples):
+            height, width = sample.metainfo['img_shape'][:2]
+            bboxes = bbox_cxcywh_to_xyxy(boxes[layer, i, matching])
+            queries = InstanceData(
+                scores=logits[layer, i, matching],
+                bboxes=bboxes * bboxes.new_tensor([width, height, width, height]),
+            )
+            if distinct and layer:
+                # As DDQDETRHead reads it: one mask per image and attention head.
+                queries = queries[distinct[layer - 1][i * cache['num_heads']][0]]
+            images.append(queries)
+        layers.append(images)
+    return layers
+
+
+def _record_sparse(step: Step) -> Queries:
+    """The student's proposals, as each stage has refined them."""
+    recorded = []
+    for extractor, head in stages(step.student):
+        call = step.calls(head)[-1]
+        given = sampled_rois(step.call_before(extractor, call))
+        images = []
+        for logits, deltas, rois, sample in zip(
+            *call.output[:2],
+            given.view(len(step.inputs), -1, 5),
+            step.data_samples,
+            strict=True,
+        ):
+            bboxes = head.bbox_coder.decode(
+                rois[:, 1:], deltas, max_shape=sample.img_shape
+            )
+            images.append(InstanceData(scores=logits, bboxes=bboxes))
+        recorded.append(images)
+    return recorded
+
+
+def _ask_sparse(step: Step) -> Queries:
+    """The teacher's proposals, as :func:`_record_sparse` has them, without masks."""
+    from mmdet.structures.bbox import bbox2roi
+
+    features, roi_head = step.teacher_features, step.teacher_model.roi_head
+    img_metas = [sample.metainfo for sample in step.data_samples]
+    proposals = step.teacher_model.rpn_head.predict(features, step.data_samples)
+    bboxes = [p.bboxes for p in proposals]
+    object_features = torch.stack([p.features for p in proposals])
+    asked = []
+    for stage in range(roi_head.num_stages):
+        results = roi_head._bbox_forward(
+            stage, features, bbox2roi(bboxes), object_features, img_metas
+        )
+        object_features = results['object_feats']
+        bboxes = results['detached_proposals']
+        asked.append(
+            [
+                InstanceData(scores=scores, bboxes=boxes)
+                for scores, boxes in zip(results['cls_score'], bboxes, strict=True)
+            ]
+        )
+    return asked

@@ -1,0 +1,229 @@
+"""Segmentors: heads that score the classes of each pixel, and mask classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from mmdist.families import Refuse, unreadable
+from mmdist.families.probabilities import fp32, mean_probability
+from mmdist.lookup import by_class_name, is_a
+from mmdist.step import Step
+
+# Which of several outputs of a head's forward predicts at inference. Names, so that
+# mmseg does not have to be installed.
+PREDICTING_OUTPUT: dict[str, int] = {
+    'DAHead': 0,  # position and channel attention together | each alone
+    'EncHead': 0,  # | the classes of the whole image
+    'DDRHead': 0,  # context | spatial branch
+    'PIDHead': 1,  # proportional | integral | derivative branch
+    'IterativeDecodeHead': -1,  # one per stage of K-Net
+}
+MASK_HEADS = ('MaskFormerHead', 'Mask2FormerHead')
+SAN_HEAD = 'SideAdapterCLIPHead'
+
+
+# ---- maps ------------------------------------------------------------------------
+
+
+@dataclass
+class SegMap:
+    """Per-pixel class logits, or masks and the classes that they stand for.
+
+    Resizing is bilinear and done on logits: of the classes, or of the masks before
+    they are combined to class scores, as at inference (Cheng et al., MaskFormer,
+    NeurIPS 2021, section 3.4).
+
+    Attributes:
+        maps: Logits of K classes or of K masks, (N, K, h, w).
+        queries: Class probabilities of the K masks without "no object", (N, K, C);
+            None where ``maps`` are the class logits.
+        as_scores: Read probabilities (per-pixel classes) and class scores (masks), not
+            logits. Of masks the logits are the logarithm of the scores: their softmax
+            is the scores normalised to 1.
+        align_corners: As in ``F.interpolate``.
+        mirrored: The map of the image mirrored, left to right. If there is one, the
+            mean is read, that of probabilities: read as logits, its softmax (its
+            sigmoid, with one channel) is this mean.
+    """
+
+    maps: Tensor
+    queries: Tensor | None = None
+    as_scores: bool = False
+    align_corners: bool = False
+    mirrored: SegMap | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width that the head computes."""
+        return tuple(self.maps.shape[-2:])
+
+    def read(self, size: tuple[int, int]) -> Tensor:
+        """The map, (N, C, height, width), resized to a height and a width."""
+        scores = self._read(size)
+        if self.mirrored is None:
+            return scores
+        activation = 'sigmoid' if scores.shape[1] == 1 else 'softmax'
+        if self.as_scores:
+            activation = 'identity'
+        return mean_probability(scores, self.mirrored.read(size).flip(-1), activation)
+
+    def _read(self, size: tuple[int, int]) -> Tensor:
+        maps, queries = self.maps, self.queries
+        if self.size != size:
+            maps = F.interpolate(
+                maps, size, mode='bilinear', align_corners=self.align_corners
+            )
+        if queries is None and not self.as_scores:
+            return maps
+        maps = fp32(maps)
+        with torch.autocast(maps.device.type, enabled=False):
+            if queries is None:
+                return maps.sigmoid() if maps.shape[1] == 1 else maps.softmax(1)
+            scores = torch.einsum(
+                'nqc,nq...->nc...', queries.to(maps.dtype), maps.sigmoid()
+            )
+            return scores if self.as_scores else scores.clamp_min(1e-7).log()
+
+
+# ---- heads -----------------------------------------------------------------------
+
+
+def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
+    """The head that predicts: of a cascade the last that gives a map."""
+    if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
+        return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
+    if not hasattr(model, 'decode_head'):
+        raise refuse(model, 'it has no `decode_head`')
+    if is_a(model, 'DepthEstimator'):
+        raise refuse(model, 'it estimates depth, and does not score classes')
+    head = model.decode_head
+    if isinstance(head, nn.ModuleList):
+        head = [stage for stage in head if not is_a(stage, 'PointHead')][-1]
+    return head
+
+
+def is_mask_head(head: nn.Module) -> bool:
+    """Whether a head predicts masks and the class of each, not a class per pixel."""
+    return is_a(head, *MASK_HEADS, SAN_HEAD)
+
+
+def activation_of(model: nn.Module) -> str:
+    """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
+    head = head_of(model)
+    if is_mask_head(head):
+        return 'identity'
+    return 'sigmoid' if head.out_channels == 1 else 'softmax'
+
+
+def auxiliary_heads(model: nn.Module) -> list[nn.Module]:
+    """The auxiliary heads with the same classes, the deepest first."""
+    heads = getattr(model, 'auxiliary_head', None)
+    if heads is None:
+        return []
+    classes = head_of(model).num_classes
+    heads = [
+        head
+        for head in (heads if isinstance(heads, nn.ModuleList) else [heads])
+        # STDC has a head for boundaries.
+        if head.num_classes == classes and not is_a(head, 'STDCHead')
+    ]
+    return sorted(heads, key=_depth, reverse=True)
+
+
+def _depth(head: nn.Module) -> float:
+    """Index of the deepest feature that a head reads."""
+    index = head.in_index
+    indices = index if isinstance(index, Sequence) else [index]
+    return max(float('inf') if i < 0 else i for i in indices)
+
+
+def record(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
+    """What a head of the student predicts, as computed for its own loss."""
+    # A cascade runs a head once more for the next one; the first run is its own.
+    return _map(step, head, step.calls(head)[0].output, as_scores)
+
+
+def ask(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
+    """What a head of the teacher predicts, from its features."""
+    if head is head_of(step.teacher_model):
+        output = _decode(step, head)
+    else:
+        output = head.forward(step.teacher_features)
+    return _map(step, head, output, as_scores)
+
+
+def ask_foreign(step: Step, as_scores: bool) -> SegMap:
+    """What a :class:`ForeignTeacher` of pixels or masks predicts."""
+    output = step.teacher_features
+    maps = (output,) if step.teacher_model.gives == 'pixels' else output
+    return SegMap(*maps, as_scores=as_scores, align_corners=_align_corners(step))
+
+
+def _align_corners(step: Step) -> bool:
+    return getattr(step.student, 'align_corners', False)
+
+
+def _map(step: Step, head: nn.Module, output: Any, as_scores: bool) -> SegMap:
+    """What the head predicts, from the output of its forward."""
+    queries = None
+    if is_a(head, *MASK_HEADS):
+        classes, masks = output[0][-1], output[1][-1]
+    elif is_a(head, SAN_HEAD):
+        masks, classes = output[0][-1], output[1][-1]
+    else:
+        masks, classes = output, None
+        if not isinstance(output, Tensor):
+            masks = output[_predicting_output(head, output)]
+    if classes is not None:
+        dtype = torch.promote_types(classes.dtype, torch.float32)
+        queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
+    return SegMap(masks, queries, as_scores, _align_corners(step))
+
+
+def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
+    index = by_class_name(head, PREDICTING_OUTPUT)
+    if index is not None:
+        return index
+    name = type(head).__name__
+    raise ValueError(
+        f'{name} returns {len(outputs)} outputs, and mmdist does not know which one '
+        'predicts at inference. Give its index: '
+        f"`mmdist.families.seg.PREDICTING_OUTPUT['{name}'] = 0`."
+    )
+
+
+def _decode(step: Step, head: nn.Module) -> Any:
+    """Output of the teacher's head, run as the model runs it at inference."""
+    model = step.teacher_model
+    if is_a(head, SAN_HEAD):
+        inputs = images = step.teacher_inputs
+        if model.asymetric_input:
+            images = F.interpolate(
+                inputs, scale_factor=model.encoder_resolution, mode='bilinear'
+            )
+        features = model.extract_feat(images)
+        return head.forward([inputs, features, model.text_encoder()], [])
+    features = step.teacher_features
+    if is_a(head, *MASK_HEADS):
+        full = tuple(step.inputs.shape[-2:])
+        samples = [
+            BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=full))
+            for size in step.valid_sizes
+        ]
+        return head.forward(features, samples)
+    if not isinstance(model.decode_head, nn.ModuleList):
+        return head.forward(features)
+    stages = iter(model.decode_head)
+    output = next(stages).forward(features)
+    for stage in stages:
+        if is_a(stage, 'PointHead'):
+            break
+        output = stage.forward(features, output)
+    return output

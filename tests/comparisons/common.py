@@ -1,0 +1,72 @@
+"""One step of a model, and oracles in numpy: no code of mmdist, mmdet or mmseg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from scipy.stats import pearsonr
+from torch import nn
+
+from mmdist import Pair
+from mmdist.record import Recorder
+
+
+def slow(cases: Iterable) -> list:
+    """Cases of a parametrised test that are left to `make test-all`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:
+    """The losses of one loss pass, and the pairs of its only comparison."""
+    (comparison,) = model.distill.values()
+    with Recorder([comparison]) as recorder:
+        losses = model(**data, mode='loss')
+    return losses, recorder.calls(comparison)[0].args[1]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's; 0 where there is none, with one entry or all the same."""
+    if len(a) < 2 or any(np.linalg.norm(x - x.mean()) < 1e-6 for x in (a, b)):
+        return 0.0
+    return pearsonr(a, b)[0]
+
+
+def correlations(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
+    """The mean over the rows, and over the columns."""
+    return tuple(
+        np.mean([correlation(s, t) for s, t in zip(*both, strict=True)])
+        for both in ((student, teacher), (student.T, teacher.T))
+    )
+
+
+def dist(student: np.ndarray, teacher: np.ndarray) -> float:
+    """The published loss of probabilities."""
+    return 2 - sum(correlations(student, teacher)) if len(student) else 0.0
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    """Of boxes as centre and size, x1 y1 x2 y2."""
+    centre, size = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([centre - size / 2, centre + size / 2], 1)
+
+
+def centres(boxes: np.ndarray) -> np.ndarray:
+    """Of boxes as x1 y1 x2 y2, centre and size."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([(low + high) / 2, high - low], 1)
+
+
+def overlaps(a: np.ndarray, b: np.ndarray, generalized: bool = False) -> np.ndarray:
+    """IoU of each of a with each of b; generalized as in CVPR 2019, algorithm 1."""
+    a, b = a[:, None], b[None]
+
+    def area(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return (high - low).clip(0).prod(-1)
+
+    both = area(np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a[..., :2], a[..., 2:]) + area(b[..., :2], b[..., 2:]) - both
+    hull = area(np.minimum(a[..., :2], b[..., :2]), np.maximum(a[..., 2:], b[..., 2:]))
+    return both / union - ((hull - union) / hull if generalized else 0)
