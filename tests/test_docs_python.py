@@ -94,8 +94,9 @@ def test_code_runs_and_a_config_trains_a_step(block, folder):
         teacher = only(code(block.page), 'class TorchvisionRetinaNet')
         Path('torchvision_teacher.py').write_text(teacher)
     config = Config.fromfile('config.py')
-    for hook in config.get('custom_hooks', []):
-        HOOKS.build(hook)
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        for hook in config.get('custom_hooks', []):
+            HOOKS.build(hook)
     if 'model' in config:
         assert len(block.code.splitlines()) <= 15
         train_a_step(config, folder)
