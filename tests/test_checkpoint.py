@@ -397,7 +397,6 @@ def test_what_is_no_dict_of_weights_is_refused(tmp_path, content):
         ),
         dict(CLASSES={'a', 'b'}),
     ],
-    ids=repr,
 )  # fmt: skip
 def test_what_is_no_list_of_class_names_is_refused(tmp_path, meta):
     torch.save(dict(state_dict={}, meta=meta), tmp_path / 'a.pth')
