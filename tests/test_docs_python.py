@@ -36,7 +36,7 @@ from mmdist.teachers import ClassMatch
 # Page, words of the blocks; what names no file is run below.
 RUN_BY = {
     ('README.md', 'retinanet_r18_fpn_1x_coco.py'): 'test_readme_pair.py',
-    ('docs/unlabelled.md', 'mmdist.MixedSampler'): 'datasets/test_unlabelled_images.py',
+    ('docs/unlabelled.md', 'mmdist.MixedSampler'): 'data/test_unlabelled_images.py',
     ('docs/use_the_student.md', ''): 'tools/test_use_the_student.py',
     ('docs/teachers.md', 'class TorchvisionRetinaNet'): 'the config after it',
     ('docs/own_comparison.md', 'Centerness'): 'test_the_own_comparison',

@@ -52,6 +52,6 @@ randomness = dict(seed=0)
 
 imagenet = dict(
     type='Pretrained',
-    # a copy on disk does as well: python -m study --weights
+    # or a copy on disk: python -m study --weights
     checkpoint='https://download.pytorch.org/models/mobilenet_v2-b0353104.pth',
 )
