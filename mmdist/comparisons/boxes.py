@@ -10,7 +10,17 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdist.families import DENSE, QUERY, ROI, dense, family_of, query, reader_of, roi
+from mmdist.families import (
+    DENSE,
+    QUERY,
+    ROI,
+    dense,
+    family_of,
+    name_of,
+    query,
+    reader_of,
+    roi,
+)
 from mmdist.families.box_codes import Code, decode, encoded, encodes
 from mmdist.families.probabilities import check_min_score, foreground
 from mmdist.families.roi import Judged, Proposals
@@ -110,8 +120,7 @@ class Boxes(Comparison):
         if family_of(student) != family_of(teacher):
             raise ValueError(
                 'Boxes compares rows of two detectors of one family, but the student '
-                f'is a {type(student).__name__}, the teacher a '
-                f'{type(teacher).__name__}.'
+                f'is a {name_of(student)}, the teacher a {name_of(teacher)}.'
             )
         self.student_modules(teacher)
         if family_of(student) == DENSE:

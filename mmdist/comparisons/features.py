@@ -12,6 +12,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from mmdist.families import name_of
 from mmdist.families.probabilities import fp32
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
@@ -170,7 +171,7 @@ class Features(Comparison):
         Raises:
             _NotRun: The model cannot be run.
         """
-        path, name = getattr(self, f'{whose}_path'), type(model).__name__
+        path, name = getattr(self, f'{whose}_path'), name_of(model)
         module = self._module(model, path, whose)
         try:
             calls = _dry_run(model, module, sizes)
@@ -258,7 +259,7 @@ class Features(Comparison):
         names = ' or '.join(map(repr, close))
         top = ', '.join(name for name, _ in model.named_children())
         raise ValueError(
-            f'Features: the {whose}, {type(model).__name__}, has no module {path!r}. '
+            f'Features: the {whose}, {name_of(model)}, has no module {path!r}. '
             + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
         )
 

@@ -162,6 +162,8 @@ def _heads(model: nn.Module) -> dict[str, nn.Module]:
     # things in one head, stuff in another; classes that are words in a prompt
     if hasattr(model, 'semantic_head') or hasattr(model, 'language_model'):
         return {}
+    if is_a(model, 'RPN'):  # it takes all labels for 0
+        return {}
     return {
         name: module
         for name, module in model.named_modules()

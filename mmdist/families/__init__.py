@@ -62,6 +62,11 @@ def reader_of(model: nn.Module) -> ModuleType | None:
     return None if family is None else import_module(f'{__name__}.{family}')
 
 
+def name_of(model: nn.Module) -> str:
+    """The name of a model's class, of a distilled student that of the plain one."""
+    return type(model).__name__.removeprefix('Distilled')
+
+
 def unreadable(model: nn.Module, reason: str) -> ValueError:
     """The error for a model that cannot be read, where no comparison words it."""
-    return ValueError(f'mmdist cannot read a {type(model).__name__}: {reason}.')
+    return ValueError(f'mmdist cannot read a {name_of(model)}: {reason}.')

@@ -6,7 +6,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdist.families import Places, Refuse, unreadable
+from mmdist.families import Places, Refuse, name_of, unreadable
 from mmdist.families.probabilities import foreground
 from mmdist.families.roi import is_sparse, sampled_rois, stages
 from mmdist.step import Step
@@ -48,8 +48,8 @@ def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> N
     ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
     if ours != theirs:
         raise ValueError(
-            f'{who}: the head of the student ({type(student).__name__}) has {ours}, '
-            f'that of the teacher ({type(teacher).__name__}) {theirs}. Take a teacher '
+            f'{who}: the head of the student ({name_of(student)}) has {ours}, '
+            f'that of the teacher ({name_of(teacher)}) {theirs}. Take a teacher '
             'with the same `bbox_head.loss_cls.use_sigmoid`.'
         )
 

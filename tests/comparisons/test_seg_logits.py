@@ -220,6 +220,7 @@ def make_step(data: dict):
     step = Step.__new__(Step)
     step.inputs, step.data_samples = data['inputs'], data['data_samples']
     step.labelled = [True] * len(step.data_samples)
+    step.valid_sizes = [tuple(step.inputs.shape[-2:])] * len(step.inputs)
     return step
 
 
