@@ -18,11 +18,10 @@ def _child(parent: Registry, *locations: str) -> Registry:
 
 
 MODELS = _child(
-    mmengine_registry.MODELS,
-    'losses', 'comparisons', 'distiller', 'backbones', 'teachers',
-)  # fmt: skip
+    mmengine_registry.MODELS, 'losses', 'comparisons', 'distiller', 'teachers'
+)
 TASK_UTILS = _child(mmengine_registry.TASK_UTILS, 'comparisons')
-DATASETS = _child(mmengine_registry.DATASETS, 'data', 'datasets')
+DATASETS = _child(mmengine_registry.DATASETS, 'data')
 TRANSFORMS = _child(mmengine_registry.TRANSFORMS, 'data')
 DATA_SAMPLERS = _child(mmengine_registry.DATA_SAMPLERS, 'data')
 HOOKS = _child(mmengine_registry.HOOKS, 'hooks')

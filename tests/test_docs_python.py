@@ -36,7 +36,7 @@ from mmdist.teachers import ClassMatch
 # Page, words of the blocks; what names no file is run below.
 RUN_BY = {
     ('README.md', 'retinanet_r18_fpn_1x_coco.py'): 'test_readme_pair.py',
-    ('docs/unlabelled.md', 'mmdist.MixedSampler'): 'datasets/test_unlabelled_images.py',
+    ('docs/unlabelled.md', 'mmdist.MixedSampler'): 'data/test_unlabelled_images.py',
     ('docs/use_the_student.md', ''): 'tools/test_use_the_student.py',
     ('docs/teachers.md', 'class TorchvisionRetinaNet'): 'the config after it',
     ('docs/own_comparison.md', 'Centerness'): 'test_the_own_comparison',
@@ -94,8 +94,10 @@ def test_code_runs_and_a_config_trains_a_step(block, folder):
         teacher = only(code(block.page), 'class TorchvisionRetinaNet')
         Path('torchvision_teacher.py').write_text(teacher)
     config = Config.fromfile('config.py')
-    for hook in config.get('custom_hooks', []):
-        HOOKS.build(hook)
+    with DefaultScope.overwrite_default_scope(config.get('default_scope')):
+        for hook in config.get('custom_hooks', []):
+            hook.pop('priority', None)  # as a Runner does
+            HOOKS.build(hook)
     if 'model' in config:
         assert len(block.code.splitlines()) <= 15
         train_a_step(config, folder)

@@ -30,6 +30,9 @@ class DistillScheduleHook(Hook):
             custom_hooks = [dict(type='mmdist.DistillScheduleHook',
                                  points=[(0, 0.0), (1000, 1.0)], stop=30000)]
 
+        A list replaces that of the base. If that has some (RTMDet, YOLOX), write
+        ``[*_base_.custom_hooks, dict(type='mmdist.DistillScheduleHook', ...)]``.
+
     Args:
         points: (time, factor) pairs in the order of time; linear between them, constant
             before the first and after the last. The factor multiplies each comparison's

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
-from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmseg.structures import SegDataSample
@@ -70,16 +68,6 @@ def test_a_loop_of_links_is_read_once(folder):
     (folder / 'a' / 'loop').symlink_to(folder)
     (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())
     assert len(ImageFolder(str(folder), pipeline=[])) == 5
-
-
-def test_mmseg_is_not_needed(monkeypatch):
-    datasets = importlib.import_module('mmdist.datasets')
-    for name in ('mmseg', 'mmseg.datasets'):
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, 'mmdist.datasets.camvid', raising=False)
-    assert not importlib.reload(datasets).__all__
-    for registry, name in ((DATASETS, 'ImageFolder'), (TRANSFORMS, 'MarkUnlabelled')):
-        assert registry.get(f'mmdist.{name}') is not None
 
 
 def test_a_sample_is_marked_and_loses_its_labels():

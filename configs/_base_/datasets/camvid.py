@@ -1,4 +1,19 @@
-dataset_type = 'mmdist.CamVidDataset'
+# CamVid, road scenes seen from a car (Brostow et al., "Semantic object classes in
+# video", Pattern Recognition Letters 2009), with the 11 classes and the 367 / 101 / 233
+# images of SegNet (Badrinarayanan et al., TPAMI 2017). The labels,
+# ann_dir/<split>/*.png, are 0 to 10, and 255 for void.
+dataset_type = 'BaseSegDataset'
+metainfo = dict(
+    classes=(
+        'Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'SignSymbol', 'Fence',
+        'Car', 'Pedestrian', 'Bicyclist',
+    ),
+    palette=[
+        [128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222],
+        [128, 128, 0], [192, 128, 128], [64, 64, 128], [64, 0, 128], [64, 64, 0],
+        [0, 128, 192],
+    ],
+)  # fmt: skip
 data_root = 'data/camvid'
 crop_size = (360, 480)
 train_pipeline = [
@@ -43,6 +58,7 @@ train_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        metainfo=metainfo,
         data_prefix=dict(img_path='img_dir/train', seg_map_path='ann_dir/train'),
         pipeline=train_pipeline,
     ),
@@ -55,6 +71,7 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        metainfo=metainfo,
         data_prefix=dict(img_path='img_dir/val', seg_map_path='ann_dir/val'),
         pipeline=test_pipeline,
     ),
@@ -67,6 +84,7 @@ test_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        metainfo=metainfo,
         data_prefix=dict(img_path='img_dir/test', seg_map_path='ann_dir/test'),
         pipeline=test_pipeline,
     ),

@@ -1,4 +1,4 @@
-# The teacher, trained as mmseg trains on Cityscapes, but for the size.
+# The teacher, trained as mmseg trains on Cityscapes, except for the size.
 _base_ = [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     '../../_base_/datasets/camvid.py',

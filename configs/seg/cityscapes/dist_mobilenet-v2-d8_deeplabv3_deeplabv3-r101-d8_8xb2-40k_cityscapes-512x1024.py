@@ -1,4 +1,4 @@
-# The published settings, with mmseg's own teacher.
+# The published settings, with mmseg's own teacher; the authors give no number for it.
 _base_ = './mobilenet-v2-d8_deeplabv3_8xb2-40k_cityscapes-512x1024.py'
 model = dict(
     _delete_=True,

@@ -1,6 +1,7 @@
 # What all small models of the study on BCCD share: half the resolution, ImageNet's
 # MobileNetV2, and anchors from 24 pixels on.
 _base_ = ['./datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
+custom_imports = dict(imports=['study.mobilenet_v2'])
 scale = (320, 240)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -51,6 +52,6 @@ randomness = dict(seed=0)
 
 imagenet = dict(
     type='Pretrained',
-    # a copy on disk does as well: python -m study --weights
+    # or a copy on disk: python -m study --weights
     checkpoint='https://download.pytorch.org/models/mobilenet_v2-b0353104.pth',
 )

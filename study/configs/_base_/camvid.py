@@ -4,6 +4,7 @@ _base_ = [
     '../../../configs/_base_/datasets/camvid.py',
     'mmseg::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['study.mobilenet_v2'])
 scale = (240, 180)
 crop_size = (128, 160)
 train_pipeline = [
@@ -69,6 +70,6 @@ data_preprocessor = dict(
 )
 imagenet = dict(
     type='Pretrained',
-    # a copy on disk does as well: python -m study --weights
+    # or a copy on disk: python -m study --weights
     checkpoint='https://download.pytorch.org/models/mobilenet_v2-b0353104.pth',
 )

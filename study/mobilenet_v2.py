@@ -1,4 +1,7 @@
-"""MobileNetV2 with torchvision's ImageNet weights, whole or its first stages."""
+"""MobileNetV2 with torchvision's ImageNet weights, whole or its first stages.
+
+Configs import it by ``custom_imports = dict(imports=['study.mobilenet_v2'])``.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from mmseg.models.backbones import MobileNetV2 as MMSegMobileNetV2
 from torch import Tensor
 
 from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.registry import MODELS
 
 
+@MODELS.register_module()
 class MobileNetV2(MMSegMobileNetV2):
     """mmseg's MobileNetV2, cut off after a stage, for mmseg and mmdet.
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 
-from mmdist.backbones.mobilenet_v2 import MobileNetV2, rename_torchvision_keys
 from mmdist.registry import MODELS
+from study.mobilenet_v2 import MobileNetV2, rename_torchvision_keys
 
 # Expansion, channels, blocks and stride of each stage: table 2 of the paper.
 PAPER = [
