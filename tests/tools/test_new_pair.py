@@ -161,7 +161,7 @@ def test_class_map_and_comparisons_are_checked_and_written(new_pair, tmp_path):
         (
             'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
             'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
-            'not work. DenseLogits cannot .* a FasterRCNN.*Detections cannot .* a CenterNet',
+            'not work. DenseLogits cannot .* FasterRCNN.*Detections cannot .* Center',
         ),
         (
             SEGMENTORS[1],
@@ -169,7 +169,7 @@ def test_class_map_and_comparisons_are_checked_and_written(new_pair, tmp_path):
             'not work. The classes of student and teacher cannot be matched by name',
         ),
         ('five.py', 'three.py', "student's data set names 3 .*num_classes=5.*holds"),
-        ('three.py', 'five.py', r'teacher has 3 class names \(a, b, c\), but its head has 5'),
+        ('three.py', 'five.py', 'teacher has 3 class names .*, but its head has 5'),
         ('three.py', 'three.py', 'The pair works, but no published .* --checkpoint'),
         ('hello.py', 'three.py', "hello.py is no config .* 'hello' is not defined"),
         ('three.py', 'three', 'three is no config with a `model`: .*not exist'),
