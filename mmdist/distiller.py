@@ -160,6 +160,7 @@ class DistilledMixin:
             ``<name>_intra`` of each entry of ``distill`` added. Of several teachers
             ``loss_<name>`` is the weighted mean over those that give it, and the
             correlations are ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
+            ``<name>_scale`` is what :class:`Balance` multiplied its gradient by.
 
         Raises:
             RuntimeError: A loss is NaN or infinite.
