@@ -190,8 +190,9 @@ def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):
     python = environment(tmp_path / 'env', wheel)
 
     def start(code: str) -> str:
+        # -E: a filter in PYTHONWARNINGS, as `make` sets it, imports `re`
         done = subprocess.run(
-            [python, '-c', code], capture_output=True, text=True, cwd=tmp_path
+            [python, '-E', '-c', code], capture_output=True, text=True, cwd=tmp_path
         )
         assert not done.stderr
         return done.stdout
