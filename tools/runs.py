@@ -137,8 +137,13 @@ class LoggedStep(NamedTuple):
     eta: float  # seconds
 
 
-def last_step(log: str) -> LoggedStep | None:
-    """The last training step in the text of a log; None before the first one."""
+def last_step(log: str, epochs: int = 1) -> LoggedStep | None:
+    """The last training step in the text of a log; None before the first one.
+
+    Args:
+        log: The text.
+        epochs: Number of epochs of the training, if it counts them.
+    """
     steps = re.findall(
         r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\].*? eta: (\d+):(\d\d):(\d\d)', log
     )
@@ -147,7 +152,7 @@ def last_step(log: str) -> LoggedStep | None:
     epoch, step, of, hours, minutes, seconds = (int(n or 0) for n in steps[-1])
     share = step / of
     if epoch:
-        share = (epoch - 1 + share) / int(re.search(r'max_epochs=(\d+)', log)[1])
+        share = (epoch - 1 + share) / epochs
     return LoggedStep(share, 3600 * hours + 60 * minutes + seconds)
 
 

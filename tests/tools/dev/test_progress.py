@@ -133,7 +133,6 @@ def test_what_a_step_reports_also_counts_for_the_later_ones(clock):
 
 
 LOG = """\
-train_cfg = dict(max_epochs=4, type='EpochBasedTrainLoop', val_interval=2)
 mmengine - INFO - Epoch(train)  [1][10/50]  lr: 1.0e-03  eta: 0:01:40  time: 0.5
 mmengine - INFO - Epoch(val)    [1][ 5/25]    eta: 0:00:07  time: 0.1
 mmengine - INFO - Epoch(train)  [3][25/50]  lr: 1.0e-03  eta: 1:00:05  time: 0.5
@@ -144,6 +143,6 @@ ITERATIONS = 'Iter(train) [ 50/400]  base_lr: 1e-2 lr: 1e-2  eta: 0:00:35  time:
 
 def test_the_log_of_a_training_tells_how_far_it_is():
     assert runs.last_step('') is None
-    assert runs.last_step(LOG) == (2.5 / 4, 3605)
-    assert runs.last_step(LOG[: LOG.index('Epoch(train)  [3]')]) == (0.05, 100)
+    assert runs.last_step(LOG, 4) == (2.5 / 4, 3605)
+    assert runs.last_step(LOG[: LOG.index('Epoch(train)  [3]')], 4) == (0.05, 100)
     assert runs.last_step(ITERATIONS) == (0.125, 35)

@@ -43,6 +43,8 @@ class State(NamedTuple):
 
 def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[State]:
     """Train one part in a process of its own; yields while that runs."""
+    from mmengine.config import Config
+
     from mmdist.checkpoint import load_checkpoint
 
     task, name, seed = part
@@ -62,11 +64,14 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     folder.mkdir(parents=True)
     arguments = [task.config(name), '--work-dir', folder, '--cfg-options']
     arguments += [f'{key}={value}' for key, value in options.items()]
+    settings = Config.fromfile(task.config(name))
+    settings.merge_from_dict(options)
+    epochs = settings.train_cfg.get('max_epochs', 1)
     log_file = folder / 'train.log'
     with runs.tool('train.py', arguments, log_file) as process:
         step, logged = None, 0.0
         while process.is_alive():
-            last = runs.last_step(log_file.read_text())
+            last = runs.last_step(log_file.read_text(), epochs)
             if last != step:
                 step, logged = last, plan.spent()
             if step is None:
