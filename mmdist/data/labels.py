@@ -254,6 +254,18 @@ def _check_coco_file(loader: str, dataset: Mapping, scope: str | None) -> None:
         )
 
 
+@contextmanager
+def empty_data_sets_in_words(cfg: Config) -> Iterator[None]:
+    """Raise ValueError, in words, where a Runner finds a data set of ``cfg`` empty."""
+    try:
+        yield
+    except ValueError as error:
+        if explain(error) == str(error):
+            raise
+        check_class_lists(cfg)
+        raise ValueError(explain(error)) from error
+
+
 def explain(error: Exception) -> str:
     """The message of what stopped a Runner, and in words if a data set is empty."""
     is_in_words = isinstance(error, (ValueError, RuntimeError, OSError))

@@ -148,6 +148,16 @@ MISTAKES = [
         'det',
     ),
     Mistake(
+        'The data set has none of the classes that it names',
+        "train_dataloader's data set names cat, cow, pig, but ... it has no class cat, "
+        'cow, pig',
+        (
+            "classes=('person', 'car', 'dog'))",
+            "classes=('cat', 'cow', 'pig')), filter_cfg=dict(filter_empty_gt=True)",
+        ),
+        'det',
+    ),
+    Mistake(
         "Classes in another order than in COCO's file",
         'in another order. mmdet numbers classes in the order of the file',
         ("('person', 'car'", "('car', 'person'"),
