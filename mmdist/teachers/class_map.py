@@ -49,6 +49,10 @@ def check_names(
 ) -> None:
     """Raise ValueError where a name is not there, or stands for two columns."""
     for whose, names in (('student', student), ('teacher', teacher)):
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(
+                f'Class names of the {whose} are no strings: {odd!r:.200}.'
+            )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(

@@ -321,6 +321,8 @@ def test_two_classes_of_one_name_are_refused():
         with pytest.raises(ValueError, match=r"several have the same: \['(dog|car)'\]"):
             match_classes(*names)
     assert match_classes(['a', 'a'], ['a', 'a']) == ClassMatch()
+    with pytest.raises(ValueError, match=r'names of the student are no strings: \['):
+        match_classes(['car', None], FEW)
 
 
 # ---- of a teacher that is loaded ---------------------------------------------------
