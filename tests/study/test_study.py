@@ -217,7 +217,7 @@ def batch(family: str) -> dict:
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS}:
+    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS[1:]}:
         cell = grid.Cell('small', task, method, 'strong', 0)
         cfg = study.settings(cell)
         teacher = study.settings(cell.its_teacher)
@@ -228,6 +228,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model).train()
             model.init_weights()  # DINO leaves memory as it is
+            model.balance = None  # which leaves no gradient in the first step
             family = 'seg' if task == 'camvid' else 'det'
             data = model.data_preprocessor(batch(family), True)
             losses = model.loss(**data)
@@ -250,6 +251,8 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         },
         'bccd-dino': {'kl-binary': ['loss_kl']},
     }.get(task, {})
+    boxes = ['loss_box'] if task in ('bccd-retinanet', 'bccd-faster-rcnn') else []
+    more['default'] = [*boxes, 'loss_dist']
     if task != 'camvid':
         more['dist-box'] = more['intra-box'] = ['loss_box', 'loss_dist']
         more['intra-box-pkd'] = ['loss_box', 'loss_dist', 'loss_pkd']
