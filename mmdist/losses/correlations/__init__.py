@@ -93,20 +93,15 @@ def kernels_work(
     """Whether the Triton kernels run on this machine and compute the same.
 
     That is tried once, on a few logits: what cannot be seen where the kernels were
-    written is the card, the driver and the compiler on which they run. A GPU without
-    free memory is no answer, and asked again by the next call.
+    written is the card, the driver and the compiler on which they run.
     """
     try:
         problem = _problem_of_kernels(device, student_dtype, teacher_dtype, activation)
-    except _OutOfMemory:
+    except RuntimeError:  # no memory is free, which nothing caches: ask again
         return False
     if problem:
         _warn_once(f'DISTLoss takes its slower path: the Triton kernels {problem}')
     return not problem
-
-
-class _OutOfMemory(Exception):
-    """The GPU had no memory left, which nothing caches."""
 
 
 @functools.cache
@@ -116,7 +111,11 @@ def _problem_of_kernels(
     teacher_dtype: torch.dtype,
     activation: str,
 ) -> str:
-    """What is wrong with the kernels, '' for nothing."""
+    """What is wrong with the kernels, '' for nothing.
+
+    Raises:
+        RuntimeError: The GPU is out of memory.
+    """
     try:
         from . import gpu
 
@@ -135,7 +134,7 @@ def _problem_of_kernels(
         errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
     except Exception as error:  # anything that a compiler may say
         if 'out of memory' in str(error):  # of torch, or of the driver
-            raise _OutOfMemory from error
+            raise RuntimeError from error
         return f'do not run: {str(error).strip()[:200]}'
     # the gradient as a whole: in half precision any of its elements may round the
     # other way

@@ -1,61 +1,21 @@
-"""The fast path of DISTLoss on a CPU: the same two numbers, in few passes.
-
-In autograd the loss makes some thirty passes over tensors of the size of the logits and
-keeps a dozen of them. Here the logits are cut into tiles that stay in cache. Each is
-read once per direction, and nothing of its size is kept but the gradient.
-
-*Forward.* A tile holds all classes of some rows, so the correlation of a row (inter) is
-finished within it. That of a class (intra) needs sums over all rows. Each tile is
-centred by its own means, so nothing cancels in fp32, and the centred sums of the tiles
-are combined in float64 (Chan, Golub and LeVeque, 1983)::
-
-    cov = sum over tiles i of  cov_i + n_i * (mean_i - mean) * (mean'_i - mean')
-
-*Backward.* With a and b the centred scores of student and teacher and
-``rho = <a, b> / (|a| |b| + eps)``::
-
-    d rho / d a = u * b - v * a
-    u = 1 / (|a| |b| + eps)
-    v = <a, b> * |b| / |a| * u ** 2
-
-Centring needs no term of its own, since a and b sum to zero. A score lies in one row
-and in one class, so with p and q the scores before centring its gradient is::
-
-    (u_row + u_class) * q - (v_row + v_class) * p + (w_row + w_class)
-    w = v * mean(p) - u * mean(q)
-
-which then goes through the derivative of the activation.
-"""
+"""The fast path on a CPU: tiles that stay in its cache, one after the other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .common import (
-    Settings,
-    as_rows,
-    check_teacher,
-    compute_dtype,
-    is_constant,
-    sum_over_processes,
-)
-from .plain import differentiable_gradient
+from .common import Settings, check_teacher, compute_dtype
+from .fast import FLAT, LARGE, SMALL_IMAGE, FastPath, by_image, correlation
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward
 # pass needs five tensors of it, the backward pass one (two in half precision) and the
 # gradient.
-MIN_TILE, MAX_TILE, SHARE = 200_000, 800_000, 1 / 16
-
-# A spread (norm after centring / norm that centring takes) of which fp32 still gives
-# five digits, and a sum of squares that is far from overflowing it
-FLAT, LARGE = 1e-2, 1e20
+MIN_TILE, MAX_TILE, SHARE = 8 * SMALL_IMAGE, 32 * SMALL_IMAGE, 1 / 16
 
 
 def correlations(
@@ -73,126 +33,97 @@ def correlations(
     inputs = by_image(student, teacher, mask, (tile_size or MIN_TILE) // 8)
     if tile_size is None:
         tile_size = min(max(SHARE * student.numel(), MIN_TILE), MAX_TILE)
-    return _Correlations.apply(*inputs, settings, tile_size)
+    options = dict(places=tiles(inputs[0], tile_size))
+    return FastPath.apply(*inputs, settings, sums, gradient, options)
 
 
-class _Correlations(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, mask, settings, tile_size):
-        dtype = compute_dtype(student, teacher)
-        places = tiles(student, tile_size)
-        # apart, since the scores of a single tile are kept for the backward pass
-        memory, spare_memory = Scratch(2), Scratch(3)
-
-        def sums_of_tile(image: int, part: slice) -> _Tile:
-            keep = tile_mask(mask, image, part)
-            count = part.stop - part.start if keep is None else int(keep.sum())
-            if count == 0:
-                return _Tile(0)
-            s, t = (x[image, :, part] for x in (student, teacher))
-            for tile_dtype in (dtype, torch.float64):
-                p, q = memory.like(s, tile_dtype)
-                spare = spare_memory.like(s, tile_dtype)
-                scores(s, keep, settings, out=p)
-                scores(t, keep, settings, out=q, is_teacher=True)
-                mean = 1 / len(p) if settings.activation == 'softmax' else None
-                rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
-                classes = centred_sums(p, q, spare, 1, count, keep)
-                if has_digits(rows, len(p), keep) and has_digits(classes, count):
-                    break
-            corr, u, v = correlation(rows, len(p), settings)
-            corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
-            kept = (p, q) if len(places) == 1 else ()
-            return _Tile(count, corr, classes.double(), (u, v, *kept))
-
-        done = [sums_of_tile(*place) for place in places]
-        some = [x for x in done if x.count > 0]
-        counts = torch.tensor([x.count for x in some], dtype=torch.float64)
-        row_total = torch.stack([x.corr for x in some] or [counts.sum()]).sum()
-        row_total = torch.stack([row_total, counts.sum()])
-        empty = counts.new_zeros((0, 5, student.shape[1]))
-        sums = torch.stack([x.class_sums for x in some]) if some else empty
-        row_total, class_corr, factors = combine(row_total, counts, sums, settings)
-        count = row_total[1].clamp(min=1)
-        ctx.save_for_backward(student, teacher, mask)
-        ctx.tiles = places, [x.saved for x in done]
-        ctx.settings = factors, count, settings
-        ctx.set_materialize_grads(False)
-        return row_total[0] / count, class_corr.mean()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        student, teacher, mask = ctx.saved_tensors
-        factors, count, settings = ctx.settings
-        if torch.is_grad_enabled():  # under `create_graph=True`
-            grad = differentiable_gradient(student, teacher, mask, settings, grads)
-            return grad, None, None, None, None
-        scale = scale_of_gradient(settings)
-        row_scale, class_scale = (0.0 if g is None else float(g * scale) for g in grads)
-        row_scale /= float(count)
-        factors = factors * (class_scale / student.shape[1])
-        grad = torch.empty_like(student)
-        memory = Scratch(2)
-
-        for (image, part), saved in zip(*ctx.tiles, strict=True):
-            if not saved:  # no row of the tile counts
-                grad[image, :, part] = 0
-                continue
-            u_row, v_row, *kept = saved
-            dtype = u_row.dtype
-            u_row, v_row = u_row * row_scale, v_row * row_scale
-            u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
-            keep = tile_mask(mask, image, part)
-            s, t = (x[image, :, part] for x in (student, teacher))
-            scratch, spare = memory.like(s, dtype)
-            out = grad[image, :, part]
-            g = out if out.dtype == dtype else spare
-            # first all that needs q, then what needs p
-            q = kept[1] if kept else scores(t, keep, settings, out=scratch)
-            torch.mul(q, u_row, out=g).addcmul_(q, u_class)
-            # softmax sends what all of a row share, w_row, to 0
-            softmax = settings.activation == 'softmax'
-            w_row = 0 if softmax else u_row * q.mean(0)
-            p = kept[0] if kept else scores(s, keep, settings, out=scratch)
-            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1)
-            g.add_(w_class)
-            if softmax:
-                g.mul_(p)
-                g.addcmul_(p, g.sum(0), value=-1)
-            else:
-                g.add_(v_row * p.mean(0) - w_row)
-            if settings.activation == 'sigmoid':
-                torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
-            if keep is not None:
-                g.mul_(keep)
-            if g is not out:
-                out.copy_(g)
-        return grad, None, None, None, None
+def sums(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    places: Sequence[tuple[int, slice]],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """See :class:`FastPath`; kept are u and v of the rows of each tile, None where none
+    counts, and the scores of a single tile."""
+    row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
+    class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
+    kept = []
+    # apart, since the scores of a single tile are kept
+    memory, spare_memory = Scratch(2), Scratch(3)
+    mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
+    for i, (image, part) in enumerate(places):
+        keep = tile_mask(mask, image, part)
+        count = part.stop - part.start if keep is None else int(keep.sum())
+        if count == 0:
+            kept += [None, None]
+            continue
+        s, t = (x[image, :, part] for x in (student, teacher))
+        for dtype in (compute_dtype(student, teacher), torch.float64):
+            p, q = memory.like(s, dtype)
+            spare = spare_memory.like(s, dtype)
+            scores(s, keep, settings, out=p)
+            scores(t, keep, settings, out=q, is_teacher=True)
+            rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
+            classes = centred_sums(p, q, spare, 1, count, keep)
+            if has_digits(rows, len(p), keep) and has_digits(classes, count):
+                break
+        corr, u, v = correlation(rows, len(p), settings)
+        corr = corr if keep is None else corr * keep
+        row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
+        class_sums[i] = classes
+        kept += [u, v] if len(places) > 1 else [u, v, p, q]
+    return row_sums, class_sums, kept
 
 
-class _Tile(NamedTuple):
-    count: int  # rows that count
-    corr: Tensor | None = None  # sum of their correlations
-    class_sums: Tensor | None = None
-    saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
-
-
-def by_image(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, small: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """View logits as (images, classes, positions), the mask as (images, positions).
-
-    (rows, classes) are one image, and so are images of fewer than ``small`` elements: a
-    tile for each would be all overhead. The teacher's logits are detached.
-    """
-    views = []
-    for logits in (student, teacher.detach()):
-        images, classes = logits.shape[:2]
-        if logits.ndim == 2 or (images > 1 and logits[0].numel() < small):
-            views.append(as_rows(logits).t().unsqueeze(0))
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    settings: Settings,
+    row_scale: Tensor,
+    factors: Tensor,
+    kept: Sequence[Tensor | None],
+    places: Sequence[tuple[int, slice]],
+) -> Tensor:
+    """See :class:`FastPath`."""
+    is_softmax = settings.activation == 'softmax'
+    row_scale = row_scale.item()
+    grad = torch.empty_like(student)
+    memory = Scratch(2)
+    for i, (image, part) in enumerate(places):
+        u_row, v_row = kept[2 * i : 2 * i + 2]
+        out = grad[image, :, part]
+        if u_row is None:  # no row of the tile counts
+            out.zero_()
+            continue
+        dtype = u_row.dtype
+        u_row, v_row = u_row * row_scale, v_row * row_scale
+        u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
+        keep = tile_mask(mask, image, part)
+        s, t = (x[image, :, part] for x in (student, teacher))
+        scratch, spare = memory.like(s, dtype)
+        g = out if out.dtype == dtype else spare
+        p, q = kept[2:] if len(places) == 1 else (None, None)
+        # first all that needs q, then what needs p
+        q = scores(t, keep, settings, out=scratch) if q is None else q
+        torch.mul(q, u_row, out=g).addcmul_(q, u_class)
+        # softmax sends what all of a row share, w_row, to 0
+        w_row = 0 if is_softmax else u_row * q.mean(0)
+        p = scores(s, keep, settings, out=scratch) if p is None else p
+        g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
+        if is_softmax:
+            g.mul_(p)
+            g.addcmul_(p, g.sum(0), value=-1)
         else:
-            views.append(logits.reshape(images, classes, -1))
-    return *views, mask if mask is None else mask.reshape(len(views[0]), -1)
+            g.add_(v_row * p.mean(0) - w_row)
+        if settings.activation == 'sigmoid':
+            torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
+        if keep is not None:
+            g.mul_(keep)
+        if g is not out:
+            out.copy_(g)
+    return grad
 
 
 class Scratch:
@@ -203,17 +134,17 @@ class Scratch:
     """
 
     def __init__(self, number: int) -> None:
-        self._number = number
         self._memory = torch.empty((number, 0))
 
     def like(self, tile: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """Tensors of the shape of a tile, laid out alike."""
-        if self._memory.dtype != dtype or self._memory.shape[1] < tile.numel():
-            self._memory = torch.empty((self._number, tile.numel()), dtype=dtype)
-        memory = self._memory[:, : tile.numel()]
+        number, size = len(self._memory), tile.numel()
+        if self._memory.dtype != dtype or self._memory.shape[1] < size:
+            self._memory = torch.empty((number, size), dtype=dtype)
+        memory = self._memory[:, :size]
         if tile.stride(0) == 1:
-            return memory.view(-1, *tile.shape[::-1]).transpose(1, 2).unbind()
-        return memory.view(-1, *tile.shape).unbind()
+            return memory.view(number, *tile.shape[::-1]).transpose(1, 2).unbind()
+        return memory.view(number, *tile.shape).unbind()
 
 
 def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
@@ -272,8 +203,8 @@ def centred_sums(
     same for all. The three tensors in ``spare``, like ``p``, are overwritten.
     """
     a, b, ab = spare
-    sums = p.new_empty((5, p.shape[1 - dim]))
-    for x, centred, means in ((p, a, sums[3]), (q, b, sums[4])):
+    found = p.new_empty((5, p.shape[1 - dim]))
+    for x, centred, means in ((p, a, found[3]), (q, b, found[4])):
         if mean is None:
             counted = x if keep is None else torch.mul(x, keep, out=centred)
             torch.sum(counted, dim, out=means).div_(count)
@@ -282,10 +213,10 @@ def centred_sums(
         torch.sub(x, means.unsqueeze(dim) if mean is None else mean, out=centred)
         if keep is not None:
             centred.mul_(keep)
-    torch.sum(torch.mul(a, b, out=ab), dim, out=sums[1])
-    torch.sum(a.mul_(a), dim, out=sums[0])
-    torch.sum(b.mul_(b), dim, out=sums[2])
-    return sums
+    torch.sum(torch.mul(a, b, out=ab), dim, out=found[1])
+    torch.sum(a.mul_(a), dim, out=found[0])
+    torch.sum(b.mul_(b), dim, out=found[2])
+    return found
 
 
 def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
@@ -303,58 +234,3 @@ def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
     if keep is not None:
         inverse = inverse[:, keep]
     return inverse.mean(1).amax().item() <= FLAT**-2
-
-
-def correlation(
-    sums: Tensor, count: int | Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlations and the factors u, v of their gradient, from :func:`centred_sums` of
-    ``count`` scores each."""
-    var, mean = sums[0:3:2], sums[3:]
-    constant = is_constant(var, mean, count, settings.activation).any(0)
-    norm_a, norm_b = var.sqrt()
-    u = (norm_a * norm_b).add_(settings.eps).reciprocal_().masked_fill_(constant, 0)
-    corr = sums[1] * u
-    if not settings.eps:
-        # two scores correlate at 1 or -1: the gradient would be nothing but rounding
-        u.mul_(count > 2)
-    v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
-    return corr, u, v
-
-
-def combine(
-    row_total: Tensor, counts: Tensor, sums: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine tiles and processes, all in float64.
-
-    ``row_total`` holds the sum of the correlations of the rows and their number,
-    ``counts`` (tiles,) the rows of each tile, ``sums`` (tiles, 5, classes) the
-    :func:`centred_sums` of the classes. The exchanges and their order are those of the
-    plain path, which another process may take.
-
-    Returns:
-        ``row_total`` of all processes, the correlations of the classes, and the factors
-        u, v, w of their gradient, shape (3, classes).
-    """
-    group = settings.group
-    row_total = sum_over_processes(row_total, group)
-    if len(sums) == 1 and group is None:
-        total = sums[0]
-    else:
-        counts = counts.view(-1, 1, 1)
-        means = sums[:, 3:]
-        total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
-        total = sum_over_processes(total, group)
-        mean = total[1:] / total[0].clamp(min=1)
-        a, b = (means - mean).unbind(1)
-        between = torch.stack([a * a, a * b, b * b], 1) * counts
-        total = sum_over_processes((sums[:, :3] + between).sum(0), group)
-        total = torch.cat([total, mean])
-    corr, u, v = correlation(total, row_total[1].clamp(min=1), settings)
-    return row_total, corr, torch.stack([u, v, v * total[3] - u * total[4]])
-
-
-def scale_of_gradient(settings: Settings) -> float:
-    """What the derivatives of ``logits / tau`` and ``sum_over_processes`` multiply."""
-    group = settings.group
-    return (1 if group is None else dist.get_world_size(group)) / settings.tau
