@@ -21,7 +21,6 @@ CLASSES = 6
 CASES = {
     2: [
         ('uneven', {}),
-        ('uneven', dict(damping=4.0)),
         ('no mask', dict(activation='sigmoid', tau=2.0)),
         ('no images', {}),
         ('none anywhere', {}),
@@ -29,7 +28,6 @@ CASES = {
     4: [
         ('no valid rows', dict(beta=0.5, gamma=2.0, loss_weight=3.0)),
         ('uneven', dict(beta=0, activation='identity')),
-        ('no valid rows', dict(damping=4.0)),
     ],
 }
 
