@@ -149,7 +149,7 @@ class Launcher:
 
 
 def wrong_gradient(*args, **kwargs):
-    args[8].fill_(1)
+    args[10].fill_(1)
 
 
 def no_compiler(*args, **kwargs):
@@ -218,13 +218,13 @@ from mmdist.losses.correlations import gpu
 
 LOGITS = ('student', 'teacher', 'grad')
 FLOAT64 = (
-    'row_shift', 'tile_sums', 'class_sums', 'class_total', 'class_factors',
-    'row_total', 'row_scale')
+    'row_shift', 'tile_sums', 'class_sums', 'total', 'class_corr', 'class_factors',
+    'row_total', 'grad_inter', 'grad_intra')
 POINTERS = dict(
     mask='*u8', finite='*u8', tile_flags='*i32', row_factors='*fp32',
     **dict.fromkeys(LOGITS, '*bf16'), **dict.fromkeys(FLOAT64, '*fp64'))
 CONSTANTS = dict(
-    HAS_MASK=True, TAU=1.0, EPS=0.0, BLOCK_CLASSES=gpu.BLOCK_CLASSES,
+    HAS_MASK=True, TAU=1.0, EPS=0.0, SCALE=1.0, BLOCK_CLASSES=gpu.BLOCK_CLASSES,
     BLOCK_ROWS=gpu.BLOCK_ROWS, BLOCK_TILES=gpu.BLOCK_TILES)
 
 
@@ -243,7 +243,7 @@ def ptx(kernel, unit_stride='row', **constants):
     return triton.compile(source, GPUTarget('cuda', int(sys.argv[1]), 32)).asm['ptx']
 
 
-assert ptx(gpu._combine)
+assert ptx(gpu._combine, ACTIVATION='softmax')
 assert ptx(gpu._forward, ACTIVATION='sigmoid', DTYPE=tl.float32, ONLY=-1, classes=1)
 cases = itertools.product(
     (gpu._forward, gpu._backward),

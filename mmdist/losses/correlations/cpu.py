@@ -1,4 +1,31 @@
-"""The fast path on a CPU: tiles that stay in its cache, one after the other."""
+"""The fast path of DISTLoss on a CPU: the same two numbers, in few passes.
+
+In autograd the loss makes some thirty passes over tensors of the size of the logits and
+keeps a dozen of them. Here the logits are cut into tiles that stay in cache. Each is
+read once per direction, and nothing of its size is kept but the gradient.
+
+*Forward.* A tile holds all classes of some rows, so the correlation of a row (inter) is
+finished within it. That of a class (intra) needs sums over all rows. Each tile is
+centred by its own means, so nothing cancels in fp32, and the centred sums of the tiles
+are combined in float64 (Chan, Golub and LeVeque, 1983)::
+
+    cov = sum over tiles i of  cov_i + n_i * (mean_i - mean) * (mean'_i - mean')
+
+*Backward.* With a and b the centred scores of student and teacher and
+``rho = <a, b> / (|a| |b| + eps)``::
+
+    d rho / d a = u * b - v * a
+    u = 1 / (|a| |b| + eps)
+    v = <a, b> * |b| / |a| * u ** 2
+
+Centring needs no term of its own, since a and b sum to zero. A score lies in one row
+and in one class, so with p and q the scores before centring its gradient is::
+
+    (u_row + u_class) * q - (v_row + v_class) * p + (w_row + w_class)
+    w = v * mean(p) - u * mean(q)
+
+which then goes through the derivative of the activation.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +33,28 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .common import Settings, check_teacher, compute_dtype
-from .fast import FLAT, LARGE, SMALL_IMAGE, FastPath, by_image, correlation
+from .common import (
+    Settings,
+    as_rows,
+    check_teacher,
+    compute_dtype,
+    is_constant,
+    sum_over_processes,
+)
+from .plain import differentiable_gradient
 
 # Elements of a tile. Too small and the calls cost more than the work, too large and
 # it leaves the cache. Between the two, a tile is this share of the logits: the forward
 # pass needs five tensors of it, the backward pass one (two in half precision) and the
 # gradient.
-MIN_TILE, MAX_TILE, SHARE = 8 * SMALL_IMAGE, 32 * SMALL_IMAGE, 1 / 16
+MIN_TILE, MAX_TILE, SHARE = 200_000, 800_000, 1 / 16
+
+# A spread (norm after centring / norm that centring takes) of which fp32 still gives
+# five digits, and a sum of squares that is far from overflowing it
+FLAT, LARGE = 1e-2, 1e20
 
 
 def correlations(
@@ -33,97 +72,110 @@ def correlations(
     inputs = by_image(student, teacher, mask, (tile_size or MIN_TILE) // 8)
     if tile_size is None:
         tile_size = min(max(SHARE * student.numel(), MIN_TILE), MAX_TILE)
-    options = dict(places=tiles(inputs[0], tile_size))
-    return FastPath.apply(*inputs, settings, sums, gradient, options)
+    return _Correlations.apply(*inputs, settings, tile_size)
 
 
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    places: Sequence[tuple[int, slice]],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """See :class:`FastPath`; kept are u and v of the rows of each tile, None where none
-    counts, and the scores of a single tile."""
-    row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
-    class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
-    kept = []
-    # apart, since the scores of a single tile are kept
-    memory, spare_memory = Scratch(2), Scratch(3)
-    mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
-    for i, (image, part) in enumerate(places):
-        keep = tile_mask(mask, image, part)
-        count = part.stop - part.start if keep is None else int(keep.sum())
-        if count == 0:
-            kept += [None, None]
-            continue
-        s, t = (x[image, :, part] for x in (student, teacher))
-        for dtype in (compute_dtype(student, teacher), torch.float64):
-            p, q = memory.like(s, dtype)
-            spare = spare_memory.like(s, dtype)
-            scores(s, keep, settings, out=p)
-            scores(t, keep, settings, out=q, is_teacher=True)
-            rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
-            classes = centred_sums(p, q, spare, 1, count, keep)
-            if has_digits(rows, len(p), keep) and has_digits(classes, count):
-                break
-        corr, u, v = correlation(rows, len(p), settings)
-        corr = corr if keep is None else corr * keep
-        row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
-        class_sums[i] = classes
-        kept += [u, v] if len(places) > 1 else [u, v, p, q]
-    return row_sums, class_sums, kept
+class _Correlations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, mask, settings, tile_size):
+        places = tiles(student, tile_size)
+        row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
+        class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
+        kept = []
+        # apart, since the scores of a single tile are kept
+        memory, spare_memory = Scratch(2), Scratch(3)
+        mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
+        for i, (image, part) in enumerate(places):
+            keep = tile_mask(mask, image, part)
+            count = part.stop - part.start if keep is None else int(keep.sum())
+            if count == 0:
+                kept += [None, None]
+                continue
+            s, t = (x[image, :, part] for x in (student, teacher))
+            for dtype in (compute_dtype(student, teacher), torch.float64):
+                p, q = memory.like(s, dtype)
+                spare = spare_memory.like(s, dtype)
+                scores(s, keep, settings, out=p)
+                scores(t, keep, settings, out=q, is_teacher=True)
+                rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
+                classes = centred_sums(p, q, spare, 1, count, keep)
+                if has_digits(rows, len(p), keep) and has_digits(classes, count):
+                    break
+            corr, u, v = correlation(rows, len(p), settings)
+            corr = corr if keep is None else corr * keep
+            row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
+            class_sums[i] = classes
+            kept += [u, v] if len(places) > 1 else [u, v, p, q]
+        row_total, class_corr, factors = combine(row_sums, class_sums, settings)
+        count = row_total[1].clamp(min=1)
+        ctx.save_for_backward(student, teacher, mask, factors, count, *kept)
+        ctx.rest = places, settings
+        return row_total[0] / count, class_corr.mean()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        student, teacher, mask, factors, count, *kept = ctx.saved_tensors
+        places, settings = ctx.rest
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            grad = differentiable_gradient(student, teacher, mask, settings, grads)
+            return grad, None, None, None, None
+        grad_inter, grad_intra = (x * scale_of_gradient(settings) for x in grads)
+        row_scale = (grad_inter / count).item()
+        factors = factors * (grad_intra / student.shape[1])
+        is_softmax = settings.activation == 'softmax'
+        grad = torch.empty_like(student)
+        memory = Scratch(2)
+        for i, (image, part) in enumerate(places):
+            u_row, v_row = kept[2 * i : 2 * i + 2]
+            out = grad[image, :, part]
+            if u_row is None:  # no row of the tile counts
+                out.zero_()
+                continue
+            dtype = u_row.dtype
+            u_row, v_row = u_row * row_scale, v_row * row_scale
+            u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
+            keep = tile_mask(mask, image, part)
+            s, t = (x[image, :, part] for x in (student, teacher))
+            scratch, spare = memory.like(s, dtype)
+            g = out if out.dtype == dtype else spare
+            p, q = kept[2:] if len(places) == 1 else (None, None)
+            # first all that needs q, then what needs p
+            q = scores(t, keep, settings, out=scratch) if q is None else q
+            torch.mul(q, u_row, out=g).addcmul_(q, u_class)
+            # softmax sends what all of a row share, w_row, to 0
+            w_row = 0 if is_softmax else u_row * q.mean(0)
+            p = scores(s, keep, settings, out=scratch) if p is None else p
+            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
+            if is_softmax:
+                g.mul_(p)
+                g.addcmul_(p, g.sum(0), value=-1)
+            else:
+                g.add_(v_row * p.mean(0) - w_row)
+            if settings.activation == 'sigmoid':
+                torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
+            if keep is not None:
+                g.mul_(keep)
+            if g is not out:
+                out.copy_(g)
+        return grad, None, None, None, None
 
 
-def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    row_scale: Tensor,
-    factors: Tensor,
-    kept: Sequence[Tensor | None],
-    places: Sequence[tuple[int, slice]],
-) -> Tensor:
-    """See :class:`FastPath`."""
-    is_softmax = settings.activation == 'softmax'
-    row_scale = row_scale.item()
-    grad = torch.empty_like(student)
-    memory = Scratch(2)
-    for i, (image, part) in enumerate(places):
-        u_row, v_row = kept[2 * i : 2 * i + 2]
-        out = grad[image, :, part]
-        if u_row is None:  # no row of the tile counts
-            out.zero_()
-            continue
-        dtype = u_row.dtype
-        u_row, v_row = u_row * row_scale, v_row * row_scale
-        u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
-        keep = tile_mask(mask, image, part)
-        s, t = (x[image, :, part] for x in (student, teacher))
-        scratch, spare = memory.like(s, dtype)
-        g = out if out.dtype == dtype else spare
-        p, q = kept[2:] if len(places) == 1 else (None, None)
-        # first all that needs q, then what needs p
-        q = scores(t, keep, settings, out=scratch) if q is None else q
-        torch.mul(q, u_row, out=g).addcmul_(q, u_class)
-        # softmax sends what all of a row share, w_row, to 0
-        w_row = 0 if is_softmax else u_row * q.mean(0)
-        p = scores(s, keep, settings, out=scratch) if p is None else p
-        g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
-        if is_softmax:
-            g.mul_(p)
-            g.addcmul_(p, g.sum(0), value=-1)
+def by_image(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, small: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """View logits as (images, classes, positions), the mask as (images, positions).
+
+    (rows, classes) are one image, and so are images of fewer than ``small`` elements: a
+    tile for each would be all overhead. The teacher's logits are detached.
+    """
+    views = []
+    for logits in (student, teacher.detach()):
+        images, classes = logits.shape[:2]
+        if logits.ndim == 2 or (images > 1 and logits[0].numel() < small):
+            views.append(as_rows(logits).t().unsqueeze(0))
         else:
-            g.add_(v_row * p.mean(0) - w_row)
-        if settings.activation == 'sigmoid':
-            torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
-        if keep is not None:
-            g.mul_(keep)
-        if g is not out:
-            out.copy_(g)
-    return grad
+            views.append(logits.reshape(images, classes, -1))
+    return *views, mask if mask is None else mask.reshape(len(views[0]), -1)
 
 
 class Scratch:
@@ -234,3 +286,67 @@ def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
     if keep is not None:
         inverse = inverse[:, keep]
     return inverse.mean(1).amax().item() <= FLAT**-2
+
+
+def correlation(
+    sums: Tensor, count: int | Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correlations and the factors u, v of their gradient, each (vectors,).
+
+    Args:
+        sums: Centred sums aa, ab, bb and means of p, q, (5, vectors).
+        count: Scores of each vector.
+        settings: How they are correlated.
+    """
+    var, mean = sums[0:3:2], sums[3:]
+    constant = is_constant(var, mean, count, settings.activation).any(0)
+    norm_a, norm_b = var.sqrt()
+    u = (norm_a * norm_b).add_(settings.eps).reciprocal_().masked_fill_(constant, 0)
+    corr = sums[1] * u
+    if not settings.eps:
+        # two scores correlate at 1 or -1: the gradient would be nothing but rounding
+        u.mul_(count > 2)
+    v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
+    return corr, u, v
+
+
+def combine(
+    row_sums: Tensor, class_sums: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine tiles and processes, all in float64.
+
+    The exchanges and their order are those of the plain path, which another process may
+    take.
+
+    Args:
+        row_sums: The sum of the correlations of the rows of each tile, and their
+            number, (2, tiles).
+        class_sums: Of the classes, what :func:`correlation` takes, (tiles, 5, classes).
+        settings: How they are correlated.
+
+    Returns:
+        ``row_sums`` of all tiles and processes, (2,), the correlations of the classes,
+        and the factors u, v, w of their gradient, (3, classes).
+    """
+    group = settings.group
+    row_total = sum_over_processes(row_sums.sum(1), group)
+    if len(class_sums) == 1 and group is None:
+        total = class_sums[0]
+    else:
+        counts = row_sums[1].view(-1, 1, 1)
+        means = class_sums[:, 3:]
+        total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
+        total = sum_over_processes(total, group)
+        mean = total[1:] / total[0].clamp(min=1)
+        a, b = (means - mean).unbind(1)
+        between = torch.stack([a * a, a * b, b * b], 1) * counts
+        total = sum_over_processes((class_sums[:, :3] + between).sum(0), group)
+        total = torch.cat([total, mean])
+    corr, u, v = correlation(total, row_total[1].clamp(min=1), settings)
+    return row_total, corr, torch.stack([u, v, v * total[3] - u * total[4]])
+
+
+def scale_of_gradient(settings: Settings) -> float:
+    """What the derivatives of ``logits / tau`` and ``sum_over_processes`` multiply."""
+    group = settings.group
+    return (1 if group is None else dist.get_world_size(group)) / settings.tau

@@ -1,17 +1,17 @@
-"""The fast path on a GPU, as Triton kernels.
+"""The fast path of DISTLoss on a GPU: that of ``cpu.py`` as Triton kernels.
 
-A tile is all classes of ``BLOCK_ROWS`` rows, one program of the grid, and goes through
-the chip in blocks of ``BLOCK_CLASSES`` classes. The logits are read from memory once
-per direction, in the type they have; where softmax has to see all classes first, the
-second time they come from the cache.
+The formulas are those of ``cpu.py``. Here a tile is all classes of ``BLOCK_ROWS`` rows,
+one program of the grid, and goes through the chip in blocks of ``BLOCK_CLASSES``
+classes. The logits are read from memory once per direction, in the type they have;
+where softmax has to see all classes first, the second time they come from the cache.
 
 ``_forward``: a program per tile: the correlations of its rows and the factors u, v, w
-of their gradient, and centred sums of classes. ``_combine``: a program per class: the
-sums of all tiles as those of one. ``_backward``: a program per tile: the gradient.
+of their gradient, and centred sums of classes. ``_combine``: a program per class: its
+sums over all tiles, and its factors. ``_backward``: a program per tile: the gradient.
 
-Which tiles fp32 leaves no digits (``cpu.has_digits``), only the device knows, and
-nothing waits for it: ``_forward`` and ``_backward`` are started in fp32 and again in
-float64, and a program ends at once if its tile is not for it.
+Tiles that need it (``cpu.has_digits``) are computed in float64. Which those are, only
+the device knows, and nothing waits for it: ``_forward`` and ``_backward`` are started
+in fp32 and again in float64, and a program ends at once if its tile is not for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .common import (
     compute_dtype,
     raise_for_teacher,
 )
-from .fast import FLAT, LARGE, SMALL_IMAGE, FastPath, by_image
+from .cpu import FLAT, LARGE, MIN_TILE, by_image, combine, scale_of_gradient
+from .plain import differentiable_gradient
 
 if digit_version(triton.__version__) < digit_version('3.1'):
     raise ImportError(f'Triton {triton.__version__} is older than 3.1')
@@ -54,106 +55,101 @@ def correlations(
     mask: Tensor | None,
     settings: Settings,
     *,
-    small_image: int = SMALL_IMAGE,
+    small_image: int = MIN_TILE // 8,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mmdist.losses.correlations.correlations`; never waits for the device.
 
     Images of fewer than ``small_image`` elements are copied into one.
     """
     student, teacher, mask = by_image(student, teacher, mask, small_image)
-    # one layout for all; most logits have it, and are not copied
+    # one layout for both, that of the student; most logits have it, and are not copied
     if student.is_contiguous():
         teacher = teacher.contiguous()
     else:
         student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
-    images, classes, positions = student.shape
-    by_class = student.is_contiguous()
-    block_rows = BLOCK_ROWS
-    row_bytes = classes * (student.element_size() + teacher.element_size())
-    while block_rows > MIN_BLOCK_ROWS and (
-        images * positions < MIN_TILES * block_rows
-        or (
-            settings.activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES
-        )
-    ):
-        block_rows //= 2
-    arguments = dict(
-        number_of_rows=images * positions,
-        classes=classes,
-        positions=positions,
-        parts=triton.cdiv(positions, block_rows),
-        class_stride=positions if by_class else 1,
-        row_stride=1 if by_class else classes,
-        HAS_MASK=mask is not None,
-        ACTIVATION=settings.activation,
-        TAU=float(settings.tau),
-        BLOCK_CLASSES=BLOCK_CLASSES,
-        BLOCK_ROWS=block_rows,
-    )
     mask = mask if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(student):  # on which a kernel is started
-        return FastPath.apply(
-            student, teacher, mask, settings, sums, gradient, dict(arguments=arguments)
+        return _Correlations.apply(student, teacher, mask, settings)
+
+
+class _Correlations(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, mask, settings):
+        activation, tau, eps, group = settings
+        images, classes, positions = student.shape
+        dtype = compute_dtype(student, teacher)
+        rows = images * positions
+        block_rows = BLOCK_ROWS
+        row_bytes = classes * (student.element_size() + teacher.element_size())
+        while block_rows > MIN_BLOCK_ROWS and (
+            rows < MIN_TILES * block_rows
+            or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
+        ):
+            block_rows //= 2
+        parts = triton.cdiv(positions, block_rows)
+        tiles = images * parts
+
+        new = functools.partial(student.new_empty, dtype=torch.float64)
+        row_factors = new((2, rows), dtype=dtype)
+        # softmax sends to 0 what all classes of a row share
+        row_shift = new(0 if activation == 'softmax' else rows)
+        tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
+        tile_flags = new((2, tiles), dtype=torch.int32)
+        by_class = student.is_contiguous()
+        arguments = dict(
+            number_of_rows=rows,
+            classes=classes,
+            positions=positions,
+            parts=parts,
+            class_stride=positions if by_class else 1,
+            row_stride=1 if by_class else classes,
+            HAS_MASK=mask is not None,
+            ACTIVATION=activation,
+            TAU=float(tau),
+            BLOCK_CLASSES=BLOCK_CLASSES,
+            BLOCK_ROWS=block_rows,
         )
+        # dtype, tiles of the forward pass, tiles of the backward pass
+        passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
+        if dtype == torch.float32:
+            passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
+            passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
+        inputs = (student, teacher, student if mask is None else mask)
+        outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
+        for pass_dtype, only, _ in passes:
+            constants = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
+            _forward[(tiles,)](*inputs, *outputs, tiles, **constants, **arguments)
+        total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
+        row_total, finite = new(2), new(1, dtype=torch.uint8)
+        outputs = (total, class_corr, factors, row_total, finite)
+        constants = dict(ACTIVATION=activation, EPS=float(eps), BLOCK_TILES=BLOCK_TILES)
+        _combine[(classes,)](
+            tile_sums, tile_flags, class_sums, *outputs, tiles, classes, **constants
+        )
+        raise_for_teacher(finite.view(torch.bool))
+        if group is not None:
+            row_total, class_corr, factors = combine(
+                row_total.unsqueeze(1), total.unsqueeze(0), settings
+            )
+        saved = (row_factors, row_shift, factors, row_total, tile_flags)
+        ctx.save_for_backward(student, teacher, mask, *saved)
+        ctx.rest = arguments, passes, settings
+        return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
 
-
-def sums(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    arguments: dict,
-) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """See :class:`FastPath`; kept are the factors u, v and w of the rows, and which
-    tiles were computed in float64."""
-    dtype, eps = compute_dtype(student, teacher), float(settings.eps)
-    classes, rows = arguments['classes'], arguments['number_of_rows']
-    tiles = len(student) * arguments['parts']
-    row_factors = student.new_empty((2, rows), dtype=dtype)
-    new = functools.partial(student.new_empty, dtype=torch.float64)
-    # softmax sends to 0 what all classes of a row share
-    row_shift = new(0 if settings.activation == 'softmax' else rows)
-    tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
-    tile_flags = new((2, tiles), dtype=torch.int32)
-    outputs = row_factors, row_shift, tile_sums, tile_flags, class_sums
-    inputs = student, teacher, student if mask is None else mask
-    passes = [(tl.float64, EVERY_TILE)]
-    if dtype == torch.float32:
-        passes = [(tl.float32, EVERY_TILE), (tl.float64, FLAT_TILES)]
-    for pass_dtype, only in passes:
-        constants = dict(EPS=eps, ONLY=only, DTYPE=pass_dtype)
-        _forward[(tiles,)](*inputs, *outputs, tiles, **constants, **arguments)
-    row_total, class_total = new((2, 1)), new((1, 5, classes))
-    finite = new(1, dtype=torch.uint8)
-    inputs = tile_sums, tile_flags, class_sums
-    outputs = row_total, class_total, finite
-    _combine[(classes,)](*inputs, *outputs, tiles, classes, BLOCK_TILES=BLOCK_TILES)
-    raise_for_teacher(finite.view(torch.bool))
-    return row_total, class_total, (row_factors, row_shift, tile_flags)
-
-
-def gradient(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    row_scale: Tensor,
-    factors: Tensor,
-    kept: tuple[Tensor, ...],
-    arguments: dict,
-) -> Tensor:
-    """See :class:`FastPath`."""
-    inputs = student, teacher, student if mask is None else mask
-    tiles = kept[-1].shape[1]
-    grad = torch.empty_like(student)
-    passes = [(tl.float64, EVERY_TILE)]
-    if compute_dtype(student, teacher) == torch.float32:
-        passes = [(tl.float32, STEEP_TILES), (tl.float64, FLAT_TILES)]
-    for dtype, only in passes:
-        constants = dict(ONLY=only, DTYPE=dtype)
-        outputs = factors, row_scale, grad
-        _backward[(tiles,)](*inputs, *kept, *outputs, **constants, **arguments)
-    return grad
+    @staticmethod
+    def backward(ctx, *grads):
+        student, teacher, mask, *saved = ctx.saved_tensors
+        arguments, passes, settings = ctx.rest
+        if torch.is_grad_enabled():  # under `create_graph=True`
+            inputs = (student, teacher, mask, settings)
+            return differentiable_gradient(*inputs, grads), None, None, None
+        inputs = (student, teacher, student if mask is None else mask)
+        grad = torch.empty_like(student)
+        scale, tiles = scale_of_gradient(settings), saved[-1].shape[1]
+        for dtype, _, only in passes:
+            constants = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
+            _backward[(tiles,)](*inputs, *saved, *grads, grad, **constants, **arguments)
+        return grad, None, None, None
 
 
 # A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
@@ -266,7 +262,7 @@ def _correlation(aa, ab, bb, mean_p, mean_q, number, ACTIVATION, DTYPE, EPS):
     norm_a, norm_b = tl.sqrt(aa), tl.sqrt(bb)
     u = tl.where(constant, 0, 1 / (tl.where(constant, 1, norm_a * norm_b) + EPS))
     corr = ab * u
-    if EPS == 0:  # as in `fast.correlation`
+    if EPS == 0:  # as in `cpu.correlation`
         u = tl.where(constant | (number <= 2), 0, u)
     v = corr * u * norm_b / tl.where(constant, 1, norm_a)
     return corr, u, v
@@ -378,8 +374,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _combine(
-    tile_sums, tile_flags, class_sums, row_total, class_total, finite, tiles, classes,
-    BLOCK_TILES: tl.constexpr,
+    tile_sums, tile_flags, class_sums, total, class_corr, class_factors, row_total,
+    finite, tiles, classes,
+    ACTIVATION: tl.constexpr, EPS: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):
     index = tl.program_id(0)
     sums = class_sums + index.to(tl.int64) * 5 * tiles
@@ -409,13 +406,20 @@ def _combine(
         sum_aa += tl.load(sums + tile, mask=there, other=0) + n * d_p * d_p
         sum_ab += tl.load(sums + tiles + tile, mask=there, other=0) + n * d_p * d_q
         sum_bb += tl.load(sums + 2 * tiles + tile, mask=there, other=0) + n * d_q * d_q
+    aa, ab, bb = tl.sum(sum_aa, 0), tl.sum(sum_ab, 0), tl.sum(sum_bb, 0)
 
-    place = class_total + index
-    tl.store(place, tl.sum(sum_aa, 0))
-    tl.store(place + classes, tl.sum(sum_ab, 0))
-    tl.store(place + 2 * classes, tl.sum(sum_bb, 0))
-    tl.store(place + 3 * classes, mean_p)
-    tl.store(place + 4 * classes, mean_q)
+    tl.store(total + index, aa)
+    tl.store(total + classes + index, ab)
+    tl.store(total + 2 * classes + index, bb)
+    tl.store(total + 3 * classes + index, mean_p)
+    tl.store(total + 4 * classes + index, mean_q)
+    rho, u, v = _correlation(
+        aa, ab, bb, mean_p, mean_q, number, ACTIVATION, tl.float64, EPS
+    )
+    tl.store(class_corr + index, rho)
+    tl.store(class_factors + index, u)
+    tl.store(class_factors + classes + index, v)
+    tl.store(class_factors + 2 * classes + index, v * mean_p - u * mean_q)
     if index == 0:
         tl.store(row_total, tl.sum(corr, 0))
         tl.store(row_total + 1, count)
@@ -424,11 +428,11 @@ def _combine(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward(
-    student, teacher, mask, row_factors, row_shift, tile_flags, class_factors,
-    row_scale, grad, number_of_rows, classes, positions, parts, class_stride,
-    row_stride,
-    HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr, TAU: tl.constexpr,
-    ONLY: tl.constexpr, DTYPE: tl.constexpr,
+    student, teacher, mask, row_factors, row_shift, class_factors, row_total,
+    tile_flags, grad_inter, grad_intra, grad,
+    number_of_rows, classes, positions, parts, class_stride, row_stride,
+    SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr,
+    TAU: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -448,7 +452,8 @@ def _backward(
         BLOCK_CLASSES, BLOCK_ROWS,
     )
     g_rows = grad + start
-    row_scale = tl.load(row_scale)
+    row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
+    class_scale = tl.load(grad_intra) * SCALE / classes
     u_row = tl.load(row_factors + row, mask=keep, other=0).to(DTYPE)
     v_row = tl.load(row_factors + number_of_rows + row, mask=keep, other=0).to(DTYPE)
     u_row, v_row = u_row * row_scale.to(DTYPE), v_row * row_scale.to(DTYPE)
@@ -470,12 +475,12 @@ def _backward(
             index = first + tl.arange(0, BLOCK_CLASSES)
             there = index < classes
             factors = class_factors + index
-            u = tl.load(factors, mask=there, other=0).to(DTYPE)
-            v = tl.load(factors + classes, mask=there, other=0).to(DTYPE)
-            w = tl.load(factors + 2 * classes, mask=there, other=0).to(DTYPE)
-            g = (u_row[None, :] + u[:, None]) * q
-            g -= (v_row[None, :] + v[:, None]) * p
-            g += w_row[None, :] + w[:, None]
+            u = tl.load(factors, mask=there, other=0) * class_scale
+            v = tl.load(factors + classes, mask=there, other=0) * class_scale
+            w = tl.load(factors + 2 * classes, mask=there, other=0) * class_scale
+            g = (u_row[None, :] + u.to(DTYPE)[:, None]) * q
+            g -= (v_row[None, :] + v.to(DTYPE)[:, None]) * p
+            g += w_row[None, :] + w.to(DTYPE)[:, None]
             if last == 0:
                 dot += tl.sum(g * p, 0)
             else:
