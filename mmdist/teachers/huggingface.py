@@ -123,7 +123,7 @@ class HFSegmentor(HFTeacher):
     """
 
     def __init__(self, name: str, resize: bool = False) -> None:
-        config = _config_of(name, (*PER_PIXEL, *MASKS))
+        config = config_of(name, (*PER_PIXEL, *MASKS))
         kind = config.model_type
         auto, self.gives = 'AutoModelForSemanticSegmentation', 'pixels'
         if kind in MASKS:
@@ -175,7 +175,7 @@ class HFDetector(HFTeacher):
         prompts: Sequence[str] | None = None,
         resize: bool = False,
     ) -> None:
-        config = _config_of(name, DETECTORS)
+        config = config_of(name, DETECTORS)
         self.activation, self.takes_mask, is_prompted = DETECTORS[config.model_type]
         if is_prompted != bool(prompts):
             raise ValueError(
@@ -275,7 +275,7 @@ def _load(name: str, auto: str, **options) -> Any:
         ) from error
 
 
-def _config_of(name: str, known: Iterable[str]) -> Any:
+def config_of(name: str, known: Iterable[str]) -> Any:
     """The model's config; raises ValueError where its ``model_type`` is not known."""
     config = _load(name, 'AutoConfig')
     if config.model_type not in known:
