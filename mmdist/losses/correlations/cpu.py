@@ -255,8 +255,8 @@ def centred_sums(
     same for all. The three tensors in ``spare``, like ``p``, are overwritten.
     """
     a, b, ab = spare
-    found = p.new_empty((5, p.shape[1 - dim]))
-    for x, centred, means in ((p, a, found[3]), (q, b, found[4])):
+    sums = p.new_empty((5, p.shape[1 - dim]))
+    for x, centred, means in ((p, a, sums[3]), (q, b, sums[4])):
         if mean is None:
             counted = x if keep is None else torch.mul(x, keep, out=centred)
             torch.sum(counted, dim, out=means).div_(count)
@@ -265,10 +265,10 @@ def centred_sums(
         torch.sub(x, means.unsqueeze(dim) if mean is None else mean, out=centred)
         if keep is not None:
             centred.mul_(keep)
-    torch.sum(torch.mul(a, b, out=ab), dim, out=found[1])
-    torch.sum(a.mul_(a), dim, out=found[0])
-    torch.sum(b.mul_(b), dim, out=found[2])
-    return found
+    torch.sum(torch.mul(a, b, out=ab), dim, out=sums[1])
+    torch.sum(a.mul_(a), dim, out=sums[0])
+    torch.sum(b.mul_(b), dim, out=sums[2])
+    return sums
 
 
 def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
