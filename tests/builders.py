@@ -4,9 +4,30 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
+from torch import nn
+
+from mmdist.registry import MODELS
+
+
+def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
+    """A distilled model in training, the same in each call.
+
+    Args:
+        student: Config of the student.
+        init: Whether to initialise it, which loads the teacher.
+        options: Further arguments; the losses are not balanced, as most tests look at
+            each by itself.
+    """
+    torch.manual_seed(0)
+    config = dict(type='mmdist.Distiller', balance=None, student=student)
+    model = MODELS.build(config | options)
+    if init:
+        model.init_weights()
+    return model.train()
 
 
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:

@@ -47,6 +47,15 @@ def dist(student: np.ndarray, teacher: np.ndarray) -> float:
     return 2 - sum(correlations(student, teacher)) if len(student) else 0.0
 
 
+def assert_terms(
+    losses: dict, inter: float, intra: float, tol: float = 1e-4, name: str = 'dist'
+) -> None:
+    """The loss and both correlations of a comparison with DIST."""
+    keys = f'{name}_inter', f'{name}_intra', f'loss_{name}'
+    expected = pytest.approx([inter, intra, 2 - inter - intra], abs=2 * tol)
+    assert [losses[key].item() for key in keys] == expected
+
+
 def corners(boxes: np.ndarray) -> np.ndarray:
     """Of boxes as centre and size, x1 y1 x2 y2."""
     centre, size = boxes[:, :2], boxes[:, 2:]
