@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import build_distiller, dataset_batch, distilled_text
 from det_zoo import batch, model_config
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+from mmdist.record import Recorder
 from mmdist.registry import MODELS
 
 FEATURES = dict(type='mmdist.Features')
@@ -42,19 +43,8 @@ def teacher(student) -> Config:
 
 
 def build(student: Config, teacher: Config | None, init: bool = True, **distill):
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=student.model,
-            teacher=dict(config=teacher, allow_random=True),
-            distill=distill,
-        )
-    )
-    if init:
-        model.init_weights()
-    return model.train()
+    teacher = dict(config=teacher, allow_random=True)
+    return build_distiller(student.model, init, teacher=teacher, distill=distill)
 
 
 SIZES = ((96, 128), (96, 100))  # the second is padded
@@ -63,20 +53,10 @@ SIZES = ((96, 128), (96, 100))  # the second is padded
 def step(model, path: str = 'neck') -> tuple[dict, list]:
     """One loss pass; its losses, and the maps of both sides in float64."""
     data = batch(model, SIZES)
-    maps = []
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda *args: maps.append(args[-1])
-    )
-    losses = model(**data, mode='loss')
-    handle.remove()
-    sizes = [sample.img_shape for sample in data['data_samples']]
-    handle = model.teacher.model.get_submodule(path).register_forward_hook(
-        lambda *args: maps.append(args[-1])
-    )
-    with torch.no_grad():
-        inputs = model.teacher.renormalize(data['inputs'], sizes)
-        model.teacher.model.extract_feat(inputs)
-    handle.remove()
+    sides = [side.get_submodule(path) for side in (model, model.teacher.model)]
+    with Recorder(sides) as recorder:
+        losses = model(**data, mode='loss')
+    maps = [recorder.calls(side)[0].output for side in sides]
     return losses, [[x.detach().double().numpy() for x in side] for side in maps]
 
 
@@ -252,14 +232,7 @@ def test_a_module_of_the_head_is_run_by_the_teachers_own_forward(seg_config, tmp
     for module in model.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 96, 128).long()))
-    data = model.data_preprocessor(
-        dict(inputs=[torch.zeros(3, 96, 128).byte()] * 2, data_samples=[sample] * 2),
-        training=True,
-    )
+    data = model.data_preprocessor(dataset_batch(config), True)
     losses = model(**data, mode='loss')
     assert losses['loss_mimic'].item() == pytest.approx(0, abs=1e-10)
     losses['loss_mimic'].backward()
