@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
@@ -11,6 +13,12 @@ from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
 
 from mmdist.registry import MODELS
+
+
+def slow(cases: Iterable) -> list:
+    """Cases of a parametrised test that are left to `make test-all`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
@@ -11,12 +9,6 @@ from torch import nn
 
 from mmdist import Pair
 from mmdist.record import Recorder
-
-
-def slow(cases: Iterable) -> list:
-    """Cases of a parametrised test that are left to `make test-all`."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:

@@ -5,7 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from common import assert_terms, dist, slow, step
+from builders import slow
+from common import assert_terms, dist, step
 from det_zoo import SIZES, batch, build_pair, keep_backbone, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict

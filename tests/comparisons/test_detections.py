@@ -6,7 +6,8 @@ import common
 import numpy as np
 import pytest
 import torch
-from common import centres, corners, overlaps, slow
+from builders import slow
+from common import centres, corners, overlaps
 from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData

@@ -7,8 +7,8 @@ import logging
 import numpy as np
 import pytest
 import torch
-from builders import build_distiller
-from common import assert_terms, corners, correlations, overlaps, slow
+from builders import build_distiller, slow
+from common import assert_terms, corners, correlations, overlaps
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger

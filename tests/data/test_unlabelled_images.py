@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import distilled_text, slow
 from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -153,7 +153,7 @@ def test_wrong_numbers_are_an_error():
         MixedSampler(Numbers(2), [1, 1])
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_the_page_trains(family, request, folder, tmp_path):
     """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
     (tmp_path / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))

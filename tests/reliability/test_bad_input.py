@@ -199,6 +199,7 @@ def train_until_the_disk_is_full(cfg: Config) -> str:
     return message
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(make_config, tmp_path):
     """The training stops with the system's word for it, and can be resumed."""
     cfg = make_config('seg', tmp_path / 'work')

@@ -177,6 +177,7 @@ def test_processes_end_with_the_same_weights(train_in_two, find_unused):
         assert all(losses['loss_dist'] > 0 for losses in result['losses'].values())
 
 
+@pytest.mark.slow
 def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
     """After the stop the adapters take no part in the loss; DDP must not stop."""
     results = train_in_two(
