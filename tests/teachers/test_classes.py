@@ -22,15 +22,10 @@ FEW = ('person', 'car')
 MANY = ('person', 'bicycle', 'car')
 
 
-def test_equal_classes_need_no_mapping():
-    match = match_classes(('a', 'b'), ['a', 'b'])
-    logits = torch.rand(2, 2)
-    assert all(x is logits for x in match.select(logits, logits))
-
-
 @pytest.mark.parametrize(
     ('student', 'teacher', 'columns_s', 'columns_t'),
     [
+        ('ab', 'ab', [0, 1], [0, 1]),
         ('abc', 'cab', [0, 1, 2], [1, 2, 0]),
         ('ca', 'abcd', [0, 1], [2, 0]),
         ('abcd', 'db', [1, 3], [1, 0]),
@@ -47,6 +42,7 @@ def test_another_order_or_a_subset_is_mapped_by_name(
     assert selected_s.tolist() == [[ord(student[i]) for i in columns_s]]
     assert torch.equal(selected_s, selected_t)
     assert selected_t.tolist() == [[ord(teacher[i]) for i in columns_t]]
+    assert (selected_t is logits_t) == (student == teacher)  # nothing is copied
 
 
 # ---- what only one side knows ----------------------------------------------------
@@ -168,27 +164,24 @@ def test_a_class_map_with_unknown_names_says_which_side_lacks_which(class_map, l
 @pytest.mark.parametrize(
     ('class_map', 'two'),
     [
-        ({'cat': 'animal', 'dog': 'animal'}, r"\['cat', 'dog'\]"),
-        ({'cat': 'car'}, r"\['car', 'cat'\]"),
+        ({'cat': 'animal', 'dog': 'animal'}, r"\['cat', 'dog'\] .* 'animal'"),
+        ({'cat': 'car'}, r"\['car', 'cat'\] .* 'car'"),
+        ({'cat': ['car', 'animal']}, r"\['car', 'cat'\] .* 'car'"),
     ],
 )
 def test_a_class_of_the_teacher_stands_for_one_of_the_students(class_map, two):
     """Twice in a row, it would distort every softmax over the row."""
-    with pytest.raises(ValueError, match=rf"student's {two} .* '(animal|car)'"):
+    with pytest.raises(ValueError, match=f"student's {two}"):
         match_classes(['car', 'cat', 'dog'], ['car', 'animal'], class_map)
 
 
 @pytest.mark.parametrize(
     ('student', 'teacher', 'whose'),
-    [
-        (None, ['dog'], 'the student'),
-        (['cat'], None, 'the teacher'),
-        (None, None, 'both'),
-    ],
+    [(None, 'd', 'the student'), ('c', None, 'the teacher'), (None, None, 'both')],
 )
 def test_a_class_map_needs_the_names_of_both_sides(student, teacher, whose):
     with pytest.raises(ValueError, match=f'class names of {whose} are unknown'):
-        match_classes(student, teacher, {'cat': 'dog'})
+        match_classes(student, teacher, {'c': 'd'})
     assert match_classes(student, teacher, {}) == ClassMatch()
 
 
@@ -229,11 +222,6 @@ def test_of_independent_scores_the_largest_counts():
     _, selected = match.select(logits[:, :2], logits, activation='sigmoid')
     expected = np.stack([logits[:, 0], logits[:, 1:4].numpy().max(1)], 1)
     np.testing.assert_array_equal(selected, expected)
-
-
-def test_a_list_may_name_no_class_twice():
-    with pytest.raises(ValueError, match=r"\['vehicle', 'car'\] .* 'car'"):
-        match_classes(['vehicle', 'car'], VEHICLES, MAP)
 
 
 def test_what_both_know_is_compared_if_asked_for():

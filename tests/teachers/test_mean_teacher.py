@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import dataset_batch, distilled_text
+from builders import dataset_batch, distilled_text, slow
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
@@ -93,7 +93,7 @@ def test_it_is_the_mean_of_the_student_in_closed_form(config):
     assert saved['state_dict'].keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_a_resumed_run_goes_on_with_the_same_teacher(family, request, tmp_path):
     """To the bit, by iterations and by epochs."""
     half, whole = {'seg': (3, 6), 'det': (1, 2)}[family]
