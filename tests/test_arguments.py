@@ -27,6 +27,10 @@ def loss(**options) -> dict:
     return dict(distill=dict(d=dict(**SEG, loss=options)))
 
 
+def entry(**arguments) -> dict:
+    return dict(distill=dict(d=arguments))
+
+
 def several(*names, **entries) -> dict:
     teachers = {name: dict(config='x.py') for name in names}
     return dict(teacher=None, teachers=teachers, distill=entries)
@@ -64,6 +68,19 @@ def several(*names, **entries) -> dict:
             'weights .* none may be negative',
         ),
         (several(d=SEG), '`teachers` is a dict of name'),
+        (entry(type='mmdist.SegLogit'), r"Did you mean 'mmdist\.SegLogits'\?"),
+        (entry(type='DenseLogits'), r"'DenseLogits' .*mean 'mmdist\.DenseLogits'\?"),
+        (entry(type='mmdist.Attention'), r"no 'mmdist\.Attention' .* mmdist has "),
+        (entry(type='mmdist.DISTLoss'), r"no 'mmdist\.DISTLoss' that compares"),
+        (entry(loss=dict(type='mmdist.DISTLoss')), r'`distill\.d` says what .* None'),
+        (
+            dict(distill=dict(d='mmdist.SegLogits')),
+            'says what to compare by its `type`',
+        ),
+        (
+            entry(**SEG, resizes='label'),
+            r"'resizes'\. Did you mean 'resize'\? It takes",
+        ),
     ],
 )
 def test_a_mistake_ends_in_a_sentence(config, changes, message):

@@ -10,7 +10,6 @@ import torch
 from builders import dataset_batch, distilled_text
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
@@ -182,13 +181,6 @@ def test_inference_needs_no_teacher(config):
     model.eval()
     model(torch.rand(1, 3, 96, 128), mode='tensor')
     assert model.teacher.model is None
-
-
-def test_a_copy_for_ema_holds_no_second_teacher(config):
-    model = build(config)
-    ema = ExponentialMovingAverage(model)
-    assert list(ema.module.state_dict()) == list(model.state_dict())
-    assert ema.module.teacher.model is None
 
 
 def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):

@@ -169,7 +169,7 @@ def expected(student: list, teacher: list, sigmoid: bool = True):
 
 @pytest.mark.parametrize(
     'family',
-    ['detr', 'dab', 'dino', 'ddq', *slow(['conditional', 'deformable', 'two-stage'])],
+    ['detr', 'dino', 'ddq', *slow(['dab', 'conditional', 'deformable', 'two-stage'])],
 )
 def test_rows_are_the_matched_queries(family):
     model = build(tiny(family, queries=10), tiny(family, queries=7))
@@ -184,19 +184,6 @@ def test_rows_are_the_matched_queries(family):
     assert all(p.grad is None for p in model.teacher.model.parameters())
     for key, value in model.teacher.model.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-@pytest.mark.parametrize(
-    'family', ['detr', 'ddq', *slow(sorted({*FAMILIES} - {'detr', 'ddq'}))]
-)
-def test_a_copy_of_the_student_correlates_perfectly(family):
-    # A small eps: some classes score nearly the same in all queries of a random model.
-    loss = dict(type='mmdist.DISTLoss', eps=1e-12)
-    distill = dict(dist=dict(type='mmdist.QueryLogits', loss=loss))
-    model = build(tiny(family), tiny(family), distill)
-    model.teacher.model.load_state_dict(model.state_dict())
-    losses, _ = step(model)
-    assert_terms(losses, 1, 1, 1e-5)
 
 
 def queries_of(logits: np.ndarray, boxes: np.ndarray) -> InstanceData:

@@ -85,7 +85,7 @@ class Numbers(BaseDataset):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        super().__init__()
+        super().__init__(serialize_data=False)
 
     def load_data_list(self) -> list[dict]:
         return [dict(number=i) for i in range(self.size)]
@@ -171,12 +171,10 @@ def test_the_page_trains(family, request, folder, tmp_path):
     config = Config.fromfile(tmp_path / 'config.py')
     config.work_dir = str(tmp_path / 'work')
     config.train_dataloader.num_workers = 0
-    if family == 'seg':
-        config.train_cfg.max_iters = 3
-        config.train_cfg.val_interval = 100
-    else:
-        config.train_cfg.max_epochs = 2
-        config.train_cfg.val_interval = 100
+    config.train_cfg.val_interval = 100
+    config.train_cfg.update(
+        dict(max_iters=3) if family == 'seg' else dict(max_epochs=2)
+    )
     runner = Runner.from_cfg(config)
     marks, losses = [], []
     step = runner.model.loss

@@ -93,26 +93,18 @@ def test_the_runner_follows_the_schedule(
 )
 def test_a_schedule_that_never_distils_is_refused(det_config, tmp_path, schedule):
     """The training has two epochs of two iterations."""
-    path = tmp_path / 'student.py'
-    path.write_text(det_config)
-    cfg = Config.fromfile(path)
+    cfg = Config.fromstring(det_config, '.py')
     cfg.work_dir = str(tmp_path)
-    cfg.model = dict(
-        type='mmdist.Distiller',
-        student=cfg.model,
-        teacher=dict(config=cfg.model, allow_random=True),
-    )
+    teacher = dict(config=cfg.model, allow_random=True)
+    cfg.model = dict(type='mmdist.Distiller', student=cfg.model, teacher=teacher)
     cfg.custom_hooks = [dict(type='mmdist.DistillScheduleHook', **schedule)]
     with pytest.raises(ValueError, match='Nothing would be distilled'):
         Runner.from_cfg(cfg).train()
 
 
 def test_it_refuses_a_model_that_is_not_distilled(det_config, tmp_path):
-    path = tmp_path / 'student.py'
-    path.write_text(
-        det_config + "\ncustom_hooks = [dict(type='mmdist.DistillScheduleHook')]"
-    )
-    cfg = Config.fromfile(path)
+    cfg = Config.fromstring(det_config, '.py')
     cfg.work_dir = str(tmp_path)
+    cfg.custom_hooks = [dict(type='mmdist.DistillScheduleHook')]
     with pytest.raises(TypeError, match=r'type `mmdist\.Distiller`, but'):
         Runner.from_cfg(cfg).train()

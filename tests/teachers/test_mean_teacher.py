@@ -183,14 +183,6 @@ def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
         one.step()
 
 
-def test_accumulated_gradients_make_one_step(config):
-    config.optim_wrapper.accumulative_counts = 4
-    config.train_cfg.update(max_iters=9)
-    config.default_hooks.checkpoint.interval = 100
-    average = train(config).model.teacher.average
-    assert average.steps.item() == 3  # at first, after iterations 4 and 8
-
-
 def test_each_model_in_a_process_has_a_mean_of_its_own(stepper):
     """Two models, and a copy in the midst of the training."""
     one, two = stepper(), stepper()
