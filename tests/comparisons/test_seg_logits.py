@@ -214,7 +214,8 @@ def test_images_without_a_label_give_zero(pspnet, upernet):
 
 @pytest.mark.parametrize('ignore_index', [0, None])
 def test_the_heads_own_ignore_index(pspnet, ignore_index):
-    pspnet.decode_head.ignore_index = ignore_index
+    dice = dict(type='DiceLoss')  # which also takes None
+    pspnet.decode_head.update(ignore_index=ignore_index, loss_decode=dice)
     model = distilled(pspnet, pspnet, resize='label', aux_weight=0)
     data = make_batch(19)
     labels = torch.cat([s.gt_sem_seg.data for s in data['data_samples']])
