@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import slow
 from common import dist, step
-from det_zoo import SIZES, batch, build_pair, keep_backbone, model_config
+from det_zoo import FAMILIES, SIZES, batch, build_pair, keep_backbone, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 from scipy.special import expit, softmax
@@ -19,21 +19,16 @@ from mmdist.losses import as_rows as as_matrix
 from mmdist.registry import MODELS
 from mmdist.teachers import match_classes
 
-RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
-FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-FCOS = 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+RETINANET, FASTER, FCOS, YOLOV3, TOOD, ATSS, GFL, PAA, RTMDET, VFNET, YOLOX, SOLO = (
+    FAMILIES[name]
+    for name in (
+        *('RetinaNet', 'Faster R-CNN', 'FCOS', 'YOLOv3', 'TOOD', 'ATSS', 'GFL', 'PAA'),
+        *('RTMDet', 'VFNet', 'YOLOX', 'SOLO'),
+    )
+)
 YOLOF = 'yolof/yolof_r50-c5_8xb8-1x_coco.py'
 YOLACT = 'yolact/yolact_r50_1xb8-55e_coco.py'
-YOLOV3 = 'yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py'
-TOOD = 'tood/tood_r50_fpn_1x_coco.py'
-ATSS = 'atss/atss_r50_fpn_1x_coco.py'
-GFL = 'gfl/gfl_r50_fpn_1x_coco.py'
-PAA = 'paa/paa_r50_fpn_1x_coco.py'
-RTMDET = 'rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
 SABL = 'sabl/sabl-retinanet_r50_fpn_1x_coco.py'
-VFNET = 'vfnet/vfnet_r50_fpn_1x_coco.py'
-YOLOX = 'yolox/yolox_tiny_8xb8-300e_coco.py'
-SOLO = 'solo/solo_r50_fpn_1x_coco.py'
 GUIDED = 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py'
 CORNERNET = 'cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py'
 CASCADE_RPN = 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py'

@@ -283,26 +283,17 @@ def test_half_a_set_of_adapters_is_no_plain_student(student, teacher):
         model.load_state_dict(state, strict=True)
 
 
-ONE_EPOCH = """
-train_cfg = dict(max_epochs=1, val_interval=10)
-work_dir = 'work'
-"""
-
-
-@pytest.fixture
-def distilled(student, teacher, tmp_path, monkeypatch) -> Path:
-    """A config that distils, in the working directory with its teacher."""
+def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(
+    student, teacher, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     teacher.dump('teacher.py')
-    path = tmp_path / 'distilled.py'
     distill = "dict(mimic=dict(type='mmdist.Features'))"
-    text = distilled_text(ONE_EPOCH, distill, config='teacher.py', allow_random=True)
-    path.write_text(text)
-    return path
-
-
-def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(distilled):
-    config = Config.fromfile(distilled)
+    text = distilled_text('', distill, config='teacher.py', allow_random=True)
+    Path('distilled.py').write_text(text)
+    config = Config.fromfile('distilled.py')
+    config.train_cfg.update(max_epochs=1, val_interval=10)
+    config.work_dir = 'work'
     runner = Runner.from_cfg(config)
     key = 'distill.mimic.adapters.0.weight'
     before = runner.model.state_dict()[key].clone()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from common import dist
-from det_zoo import batch, build_pair, model_config
+from det_zoo import FAMILIES, batch, build_pair, model_config
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
@@ -14,15 +14,16 @@ from scipy.special import softmax as softmax_over
 from test_det_zoo import few_proposals
 from torch import nn
 
-FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-CASCADE = 'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
-CASCADE_MASK = 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py'
+FASTER, CASCADE, CASCADE_MASK, HTC, SPARSE, RETINANET = (
+    FAMILIES[name]
+    for name in (
+        *('Faster R-CNN', 'Cascade R-CNN', 'Cascade Mask R-CNN', 'HTC'),
+        *('Sparse R-CNN', 'RetinaNet'),
+    )
+)
 OHEM = 'faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py'
-HTC = 'htc/htc_r50_fpn_1x_coco.py'
 SEESAW = 'seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py'
 TRIDENT = 'tridentnet/tridentnet_r50-caffe_1x_coco.py'
-SPARSE = 'sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py'
-RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 
 # Where all classes are about as likely, the default eps shows in the fifth digit.
 EXACT = dict(type='mmdist.DISTLoss', eps=0)
