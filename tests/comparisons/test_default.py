@@ -65,6 +65,13 @@ def test_options_out_of_range(kind, arguments, message):
     [
         (dict(type='mmdist.BoxLogits'), r'distill\.dist`: .* Take mmdist\.Detections'),
         (dict(type='mmdist.SegLogits', max_rows=9), "no argument 'max_rows'.* resize"),
+        (
+            dict(
+                type='mmdist.DenseLogits',
+                loss=dict(type='mmdist.DISTLoss', damping=1.0),
+            ),
+            r'distill\.dist\.loss`: `damping` .* leave it out\. `model\.balance`',
+        ),
     ],
 )
 def test_what_is_no_more_has_a_sentence(entry, message):

@@ -223,7 +223,6 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         'bccd-dino': {'kl-binary': 'loss_kl'},
     }.get(task, {})
     if task != 'camvid':
-        more['dist-damped'] = 'loss_dist'
         more['dist-box'] = more['intra-box'] = 'loss_box loss_dist'
         more['intra-box-pkd'] = 'loss_box loss_dist loss_pkd'
     assert added == more | {
