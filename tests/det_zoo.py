@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 from torch import nn
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
@@ -163,7 +162,6 @@ def build_pair(
 ) -> nn.Module:
     """A student and a random teacher, of 1/8 and 1/4 of the channels."""
     register_all_modules()
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     guest = model_config(teacher or student, factors[1], edit)
     model = build_distiller(
         model_config(student, factors[0], edit),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from builders import distilled_text
+from builders import distilled_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.models import build_segmentor
@@ -16,11 +16,7 @@ SEG = dict(type='mmdist.SegLogits')
 @pytest.fixture
 def config(seg_config, tmp_path) -> Config:
     init_default_scope('mmseg')
-    (tmp_path / 'student.py').write_text(seg_config)
-    (tmp_path / 'distilled.py').write_text(
-        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
-    )
-    return Config.fromfile(tmp_path / 'distilled.py')
+    return distilled_config(tmp_path, seg_config)
 
 
 def loss(**options) -> dict:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from builders import dataset_batch, distilled_text
+from builders import dataset_batch, distilled_config
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, init_default_scope
@@ -28,17 +28,13 @@ def family(request) -> str:
 def config(family, request, tmp_path) -> Config:
     """A distilled config; the teacher is of the student's architecture."""
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
-    student = tmp_path / 'student.py'
-    student.write_text(request.getfixturevalue(f'{family}_config'))
+    text = request.getfixturevalue(f'{family}_config')
     torch.manual_seed(1)
-    teacher = MODELS.build(Config.fromfile(student).model)
+    teacher = MODELS.build(Config.fromstring(text, '.py').model)
     spread_logits(teacher)
     torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth')
-    path = tmp_path / 'distilled.py'
-    path.write_text(
-        distilled_text(config=str(student), checkpoint=str(tmp_path / 'teacher.pth'))
-    )
-    return Config.fromfile(path)
+    config, checkpoint = (str(tmp_path / x) for x in ('student.py', 'teacher.pth'))
+    return distilled_config(tmp_path, text, config=config, checkpoint=checkpoint)
 
 
 def classifiers(model: nn.Module) -> list[nn.Conv2d]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-import logging
 import re
 import sys
 import textwrap
@@ -20,7 +19,6 @@ from det_zoo import FAMILIES, batch, build_pair
 from docs_blocks import PAGES, ROOT, blocks, code, only
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, VISBACKENDS, DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
 from one_step import train_a_step
@@ -65,7 +63,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     register_mmdet(init_default_scope=False)
     register_mmseg(init_default_scope=False)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     return tmp_path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from builders import build_distiller, dataset_batch, distilled_text
 from det_zoo import batch, model_config
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
@@ -28,7 +26,6 @@ FEATURES = dict(type='mmdist.Features')
 def student(det_config, tmp_path) -> Config:
     """A tiny RetinaNet; its FPN has 16 channels."""
     init_default_scope('mmdet')
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     (tmp_path / 'student.py').write_text(det_config)
     return Config.fromfile(tmp_path / 'student.py')
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from builders import build_distiller, slow
 from common import assert_terms, corners, correlations, overlaps
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
@@ -37,7 +35,6 @@ CLASSES = ('ant', 'bee', 'cow', 'dog', 'elk')
 @pytest.fixture(autouse=True)
 def det_scope():
     init_default_scope('mmdet')
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
 
 
 def tiny(family: str, queries: int = 10, layers: int = 2, num_classes: int = 5) -> dict:

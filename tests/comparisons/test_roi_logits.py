@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 import torch
 from common import dist
-from det_zoo import FAMILIES, batch, build_pair, model_config
-from mmengine.config import Config
-from mmengine.registry import MODELS
-from mmengine.runner import Runner
+from det_zoo import FAMILIES, batch, build_pair
 from scipy.special import softmax as softmax_over
 from test_det_zoo import few_proposals
 from torch import nn
@@ -257,50 +254,3 @@ def test_the_one_branch_of_a_trident_teacher_is_asked_about_all_of_the_student()
     assert set(given[:, 0].tolist()) == {0, 1, 2, 3, 4, 5}
     assert asked[:, 0].tolist() == [i % 2 for i in given[:, 0].tolist()]
     assert torch.equal(asked[:, 1:], given[:, 1:])
-
-
-@pytest.mark.slow
-def test_a_runner_trains_it_and_its_checkpoint_is_the_students(
-    coco_root, det_config, tmp_path
-):
-    config = Config.fromstring(det_config, '.py')
-    config.work_dir = str(tmp_path)
-    config.train_cfg.max_epochs = 1
-
-    def model(path, factor):
-        model = model_config(path, factor)
-        heads = model.roi_head.bbox_head
-        for head in heads if isinstance(heads, list) else [heads]:
-            head.num_classes = 3
-        return model
-
-    student = model(FASTER, 8)
-    classes = ('dog', 'person', 'car')  # of the teacher, in an order of its own
-    dataset = dict(type='CocoDataset', metainfo=dict(classes=classes))
-    teacher = Config(
-        dict(
-            default_scope='mmdet',
-            model=model(CASCADE, 4),
-            train_dataloader=dict(dataset=dataset),
-        )
-    )
-    teacher.dump(tmp_path / 'teacher.py')
-    config.model = dict(
-        type='mmdist.Distiller',
-        student=student,
-        teacher=dict(config=str(tmp_path / 'teacher.py'), allow_random=True),
-        distill=dict(
-            cls=dict(type='mmdist.RoILogits', stage='mean'),
-            rpn=dict(type='mmdist.DenseLogits', student='rpn_head'),
-        ),
-    )
-    runner = Runner.from_cfg(config)
-    runner.train()
-    assert runner.model.teacher.classes.teacher == [(1,), (2,), (0,)]
-    logged = runner.message_hub.log_scalars
-    for key in ('loss_cls_distill', 'cls_inter', 'loss_rpn', 'rpn_intra'):
-        assert np.isfinite(logged[f'train/{key}'].data[0]).all()
-
-    plain = MODELS.build(student)
-    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
-    plain.load_state_dict(checkpoint['state_dict'])

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text, slow
+from builders import distilled_config, slow
 from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -156,13 +156,10 @@ def test_wrong_numbers_are_an_error():
 @pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_the_page_trains(family, request, folder, tmp_path):
     """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
-    (tmp_path / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
+    distilled_config(tmp_path, request.getfixturevalue(f'{family}_config'))
     size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
     block = BLOCKS[family]
-    (tmp_path / 'base.py').write_text(
-        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
-    )
-    block = re.sub(r"_base_ = '.*'", "_base_ = './base.py'", block)
+    block = re.sub(r"_base_ = '.*'", "_base_ = './distilled.py'", block)
     block = block.replace('data/unlabelled', str(folder)).replace(
         size, 'scale=(128, 96)'
     )

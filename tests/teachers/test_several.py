@@ -74,8 +74,8 @@ def test_the_term_is_the_weighted_mean_over_the_teachers():
         assert mean[key].item() == pytest.approx((of_a + of_b) / 2, rel=1e-5)
         expected = 0.75 * of_a + 0.25 * of_b
         assert weighted[key].item() == pytest.approx(expected, rel=1e-5)
-    assert mean['dist_inter_a'] == a['dist_inter']
-    assert mean['dist_inter_b'] == b['dist_inter']
+    assert mean['dist_inter_a'] == a['dist_inter_a']
+    assert mean['dist_inter_b'] == b['dist_inter_b']
 
 
 def test_each_teacher_keeps_its_own_normalisation_and_classes():
