@@ -124,7 +124,7 @@ class Store:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f'{self._of[key]} is not the map of {len(self.class_names)} classes '
-                f'that was stored: {error}.'
+                f'that was stored: {error}'
             ) from None
         return torch.from_numpy(found)
 
@@ -221,7 +221,9 @@ class Store:
             'labels that are no class': is_label,
         }.items():
             if not good.all():
-                bad = np.searchsorted(ends, (~good).nonzero().flatten(), side='right')
+                bad = np.searchsorted(
+                    ends, (~good).nonzero()[:, 0].numpy(), side='right'
+                )
                 names = _some(dict.fromkeys(images[i] for i in bad))
                 raise ValueError(f'{self.path} has {what}, in {names}.')
         self._boxes, self._scores = boxes.contiguous(), scores.contiguous()
