@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdist.comparisons.default import default_for_pair
 from mmdist.teachers import Teacher
-from tools.runs import replace_between
+from tools.dev.runs import replace_between
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'detectors.md'
 BEGIN = '<!-- Made by tools/dev/make_pair_matrix.py; do not edit. -->\n'
