@@ -264,7 +264,7 @@ def places(step: Step) -> list[Places]:
     levels = scores_of(head, step.calls(head)[-1].output, 'joint')
     levels = [step.classes.select_student(x, 2, 'identity') for x in levels]
     found = []
-    for x, boxes in zip(levels, _anchors(head, levels), strict=True):
+    for x, boxes in zip(levels, anchors(head, levels), strict=True):
         rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
         mask = step.valid_mask(*x.shape[-2:])
         if mask is not None:
@@ -274,8 +274,8 @@ def places(step: Step) -> list[Places]:
     return found
 
 
-def _anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-    """The anchors of each level, (h * w * anchors, 4); squares around points."""
+def anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """The anchors of each map, (h * w * anchors, 4); squares around points."""
     generator = prior_generator(head)
     sizes = [x.shape[-2:] for x in levels]
     priors = generator.grid_priors(sizes, device=levels[0].device)

