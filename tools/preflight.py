@@ -221,8 +221,7 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
         )
     elif share > 10:
         report.cautions.append(
-            f'{times}, which hardly count beside it. Leave `balance` at its default, '
-            'or bridge the first steps by a ramp, `mmdist.DistillScheduleHook`.'
+            f'{times}, which hardly count beside it. Leave `balance` at its default.'
         )
     elif share < 0.01:
         report.warnings.append(f'{times}: it hardly counts. Take a larger weight.')
