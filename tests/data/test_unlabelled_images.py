@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import distilled_config, slow
 from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -107,7 +107,7 @@ class Numbers(BaseDataset):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        super().__init__()
+        super().__init__(serialize_data=False)
 
     def load_data_list(self) -> list[dict]:
         return [dict(number=i) for i in range(self.size)]
@@ -175,16 +175,13 @@ def test_wrong_numbers_are_an_error():
         MixedSampler(Numbers(2), [1, 1])
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_the_page_trains(family, request, folder, tmp_path):
     """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
-    (tmp_path / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
+    distilled_config(tmp_path, request.getfixturevalue(f'{family}_config'))
     size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
     block = BLOCKS[family]
-    (tmp_path / 'base.py').write_text(
-        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
-    )
-    block = re.sub(r"_base_ = '.*'", "_base_ = './base.py'", block)
+    block = re.sub(r"_base_ = '.*'", "_base_ = './distilled.py'", block)
     block = block.replace('data/unlabelled', str(folder)).replace(
         size, 'scale=(128, 96)'
     )
@@ -193,12 +190,10 @@ def test_the_page_trains(family, request, folder, tmp_path):
     config = Config.fromfile(tmp_path / 'config.py')
     config.work_dir = str(tmp_path / 'work')
     config.train_dataloader.num_workers = 0
-    if family == 'seg':
-        config.train_cfg.max_iters = 3
-        config.train_cfg.val_interval = 100
-    else:
-        config.train_cfg.max_epochs = 2
-        config.train_cfg.val_interval = 100
+    config.train_cfg.val_interval = 100
+    config.train_cfg.update(
+        dict(max_iters=3) if family == 'seg' else dict(max_epochs=2)
+    )
     runner = Runner.from_cfg(config)
     marks, losses = [], []
     step = runner.model.loss
