@@ -293,7 +293,7 @@ def main() -> int:
             expected = (ValueError, RuntimeError, OSError)
             if hook.has_begun and not isinstance(error, expected):
                 raise  # a mistake of this tool
-            report.reasons.append(explain(error))
+            report.reasons.append(explain(error, cfg))
     return report.finish()
 
 
