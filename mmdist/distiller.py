@@ -54,7 +54,8 @@ def build_distiller(
     Args:
         student: Config of the student model, or the path of a config with a ``model``.
         teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...; or
-            ``ema``, the arguments of :class:`MeanTeacher`.
+            ``ema``, the arguments of :class:`MeanTeacher`; or ``stored``, a path of
+            answers, see :class:`StoredTeacher`.
         distill: What to compare, a dict of name -> config of a comparison. If omitted,
             it is named ``dist`` and chosen for the pair once the teacher is loaded.
             With several teachers, ``from_teacher`` in a config is the name of one, or a

@@ -277,7 +277,7 @@ def places(step: Step) -> list[Places]:
         for x in scores_of(head, output, 'joint')
     ]
     found = []
-    for x, boxes in zip(levels, _anchors(head, levels), strict=True):
+    for x, boxes in zip(levels, anchors(head, levels), strict=True):
         rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
         mask = step.valid_mask(*x.shape[-2:])
         if mask is not None:
@@ -287,8 +287,8 @@ def places(step: Step) -> list[Places]:
     return found
 
 
-def _anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
-    """The anchors of each level, (h * w * anchors, 4); squares around points."""
+def anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:
+    """The anchors of each map, (h * w * anchors, 4); squares around points."""
     generator = prior_generator(head)
     sizes = [x.shape[-2:] for x in levels]
     priors = generator.grid_priors(sizes, device=levels[0].device)
