@@ -32,9 +32,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from pair_report import Report, Seen, as_text, report_pair, watch, with_name
-from stored_score import describe_storage, score_stored
-from teacher_score import cannot_score, judge, predictor, score
-from torch import Tensor, nn
+from stored_score import describe_storage, labelled_images, score_stored
+from teacher_score import Scored, cannot_score, judge, predictor, score
+from torch import nn
 from train import load_distilling, seed_iterations
 
 from mmdist import DISTLoss
@@ -150,26 +150,27 @@ class Preflight(Hook):
                 continue
             predict = predictor(model, teacher)
             found = score(runner, self.images, predict, len(classes))
-            self._judge(name, teacher, classes, *found)
+            self._judge(name, teacher, classes, found)
         if own_score:
             self.report.line('student', as_text(own_score))
         if stored:
             self.report.section(f'score on {self.images} training images')
+        dataset = runner.train_dataloader.dataset
         for name, teacher in stored.items():
-            dataset = runner.train_dataloader.dataset
+            if not labelled_images(dataset):
+                reason = 'not scored: no training image has labels'
+                self.report.line(with_name('teacher', name), reason)
+                continue
             found = score_stored(dataset, self.images, teacher, len(classes))
-            self._judge(name, teacher, classes, *found)
+            self._judge(name, teacher, classes, found)
 
     def _judge(
-        self,
-        name: str,
-        teacher: Teacher,
-        classes: Sequence[str],
-        metrics: dict,
-        confusion: Tensor,
+        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored
     ) -> None:
-        key = with_name('teacher', name)
-        self.report.line(key, as_text(metrics) or 'nothing found')
+        metrics, confusion = found
+        self.report.line(
+            with_name('teacher', name), as_text(metrics) or 'nothing found'
+        )
         ours = teacher.classes.student
         compared = range(len(classes)) if ours is None else [i for (i,) in ours]
         if verdict := judge(metrics, confusion, classes, compared):

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.evaluator import Evaluator
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
-from teacher_score import evaluate, spread, to_students_classes
-from torch import Tensor
+from teacher_score import Scored, evaluate, spread, to_students_classes
 
 from mmdist.data.answers import bases_of
 from mmdist.lookup import is_a
@@ -31,21 +30,26 @@ def describe_storage(dataset: Any, teacher: StoredTeacher) -> str:
     )
 
 
-@torch.no_grad()
-def score_stored(
-    dataset: Any, number: int, teacher: StoredTeacher, num_classes: int
-) -> tuple[dict[str, float], Tensor]:
-    """Score the answers for that many labelled training images, not augmented.
-
-    Returns:
-        The metrics, and the confusion of the student's classes.
-    """
-    images = [
+def labelled_images(dataset: Any) -> list[tuple[Any, int]]:
+    """The images of a training that have labels: their data set, and the index there."""
+    return [
         (base, i)
         for base, _ in bases_of(dataset)
         if any(is_a(t, 'LoadAnnotations') for t in base.pipeline.transforms)
         for i in range(len(base))
     ]
+
+
+@torch.no_grad()
+def score_stored(
+    dataset: Any, number: int, teacher: StoredTeacher, num_classes: int
+) -> Scored:
+    """Score the answers for that many labelled training images, not augmented.
+
+    Returns:
+        The metrics, and the confusion of the student's classes.
+    """
+    images = labelled_images(dataset)
     if teacher.store.kind == 'boxes':
         from mmdet.evaluation import CocoMetric as Metric
     else:

@@ -21,6 +21,7 @@ from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 VOID = 255  # the class of what the student has no class for
 MUCH = 0.2  # by so much a class fits another one better, if it is permuted
 Predict = Callable[[dict], Sequence[BaseDataElement]]  # of a batch
+Scored = tuple[dict[str, float], Tensor]  # metrics, and a `confusion`
 
 
 def cannot_score(teacher: Teacher) -> str:
@@ -34,9 +35,7 @@ def cannot_score(teacher: Teacher) -> str:
 
 
 @torch.no_grad()
-def score(
-    runner: Runner, number: int, predict: Predict, num_classes: int
-) -> tuple[dict[str, float], Tensor]:
+def score(runner: Runner, number: int, predict: Predict, num_classes: int) -> Scored:
     """Score predictions of that many validation images with the config's evaluator.
 
     Returns:
@@ -62,7 +61,7 @@ def spread(number: int, size: int) -> list[int]:
 
 def evaluate(
     evaluator: Evaluator, batches: Iterable[tuple[dict, Sequence]], num_classes: int
-) -> tuple[dict[str, float], Tensor]:
+) -> Scored:
     """The metrics and the confusion of batches and what is predicted of them."""
     total, number = torch.zeros(num_classes, num_classes + 1), 0
     for batch, samples in batches:

@@ -332,37 +332,34 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
     is_stored = isinstance(teacher, StoredTeacher)
-    for n, (path, image, batch, truth) in enumerate(
-        images_of(args, dataset, is_stored)
-    ):
+    for n, shown in enumerate(images_of(args, dataset, is_stored)):
         torch.manual_seed(n)  # proposals may be drawn
-        pairs, shares = pairs_of(model, batch)
+        pairs, shares = pairs_of(model, shown.batch)
         for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
             scores, activation = probabilities(comparison, model, pair)
             sums = sums + gram(scores, len(index), activation, pair.mask)
         with torch.no_grad():
-            found = model.val_step(copy.deepcopy(batch)) + ask(batch)
-        samples = dict(student=found[0], teacher=found[1])
-        if truth is None:
-            panels = {'image': (image, ())}
-        else:
-            panels, samples = {}, dict(labels=truth, **samples)
+            found = model.val_step(copy.deepcopy(shown.batch)) + ask(shown.batch)
+        samples = dict(labels=shown.labels, student=found[0], teacher=found[1])
+        panels: dict[str, tuple] = {}
         seen: set[int] = set()
         for name, sample in samples.items():
             kind = 'gt' if name == 'labels' else 'pred'
-            if is_seg:
+            if sample is None:
+                panels['image'] = shown.pixels, ()
+            elif is_seg:
                 labels = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
-                panels[name] = tinted(image, labels, palette), ()
+                panels[name] = tinted(shown.pixels, labels, palette), ()
+                seen.update(np.unique(labels).tolist())
             else:
                 boxes = sample.get(f'{kind}_instances').cpu()
                 if kind == 'pred':
                     boxes.pop('masks', None)
                     boxes = boxes[boxes.scores >= args.score_thr]
                     sample.pred_instances = boxes
-                labels = boxes.labels.numpy()
-                each = zip(boxes.bboxes, labels.tolist(), strict=True)
-                panels[name] = image, [(x, colours[i]) for x, i in each]
-            seen.update(np.unique(labels).tolist())
+                each = list(zip(boxes.bboxes, boxes.labels.tolist(), strict=True))
+                panels[name] = shown.pixels, [(x, colours[i]) for x, i in each]
+                seen.update(i for _, i in each)
         if is_seg:
             values = inter_class(scores, activation, pair)
             height, width = map(round, np.multiply(values.shape, shares).tolist())
@@ -374,11 +371,10 @@ def main() -> None:
                 counts[name] += boxes.labels.bincount(minlength=classes)
             text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
             boxes = [(x, COLOURS[name]) for name in groups for x in groups[name].bboxes]
-            panels[', '.join(map(': '.join, COLOURS.items()))] = image, boxes
+            panels[', '.join(map(': '.join, COLOURS.items()))] = shown.pixels, boxes
         seen = sorted(seen & colours.keys())[:MOST_CLASSES]
-        legend = {names[i]: colours[i] for i in seen}
-        save(args.out / f'{n:03}.jpg', panels, legend)
-        text = escape(f'{Path(path).name}. {text}')
+        save(args.out / f'{n:03}.jpg', panels, {names[i]: colours[i] for i in seen})
+        text = escape(f'{Path(shown.path).name}. {text}')
         images.append(f'<h3>{text}</h3><img src="{n:03}.jpg" alt="{text}">')
     index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]
