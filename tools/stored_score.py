@@ -31,7 +31,7 @@ def describe_storage(dataset: Any, teacher: StoredTeacher) -> str:
 
 
 def labelled_images(dataset: Any) -> list[tuple[Any, int]]:
-    """The images of a training that have labels: their data set, and the index there."""
+    """The images of a training with labels: their data set, and the index there."""
     return [
         (base, i)
         for base, _ in bases_of(dataset)
