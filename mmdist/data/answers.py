@@ -34,7 +34,7 @@ def join(
         ValueError: An image has no answer or another size, the answers are of another
             kind or of unknown classes, or a transform moves pixels and is not known.
     """
-    bases = [(base, _pipeline(base, around)) for base, around in _bases(dataset)]
+    bases = [(base, _pipeline(base, around)) for base, around in bases_of(dataset)]
     for teacher in teachers:
         store = teacher.store
         for base, pipeline in bases:
@@ -52,11 +52,11 @@ def join(
             follow(pipeline, store.kind, f'The pipeline of a {type(base).__name__}')
         for transforms in later:
             follow([list(transforms)], store.kind, 'The pipeline that comes later')
-        for _, around in _bases(dataset):
+        for _, around in bases_of(dataset):
             _name(around)
 
 
-def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
     """Each data set within wrappers, and those that mix its images, outermost last."""
     if is_a(dataset, 'MultiImageMixDataset'):
         around = (dataset, *around)
@@ -65,7 +65,7 @@ def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
         yield dataset, around
     else:
         for one in inner:
-            yield from _bases(one, around)
+            yield from bases_of(one, around)
 
 
 def _pipeline(base: Any, around: Sequence) -> list[list]:
