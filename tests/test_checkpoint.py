@@ -247,6 +247,40 @@ def test_the_assembler_of_the_attacks_can_write_an_array(tmp_path):
     assert load_checkpoint(path)['a'].shape == (1000,)
 
 
+@pytest.mark.parametrize(
+    'metadata', [number(3), entries(**{'0': number(3)})], ids=['no dict', 'of none']
+)
+def test_attributes_of_a_state_dict_do_not_hide_its_methods(tmp_path, metadata):
+    hidden = entries(keys=number(1), items=number(1), _metadata=metadata)
+    body = glob('collections.OrderedDict') + b')R' + hidden + b'b'
+    checkpoint = load_checkpoint(write(tmp_path / 'a.pth', entries(state_dict=body)))
+    with pytest.raises(RuntimeError, match='6 missing in the file'):
+        load_strictly(net(), checkpoint, 'a.pth')
+
+
+def test_the_versions_of_a_state_dict_stay(tmp_path):
+    """Modules convert older weights by them."""
+    path = str(tmp_path / 'a.pth')
+    torch.save(dict(state_dict=net().state_dict()), path)
+    assert load_checkpoint(path)['state_dict']._metadata['1'] == dict(version=2)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        torch.Tensor.to_sparse,
+        lambda x: x.to('meta'),
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+    ],
+    ids=['sparse', 'meta', 'nested'],
+)
+def test_weights_that_are_not_dense_are_refused(change):
+    state = dict(net().state_dict())
+    state['0.weight'] = change(state['0.weight'])
+    with pytest.raises(RuntimeError, match=r'that no weight has:\n *0\.weight: '):
+        load_strictly(net(), state, 'a.pth')
+
+
 @pytest.mark.parametrize('value', ['max', None])
 def test_a_file_does_not_change_the_statistics_of_the_process(tmp_path, value):
     kind = 'mmengine.logging.history_buffer.HistoryBuffer'

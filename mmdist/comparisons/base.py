@@ -17,7 +17,7 @@ from mmdist.lookup import by_class_name, check_arguments, did_you_mean
 from mmdist.losses import DISTLoss, Terms, as_rows
 from mmdist.registry import MODELS, class_of
 from mmdist.step import Step
-from mmdist.teachers import Teacher
+from mmdist.teachers import StoredAnswers, Teacher
 
 
 @dataclass
@@ -146,6 +146,16 @@ class Comparison(BaseModule):
             model: The model.
             reason: What is wrong with it, a clause such as 'it has no ``neck``'.
         """
+        if isinstance(model, StoredAnswers):
+            takes = {
+                'detections': 'mmdist.Detections or mmdist.Boxes, which learn',
+                'maps': 'mmdist.SegLogits, which learns',
+            }
+            return ValueError(
+                f'{type(self).__name__} asks modules of the teacher, and a stored one '
+                f'has none: there are {model.gives} alone. Take {takes[model.gives]} '
+                'from them, or a teacher with `config` and `checkpoint`.'
+            )
         name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
             f'{type(self).__name__} cannot compare a {name}: {reason}. '

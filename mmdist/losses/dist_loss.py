@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdist.registry import MODELS
 
 from .correlations import Settings, correlations
-from .correlations.common import compute_dtype, sum_over_processes
+from .correlations.common import compute_dtype, process_group, sum_over_processes
 from .correlations.plain import ACTIVATIONS
 
 
@@ -234,10 +234,3 @@ def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
             f'The mask has shape {tuple(mask.shape)}, but logits of shape '
             f'{tuple(student.shape)} need {rows}: one entry per row, none per class.'
         )
-
-
-def process_group() -> dist.ProcessGroup | None:
-    """The group of all processes, ``None`` where there is only one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.group.WORLD if dist.get_world_size() > 1 else None

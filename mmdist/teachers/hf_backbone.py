@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmdist.registry import MODELS
 
-from .huggingface import HFTeacher, _load, _unknown
+from .huggingface import HFTeacher, config_of
 
 # The kinds that are read, by `model_type`; the first ones interpolate their position
 # embeddings only if they are told to.
@@ -47,10 +47,8 @@ class HFBackbone(HFTeacher):
     gives = 'features'
 
     def __init__(self, name: str) -> None:
-        config = _load(name, 'AutoConfig')
+        config = config_of(name, BACKBONES)
         kind = config.model_type
-        if kind not in BACKBONES:
-            raise ValueError(_unknown(name, kind, BACKBONES))
         super().__init__(name, 'AutoModel', config)
         self.class_names = ()
         for tower in ('vision_model', 'vision_encoder'):  # beside a text model, prompts

@@ -64,6 +64,28 @@ def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
     assert (info['height'], info['width']) == data[0]['img'].shape[:2]
 
 
+def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, capsys):
+    """Not at its turn in a training, when the error names no file."""
+    odd = tmp_path / 'odd'
+    odd.mkdir()
+    (odd / 'text.jpg').write_text('not an image')
+    for name in ('a/0.png', 'a/1.jpg'):
+        whole = (folder / name).read_bytes()
+        (odd / f'cut{name[3:]}').write_bytes(whole[: len(whole) // 2])
+    Image.new('RGB', (3000, 1)).save(odd / 'thin.png')
+    Image.new('L', (20_000, 10_000)).save(odd / 'huge.png')
+    names = {path.name for path in odd.iterdir()}
+    with pytest.raises(FileNotFoundError) as error:
+        ImageFolder(str(odd), pipeline=[])
+    assert all(name in str(error.value) for name in names)
+    junk = (folder / 'a/1.jpg').read_bytes() + b'what a camera adds'
+    (odd / 'junk.jpg').write_bytes(junk)
+    data = ImageFolder(str(odd), pipeline=[])
+    assert Path(data.get_data_info(0)['img_path']).name == 'junk.jpg' and len(data) == 1
+    text = capsys.readouterr().out.partition('5 images in')[2]
+    assert all(name in text for name in names)
+
+
 def test_a_loop_of_links_is_read_once(folder):
     (folder / 'a' / 'loop').symlink_to(folder)
     (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())

@@ -22,7 +22,7 @@ from segmentors import make_batch
 from mmdist.registry import MODELS
 from study import __main__ as command
 from study import grid, report, runs
-from tools.runs import read_log
+from tools.logs import read_log
 
 # ---- the tables ----------------------------------------------------------------
 
