@@ -134,7 +134,7 @@ class Step:
     def _extract(self) -> Any:
         with self._teacher_recorder:
             if isinstance(self.teacher_model, ForeignTeacher):
-                return self.teacher_model(self.teacher_inputs, self.valid_sizes)
+                return self.teacher_model.answer(self)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
     @property

@@ -17,7 +17,7 @@ from mmdist.lookup import by_class_name, check_arguments, did_you_mean
 from mmdist.losses import DISTLoss, Terms, as_rows
 from mmdist.registry import MODELS, class_of
 from mmdist.step import Step
-from mmdist.teachers import Teacher
+from mmdist.teachers import StoredAnswers, Teacher
 
 
 @dataclass
@@ -146,6 +146,16 @@ class Comparison(BaseModule):
             model: The model.
             reason: What is wrong with it, a clause such as 'it has no ``neck``'.
         """
+        if isinstance(model, StoredAnswers):
+            takes = {
+                'detections': 'mmdist.Detections or mmdist.Boxes, which learn',
+                'maps': 'mmdist.SegLogits, which learns',
+            }
+            return ValueError(
+                f'{type(self).__name__} asks modules of the teacher, and a stored one '
+                f'has none: there are {model.gives} alone. Take {takes[model.gives]} '
+                'from them, or a teacher with `config` and `checkpoint`.'
+            )
         name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
             f'{type(self).__name__} cannot compare a {name}: {reason}. '
@@ -267,10 +277,12 @@ class Comparison(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# Kinds that there were, and what to take instead.
+# Kinds and arguments that there were, and what to take instead.
 REMOVED = {
     'mmdist.BoxLogits': 'mmdist.BoxLogits is no more: it lost accuracy. Take '
-    'mmdist.Detections, which compares what any detector detects.'
+    'mmdist.Detections, which compares what any detector detects.',
+    'DISTLoss.damping': '`damping` of DISTLoss is no more: leave it out. '
+    '`model.balance`, which is on by default, does better what it did.',
 }
 
 
@@ -311,4 +323,7 @@ def _check(where: str, cfg: Any, base: type, says: str) -> None:
             f'{", ".join(known)}; for one of your own see `custom_imports` and '
             'docs/own_comparison.md.'
         )
+    for key in cfg:
+        if f'{cls.__name__}.{key}' in REMOVED:
+            raise ValueError(f'`{where}`: {REMOVED[f"{cls.__name__}.{key}"]}')
     check_arguments(where, cls, cfg)

@@ -16,7 +16,6 @@ from mmdist.families import (
     ROI,
     dense,
     family_of,
-    name_of,
     query,
     reader_of,
     roi,
@@ -30,7 +29,10 @@ from mmdist.step import Step
 from mmdist.teachers import Teacher
 
 from .base import Comparison, Pair
+from .detections import assign, check_detects, common, detected
 from .matching import Matching
+
+MIN_IOU = 0.5  # of a detection with an anchor or proposal
 
 
 @MODELS.register_module()
@@ -45,6 +47,10 @@ class Boxes(Comparison):
       it for its own best class, and the student's box is that of the same class.
     - **dense**: a row is an anchor or point of a location. Both must have the same.
     - **queries**: a row is a pair that :class:`QueryLogits` matches.
+
+    A teacher of another family, of another library or stored teaches what it detects:
+    at an anchor or proposal the detection that overlaps it most, with an IoU of 0.5 or
+    as :class:`Detections` has it, and queries are matched one to one.
 
     The weight of a row is the teacher's probability of its best class, or 0 if that is
     below ``min_score``. The loss is the weighted mean over the rows.
@@ -64,8 +70,9 @@ class Boxes(Comparison):
     """
 
     families = (
-        'two detectors of one family: dense with the same anchors, two-stage with bbox '
-        'heads that regress four numbers, or with object queries'
+        'students that are dense, two-stage with bbox heads that regress four numbers, '
+        'or with object queries; and teachers of their family, dense ones with the '
+        'same anchors, or of any other one by what they detect'
     )
 
     def __init__(
@@ -116,12 +123,10 @@ class Boxes(Comparison):
         return modules
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Both are of one family, with boxes that are known here."""
+        """Of one family both have boxes that are known here; any other detects."""
         if family_of(student) != family_of(teacher):
-            raise ValueError(
-                'Boxes compares rows of two detectors of one family, but the student '
-                f'is a {name_of(student)}, the teacher a {name_of(teacher)}.'
-            )
+            check_detects(teacher, self.unsupported)
+            return
         self.student_modules(teacher)
         if family_of(student) == DENSE:
             dense.check_same_priors('Boxes', *_heads(student), *_heads(teacher), True)
@@ -139,6 +144,8 @@ class Boxes(Comparison):
     def ask(self, step: Step, recorded: list[Any]) -> list[Any]:
         """What the teacher says of the same proposals, or its queries or output."""
         family = family_of(step.student)
+        if family != family_of(step.teacher_model):
+            return [common(step, one) for one in detected(step)]
         if family == ROI:
             judged = roi.judge_once(step, recorded, self.stage)
             return [outputs[-1] for outputs in judged]
@@ -147,6 +154,8 @@ class Boxes(Comparison):
     def pair(self, step: Step, recorded: list[Any], asked: list[Any]) -> list[Pair]:
         """A pair of boxes, (rows, 4), for each stage of the student."""
         family = family_of(step.student)
+        if family != family_of(step.teacher_model):
+            return self._of_detections(step, recorded, asked)
         if family == ROI:
             both = zip(recorded, asked, strict=True)
             return [self._of_proposals(step, *one) for one in both]
@@ -183,18 +192,82 @@ class Boxes(Comparison):
             if mask is not None:
                 best = best * mask.unsqueeze(-1)
             scores.append(best.flatten(1))
-        code, theirs = encoded(student, recorded), encoded(teacher, asked)
-        target = decode(teacher, theirs)
+        target = decode(teacher, encoded(teacher, asked))
+        return self._dense(student, recorded, target, torch.cat(scores, 1))
+
+    def _dense(
+        self, head: nn.Module, recorded: tuple, target: Tensor, scores: Tensor
+    ) -> Pair:
+        """The boxes of a dense student, for targets, (N, rows, 4), in pixels."""
+        code = encoded(head, recorded)
         if self.in_pixels:
-            code = Code(decode(student, code), code.priors)
+            code = Code(decode(head, code), code.priors)
         else:
             priors = code.priors.repeat(len(target), 1)
-            target = student.bbox_coder.encode(priors, target.flatten(0, 1))
+            target = head.bbox_coder.encode(priors, target.flatten(0, 1))
         return self._pair(
-            code.code.flatten(0, 1),
-            target.reshape(-1, 4),
-            torch.cat(scores, 1).flatten(),
+            code.code.flatten(0, 1), target.reshape(-1, 4), scores.flatten()
         )
+
+    def _of_detections(
+        self, step: Step, recorded: list[Any], asked: list[InstanceData]
+    ) -> list[Pair]:
+        """Boxes of the student where the teacher's detections are."""
+        family = family_of(step.student)
+        if family == QUERY:
+            return [self._of_matched(step, recorded[-1], asked)]
+        if family == DENSE:
+            (output,) = recorded
+            head = dense.head_of(step.student)
+            levels = dense.anchors(head, output[1])
+            anchors, inside = torch.cat(levels), []
+            for maps, boxes in zip(output[1], levels, strict=True):
+                h, w = maps.shape[-2:]
+                mask = step.valid_mask(h, w)
+                if mask is None:
+                    mask = maps.new_ones((len(maps), h, w), dtype=torch.bool)
+                per_cell = len(boxes) // (h * w)
+                inside.append(mask.flatten(1).repeat_interleave(per_cell, 1))
+            found = [_nearest(anchors, one, dense.ASSIGNED) for one in asked]
+            target, scores, _ = map(torch.stack, zip(*found, strict=True))
+            return [self._dense(head, output, target, scores * torch.cat(inside, 1))]
+        pairs = []
+        for proposals in recorded:
+            _, head = roi.stages(step.student)[proposals.stage]
+            priors = proposals.rois[:, 1:]
+            target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
+            labels = torch.zeros_like(scores, dtype=torch.long)
+            images = proposals.rois[:, 0] % len(asked)
+            for image, one in enumerate(asked):
+                here = images == image
+                target[here], scores[here], labels[here] = _nearest(
+                    priors[here], one, roi.ASSIGNED
+                )
+            if step.classes.student is not None:
+                columns = [column for (column,) in step.classes.student]
+                labels = labels.new_tensor(columns)[labels]
+            code = _of_class(head, proposals.deltas, labels)
+            if self.in_pixels:
+                code = head.bbox_coder.decode(priors, code)
+            else:
+                target = head.bbox_coder.encode(priors, target)
+            term = roi.term_of(step.student, proposals.stage)
+            pairs.append(self._pair(code, target, scores, **term))
+        return pairs
+
+    def _of_matched(
+        self, step: Step, queries: list[InstanceData], asked: list[InstanceData]
+    ) -> Pair:
+        (places,) = query.places(step)
+        rows = []
+        for image, (ours, one) in enumerate(zip(queries, asked, strict=True)):
+            probs = places.scores[places.images == image].detach()
+            meta = step.data_samples[image].metainfo
+            own, theirs = self.match.detections(
+                probs, ours.bboxes.detach().float(), one, meta
+            )
+            rows.append((ours.bboxes[own], one.bboxes[theirs], one.scores[theirs]))
+        return self._pair(*map(torch.cat, zip(*rows, strict=True)))
 
     def _of_queries(
         self, step: Step, recorded: list[InstanceData], asked: list[InstanceData]
@@ -233,6 +306,22 @@ class Boxes(Comparison):
         values = torch.where(counts, values[..., None].flatten(1), 0).sum(1)
         total = pair.row_weight.sum()
         return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
+
+
+def _nearest(
+    places: Tensor, found: InstanceData, assigned: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The detection at each place: its box, (places, 4), its score and its label.
+
+    The score is 0 where there is none.
+    """
+    if not len(found):
+        nothing = torch.zeros_like(places[:, 0])
+        return torch.zeros_like(places), nothing, nothing.long()
+    overlap, which = assign(places, found.bboxes, MIN_IOU, assigned).max(1)
+    scores = found.scores[which] * (overlap > 0)
+    boxes, labels = found.bboxes[which], found.labels[which]
+    return boxes.to(places), scores.to(places), labels
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module]:

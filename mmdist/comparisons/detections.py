@@ -7,15 +7,13 @@ from dataclasses import replace
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdist.families import Places, reader_of
+from mmdist.families import Places, Refuse, reader_of
 from mmdist.families.probabilities import foreground
 from mmdist.losses import DISTLoss
-from mmdist.losses.correlations.common import sum_over_processes
-from mmdist.losses.dist_loss import process_group
+from mmdist.losses.correlations.common import process_group, sum_over_processes
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher
@@ -81,14 +79,7 @@ class Detections(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a detector."""
-        heads = [getattr(teacher, f'{name}_head', ...) for name in ('bbox', 'roi')]
-        if isinstance(teacher, ForeignTeacher):
-            if teacher.gives != 'boxes':
-                raise self.unsupported(teacher, f'it gives {teacher.gives}')
-        elif _reader_of(teacher) is None:
-            raise self.unsupported(teacher, 'it is no detector')
-        elif None in heads:
-            raise self.unsupported(teacher, 'it detects no boxes')
+        check_detects(teacher, self.unsupported)
 
     def record(self, step: Step) -> list[Places]:
         """The student's anchors, proposals or queries, with its scores there."""
@@ -96,9 +87,7 @@ class Detections(Comparison):
 
     def ask(self, step: Step, recorded: None) -> list[InstanceData]:
         """The teacher's detections in each image: boxes, scores and labels."""
-        if isinstance(step.teacher_model, ForeignTeacher):
-            return [after_nms(step.teacher_model, *x) for x in step.teacher_features]
-        return [sample.pred_instances for sample in step.teacher_predictions]
+        return detected(step)
 
     def pair(
         self, step: Step, recorded: list[Places], asked: list[InstanceData]
@@ -107,11 +96,7 @@ class Detections(Comparison):
         assigned = _reader_of(step.student).ASSIGNED
         teachers = [torch.zeros_like(place.scores) for place in recorded]
         for image, detections in enumerate(asked):
-            labels = detections.labels.long()  # CrowdDet's are floats
-            labels = step.classes.common_labels(labels)
-            found = InstanceData(
-                bboxes=detections.bboxes, scores=detections.scores, labels=labels
-            )[labels >= 0]
+            found = common(step, detections)
             here = [place.images == image for place in recorded]
             if not len(found) or not any(rows.any() for rows in here):
                 continue
@@ -162,28 +147,20 @@ class Detections(Comparison):
     ) -> Tensor:
         """The best score of what overlaps each place of an image, (rows, classes)."""
         boxes = [place.boxes[rows] for place, rows in zip(places, here, strict=True)]
-        overlaps = _overlaps(torch.cat(boxes), found.bboxes)
-        least = self.min_iou
-        if assigned == 'overlap or best':
-            least = overlaps.amax(0).clamp(1e-6, self.min_iou)
-        return best_scores(overlaps >= least, found, places[0].scores.shape[1])
+        overlaps = assign(torch.cat(boxes), found.bboxes, self.min_iou, assigned)
+        return best_scores(overlaps > 0, found, places[0].scores.shape[1])
 
     def _of_queries(
         self, queries: Places, here: Tensor, found: InstanceData, img_meta: dict
     ) -> Tensor:
         """The score of the detection of each query of an image, (rows, classes)."""
         student = queries.scores[here].detach()
-        best, labels = found.scores.to(student), found.labels
-        scores = best[:, None] * F.one_hot(labels, student.shape[1])
-        of_student, of_teacher = self.match(
-            InstanceData(probs=student, bboxes=queries.boxes[here]),
-            InstanceData(
-                probs=scores, best=best, labels=labels, bboxes=found.bboxes.float()
-            ),
-            img_meta,
+        of_student, of_teacher = self.match.detections(
+            student, queries.boxes[here], found, img_meta
         )
         teacher = torch.zeros_like(student)
-        teacher[of_student] = scores[of_teacher]
+        labels, scores = found.labels[of_teacher], found.scores[of_teacher]
+        teacher[of_student, labels] = scores.to(teacher)
         return teacher
 
 
@@ -205,12 +182,48 @@ def best_scores(matched: Tensor, detections: InstanceData, classes: int) -> Tens
     return best.scatter_reduce(0, cells, scores[which], 'amax').view(-1, classes)
 
 
-def _overlaps(places: Tensor, boxes: Tensor) -> Tensor:
-    """IoU of each place with each box."""
+def assign(places: Tensor, boxes: Tensor, min_iou: float, assigned: str) -> Tensor:
+    """IoU of each place with each box that it is assigned to, else 0.
+
+    ``assigned`` is ``'overlap'`` or ``'overlap or best'``, as a family has it.
+    """
     from mmdet.structures.bbox import bbox_overlaps
 
     chunks = places.float().split(CHUNK)
-    return torch.cat([bbox_overlaps(chunk, boxes.float()) for chunk in chunks])
+    overlaps = torch.cat([bbox_overlaps(chunk, boxes.float()) for chunk in chunks])
+    if assigned == 'overlap or best':
+        min_iou = overlaps.amax(0).clamp(1e-6, min_iou)
+    return torch.where(overlaps >= min_iou, overlaps, 0)
+
+
+def check_detects(teacher: nn.Module, refuse: Refuse) -> None:
+    """Raise unless a teacher detects boxes."""
+    heads = [getattr(teacher, f'{name}_head', ...) for name in ('bbox', 'roi')]
+    if isinstance(teacher, ForeignTeacher):
+        if teacher.gives not in ('boxes', 'detections'):
+            raise refuse(teacher, f'it gives {teacher.gives}')
+    elif _reader_of(teacher) is None:
+        raise refuse(teacher, 'it is no detector')
+    elif None in heads:
+        raise refuse(teacher, 'it detects no boxes')
+
+
+def detected(step: Step) -> list[InstanceData]:
+    """What the teacher detects in each image: boxes, scores and labels."""
+    model = step.teacher_model
+    if not isinstance(model, ForeignTeacher):
+        return [sample.pred_instances for sample in step.teacher_predictions]
+    if model.gives == 'detections':
+        return step.teacher_features
+    return [after_nms(model, *x) for x in step.teacher_features]
+
+
+def common(step: Step, detections: InstanceData) -> InstanceData:
+    """Detections of classes that the student knows, with common labels."""
+    labels = detections.labels.long()  # CrowdDet's are floats
+    labels = step.classes.common_labels(labels)
+    columns = dict(bboxes=detections.bboxes, scores=detections.scores, labels=labels)
+    return InstanceData(**columns)[labels >= 0]
 
 
 def after_nms(model: ForeignTeacher, boxes: Tensor, scores: Tensor) -> InstanceData:

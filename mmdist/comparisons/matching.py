@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from mmengine.structures import InstanceData
 from torch import Tensor
 
@@ -91,6 +92,21 @@ class Matching:
             for index in linear_sum_assignment(cost.cpu())
         )
         return of_student, kept[of_kept]
+
+    def detections(
+        self, probs: Tensor, boxes: Tensor, found: InstanceData, img_meta: dict
+    ) -> tuple[Tensor, Tensor]:
+        """As of a call, for queries of an image and what is detected in it.
+
+        The queries have ``probs`` of the common classes, (n, classes), and boxes,
+        (n, 4); ``found`` has boxes, scores and common labels.
+        """
+        best = found.scores.to(probs)
+        scores = best[:, None] * F.one_hot(found.labels, probs.shape[1])
+        teacher = InstanceData(
+            probs=scores, best=best, labels=found.labels, bboxes=found.bboxes.float()
+        )
+        return self(InstanceData(probs=probs, bboxes=boxes), teacher, img_meta)
 
     def queries(
         self, step: Step, student: list[InstanceData], teacher: list[InstanceData]

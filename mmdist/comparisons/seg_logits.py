@@ -83,7 +83,7 @@ class SegLogits(Comparison):
         """The teacher must be a segmentor."""
         if not isinstance(teacher, ForeignTeacher):
             seg.head_of(teacher, self.unsupported)
-        elif teacher.gives not in ('pixels', 'masks'):
+        elif teacher.gives not in ('pixels', 'masks', 'maps'):
             raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
     def record(self, step: Step) -> list[SegMap]:
@@ -126,8 +126,9 @@ class SegLogits(Comparison):
             student = _two_classes(student, step.classes.num_student, as_scores)
             teacher = _two_classes(teacher, step.classes.num_teacher, as_scores)
             known = step.classes.mostly_known(teacher, activation=activation)
-            if known is not None:
-                mask = known if mask is None else mask & known
+            for counts in (known, taught.shown(size)):
+                if counts is not None:
+                    mask = counts if mask is None else mask & counts
             student, teacher = step.classes.select(
                 student, teacher, activation=activation
             )

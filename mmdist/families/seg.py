@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.structures import BaseDataElement
@@ -15,6 +16,7 @@ from mmdist.families import Refuse, unreadable
 from mmdist.families.probabilities import fp32, mean_probability
 from mmdist.lookup import by_class_name, is_a
 from mmdist.step import Step
+from mmdist.teachers.stored import Placed
 
 # Which of several outputs of a head's forward predicts at inference. Names, so that
 # mmseg does not have to be installed.
@@ -74,6 +76,10 @@ class SegMap:
             activation = 'identity'
         return mean_probability(scores, self.mirrored.read(size).flip(-1), activation)
 
+    def shown(self, size: tuple[int, int]) -> Tensor | None:
+        """Where it says something, (N, height, width); None if it does everywhere."""
+        return None
+
     def _read(self, size: tuple[int, int]) -> Tensor:
         maps, queries = self.maps, self.queries
         if self.size != size:
@@ -90,6 +96,63 @@ class SegMap:
                 'nqc,nq...->nc...', queries.to(maps.dtype), maps.sigmoid()
             )
             return scores if self.as_scores else scores.clamp_min(1e-7).log()
+
+
+@dataclass
+class StoredMap(SegMap):
+    """Stored probabilities of whole files, read where the batch shows them.
+
+    Attributes:
+        maps: Any tensor of the height and width of the batch, (N, K, H, W).
+        placed: A map for each image, and where it is in the batch.
+    """
+
+    placed: Sequence[Placed] = ()
+
+    def _read(self, size: tuple[int, int]) -> Tensor:
+        found = [
+            F.grid_sample(
+                (x.probabilities[None] / 255),
+                self._tensor(2 * self._points(x, size) / x.views[0].size[::-1] - 1)[
+                    None
+                ],
+                padding_mode='border',
+                align_corners=False,
+            )
+            for x in self.placed
+        ]
+        probabilities = torch.cat(found)
+        if self.as_scores:
+            return probabilities
+        if probabilities.shape[1] == 1:
+            return torch.logit(probabilities, eps=1e-4)
+        return probabilities.clamp_min(1e-4).log()
+
+    def shown(self, size: tuple[int, int]) -> Tensor:
+        """Where the centre of a cell shows a point of the file."""
+        found = []
+        for placed in self.placed:
+            points, inside = self._points(placed, size), True
+            for matrix, (height, width) in placed.views:
+                x, y = np.moveaxis(points @ matrix[:2, :2].T + matrix[:2, 2], -1, 0)
+                inside &= (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+            found.append(self._tensor(inside))
+        return torch.stack(found)
+
+    def _points(self, placed: Placed, size: tuple[int, int]) -> np.ndarray:
+        """The centre of each cell in pixels of its file, (height, width, x and y)."""
+        y, x = (self._centres(*both) for both in zip(size, self.size, strict=True))
+        points, matrix = np.stack(np.meshgrid(x, y), -1), placed.views[-1].matrix
+        return (points - matrix[:2, 2]) @ np.linalg.inv(matrix[:2, :2]).T
+
+    def _tensor(self, x: np.ndarray) -> Tensor:
+        x = torch.from_numpy(x)
+        return (x.float() if x.is_floating_point() else x).to(self.maps.device)
+
+    def _centres(self, cells: int, pixels: int) -> np.ndarray:
+        if self.align_corners:
+            return np.linspace(0.5, pixels - 0.5, cells)
+        return (np.arange(cells) + 0.5) * pixels / cells
 
 
 # ---- heads -----------------------------------------------------------------------
@@ -160,8 +223,11 @@ def ask(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
 
 
 def ask_foreign(step: Step, as_scores: bool) -> SegMap:
-    """What a :class:`ForeignTeacher` of pixels or masks predicts."""
+    """What a :class:`ForeignTeacher` of pixels, masks or stored maps predicts."""
     output = step.teacher_features
+    if step.teacher_model.gives == 'maps':
+        full = step.inputs[:, :1]
+        return StoredMap(full, None, as_scores, _align_corners(step), placed=output)
     maps = (output,) if step.teacher_model.gives == 'pixels' else output
     return SegMap(*maps, as_scores=as_scores, align_corners=_align_corners(step))
 

@@ -2,5 +2,6 @@
 
 from .distill_schedule_hook import DistillScheduleHook
 from .iter_seed_hook import IterSeedHook
+from .stored_teacher_hook import StoredTeacherHook
 
-__all__ = ['DistillScheduleHook', 'IterSeedHook']
+__all__ = ['DistillScheduleHook', 'IterSeedHook', 'StoredTeacherHook']

@@ -6,18 +6,23 @@ from mmdist.lookup import check_arguments
 
 from .classes import ClassMatch, match_classes
 from .foreign import ForeignTeacher
+from .hf_backbone import HFBackbone
 from .huggingface import HFDetector, HFSegmentor
 from .mean_teacher import MeanTeacher
 from .renormalize import Renormalize
+from .stored import StoredAnswers, StoredTeacher
 from .teacher import Teacher
 
 __all__ = [
     'ClassMatch',
     'ForeignTeacher',
+    'HFBackbone',
     'HFDetector',
     'HFSegmentor',
     'MeanTeacher',
     'Renormalize',
+    'StoredAnswers',
+    'StoredTeacher',
     'Teacher',
     'build_teacher',
     'match_classes',
@@ -28,13 +33,14 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
     """Build a teacher from its arguments.
 
     Args:
-        cfg: Arguments of :class:`Teacher`, or ``ema``, those of :class:`MeanTeacher`.
+        cfg: Arguments of :class:`Teacher`; or ``ema``, those of :class:`MeanTeacher`;
+            or those of :class:`StoredTeacher`.
         student: Config of the student.
         name: Its name in ``teachers``; '' for the only one.
 
     Raises:
-        ValueError: It is no dict, an argument is unknown or missing, or ``ema`` stands
-            beside arguments of another teacher.
+        ValueError: It is no dict, an argument is unknown or missing, or ``ema`` or
+            ``stored`` stands beside arguments of another teacher.
     """
     name = f'teachers.{name}' if name else 'teacher'
     _check_dict(name, cfg)
@@ -42,13 +48,13 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
         ema = cfg['ema'] or {}
         _check_dict(f'{name}.ema', ema)
         check_arguments(f'{name}.ema', MeanTeacher, ema, given=('student', 'views'))
-        others = sorted(set(cfg) - {'ema', 'views'})
-        if others:
-            raise ValueError(
-                f'`{name}.ema` makes the teacher from the student, so it takes nothing '
-                f'but `views` beside it, got {others}.'
-            )
+        why = 'makes the teacher from the student'
+        _check_others(f'{name}.ema', why, cfg, 'views')
         teacher = MeanTeacher(student, views=cfg.get('views', ()), **ema)
+    elif 'stored' in cfg:
+        why = 'are answers that are there already'
+        _check_others(f'{name}.stored', why, cfg, 'class_map', 'class_match')
+        teacher = StoredTeacher(**cfg)
     else:
         check_arguments(name, Teacher, cfg)
         teacher = Teacher(**cfg)
@@ -59,3 +65,13 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
 def _check_dict(name: str, cfg: object) -> None:
     if not isinstance(cfg, Mapping):
         raise ValueError(f'`{name}` is a dict of arguments, got {cfg!r}.')
+
+
+def _check_others(key: str, why: str, cfg: Mapping, *allowed: str) -> None:
+    """Stop at arguments that another kind of teacher takes."""
+    others = sorted(set(cfg) - {key.rpartition('.')[2], *allowed})
+    if others:
+        raise ValueError(
+            f'`{key}` {why}, so it takes nothing but '
+            f'{" and ".join(f"`{name}`" for name in allowed)} beside it, got {others}.'
+        )

@@ -83,6 +83,10 @@ class ForeignTeacher(nn.Module, ABC):
         self.class_names = tuple(class_names)
         self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
 
+    def answer(self, step: Any) -> Any:
+        """What :meth:`forward` returns for the batch of a ``Step``."""
+        return self(step.teacher_inputs, step.valid_sizes)
+
     @abstractmethod
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
         """Run the model.
