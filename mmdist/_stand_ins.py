@@ -84,6 +84,13 @@ for _core in ('numpy.core', 'numpy._core'):  # of numpy 1 and 2
     _NAMES[f'{_core}.multiarray.scalar'] = _scalar
 
 
+def _versions(metadata: Any) -> dict[str, dict[str, int]]:
+    """Of the ``_metadata`` of a state dict what modules read: their versions."""
+    entries = dict.items(metadata) if isinstance(metadata, dict) else ()
+    found = {key: dict.get(e, 'version') for key, e in entries if isinstance(e, dict)}
+    return {key: dict(version=v) for key, v in found.items() if type(v) is int}
+
+
 def _replaced(value: Any, memo: dict[int, tuple]) -> Any:
     """The value, in which what stand-ins stand for has taken their place."""
     if isinstance(value, (_Array, _History)):
@@ -92,6 +99,11 @@ def _replaced(value: Any, memo: dict[int, tuple]) -> Any:
         return value
     if id(value) not in memo:
         memo[id(value)] = value, value  # the first keeps it alive, and its id unique
+        if type(value) is OrderedDict:
+            # attributes of the file's choice would hide its methods
+            versions = _versions(vars(value).get('_metadata'))
+            vars(value).clear()
+            value._metadata = versions
         if type(value) is tuple:
             memo[id(value)] = value, tuple(_replaced(item, memo) for item in value)
         else:

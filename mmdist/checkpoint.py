@@ -138,8 +138,8 @@ def load_strictly(
         advice: What to do if they do not, for the message.
 
     Raises:
-        RuntimeError: It lists up to ten keys of each sort. Or a weight is no
-            floating-point number, or not finite.
+        RuntimeError: It lists up to ten keys of each sort. Or a weight is no dense
+            tensor of floating-point numbers, or not finite.
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.'  # saved from within DistributedDataParallel
@@ -149,10 +149,15 @@ def load_strictly(
     metadata = getattr(state, '_metadata', {})
     state = dict(state)
     types = [
-        f'{key}: {state[key].dtype}'
+        f'{key}: {found.dtype}, {found.layout}'
         for key, value in model.state_dict().items()
-        if torch.is_tensor(state.get(key))
-        and value.is_floating_point() > state[key].is_floating_point()
+        if torch.is_tensor(found := state.get(key))
+        and (
+            value.is_floating_point() > found.is_floating_point()
+            or found.layout != torch.strided
+            or found.is_nested
+            or found.is_meta
+        )
     ]
 
     def load(module: nn.Module, prefix: str = '') -> None:
@@ -165,7 +170,8 @@ def load_strictly(
         for name, child in module.named_children():
             load(child, f'{prefix}{name}.')
 
-    load(model)
+    if not types:
+        load(model)
     problems = {
         'missing in the file': missing,
         'in the file, but not in the model': sorted(set(unexpected)),

@@ -57,13 +57,15 @@ def build_distiller(
             ``ema``, the arguments of :class:`MeanTeacher`; or ``stored``, a path of
             answers, see :class:`StoredTeacher`.
         distill: What to compare, a dict of name -> config of a comparison. If omitted,
-            it is named ``dist`` and chosen for the pair once the teacher is loaded.
+            it is chosen for the pair once the teacher is loaded: ``dist``, and ``box``
+            where the teacher's boxes gained.
             With several teachers, ``from_teacher`` in a config is the name of one, or a
             dict of name -> weight; if omitted, it is the mean over all.
         teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
         balance: How many times that of the student's own losses the gradient of
             distillation is, at each output that is compared; see :class:`Balance`. None
-            leaves it as it is, as published.
+            leaves it as it is, as published, and is DIST as published if ``distill`` is
+            omitted.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. A
             ``data_preprocessor``, which the Runner adds where the model has none, does
@@ -107,7 +109,7 @@ def build_distiller(
         name: build_teacher(cfg, student, name) for name, cfg in teacher_args.items()
     }
     model.distill_terms = terms
-    model.distill = nn.ModuleDict()
+    model.distill, model.why_default = nn.ModuleDict(), {}
     if distill is not None:  # else chosen when the teacher is loaded
         for key, term in terms.items():
             model.distill[key] = build_comparison(term.name, term.cfg)
@@ -126,7 +128,7 @@ class DistilledMixin:
     distill: nn.ModuleDict  # the comparisons, by the keys of `distill_terms`
     distill_terms: dict[str, DistillTerm]
     distill_factor = 1.0  # DistillScheduleHook changes it; at 0 the teacher is paused
-    why_default = ''  # why that comparison was chosen, if `distill` is omitted
+    why_default: dict[str, str]  # why each entry was chosen, if `distill` is omitted
     _is_checked = False
 
     @property
@@ -307,22 +309,34 @@ class DistilledMixin:
             return
         for teacher in self.teachers.values():
             teacher.load(self)
+        if not self.distill:
+            self._choose_defaults()
         for key, term in self.distill_terms.items():
             teacher = self.teachers[term.teacher]
-            if key not in self.distill:
-                self.distill[key], self.why_default = default_for_pair(self, teacher)
             self.distill[key].check_pair(self, teacher.model)
             if teacher.views:
                 self.distill[key].check_views()
             print_log(self._in_words(key), logger='current')
         self._is_checked = True
 
+    def _choose_defaults(self) -> None:
+        """Choose what is compared with each teacher, where `distill` is omitted."""
+        terms, self.distill_terms = self.distill_terms.values(), {}
+        for term in terms:
+            teacher = self.teachers[term.teacher]
+            chosen = default_for_pair(self, teacher, published=self.balance is None)
+            for name, entry in chosen.items():
+                named = term._replace(name=name)
+                self.distill_terms[named.key] = named
+                self.distill[named.key], self.why_default[named.key] = entry
+
     def _in_words(self, key: str) -> str:
         """What is distilled from which teacher into what, and why."""
         term, comparison = self.distill_terms[key], self.distill[key]
         teacher = self.teachers[term.teacher]
         name = ' '.join(filter(None, (type(teacher.model).__name__, term.teacher)))
-        why = f', chosen because {self.why_default}' if self.why_default else ''
+        why = self.why_default.get(key, '')
+        why = why and f', chosen because {why}'
         return (
             f'mmdist: {self.student_class.__name__} learns from {name} '
             f'({teacher.origin}) by `{term.name}`, {type(comparison).__name__} with '

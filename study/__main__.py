@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from tools import runs
+from tools.dev import runs
 
 from .grid import METHODS, SINGLE, TASKS, TEACHERS, grid
 from .report import read_results, write_up

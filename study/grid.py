@@ -30,7 +30,6 @@ def methods(
     classes: int,
     mimic: dict,
     sigmoid: bool = False,
-    damping: float = 0.0,
     **kl_options,
 ) -> dict[str, Any]:
     """What `distill` is for each method; None where there is no teacher.
@@ -40,13 +39,10 @@ def methods(
         classes: Number of columns of a softmax.
         mimic: Arguments of the comparison of features.
         sigmoid: Whether the head has a sigmoid per class.
-        damping: That of DIST.
         kl_options: Arguments of the comparison for KL over the classes.
     """
 
     def dist(kind: str = kind, **options) -> dict:
-        if damping:
-            options['damping'] = damping
         # the published eps, with which the rows of docs/results.md were trained
         return dict(type=kind, loss=dict(type='mmdist.DISTLoss', eps=1e-8, **options))
 
@@ -57,7 +53,6 @@ def methods(
     else:
         pkd |= dict(levels='stride')
         of_detectors = {
-            'dist-damped': dict(dist=dist(damping=1.0)),
             'dist-box': dict(dist=dist(), box=BOX),
             'intra-box': dict(dist=dist(beta=0.0), box=BOX),
             'intra-box-pkd': dict(dist=dist(beta=0.0), box=BOX, pkd=pkd),
@@ -141,14 +136,13 @@ for name, more in {'camvid': {}, 'bccd-retinanet': dict(box=BOX)}.items():
     bare = {'dist-no-labels': {**TASKS[name].methods['dist'], **more}}
     TASKS[name] = replace(TASKS[name], methods={**TASKS[name].methods, **bare})
 TASKS |= QUARTERS
-# These models start from scratch: DIST is damped while their logits are small.
-DIGITS = methods('mmdist.SegLogits', 10, MIMIC, damping=1.0)
+DIGITS = methods('mmdist.SegLogits', 10, MIMIC)
 TASKS['digits'] = Task('digits', 'mIoU', 'mIoU', 1, DIGITS, 300, False)
 QUERIES = methods('mmdist.QueryLogits', 3, {}, sigmoid=True)
 TASKS['bccd-dino'] = Task(
     'bccd-dino', 'coco/bbox_mAP', 'AP', 100, QUERIES, 292, False, 'bccd-faster-rcnn'
 )
-GONE = ('dist-boxes',)  # measured once; mmdist has its comparison no more
+GONE = ('dist-boxes', 'dist-damped')  # measured once; mmdist cannot do it any more
 METHODS = (
     *dict.fromkeys(name for task in TASKS.values() for name in task.methods),
     *GONE,

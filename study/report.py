@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.runs import replace_between
-from tools.seeds import interval, mean_and_spread, paired
+from tools.dev.runs import replace_between
+from tools.logs import interval, mean_and_spread, paired
 
 from .grid import METHODS, SINGLE, TASKS, TEACHERS, Cell
 

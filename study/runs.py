@@ -16,7 +16,8 @@ from mmengine.config import Config
 
 from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
-from tools import runs
+from tools.dev import runs
+from tools.logs import read_log
 
 from .grid import SINGLE, TASKS, Cell
 
@@ -171,7 +172,7 @@ class Study:
     def read(self, cell: Cell) -> dict | None:
         """What a finished run has logged; None without a score of the last step."""
         task, folder = TASKS[cell.task], self.folder(cell)
-        entries = runs.read_log(folder)
+        entries = read_log(folder)
         curve = {
             entry['step']: round(task.percent * entry[task.metric], 3)
             for entry in entries

@@ -3,10 +3,43 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterable
+from pathlib import Path
 
+import pytest
+import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, DefaultScope
+from torch import nn
+
+from mmdist.registry import MODELS
+
+
+def slow(cases: Iterable) -> list:
+    """Cases of a parametrised test that are left to `make test-all`."""
+    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
+    """A distilled model in training, the same in each call.
+
+    Args:
+        student: Config of the student.
+        init: Whether to initialise it, which loads the teacher.
+        options: Further arguments; the losses are not balanced, as most tests look at
+            each by itself.
+    """
+    torch.manual_seed(0)
+    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
+    config = dict(type='mmdist.Distiller', balance=None, student=student)
+    model = MODELS.build(config | options)
+    if init:
+        model.init_weights()
+    return model.train()
 
 
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
@@ -25,6 +58,20 @@ model = dict(
     teacher={teacher!r}{compared})
 {more}
 """
+
+
+def distilled_config(folder: Path, student: str, **teacher) -> Config:
+    """The config of a pair, written to a folder.
+
+    Args:
+        folder: The folder.
+        student: Text of the student's config.
+        teacher: Arguments of the teacher; without any it is the same, untrained.
+    """
+    (folder / 'student.py').write_text(student)
+    itself = dict(config=str(folder / 'student.py'), allow_random=True)
+    (folder / 'distilled.py').write_text(distilled_text(**(teacher or itself)))
+    return Config.fromfile(folder / 'distilled.py')
 
 
 def dataset_batch(config: Config, size: int = 2) -> dict:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from processes import Group
+from processes import Group, hurry
 from tiny import (
     DET_CLASSES,
     DET_CONFIG,
@@ -31,6 +31,11 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 # Triton's kernels are interpreted where there is no GPU; read when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def in_a_hurry() -> None:
+    hurry()
 
 
 @pytest.fixture(scope='session')

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import mmdet
 import torch
+from builders import build_distiller
 from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.testing import demo_mm_inputs, demo_mm_proposals
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import MessageHub, MMLogger
+from mmengine.logging import MessageHub
 from torch import nn
-
-from mmdist.registry import MODELS
 
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 CHANNELS = (
@@ -164,26 +162,17 @@ def build_pair(
 ) -> nn.Module:
     """A student and a random teacher, of 1/8 and 1/4 of the channels."""
     register_all_modules()
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=balance,
-            student=model_config(student, factors[0], edit),
-            teacher=dict(
-                config=model_config(teacher or student, factors[1], edit),
-                allow_random=True,
-            ),
-            distill=distill,
-        )
+    guest = model_config(teacher or student, factors[1], edit)
+    model = build_distiller(
+        model_config(student, factors[0], edit),
+        teacher=dict(config=guest, allow_random=True),
+        distill=distill,
+        balance=balance,
     )
-    model.init_weights()
     for side in (model, model.teacher.model):
         _spread(side)
         _calibrate(side, sizes)
-    model.train()
-    return model
+    return model.train()
 
 
 def _spread(model: nn.Module) -> None:

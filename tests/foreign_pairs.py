@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
+from builders import build_distiller
 from det_zoo import batch, model_config
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.registry import DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
 from segmentors import make_batch, zoo_model
 from torch import nn
-
-from mmdist import MODELS
 
 RETINANET = 'retinanet/retinanet_r18_fpn_1x_coco.py'
 PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
@@ -29,24 +28,14 @@ def distil(
     """
     register_mmdet()
     register_mmseg(init_default_scope=False)
-    torch.manual_seed(0)
     if student.endswith('.py'):
         student, scope = model_config(student), 'mmdet'
     else:
         width = 1 if 'mit-b0' in student else 1 / 8
         student, scope = zoo_model(student, width), 'mmseg'
     with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(
-            dict(
-                type='mmdist.Distiller',
-                balance=None,
-                student=student,
-                teacher=dict(config=teacher, **options),
-                distill=distill,
-            )
-        )
-        model.init_weights()
-    return model.train()
+        teacher = dict(config=teacher, **options)
+        return build_distiller(student, teacher=teacher, distill=distill)
 
 
 def gradient(model: nn.Module) -> float:

@@ -201,4 +201,6 @@ STANDS_IN = {
     'facebook/mask2former': (SEGMENTORS['mask2former'], 'Mask2FormerImageProcessor'),
     'PekingU/rtdetr': (DETECTORS['rt_detr'], 'RTDetrImageProcessor'),
     'IDEA-Research/grounding-dino': (grounding_dino, 'GroundingDinoImageProcessor'),
-}
+    'facebook/dinov2': (lambda: transformers.Dinov2Model(config('Dinov2', VIT)),
+        'ViTImageProcessor'),
+}  # fmt: skip

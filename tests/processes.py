@@ -6,6 +6,7 @@ that every machine runs the same test.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -34,6 +35,19 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 SECONDS = 120  # that a call may take
+
+
+def hurry() -> None:
+    """Leave out what takes seconds in a process that has imported the libraries.
+
+    A Runner breaks the lines of the config that it writes, and each data set collects
+    garbage, among all that there is.
+    """
+    with suppress(ImportError):
+        from mmengine.config import config
+
+        config.FormatCode = lambda text, **_: (text, True)
+    gc.freeze()
 
 
 def start(target: Callable, *args, daemon: bool = False) -> BaseProcess:
@@ -123,6 +137,7 @@ def _result(pipe: Connection):
 def _serve(pipe: Connection, group: tuple[int, int, int] | None) -> None:
     import torch
 
+    hurry()
     torch.set_num_threads(1)
     if group is not None:
         rank, size, port = map(str, group)
@@ -166,6 +181,7 @@ def _run(script: str, args: list[str], cwd: Path, environ: dict, log: Path) -> N
     with open(log, 'w') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    hurry()
     os.chdir(cwd)
     os.environ.update(environ)
     sys.argv = [script, *args]

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import mmseg
 import torch
+from builders import build_distiller
 from mmengine.config import Config
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
-
-from mmdist.registry import MODELS
 
 ZOO = Path(mmseg.__file__).parent / '.mim' / 'configs'
 
@@ -103,21 +102,15 @@ def distilled(
         distill: What is compared; left out, it is SegLogits.
         comparison: Arguments of SegLogits.
     """
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,  # the loss by itself
-            student=student,
-            teacher=dict(
-                config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None
-            ),
-            distill=distill or dict(dist=dict(type='mmdist.SegLogits', **comparison)),
-        )
+    model = build_distiller(
+        student,
+        teacher=dict(
+            config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None
+        ),
+        distill=distill or dict(dist=dict(type='mmdist.SegLogits', **comparison)),
     )
-    model.init_weights()
     calibrate(model.teacher.model)
-    return model.train()
+    return model
 
 
 def calibrate(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from builders import distilled_text
+from builders import distilled_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.models import build_segmentor
@@ -16,15 +16,15 @@ SEG = dict(type='mmdist.SegLogits')
 @pytest.fixture
 def config(seg_config, tmp_path) -> Config:
     init_default_scope('mmseg')
-    (tmp_path / 'student.py').write_text(seg_config)
-    (tmp_path / 'distilled.py').write_text(
-        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
-    )
-    return Config.fromfile(tmp_path / 'distilled.py')
+    return distilled_config(tmp_path, seg_config)
 
 
 def loss(**options) -> dict:
     return dict(distill=dict(d=dict(**SEG, loss=options)))
+
+
+def entry(**arguments) -> dict:
+    return dict(distill=dict(d=arguments))
 
 
 def several(*names, **entries) -> dict:
@@ -64,6 +64,19 @@ def several(*names, **entries) -> dict:
             'weights .* none may be negative',
         ),
         (several(d=SEG), '`teachers` is a dict of name'),
+        (entry(type='mmdist.SegLogit'), r"Did you mean 'mmdist\.SegLogits'\?"),
+        (entry(type='DenseLogits'), r"'DenseLogits' .*mean 'mmdist\.DenseLogits'\?"),
+        (entry(type='mmdist.Attention'), r"no 'mmdist\.Attention' .* mmdist has "),
+        (entry(type='mmdist.DISTLoss'), r"no 'mmdist\.DISTLoss' that compares"),
+        (entry(loss=dict(type='mmdist.DISTLoss')), r'`distill\.d` says what .* None'),
+        (
+            dict(distill=dict(d='mmdist.SegLogits')),
+            'says what to compare by its `type`',
+        ),
+        (
+            entry(**SEG, resizes='label'),
+            r"'resizes'\. Did you mean 'resize'\? It takes",
+        ),
     ],
 )
 def test_a_mistake_ends_in_a_sentence(config, changes, message):

@@ -62,9 +62,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    'tools', ['ours', pytest.param('mmseg', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('tools', ['ours', 'mmseg'])
 def test_the_papers_pair_trains_and_validates(folder, tools):
     script, config = TOOLS[tools] / 'train.py', CONFIGS / CONFIG
     arguments = ['--work-dir', folder / tools, '--cfg-options', *OPTIONS]

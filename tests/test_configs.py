@@ -15,7 +15,6 @@ import torch
 import yaml
 from docs_blocks import code
 from mmengine.config import Config
-from mmengine.config import config as mmengine_config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hub import get_config
 from mmengine.registry import DefaultScope
@@ -94,9 +93,7 @@ def without_memory(monkeypatch):
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=stem)
-def test_loads_dumps_and_builds(path, tmp_path, without_memory, monkeypatch):
-    # what a Runner writes, but for the line breaks, which take a second
-    monkeypatch.setattr(mmengine_config, 'FormatCode', lambda text, **_: (text, True))
+def test_loads_dumps_and_builds(path, tmp_path, without_memory):
     config = load(path)
     config.dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py')._cfg_dict == config._cfg_dict
@@ -147,12 +144,6 @@ def test_metafile_says_what_the_config_does(entry):
             assert 'Command' not in result
 
 
-def test_the_mobilenet_of_the_authors_has_a_narrow_head_and_no_other():
-    name = 'mobilenet-v2-d8_deeplabv3_8xb2-40k_cityscapes-512x1024'
-    model = load(ROOT / f'configs/seg/cityscapes/{name}.py').model
-    assert model.decode_head.channels == 128 and model.auxiliary_head is None
-
-
 def is_short_and_named_as_its_pair(path: Path, teacher: dict) -> None:
     """As the student's config, with a word more for the published teacher."""
     text = path.read_text()
@@ -183,8 +174,6 @@ PUBLISHED = {
 
 
 def test_published_results_are_those_of_the_paper():
-    """In the metafiles, and in the page that says how to reproduce them."""
-    page = (ROOT / 'docs/reproduce_the_paper.md').read_text()
     commands = '\n'.join(code('docs/reproduce_the_paper.md', 'shell'))
     found = {}
     for entry in ZOO:
@@ -195,17 +184,12 @@ def test_published_results_are_those_of_the_paper():
                 found[name] = (metric, result['Student'], result['Teacher'])
                 assert f'{entry["Config"]} 8' in commands
     assert found == PUBLISHED
-    rows = re.findall(r'^\| ([\w -]+) ← .*?\| ([\d.| ]+) \|$', page, re.M)
-    assert len(rows) == 4
-    for student, cells in rows:
-        family = student.lower().replace(' r', '_r').replace(' ', '-').split('_')[0]
-        family = family.removesuffix('-r18')
-        results = [v for name, v in PUBLISHED.items() if family in name.split('_')[1]]
-        alone, *distilled, teacher = map(float, cells.split(' | '))
-        assert results == [(result, alone, teacher) for result in distilled]
 
 
 def test_published_schedule_on_cityscapes():
+    name = 'mobilenet-v2-d8_deeplabv3_8xb2-40k_cityscapes-512x1024'
+    authors = load(ROOT / f'configs/seg/cityscapes/{name}.py').model
+    assert authors.decode_head.channels == 128 and authors.auxiliary_head is None
     for path in (ROOT / 'configs/seg/cityscapes').glob('*8xb2-40k*.py'):
         config = load(path)
         optimizer = config.optim_wrapper.optimizer

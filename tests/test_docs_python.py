@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
-import logging
 import re
 import sys
 import textwrap
@@ -20,7 +19,6 @@ from det_zoo import FAMILIES, batch, build_pair
 from docs_blocks import PAGES, ROOT, blocks, code, only
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import HOOKS, VISBACKENDS, DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
 from one_step import train_a_step
@@ -28,7 +26,6 @@ from scipy.special import expit
 from scipy.stats import pearsonr
 from segmentors import distilled, make_batch, zoo_model
 
-from mmdist import Comparison
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch
@@ -66,7 +63,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path)
     register_mmdet(init_default_scope=False)
     register_mmseg(init_default_scope=False)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     return tmp_path
 
 
@@ -103,7 +99,7 @@ def test_code_runs_and_a_config_trains_a_step(block, folder):
         train_a_step(config, folder)
     elif 'distill' in config:
         is_compared(config.distill)
-    else:
+    elif 'student' not in config:  # that is teachers/test_start_from_the_teacher.py
         assert set(config) == {'custom_hooks'}, f'nobody knows where {block} belongs'
 
 
@@ -166,12 +162,7 @@ def test_the_own_comparison(folder, monkeypatch):
     assert model.backbone.layer4[0].downsample[0].weight.grad.abs().sum() > 0
 
     text = (ROOT / 'docs/own_comparison.md').read_text()
-    names = set(re.findall(r'\bstep\.(\w+)', text))
-    assert len(names) > 10
-    assert names <= set(dir(step))
-    methods = re.findall(r'`(\w+)\((?:student|teacher|step|model)[),]', text)
-    assert len(methods) > 7
-    assert set(methods) <= set(dir(Comparison))
+    assert set(re.findall(r'\bstep\.(\w+)', text)) <= set(dir(step))
 
 
 # ---- docs/logging.md -----------------------------------------------------------------

@@ -40,17 +40,22 @@ DISTRIBUTIONS = {
 }
 MODULES = {
     'torch/__init__.py': FAKE_TORCH,
-    'mmcv/__init__.py': '',
     'mmcv/ops/__init__.py': FAKE_OPS,
-    'cv2.py': '',
-    'ftfy.py': '',
-    'regex.py': '',
-    'mmdet/__init__.py': '',
-    'mmdet/apis.py': '',
-    'mmseg/__init__.py': '',
+    **dict.fromkeys(
+        (
+            'cv2.py',
+            'ftfy.py',
+            'regex.py',
+            'mmcv/__init__.py',
+            'mmdet/__init__.py',
+            'mmdet/apis.py',
+            'mmseg/__init__.py',
+            'mmengine/__init__.py',
+            'mmengine/config/__init__.py',
+        ),
+        '',
+    ),
     'mmseg/apis.py': 'import ftfy, regex',
-    'mmengine/__init__.py': '',
-    'mmengine/config/__init__.py': '',
     'mmengine/config/utils.py': 'MODULE2PACKAGE = {"mmdist": "mmdist.version"}',
 }
 FORK = {
@@ -108,60 +113,52 @@ PIP = 'python -m pip install'
 FORCE = '--no-cache-dir --force-reinstall --no-deps mmcv==2.1.0'
 
 
-@pytest.mark.parametrize(
-    'distributions, modules, expected',
-    [
-        pytest.param(
-            {'setuptools': '81.0.0', 'ftfy': None},
-            {
-                'mmcv/ops/__init__.py': 'import mmcv._ext',
-                'cv2.py': 'raise ImportError("libGL.so.1: cannot open shared object")',
-                'mmengine/config/utils.py': 'MODULE2PACKAGE = {}',
-                'ftfy.py': None,
-            },
-            {
-                'mmcv.ops': (
-                    'built without ops',
-                    f'MMCV_WITH_OPS=1 {PIP} --no-build-isolation {FORCE}',
-                ),
-                'setuptools': ('81.0.0', f'{PIP} "setuptools<81"'),
-                'opencv': (
-                    'libGL.so.1',
-                    '--force-reinstall --no-deps opencv-python-headless',
-                ),
-                'ftfy': ('', f'{PIP} ftfy'),
-                'mmsegmentation': ('ftfy', ''),
-                'mmdist': (
-                    'does not know mmdist::',
-                    'python -m pip install --no-deps .',
-                ),
-            },
-            id='what does not depend on one another',
-        ),
-        pytest.param(
-            {'onedl-mmcv': '2.3.6'},
-            {},
-            {'one': ('both of: mmcv onedl-mmcv', 'uninstall -y mmcv onedl-mmcv')},
-            id='two stacks in one',
-        ),
-        pytest.param(
-            {'mmcv': '2.2.0'},
-            {'mmcv/ops/__init__.py': 'raise ImportError("_ext.so: undefined symbol")'},
-            {
-                'mmcv': ('2.2.0', 'mmcv==2.1.0'),
-                'mmcv.ops': ('built for another torch', FORCE),
-            },
-            id='another mmcv, for another torch',
-        ),
-        pytest.param(
-            {'mmcv': None, 'mmcv-lite': '2.1.0'},
-            {},
-            {'mmcv': ('has no ops', 'pip uninstall -y mmcv-lite')},
-            id='mmcv-lite',
-        ),
-    ],
-)
-def test_each_fault_is_named_with_its_fix(check_env, distributions, modules, expected):
+CPU_OPS = f'MMCV_WITH_OPS=1 {PIP} --no-build-isolation {FORCE}'
+FAULTS = {
+    'what does not depend on one another': (
+        {'setuptools': '81.0.0', 'ftfy': None},
+        {
+            'mmcv/ops/__init__.py': 'import mmcv._ext',
+            'cv2.py': 'raise ImportError("libGL.so.1: cannot open shared object file")',
+            'mmengine/config/utils.py': 'MODULE2PACKAGE = {}',
+            'ftfy.py': None,
+        },
+        {
+            'mmcv.ops': ('built without ops', CPU_OPS),
+            'setuptools': ('81.0.0', f'{PIP} "setuptools<81"'),
+            'opencv': (
+                'libGL.so.1',
+                '--no-deps opencv-python-headless',
+            ),
+            'ftfy': ('', f'{PIP} ftfy'),
+            'mmsegmentation': ('ftfy', ''),
+            'mmdist': ('does not know mmdist::', f'{PIP} --no-deps .'),
+        },
+    ),
+    'two stacks in one': (
+        {'onedl-mmcv': '2.3.6'},
+        {},
+        {'one': ('both of: mmcv onedl-mmcv', 'uninstall -y mmcv onedl-mmcv')},
+    ),
+    'another mmcv, for another torch': (
+        {'mmcv': '2.2.0'},
+        {'mmcv/ops/__init__.py': 'raise ImportError("_ext.so: undefined symbol")'},
+        {
+            'mmcv': ('2.2.0', 'mmcv==2.1.0'),
+            'mmcv.ops': ('built for another torch', FORCE),
+        },
+    ),
+    'mmcv-lite': (
+        {'mmcv': None, 'mmcv-lite': '2.1.0'},
+        {},
+        {'mmcv': ('has no ops', 'pip uninstall -y mmcv-lite')},
+    ),
+}
+
+
+@pytest.mark.parametrize('name', FAULTS)
+def test_each_fault_is_named_with_its_fix(check_env, name):
+    distributions, modules, expected = FAULTS[name]
     code, wrong = check_env({**DISTRIBUTIONS, **distributions}, {**MODULES, **modules})
     assert code == 1
     for name, (fault, fix) in expected.items():

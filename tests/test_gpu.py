@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import textbook
 from mmdist.losses import DISTLoss, correlations
-from tools import runs
+from tools.logs import read_log
 
 pytestmark = [
     pytest.mark.gpu,
@@ -136,7 +136,7 @@ def train(folder: Path, base: str, more: str, *options, launcher=()) -> list[dic
     command = [sys.executable, *launcher, ROOT / 'tools/train.py', config, *options]
     subprocess.run([str(part) for part in command], cwd=folder, check=True)
     work_dir = folder / options[options.index('--work-dir') + 1]
-    logged = [x for x in runs.read_log(work_dir) if 'loss' in x]
+    logged = [x for x in read_log(work_dir) if 'loss' in x]
     values = [v for x in logged for k, v in x.items() if 'loss' in k or 'dist_' in k]
     assert values and all(map(math.isfinite, values))
     return logged

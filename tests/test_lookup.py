@@ -33,22 +33,21 @@ def test_did_you_mean_names_the_nearest(word, known, said):
         (
             teacher,
             dict(config='a', chekpoint='b'),
-            "`teacher`: no argument 'chekpoint'. Did you mean 'checkpoint'? "
-            'It takes config, checkpoint, views.',
+            "no argument 'chekpoint'. Did you mean 'checkpoint'? It takes config, "
+            'checkpoint, views.',
         ),
         (
             teacher,
             dict(checkpoint='b'),
-            "`teacher`: the argument 'config' is missing. It takes config, checkpoint, "
-            'views.',
+            "the argument 'config' is missing. It takes config, checkpoint, views.",
         ),
-        (lambda: None, dict(a=1), "`teacher`: no argument 'a'. It takes no arguments."),
+        (lambda: None, dict(a=1), "no argument 'a'. It takes no arguments."),
     ],
 )
 def test_check_arguments_says_what_is_wrong(function, cfg, said):
     with pytest.raises(ValueError) as error:
         check_arguments('teacher', function, cfg)
-    assert str(error.value) == said
+    assert str(error.value) == f'`teacher`: {said}'
 
 
 def test_check_arguments_passes_what_can_be_called():

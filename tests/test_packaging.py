@@ -131,6 +131,7 @@ def test_installed_builds_distillers_of_its_own_configs(wheel, tmp_path):
     assert tmp_path / 'env' in Path(printed.splitlines()[-1]).parents
 
 
+@pytest.mark.slow
 def test_installed_editable(checkout, tmp_path):
     # What `pip install -e` asks the backend for; a bare environment has no backend.
     build = 'from hatchling.build import build_editable as b; print(b("dist/e"))'

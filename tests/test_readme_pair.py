@@ -51,6 +51,7 @@ def folder(coco_root, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_as_written(folder):
     (config,) = first_screen('python')
     (folder / 'my_pair.py').write_text(config)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import slow
 
 PACKAGE = Path(__file__).parents[1] / 'mmdist'
 
@@ -46,7 +47,7 @@ def test_every_type_is_found_in_a_fresh_process():
     assert found.split() == ['True'] * len(types)
 
 
-@pytest.mark.parametrize('missing', ['mmseg', 'mmdet'])
+@pytest.mark.parametrize('missing', ['mmseg', *slow(['mmdet'])])
 def test_one_of_the_two_libraries_is_enough(missing):
     run(
         f'import sys; sys.modules[{missing!r}] = None\n'
@@ -57,6 +58,7 @@ def test_one_of_the_two_libraries_is_enough(missing):
     )
 
 
+@pytest.mark.slow
 def test_without_mmcv_a_sentence_says_so_before_a_model_is_built():
     """The loss alone does not need it."""
     printed = run(
@@ -71,6 +73,7 @@ def test_without_mmcv_a_sentence_says_so_before_a_model_is_built():
     assert 'mmdist needs mmcv, which is not installed. Run `python tools' in printed
 
 
+@pytest.mark.slow
 def test_the_finder_of_another_library_is_not_taken_for_ours():
     run(
         'import sys\n'

@@ -7,8 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from builders import distilled_text
-from mmengine.config import Config
+from builders import distilled_config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -19,18 +18,11 @@ from mmdist.run import Watch
 
 
 @pytest.mark.parametrize('broken', ['backbone.stem.0', 'auxiliary_head.conv_seg'])
-def test_a_loss_that_is_not_finite_ends_the_training(
-    seg_config, tmp_path, monkeypatch, broken
-):
+def test_a_loss_that_is_not_finite_ends_the_training(seg_config, tmp_path, broken):
     """Without any hook, so that each library's train.py is stopped."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'student.py').write_text(seg_config)
-    (tmp_path / 'distilled.py').write_text(
-        distilled_text(config='student.py', allow_random=True)
-    )
     init_default_scope('mmseg')
-    cfg = Config.fromfile('distilled.py')
-    cfg.work_dir, cfg.train_cfg.max_iters = 'work', 6
+    cfg = distilled_config(tmp_path, seg_config)
+    cfg.work_dir, cfg.train_cfg.max_iters = str(tmp_path / 'work'), 6
     cfg.default_hooks.checkpoint.interval = 1
     for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
         cfg.pop(key)

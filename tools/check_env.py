@@ -40,6 +40,17 @@ RUN_CONFIGS = """
 from mmengine.config.utils import MODULE2PACKAGE
 assert 'mmdist' in MODULE2PACKAGE, 'mmengine does not know mmdist:: config paths'
 """
+# of upstream and of the fork: what is imported, and where it comes from
+LIBRARIES = (
+    {'mmdet': 'mmdet==3.3.0', 'mmseg': 'mmsegmentation==1.2.2'},
+    {'mmdet': 'onedl-mmdetection==3.5.1', 'mmseg': 'onedl-mmsegmentation==1.4.2'},
+)
+FORKS = dict(
+    mmengine='mmengine',
+    mmcv='mmcv',
+    mmdet='mmdetection',
+    mmsegmentation='mmsegmentation',
+)  # by the name of the original
 
 
 class Line(NamedTuple):
@@ -51,28 +62,22 @@ class Line(NamedTuple):
     fix: str | None = None
 
 
-class Probe:
-    """What is installed for this interpreter; each answer is asked for once."""
+def version_of(distribution: str) -> str | None:
+    """The version that is installed for this interpreter."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
-    def version(self, distribution: str) -> str | None:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            return None
 
-    def error(self, code: str) -> str:
-        """Run code in a fresh interpreter; the last line of its error, or ''."""
-        run = subprocess.run(
-            [sys.executable, '-W', 'ignore', '-c', code],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors='replace',
-        )
-        if run.returncode == 0:
-            return ''
-        lines = [line for line in run.stderr.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else f'exit code {run.returncode}'
+def error_of(code: str) -> str:
+    """Run code in a fresh interpreter; the last line of its error, or ''."""
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    run = subprocess.run(command, capture_output=True, text=True, errors='replace')
+    if run.returncode == 0:
+        return ''
+    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    return lines[-1].strip() if lines else f'exit code {run.returncode}'
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -80,24 +85,26 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r'\d+', version.split('+')[0])[:3])
 
 
-def check(probe: Probe) -> list[Line]:
+def check() -> list[Line]:
     """All requirements, in the order in which they should be fixed."""
-    fork = any(probe.version(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
+    fork = any(version_of(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
+    # from setuptools 81 on, every `mmdet::...` path in a config fails
+    setuptools = '< 81 (pkg_resources)'
+    engine = ('onedl-mmengine', '0.10.12') if fork else ('mmengine', '0.10.7')
     checks = [
         check_python,
-        partial(check_torch, probe),
-        partial(check_setuptools, probe),
-        partial(check_single, probe),
-        partial(check_engine, probe, fork),
-        partial(check_mmcv, probe, fork),
-        partial(check_ops, probe, fork),
-        partial(check_cv2, probe),
-        partial(check_import, probe, 'ftfy'),
-        partial(check_import, probe, 'regex'),
-        partial(check_library, probe, fork, 'mmdet'),
-        partial(check_library, probe, fork, 'mmseg'),
-        partial(check_sklearn, probe),
-        partial(check_mmdist, probe),
+        check_torch,
+        partial(check_version, 'setuptools', setuptools, (), (81,), BUILD_TOOLS),
+        check_single,
+        partial(check_pinned, *engine, '>= 0.10, < 1', (0, 10), (1,)),
+        partial(check_mmcv, fork),
+        partial(check_ops, fork),
+        check_cv2,
+        partial(check_import, 'ftfy'),
+        partial(check_import, 'regex'),
+        *(partial(check_library, *library) for library in LIBRARIES[fork].items()),
+        check_sklearn,
+        check_mmdist,
     ]
     # most of them wait for an interpreter that imports something
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -111,70 +118,54 @@ def check_python() -> Line:
     return Line('python', platform.python_version(), '>= 3.10', fix)
 
 
-def check_torch(probe: Probe) -> Line:
-    version, wanted = probe.version('torch'), '>= 2.0'
-    if version is None or numbers(version) < (2, 0):
-        return Line('torch', version or 'missing', wanted, f'{PIP} torch==2.13.0')
-    if error := probe.error('import torch'):
-        fix = f'{PIP} --force-reinstall torch=={version.split("+")[0]}'
-        return Line('torch', f'{version}, but: {error}', 'imports', fix)
-    return Line('torch', version, wanted)
+def check_version(name: str, wanted: str, low: tuple, high: tuple, fix: str) -> Line:
+    """A version from ``low`` to below ``high`` is installed."""
+    version = version_of(name)
+    ok = version is not None and low <= numbers(version) < high
+    return Line(name, version or 'missing', wanted, None if ok else fix)
 
 
-def check_setuptools(probe: Probe) -> Line:
-    version = probe.version('setuptools')
-    # From 81 on, every `mmdet::...` path in a config fails.
-    ok = version is not None and numbers(version) < (81,)
-    fix = None if ok else BUILD_TOOLS
-    return Line('setuptools', version or 'missing', '< 81 (pkg_resources)', fix)
+def check_pinned(name: str, pin: str, wanted: str, low: tuple, high: tuple) -> Line:
+    return check_version(name, wanted, low, high, f'{PIP} {name}=={pin}')
 
 
-def check_single(probe: Probe) -> Line | None:
+def check_torch() -> Line:
+    line = check_pinned('torch', '2.13.0', '>= 2.0', (2, 0), (99,))
+    if line.fix or not (error := error_of('import torch')):
+        return line
+    fix = f'{PIP} --force-reinstall torch=={line.found.split("+")[0]}'
+    return Line('torch', f'{line.found}, but: {error}', 'imports', fix)
+
+
+def check_single() -> Line | None:
     """Both an original and its fork: their files overwrite each other."""
-    pairs = dict(
-        mmengine='mmengine',
-        mmcv='mmcv',
-        mmdet='mmdetection',
-        mmsegmentation='mmsegmentation',
-    )
-    both = [(name, f'onedl-{fork}') for name, fork in pairs.items()]
-    found = ' '.join(' '.join(p) for p in both if all(map(probe.version, p)))
+    both = [(name, f'onedl-{fork}') for name, fork in FORKS.items()]
+    found = ' '.join(' '.join(p) for p in both if all(map(version_of, p)))
     if not found:
         return None
     fix = f'python -m pip uninstall -y {found}, then install one of each pair'
     return Line('one stack', f'both of: {found}', 'upstream or the onedl fork', fix)
 
 
-def check_engine(probe: Probe, fork: bool) -> Line:
-    name, pin = ('onedl-mmengine', '0.10.12') if fork else ('mmengine', '0.10.7')
-    version = probe.version(name)
-    ok = version is not None and (0, 10) <= numbers(version) < (1,)
-    fix = None if ok else f'{PIP} {name}=={pin}'
-    return Line(name, version or 'missing', '>= 0.10, < 1', fix)
-
-
-def check_mmcv(probe: Probe, fork: bool) -> Line:
+def check_mmcv(fork: bool) -> Line:
+    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert it when they are imported.
+    name, pin, wanted, low, high = ('mmcv', '2.1.0', '>= 2.0, < 2.2', (2, 0), (2, 2))
     if fork:
         name, pin, wanted, low, high = 'onedl-mmcv', '2.3.6', '>= 2.3', (2, 3), (3,)
-    else:
-        # mmdet 3.3.0 and mmsegmentation 1.2.2 assert it when they are imported.
-        name, pin, wanted, low, high = 'mmcv', '2.1.0', '>= 2.0, < 2.2', (2, 0), (2, 2)
     build = f'{BUILD_TOOLS} && {BUILD} {name}=={pin}'
-    if probe.version('mmcv-lite'):
+    if version_of('mmcv-lite'):
         fix = f'python -m pip uninstall -y mmcv-lite && {build}'
         return Line(name, 'mmcv-lite, which has no ops', wanted, fix)
-    version = probe.version(name)
-    ok = version is not None and low <= numbers(version) < high
-    return Line(name, version or 'missing', wanted, None if ok else build)
+    return check_version(name, wanted, low, high, build)
 
 
-def check_ops(probe: Probe, fork: bool) -> Line:
+def check_ops(fork: bool) -> Line:
     """Run one compiled op; what it says tells how mmcv was built."""
-    error, wanted = probe.error(RUN_OPS), 'one op runs'
+    error, wanted = error_of(RUN_OPS), 'one op runs'
     if not error:
         return Line('mmcv.ops', 'nms runs', wanted)
     name = 'onedl-mmcv' if fork else 'mmcv'
-    version = probe.version(name) or ('2.3.6' if fork else '2.1.0')
+    version = version_of(name) or ('2.3.6' if fork else '2.1.0')
     if not fork and numbers(version) >= (2, 2):
         version = '2.1.0'
     found, fix = error, f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
@@ -184,55 +175,48 @@ def check_ops(probe: Probe, fork: bool) -> Line:
         found = 'built for another torch'
     elif 'cuda' in error.lower() or 'gpu' in error.lower():
         found, fix = f'CPU only, on a GPU machine: {error}', f'FORCE_CUDA=1 {fix}'
-        if not fork and numbers(probe.version('torch') or '0') >= (2, 9):
+        if not fork and numbers(version_of('torch') or '0') >= (2, 9):
             fix = 'make env STACK=onedl (mmcv 2.1.0 has no CUDA build for torch >= 2.9)'
     return Line('mmcv.ops', found, wanted, fix)
 
 
-def check_cv2(probe: Probe) -> Line:
+def check_cv2() -> Line:
     name, wanted = 'opencv-python-headless', 'import cv2'
-    version = probe.version('opencv-python')
-    if not (error := probe.error(wanted)):
-        return Line('opencv', probe.version(name) or version or 'imports', wanted)
+    version = version_of('opencv-python')
+    if not (error := error_of(wanted)):
+        return Line('opencv', version_of(name) or version or 'imports', wanted)
     # opencv-python links libGL, which a machine without a screen often lacks.
     pin = f'=={version}' if version else ''
     fix = f'{PIP} --force-reinstall --no-deps {name}{pin}'
     return Line('opencv', error, wanted, fix)
 
 
-def check_import(probe: Probe, name: str) -> Line:
-    fix = f'{PIP} {name}' if probe.error(f'import {name}') else None
-    found = probe.version(name) or ('missing' if fix else 'imports')
+def check_import(name: str) -> Line:
+    fix = f'{PIP} {name}' if error_of(f'import {name}') else None
+    found = version_of(name) or ('missing' if fix else 'imports')
     return Line(name, found, 'for mmseg', fix)
 
 
-def check_library(probe: Probe, fork: bool, module: str) -> Line:
-    name, pin, wanted = {
-        ('mmdet', False): ('mmdet', '3.3.0', '3.x'),
-        ('mmseg', False): ('mmsegmentation', '1.2.2', '1.x'),
-        ('mmdet', True): ('onedl-mmdetection', '3.5.1', '3.x'),
-        ('mmseg', True): ('onedl-mmsegmentation', '1.4.2', '1.x'),
-    }[module, fork]
-    version = probe.version(name)
+def check_library(module: str, requirement: str) -> Line:
+    name, _, pin = requirement.partition('==')
     # The fork's are source only and import packaging while they are built.
-    flag = '--no-build-isolation ' if fork else ''
-    fix = f'{PIP} {flag}{name}=={pin}'
-    if version is None or f'{numbers(version)[0]}.x' != wanted:
-        return Line(name, version or 'missing', wanted, fix)
-    if error := probe.error(f'import {module}.apis'):
-        fix = f'fix the lines above; if it stays: {fix} --force-reinstall --no-deps'
-        return Line(name, f'{version}, but: {error}', f'{wanted}, imports', fix)
-    return Line(name, version, wanted)
+    flag = '--no-build-isolation ' if 'onedl' in name else ''
+    fix, (major, *_) = f'{PIP} {flag}{requirement}', numbers(pin)
+    line = check_version(name, f'{major}.x', (major,), (major + 1,), fix)
+    if line.fix or not (error := error_of(f'import {module}.apis')):
+        return line
+    fix = f'fix the lines above; if it stays: {fix} --force-reinstall --no-deps'
+    return Line(name, f'{line.found}, but: {error}', f'{line.wanted}, imports', fix)
 
 
-def check_sklearn(probe: Probe) -> Line:
-    found = probe.version('scikit-learn') or 'missing (optional)'
+def check_sklearn() -> Line:
+    found = version_of('scikit-learn') or 'missing (optional)'
     return Line('scikit-learn', found, "by the quickstart, mmdet's PAA")
 
 
-def check_mmdist(probe: Probe) -> Line:
-    version, wanted = probe.version('mmdist'), 'mmdist:: paths resolve'
-    error = probe.error(RUN_CONFIGS) if version else ''
+def check_mmdist() -> Line:
+    version, wanted = version_of('mmdist'), 'mmdist:: paths resolve'
+    error = error_of(RUN_CONFIGS) if version else ''
     found = f'{version}, but: {error}' if error else version or 'not installed'
     fix = f'{PIP} --no-deps . (in the checkout of mmdist)'
     return Line('mmdist', found, wanted, fix if error or not version else None)
@@ -251,7 +235,7 @@ def report(lines: list[Line]) -> str:
 
 
 def main() -> int:
-    lines = check(Probe())
+    lines = check()
     print(report(lines))
     return int(any(line.fix for line in lines))
 

@@ -12,52 +12,26 @@ seed, with the 95 % interval of Student's t. A run without a score is left out.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import runs
-import seeds
+from logs import LOG, interval, mean_and_spread, paired, read_log
 from matplotlib.figure import Figure
 from mmengine.config import Config
 
 METRICS = ('mIoU', 'coco/bbox_mAP')
-LOG = '*/vis_data/scalars.json'
 CORRELATION = re.compile(r'.*_(inter|intra)(_\w+)?')
 STYLES = ('-', '--', ':', '-.')
 
 
-@dataclass
-class Run:
+class Run(NamedTuple):
     """One training, as its logs have it."""
 
     folder: Path
     seed: int | str  # of a run without one, its folder: it is paired with none
-    entries: list[dict] = field(repr=False)
-
-    @classmethod
-    def read(cls, folder: Path) -> Run:
-        """Read the logs of a work dir, and the seed of the config beside them.
-
-        Raises:
-            SystemExit: There is no log.
-        """
-        try:
-            entries = runs.read_log(folder)
-        except ValueError as error:
-            raise SystemExit(f'{folder} has a broken log, {LOG}: {error}') from None
-        if not entries:
-            raise SystemExit(
-                f'{folder} has no log: there is no {LOG} in it, or it is empty. Give '
-                'the work_dir of a training whose visualizer has a LocalVisBackend.'
-            )
-        config = sorted(folder.glob(LOG))[-1].with_name('config.py')
-        try:
-            cfg = Config.fromfile(config, import_custom_modules=False)
-            seed = cfg.get('randomness', {}).get('seed')
-        except Exception:  # there is none, or it is broken
-            seed = None
-        return cls(folder, str(folder.resolve()) if seed is None else seed, entries)
+    entries: list[dict]
 
     def curve(self, key: str) -> dict[int, float]:
         """The values of a key by step, in order.
@@ -65,19 +39,43 @@ class Run:
         A run that was resumed, or started again, replaces what was logged from there
         on.
         """
-        curve: list[tuple[int, float]] = []
+        curve: dict[int, float] = {}
         for entry in self.entries:
             if key in entry:
-                while curve and curve[-1][0] >= entry['step']:
-                    curve.pop()
-                curve.append((entry['step'], entry[key]))
-        return dict(curve)
+                while curve and next(reversed(curve)) >= entry['step']:
+                    curve.popitem()
+                curve[entry['step']] = entry[key]
+        return curve
 
     @property
     def metrics(self) -> list[str]:
         """What was logged by validation; the entries of training have `lr`."""
         keys = {key for e in self.entries if 'lr' not in e for key in e}
         return sorted(keys - {'step', 'time', 'data_time'})
+
+
+def read_run(folder: Path) -> Run:
+    """The logs of a work dir, and the seed of the config beside them.
+
+    Raises:
+        SystemExit: There is no log.
+    """
+    try:
+        entries = read_log(folder)
+    except ValueError as error:
+        raise SystemExit(f'{folder} has a broken log, {LOG}: {error}') from None
+    if not entries:
+        raise SystemExit(
+            f'{folder} has no log: there is no {LOG} in it, or it is empty. Give '
+            'the work_dir of a training whose visualizer has a LocalVisBackend.'
+        )
+    config = sorted(folder.glob(LOG))[-1].with_name('config.py')
+    try:
+        cfg = Config.fromfile(config, import_custom_modules=False)
+        seed = cfg.get('randomness', {}).get('seed')
+    except Exception:  # there is none, or it is broken
+        seed = None
+    return Run(folder, str(folder.resolve()) if seed is None else seed, entries)
 
 
 Methods = dict[str, list[Run]]
@@ -97,14 +95,13 @@ def read(arguments: list[str]) -> Methods:
         name, _, path = argument.rpartition('=')
         if Path(argument).is_dir():
             name, path = '', argument
-        run = Run.read(Path(path))
+        run = read_run(Path(path))
         same = methods.setdefault(name or Path(path).resolve().name, [])
-        for other in same:
-            if other.seed == run.seed:
-                raise SystemExit(
-                    f'{other.folder} and {run.folder} have the same name and seed '
-                    f'({run.seed}). Name the methods: name={run.folder}'
-                )
+        if twins := [other for other in same if other.seed == run.seed]:
+            raise SystemExit(
+                f'{twins[0].folder} and {run.folder} have the same name and seed '
+                f'({run.seed}). Name the methods: name={run.folder}'
+            )
         same.append(run)
     return methods
 
@@ -145,11 +142,11 @@ def make_table(methods: Methods, metric: str) -> str:
         '|---|---:|---:|---:|---:|',
     ]
     for name, ours in scores.items():
-        difference = seeds.paired(ours, scores[first])
-        cells = seeds.interval(difference, digits), len(ours.keys() & scores[first])
-        paired = ' | '.join(map(str, cells)) if name != first else '|'
-        spread = seeds.mean_and_spread(ours, digits)
-        lines.append(f'| {name} | {len(ours)} | {spread} | {paired} |')
+        difference = paired(ours, scores[first])
+        cells = interval(difference, digits), len(ours.keys() & scores[first])
+        against = ' | '.join(map(str, cells)) if name != first else '|'
+        spread = mean_and_spread(ours, digits)
+        lines.append(f'| {name} | {len(ours)} | {spread} | {against} |')
     if len(set(ends.values())) > 1:
         steps = ', '.join(f'{folder} at {step}' for folder, step in ends.items())
         lines += ['', f'The last {metric} is not of the same step: {steps}.']
@@ -162,19 +159,19 @@ def draw(methods: Methods, metric: str, file: Path) -> None:
     """Draw each seed thin and the mean of the seeds thick."""
     keys = {k for same in methods.values() for r in same for e in r.entries for k in e}
     correlations = sorted(filter(CORRELATION.fullmatch, keys))
-    panels = 2 if correlations else 1
-    figure = Figure((6.5 * panels, 4.5), layout='constrained')
-    row = figure.subplots(1, panels, squeeze=False)[0]
-    for i, (name, same) in enumerate(methods.items()):
-        draw_seeds(row[0], [run.curve(metric) for run in same], f'C{i}', '-', name)
-        for j, key in enumerate(correlations):
-            style, label = STYLES[j % len(STYLES)], f'{name}, {key}'
-            draw_seeds(row[1], [run.curve(key) for run in same], f'C{i}', style, label)
     # mmdet validates by epoch, mmseg by iteration
-    row[0].set(xlabel='step of the validation', ylabel=metric)
+    panels = [('step of the validation', metric, [metric])]
     if correlations:
-        row[1].set(xlabel='iteration', ylabel='correlation with the teacher')
-    for axes in row:
+        panels.append(('iteration', 'correlation with the teacher', correlations))
+    figure = Figure((6.5 * len(panels), 4.5), layout='constrained')
+    row = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (xlabel, ylabel, keys) in zip(row, panels, strict=True):
+        for i, (name, same) in enumerate(methods.items()):
+            for key, style in zip(keys, itertools.cycle(STYLES), strict=False):
+                label = name if key == metric else f'{name}, {key}'
+                curves = [run.curve(key) for run in same]
+                draw_seeds(axes, curves, f'C{i}', style, label)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(file, dpi=100)

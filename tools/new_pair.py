@@ -22,13 +22,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
+from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
-from mmengine.structures import PixelData
 from mmengine.utils import get_installed_path
 from pair_report import Report, Seen, as_text, report_pair, watch
 from torch import nn
@@ -88,6 +89,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if wrong := [pair for pair in args.class_map if '=' not in pair]:
         parser.error(f'--class-map is STUDENT=TEACHER ..., got {wrong}.')
+    pairs = (item.split('=', 1) for item in args.class_map)
+    args.class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
+    distill = Config()
+    distill.merge_from_dict(args.distill or {})
+    args.distill = distill.to_dict()
     return args
 
 
@@ -145,24 +151,23 @@ def _random_batch(model: nn.Module, num_classes: int) -> dict:
         options = dict(with_mask=getattr(model, 'with_mask', False))
         if hasattr(model, 'roi_head'):
             options['with_semantic'] = getattr(model.roi_head, 'with_semantic', False)
-        shapes = [(3, *SIZE)] * 2
         # it draws labels from 1 on
-        data = demo_mm_inputs(2, shapes, [4, 4], num_classes + 1, **options)
+        data = demo_mm_inputs(2, [(3, *SIZE)] * 2, [4, 4], num_classes + 1, **options)
         for sample in data['data_samples']:
             sample.gt_instances.labels -= 1
         return data
-    from mmseg.structures import SegDataSample
+    from mmseg.datasets import PackSegInputs
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        images = torch.randint(256, (2, 3, *SIZE), dtype=torch.uint8)
-        labels = torch.randint(num_classes, (2, 1, *SIZE))
+    rng = np.random.default_rng(0)
+    pack = PackSegInputs(meta_keys=('img_shape', 'ori_shape'))
+    found = dict(img_shape=SIZE, ori_shape=SIZE)
     samples = []
-    for label in labels:
-        samples.append(SegDataSample(metainfo=dict(img_shape=SIZE, ori_shape=SIZE)))
-        samples[-1].gt_sem_seg = PixelData(data=label)
-        samples[-1].gt_edge_map = PixelData(data=label % 2)  # PIDNet's
-    return dict(inputs=list(images), data_samples=samples)
+    for _ in range(2):
+        found['img'] = rng.integers(256, size=(*SIZE, 3), dtype=np.uint8)
+        found['gt_seg_map'] = rng.integers(num_classes, size=SIZE)
+        found['gt_edge_map'] = found['gt_seg_map'] % 2  # PIDNet's
+        samples.append(pack(found))
+    return pseudo_collate(samples)
 
 
 def read(path: str) -> Config:
@@ -191,13 +196,8 @@ def main() -> None:
     warnings.filterwarnings('ignore')
     MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
     logging.getLogger('mmengine').setLevel(logging.ERROR)
-    options = {}
-    pairs = (item.split('=', 1) for item in args.class_map)
-    class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
-    if class_map:
-        options['class_map'] = class_map
-    if args.class_match:
-        options['class_match'] = args.class_match
+    options = dict(class_map=args.class_map, class_match=args.class_match)
+    options = {key: value for key, value in options.items() if value}
     try:
         whole = read(args.student)
         student = load_config(whole)
@@ -211,9 +211,7 @@ def main() -> None:
         teacher = dict(config=args.teacher, **options)
         pair = dict(type='mmdist.Distiller', student=student.model, teacher=teacher)
         if args.distill:
-            distill = Config()
-            distill.merge_from_dict(args.distill)
-            pair['distill'] = distill.to_dict()
+            pair['distill'] = args.distill
         model = build_pair(Config(pair)._cfg_dict, student.get('default_scope'))
         check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
         seen = run_step(model, classes)
@@ -227,6 +225,8 @@ def main() -> None:
 
     folder = Path(args.out or 'config.py').parent
     entries = dict(config=args.teacher)
+    if isinstance(args.teacher, str):
+        entries['config'] = portable(args.teacher, folder)
     if not isinstance(model.teacher.model, ForeignTeacher):  # it brings its weights
         checkpoint = args.checkpoint or published_checkpoint(args.teacher)
         if checkpoint is None:
@@ -238,17 +238,13 @@ def main() -> None:
         note = ', which does not exist: training needs it' if missing else ''
         report.line('checkpoint', checkpoint + note)
         entries['checkpoint'] = portable(checkpoint, folder)
-    if isinstance(args.teacher, str):
-        entries['config'] = portable(args.teacher, folder)
-    entries |= options
+    lines = [f'{k}={v!r},' for k, v in (entries | options).items()]
     base = args.student
     text = TEMPLATE.format(
         student=base if '::' in base else os.path.relpath(base, folder),
         inner='.student' if 'student' in whole.model else '',
-        teacher='\n        '.join(
-            f'{k}={v!r},' for k, v in (entries | options).items()
-        ),
-        distill=f'\n    distill={pair["distill"]},' if args.distill else '',
+        teacher='\n        '.join(lines),
+        distill=f'\n    distill={args.distill},' if args.distill else '',
     )
     if args.out is None:
         print(f'\n{text}', end='')

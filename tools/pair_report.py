@@ -128,8 +128,8 @@ def report_pair(
         theirs = _paths(comparison.teacher_modules(teacher) or ran, teacher)
         ours, pairs = _paths(comparison.student_modules(model), model), seen.pairs[key]
         report.line(key, describe_comparison(comparison, pairs))
-        if model.why_default:
-            report.line('  chosen', f'because {model.why_default}')
+        if key in model.why_default:
+            report.line('  chosen', f'because {model.why_default[key]}')
         report.line('  modules', f'{ours} (teacher: {theirs or "its forward"})')
         report.line('  pairs', f'{len(pairs)}: {"; ".join(map(_describe, pairs))}', 4)
         _judge_rows(report, key, isinstance(comparison.loss, DISTLoss), pairs)

@@ -237,21 +237,20 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
 def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) -> None:
     """Time and memory of a step with the teachers, and while they are paused."""
     device = data['inputs'].device.type
-    factors = (model.distill_factor, 0.0)
+    is_cuda = device == 'cuda'
+    factors = model.distill_factor, 0.0
     seconds, gib = ({factor: [] for factor in factors} for _ in range(2))
-    for _ in range(1 + STEPS):
-        for model.distill_factor in factors:
-            model.zero_grad(set_to_none=True)
-            if device == 'cuda':
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            model.parse_losses(losses_of(runner, model, data))[0].backward()
-            if device == 'cuda':
-                torch.cuda.synchronize()
-                memory = torch.cuda.max_memory_allocated() / 2**30
-                gib[model.distill_factor].append(memory)
-            seconds[model.distill_factor].append(time.perf_counter() - start)
+    for model.distill_factor in factors * (1 + STEPS):
+        model.zero_grad(set_to_none=True)
+        if is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        model.parse_losses(losses_of(runner, model, data))[0].backward()
+        if is_cuda:
+            torch.cuda.synchronize()
+            gib[model.distill_factor].append(torch.cuda.max_memory_allocated() / 2**30)
+        seconds[model.distill_factor].append(time.perf_counter() - start)
     # the first warms up
     on, off = (median(seconds[factor][1:]) for factor in factors)
     report.section('cost of a step')
@@ -261,7 +260,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         f'(forward and backward of {len(data["inputs"])} images on {device}, median of '
         f'{STEPS})',
     )
-    if device == 'cuda':
+    if is_cuda:
         on, off = (max(gib[factor][1:]) for factor in factors)
         report.line(
             'memory',

@@ -120,12 +120,11 @@ def confusion(sample: BaseDataElement, num_classes: int) -> Tensor:
         nothing that the student knows, or is not found. Zeros without labels.
     """
     columns = num_classes + 1
+    labels = found = torch.empty(0)
     if 'pred_sem_seg' in sample and 'gt_sem_seg' in sample:
         labels, found = sample.gt_sem_seg.data, sample.pred_sem_seg.data
     elif 'pred_instances' in sample and 'gt_instances' in sample:
         labels, found = sample.gt_instances.labels, _found(sample)
-    else:
-        return torch.zeros(num_classes, columns)
     labels, found = (x.flatten().cpu().long() for x in (labels, found))
     pairs = (labels * columns + found.clamp(max=num_classes))[labels < num_classes]
     counts = torch.bincount(pairs, minlength=num_classes * columns)
@@ -158,56 +157,48 @@ def judge(
     known = rows[:, list(compared)]
     others = (rows.sum(1) - known.sum(1)).unsqueeze(1)
     confusion = torch.cat([known, others], 1)
-    present = confusion.sum(1) > 0
-    ious = _ious(confusion)
+    ious, mean = _ious(confusion)
     # labelled class i is best matched by predictions of class best[i]
-    best = torch.from_numpy(linear_sum_assignment(ious.numpy(), maximize=True)[1])
-    now, then = ious.diag(), ious[range(len(best)), best]
-    moved = (then > now + MUCH).nonzero().flatten().tolist()
-    mean, possible = (f'{x[present].mean():.1%}' for x in (now, then))
-    if len(moved) > 1 and not _is_chance(torch.cat([known[:, best], others], 1)):
+    best = linear_sum_assignment(ious.numpy(), maximize=True)[1]
+    permuted = torch.cat([known[:, best], others], 1)
+    gains = ious[range(len(best)), best] - ious.diag()
+    moved = (gains > MUCH).nonzero().flatten().tolist()
+    if len(moved) > 1 and not _chance(permuted):
         names = [names[i] for i in compared]
         found = ', '.join(f'{names[i]} for {names[best[i]]}' for i in moved[:10])
         return (
-            f'classes look permuted: it takes {found}. Its mean IoU is {mean}, and '
-            f'would be {possible} in the right order. '
+            f'classes look permuted: it takes {found}. Its mean IoU is {mean:.1%}, and '
+            f'would be {_ious(permuted)[1]:.1%} in the right order. '
             'Check the class names of its checkpoint and config.'
         )
     average = [value for key, value in metrics.items() if key.endswith('mAP')]
     if average and 0 <= average[0] < 0.01:  # -1 where there are no objects
         return f'AP of {average[0]:.1%} is like noise.'
-    if present.any() and not known.any():
+    if confusion.any() and not known.any():
         return 'predictions are like noise: none of the labels is found.'
-    if any(key.endswith('mIoU') for key in metrics) and _is_chance(confusion):
+    chance = _chance(confusion)
+    if chance and any(key.endswith('mIoU') for key in metrics):
         return (
-            f'mean IoU of {mean} is like noise: the same predictions dealt out at '
-            f'random have {_chance(confusion):.1%}.'
+            f'mean IoU of {mean:.1%} is like noise: the same predictions dealt out at '
+            f'random have {chance:.1%}.'
         )
     return ''
 
 
-def _ious(confusion: Tensor) -> Tensor:
-    """IoU of each labelled class with each predicted one, (classes, classes)."""
-    both = confusion[:, : len(confusion)]
-    union = confusion.sum(1, keepdim=True) + both.sum(0) - both
-    return both / union.clamp(min=1)
-
-
-def _mean_iou(confusion: Tensor) -> float:
-    return _ious(confusion).diag()[confusion.sum(1) > 0].mean().item()
+def _ious(confusion: Tensor) -> tuple[Tensor, float]:
+    """IoU of each labelled class with each predicted one, and the mean IoU."""
+    labelled, both = confusion.sum(1), confusion[:, : len(confusion)]
+    ious = both / (labelled.unsqueeze(1) + both.sum(0) - both).clamp(min=1)
+    return ious, ious.diag()[labelled > 0].mean().item()
 
 
 def _chance(confusion: Tensor) -> float:
-    """Mean IoU of the labelled classes, were the predictions dealt out at random."""
-    dealt = confusion.sum(1, keepdim=True) * confusion.sum(0)
-    return _mean_iou(dealt / confusion.sum().clamp(min=1))
+    """Mean IoU were the predictions dealt out at random, or 0 if theirs is above that.
 
-
-def _is_chance(confusion: Tensor) -> bool:
-    """Whether the mean IoU is about that of chance.
-
-    It is below 2 / classes and, as that is much for few classes, less than a tenth of
-    the way from chance to 1.
+    It is not above that if it is below 2 / classes and, as that is much for few
+    classes, less than a tenth of the way from chance to 1.
     """
-    chance = _chance(confusion)
-    return _mean_iou(confusion) < min(2 / len(confusion), chance + (1 - chance) / 10)
+    dealt = confusion.sum(1, keepdim=True) * confusion.sum(0)
+    chance = _ious(dealt / confusion.sum().clamp(min=1))[1]
+    least = min(2 / len(confusion), chance + (1 - chance) / 10)
+    return chance if _ious(confusion)[1] < least else 0.0

@@ -112,10 +112,11 @@ def images_of(args: argparse.Namespace, dataset: Dataset) -> Iterator[tuple]:
         while 'pipeline' not in cfg:  # a wrapper
             cfg = cfg.get('dataset') or cfg['datasets'][0]
         steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
-    for i, path in enumerate(args.images):
-        data = Compose(steps)(dict(img_path=path, img_id=i))
-        yield path, pseudo_collate([data]), None
-    for i in range(0 if args.images else min(args.num, len(dataset))):
+        for i, path in enumerate(args.images):
+            data = Compose(steps)(dict(img_path=path, img_id=i))
+            yield path, pseudo_collate([data]), None
+        return
+    for i in range(min(args.num, len(dataset))):
         data, info = dataset[i], dataset.get_data_info(i)
         sample = data['data_samples']
         truth = sample if 'gt_sem_seg' in sample else None

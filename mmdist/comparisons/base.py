@@ -277,10 +277,12 @@ class Comparison(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# Kinds that there were, and what to take instead.
+# Kinds and arguments that there were, and what to take instead.
 REMOVED = {
     'mmdist.BoxLogits': 'mmdist.BoxLogits is no more: it lost accuracy. Take '
-    'mmdist.Detections, which compares what any detector detects.'
+    'mmdist.Detections, which compares what any detector detects.',
+    'DISTLoss.damping': '`damping` of DISTLoss is no more: leave it out. '
+    '`model.balance`, which is on by default, does better what it did.',
 }
 
 
@@ -321,4 +323,7 @@ def _check(where: str, cfg: Any, base: type, says: str) -> None:
             f'{", ".join(known)}; for one of your own see `custom_imports` and '
             'docs/own_comparison.md.'
         )
+    for key in cfg:
+        if f'{cls.__name__}.{key}' in REMOVED:
+            raise ValueError(f'`{where}`: {REMOVED[f"{cls.__name__}.{key}"]}')
     check_arguments(where, cls, cfg)

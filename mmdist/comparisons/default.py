@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import nn
 
 from mmdist.families import DENSE, FAMILIES, QUERY, ROI, SEG, family_of
@@ -18,6 +20,19 @@ KINDS: dict[str, str] = {
     ROI: 'mmdist.RoILogits',
     QUERY: 'mmdist.QueryLogits',
 }
+# Families that gained by the teacher's boxes too, and what changes beside them; the
+# evidence is in docs/which_comparison.md.
+WITH_BOXES: dict[str, dict] = {
+    DENSE: {},
+    ROI: dict(loss=dict(type='mmdist.DISTLoss', beta=0.0)),
+}
+
+
+class Chosen(NamedTuple):
+    """An entry of ``distill`` that was chosen, and why, a clause."""
+
+    comparison: Comparison
+    why: str
 
 
 def default_for(student: nn.Module) -> dict:
@@ -38,39 +53,66 @@ def default_for(student: nn.Module) -> dict:
     return dict(type=KINDS.get(family, DETECTIONS))
 
 
-def default_for_pair(student: nn.Module, teacher: Teacher) -> tuple[Comparison, str]:
-    """What is compared for a student and its teacher.
+def default_for_pair(
+    student: nn.Module, teacher: Teacher, published: bool = False
+) -> dict[str, Chosen]:
+    """What is compared for a student and its teacher: the recipe that gained most.
 
-    It is the comparison of the student's family, and if the teacher is no match, what
-    the teacher detects (``Detections``).
+    ``dist`` is the comparison of the student's family, and if the teacher is no match,
+    what the teacher detects (``Detections``). ``box`` are the teacher's boxes, where
+    the family gained by them and the pair can.
 
     Args:
         student: The student.
         teacher: The teacher, loaded.
+        published: Choose what DIST was published with: no boxes, both of its terms.
 
     Returns:
-        The comparison, and why it is that one.
+        The entries of ``distill`` by name.
 
     Raises:
         ValueError: None works; it says why.
     """
-    own = default_for(student)['type']
+    family = family_of(student)
+    own = default_for(student)
+    has_recipe = family in WITH_BOXES and not published
+    if has_recipe:
+        own |= WITH_BOXES[family]
     reasons: list[str] = []
-    for kind in dict.fromkeys((own, DETECTIONS)):
-        comparison = MODELS.build(dict(type=kind))
+    for cfg in (own, dict(type=DETECTIONS)):
         try:
-            comparison.bind(student, teacher)
-            comparison.check_pair(student, teacher.model)
+            comparison = _built(cfg, student, teacher)
         except ValueError as error:
-            if SEG in (family_of(student), family_of(teacher.model)):
+            if SEG in (family, family_of(teacher.model)):
                 raise
             reasons.append(str(error))
             continue
         if reasons:
-            return comparison, reasons[0].split('. ')[0]
-        return comparison, 'student and teacher are of one kind'
+            return dict(dist=Chosen(comparison, reasons[0].split('. ')[0]))
+        why = 'student and teacher are of one kind'
+        if not has_recipe:
+            return dict(dist=Chosen(comparison, why))
+        try:
+            boxes = _built(dict(type='mmdist.Boxes'), student, teacher)
+        except ValueError as error:
+            why += f', without their boxes: {str(error).split(". ")[0]}'
+            return dict(dist=Chosen(comparison, why))
+        box_why = 'class scores do not say where a box ends'
+        return dict(dist=Chosen(comparison, why), box=Chosen(boxes, box_why))
     raise ValueError(
         f'{reasons[0]}\nNor can detections be compared. {reasons[-1]}\n'
         'mmdist.Features compares feature maps of any two models, '
         "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
     )
+
+
+def _built(cfg: dict, student: nn.Module, teacher: Teacher) -> Comparison:
+    """A comparison that is checked against a pair.
+
+    Raises:
+        ValueError: It cannot compare the two.
+    """
+    comparison = MODELS.build(cfg)
+    comparison.bind(student, teacher)
+    comparison.check_pair(student, teacher.model)
+    return comparison

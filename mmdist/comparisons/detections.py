@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mmdist.families import Places, Refuse, reader_of
 from mmdist.families.probabilities import foreground
 from mmdist.losses import DISTLoss
-from mmdist.losses.correlations.common import sum_over_processes
-from mmdist.losses.dist_loss import process_group
+from mmdist.losses.correlations.common import process_group, sum_over_processes
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher

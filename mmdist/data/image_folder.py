@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import os.path as osp
 from collections.abc import Iterator
 
 from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
 from PIL import Image
 
 from mmdist.registry import DATASETS
 
 ORIENTATION = 274  # in EXIF data; above 4 width and height are exchanged
+MAX_ASPECT = 100
+ENDS = dict(JPEG=b'\xff\xd9', PNG=b'IEND\xaeB`\x82')
 
 
 @DATASETS.register_module()
 class ImageFolder(BaseDataset):
     """All images of a folder and its subfolders, for mmdet's and mmseg's pipelines.
 
-    Its pipeline loads no annotations and ends with :class:`MarkUnlabelled`.
+    Its pipeline loads no annotations and ends with :class:`MarkUnlabelled`. Files that
+    are damaged, or longer than 100 times their width, are left out with a warning.
 
     Args:
         data_root: The folder.
@@ -26,7 +31,7 @@ class ImageFolder(BaseDataset):
         kwargs: As for mmengine's ``BaseDataset``: ``pipeline``, ``metainfo``, ...
 
     Raises:
-        FileNotFoundError: It holds no image.
+        FileNotFoundError: It holds no image that can be used.
     """
 
     def __init__(
@@ -40,12 +45,13 @@ class ImageFolder(BaseDataset):
 
     def load_data_list(self) -> list[dict]:
         """The path and the size in pixels of each image, sorted by path."""
-        data = []
+        data, left_out = [], []
         for path in sorted(self._paths()):
-            with Image.open(path) as image:  # reads its header alone
-                width, height = image.size
-                if self._loads_upright() and image.getexif().get(ORIENTATION, 1) > 4:
-                    width, height = height, width
+            try:
+                width, height = self._size(path)
+            except Exception as error:  # PIL raises any
+                left_out.append(f'{path} ({error})')
+                continue
             data.append(
                 dict(
                     img_path=path,
@@ -56,11 +62,35 @@ class ImageFolder(BaseDataset):
                     reduce_zero_label=False,
                 )
             )
+        names = '; '.join(left_out[:5]) + '; ...' * (len(left_out) > 5)
         if not data:
             raise FileNotFoundError(
-                f'There is no image ({", ".join(self.suffixes)}) in {self.data_root}.'
+                f'There is no image ({", ".join(self.suffixes)}) in {self.data_root}'
+                + (f' that can be used: {names}.' if left_out else '.')
+            )
+        if left_out:
+            print_log(
+                f'mmdist: {len(left_out)} images in {self.data_root} cannot be used '
+                f'and are left out; delete them, or save them anew: {names}.',
+                logger='current',
+                level=logging.WARNING,
             )
         return data
+
+    def _size(self, path: str) -> tuple[int, int]:
+        """Width and height of an image as it will be loaded; raises if it cannot be.
+
+        Only the header is read, unless the end is not that of a JPEG or PNG file.
+        """
+        with Image.open(path) as image:
+            width, height = image.size
+            # PNG's own `getexif` decodes the image
+            exif = Image.Image.getexif(image) if self._loads_upright() else {}
+            if not _ends_well(path, image.format):
+                image.load()
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise ValueError(f'{width} x {height} pixels: nothing is left if resized')
+        return (height, width) if exif.get(ORIENTATION, 1) > 4 else (width, height)
 
     def _paths(self) -> Iterator[str]:
         seen = set()  # a link may lead back to a folder around it
@@ -80,3 +110,10 @@ class ImageFolder(BaseDataset):
         flags = [getattr(t, 'color_type', None) for t in self.pipeline.transforms]
         flag = next(filter(None, flags), 'color')
         return flag != 'unchanged' and not flag.endswith('ignore_orientation')
+
+
+def _ends_well(path: str, image_format: str) -> bool:
+    end = ENDS.get(image_format, b'')
+    with open(path, 'rb') as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end or not end

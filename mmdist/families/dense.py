@@ -46,14 +46,6 @@ def _yolov3(head: nn.Module, out: tuple) -> list[Tensor]:
     return [x.unflatten(1, (head.num_base_priors, -1)) for x in out[0]]
 
 
-def _yolov3_classes(head: nn.Module, out: tuple) -> list[Tensor]:
-    return [x[:, :, 5:].flatten(1, 2) for x in _yolov3(head, out)]
-
-
-def _yolov3_objectness(head: nn.Module, out: tuple) -> list[Tensor]:
-    return [F.logsigmoid(fp32(x[:, :, 4])) for x in _yolov3(head, out)]
-
-
 def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
     """Objectness, centerness or IoU, after the classes and the boxes."""
     return [F.logsigmoid(fp32(x)) for x in out[2]]
@@ -78,7 +70,11 @@ HEADS: dict[str, ClassMaps] = {
     'CenterNetHead': ClassMaps(activation='identity'),  # the same
     # Top-left and bottom-right heatmaps, of every stack of the hourglass.
     'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
-    'YOLOV3Head': ClassMaps(_yolov3_classes, 'sigmoid', factor=_yolov3_objectness),
+    'YOLOV3Head': ClassMaps(
+        lambda head, out: [x[:, :, 5:].flatten(1, 2) for x in _yolov3(head, out)],
+        'sigmoid',
+        factor=lambda *args: [F.logsigmoid(fp32(x[:, :, 4])) for x in _yolov3(*args)],
+    ),
     'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
     'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
     'ATSSHead': ClassMaps(factor=_third_output),  # centerness
@@ -114,12 +110,11 @@ def head_of(
             break
     else:
         raise refuse(model, f'it has no `{"` or `".join(paths)}`')
-    what = f'its dense head is a {type(head).__name__}'
-    refused = by_class_name(head, REFUSED)
-    if refused is not None:
-        raise refuse(model, f'{what}, {refused}')
-    if activation_of(head) is None:
-        raise refuse(model, f'{what}, which does not have `use_sigmoid_cls`')
+    problem = by_class_name(head, REFUSED)
+    if problem is None and activation_of(head) is None:
+        problem = 'which does not have `use_sigmoid_cls`'
+    if problem:
+        raise refuse(model, f'its dense head is a {type(head).__name__}, {problem}')
     return head
 
 
@@ -141,9 +136,9 @@ def _class_maps(head: nn.Module) -> ClassMaps:
 def activation_of(head: nn.Module) -> str | None:
     """What turns the head's scores into probabilities; None if it does not say."""
     known = _class_maps(head).activation
-    if known is None and hasattr(head, 'use_sigmoid_cls'):
-        known = 'sigmoid' if head.use_sigmoid_cls else 'softmax'
-    return known
+    if known or not hasattr(head, 'use_sigmoid_cls'):
+        return known
+    return 'sigmoid' if head.use_sigmoid_cls else 'softmax'
 
 
 def ask(step: Step, path: str | None = None) -> tuple:
@@ -191,10 +186,8 @@ def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tens
 
 def prior_generator(head: nn.Module):
     """What places the head's anchors or points, of mmdet; None if there is none."""
-    for name in ('prior_generator', 'square_anchor_generator'):  # SABL, guided anchors
-        if hasattr(head, name):
-            return getattr(head, name)
-    return None
+    of_sabl = getattr(head, 'square_anchor_generator', None)  # and of guided anchors
+    return getattr(head, 'prior_generator', of_sabl)
 
 
 def check_same_priors(
@@ -208,20 +201,7 @@ def check_same_priors(
     student, teacher = map(prior_generator, (student, teacher))
     if student is None or teacher is None:
         return
-    counts = student.num_base_priors, teacher.num_base_priors
-    differ = None
-    if student.strides != teacher.strides:
-        differ = (
-            f'the strides of the student are {student.strides}, those of the teacher '
-            f'{teacher.strides}'
-        )
-    elif counts[0] != counts[1]:
-        differ = (
-            f'the student has {counts[0]} anchors per location on its levels, the '
-            f'teacher {counts[1]}'
-        )
-    elif not (any_shape and set(counts[0]) == {1}):
-        differ = _other_shape(student, teacher)
+    differ = _difference(student, teacher, any_shape)
     if differ:
         raise ValueError(
             f'{who} compares the same anchors at the same locations, but {differ}. '
@@ -239,21 +219,31 @@ def check_same_priors(
         )
 
 
-def _other_shape(student, teacher) -> str | None:
-    """The first anchor of another width or height, in words; points have none."""
-    if not (hasattr(student, 'base_anchors') and hasattr(teacher, 'base_anchors')):
+def _difference(student, teacher, any_shape: bool) -> str | None:
+    """How two generators differ, in words; points have neither width nor height."""
+    if student.strides != teacher.strides:
+        return (
+            f'the strides of the student are {student.strides}, those of the teacher '
+            f'{teacher.strides}'
+        )
+    ours, theirs = student.num_base_priors, teacher.num_base_priors
+    if ours != theirs:
+        return (
+            f'the student has {ours} anchors per location on its levels, the teacher '
+            f'{theirs}'
+        )
+    if any_shape and set(ours) == {1}:
         return None
-    levels = zip(student.base_anchors, teacher.base_anchors, strict=True)
-    for level, both in enumerate(levels):
+    levels = [getattr(x, 'base_anchors', ()) for x in (student, teacher)]
+    for level, both in enumerate(zip(*levels, strict=False)):
         shapes = [anchors[:, 2:] - anchors[:, :2] for anchors in both]
-        same = torch.isclose(*shapes).all(1).tolist()
-        if not all(same):
-            k = same.index(False)
-            ours, theirs = ('{:.1f} x {:.1f}'.format(*x[k].tolist()) for x in shapes)
-            return (
-                f'anchor {k} of level {level} is {ours} pixels (width x height) for '
-                f'the student, {theirs} for the teacher'
-            )
+        for k, (a, b) in enumerate(zip(*shapes, strict=True)):
+            if not torch.allclose(a, b):
+                ours, theirs = ('{:.1f} x {:.1f}'.format(*x.tolist()) for x in (a, b))
+                return (
+                    f'anchor {k} of level {level} is {ours} pixels (width x height) '
+                    f'for the student, {theirs} for the teacher'
+                )
     return None
 
 
@@ -271,11 +261,8 @@ def places(step: Step) -> list[Places]:
     The rows of a level are image, y, x, anchor; those in the padding do not count.
     """
     head = head_of(step.student)
-    output = step.calls(head)[-1].output
-    levels = [
-        step.classes.select_student(x, 2, 'identity')
-        for x in scores_of(head, output, 'joint')
-    ]
+    levels = scores_of(head, step.calls(head)[-1].output, 'joint')
+    levels = [step.classes.select_student(x, 2, 'identity') for x in levels]
     found = []
     for x, boxes in zip(levels, anchors(head, levels), strict=True):
         rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)

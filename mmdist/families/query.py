@@ -77,15 +77,12 @@ def ask(step: Step) -> Queries:
 
 def places(step: Step) -> list[Places]:
     """The student's queries of the last decoder layer, as one term."""
-    activation = activation_of(step.student)
-    images = record(step)[-1]
-    scores = [
-        foreground(step.classes.select_student(x.scores, 1, activation), activation)
-        for x in images
-    ]
+    activation, images = activation_of(step.student), record(step)[-1]
+    logits = torch.cat([x.scores for x in images])
+    scores = step.classes.select_student(logits, 1, activation)
     boxes = torch.cat([x.bboxes.detach().float() for x in images])
-    index = [torch.full_like(x[:, 0], i) for i, x in enumerate(scores)]
-    return [Places(torch.cat(scores), boxes, torch.cat(index))]
+    index = [torch.full_like(x.bboxes[:, 0], i) for i, x in enumerate(images)]
+    return [Places(foreground(scores, activation), boxes, torch.cat(index))]
 
 
 def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:

@@ -64,9 +64,8 @@ def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
     if getattr(roi_head, 'mask_head', None) is None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
     if type(roi_head)._mask_forward.__qualname__ not in MASK_FORWARDS:
-        raise refuse(
-            model, f'the mask head of its {type(roi_head).__name__} needs more'
-        )
+        kind = type(roi_head).__name__
+        raise refuse(model, f'the mask head of its {kind} needs more')
     if getattr(roi_head, 'share_roi_extractor', False):
         raise refuse(model, 'its mask head has no extractor of its own')
 
@@ -130,14 +129,12 @@ def places(step: Step) -> list[Places]:
     found = []
     for stage, rois, logits, _ in record(step):
         logits = per_class(step.student, stage, logits)
-        scores = foreground(
-            step.classes.select_student(logits, 1, 'softmax'), 'softmax'
-        )
+        scores = foreground(step.classes.select_student(logits), 'softmax')
         # CrowdDet predicts several times for a proposal, TridentNet in several branches
         rois = rois.repeat_interleave(len(scores) // max(len(rois), 1), 0)
         images = rois[:, 0] % len(step.data_samples)
-        term = term_of(step.student, stage)
-        found.append(Places(scores, rois[:, 1:], images, **term))
+        boxes, term = rois[:, 1:], term_of(step.student, stage)
+        found.append(Places(scores, boxes, images, **term))
     return found
 
 
@@ -193,7 +190,9 @@ def judge(
             asked = range(number)
         else:
             asked = [min(proposals.stage, number - 1) if stage is None else stage]
-        rois = _of_teacher(step, proposals.rois)
+        # TridentNet trains on one copy of the batch per branch, and tests on one copy
+        rois = proposals.rois.clone()
+        rois[:, 0] %= len(features[0])
         outputs = []
         for one in asked:
             which = [one] if cascade else []
@@ -207,9 +206,8 @@ def judge_once(
     step: Step, recorded: Sequence[Proposals], stage: int | str | None
 ) -> list[list[Judged]]:
     """As :func:`judge`, of the student's own proposals, once a step."""
-    return step.shared(
-        f'proposals, stage {stage}', lambda: judge(step, recorded, stage)
-    )
+    key = f'proposals, stage {stage}'
+    return step.shared(key, lambda: judge(step, recorded, stage))
 
 
 def judge_masks(step: Step, proposals: Proposals, stage: int) -> Tensor:
@@ -218,12 +216,3 @@ def judge_masks(step: Step, proposals: Proposals, stage: int) -> Tensor:
     which = [stage] if isinstance(roi_head.mask_head, nn.ModuleList) else []
     masks = roi_head._mask_forward(*which, step.teacher_features, proposals.rois)
     return masks['mask_preds']
-
-
-def _of_teacher(step: Step, rois: Tensor) -> Tensor:
-    """The proposals with indices of images in the teacher's batch.
-
-    TridentNet trains on one copy of the batch per branch, and tests on one copy.
-    """
-    number = len(step.teacher_features[0])
-    return torch.cat([rois[:, :1] % number, rois[:, 1:]], dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmdist.registry import MODELS
 
 from .correlations import Settings, correlations
-from .correlations.common import compute_dtype, sum_over_processes
+from .correlations.common import compute_dtype, process_group, sum_over_processes
 from .correlations.plain import ACTIVATIONS
 
 
@@ -47,11 +47,10 @@ class DISTLoss(nn.Module):
     **Scale.** A correlation is scale-invariant: the same logits give a loss of 0
     however small their probabilities are, and smaller logits of the student get larger
     gradients. In the first steps of a head that starts from scratch these outweigh the
-    student's own losses by far; ``mmdist.DistillScheduleHook`` ramps the loss in by a
-    schedule, ``damping`` by the spread of the logits. The ``eps=1e-8`` of the published
-    code changes a correlation of a trained model by 1e-4 or less, but it exceeds the
-    product of the norms for the scores of a head just initialised, and for classes
-    whose probabilities are below about 1e-6 in all rows.
+    student's own losses by far; the Distiller's ``balance`` holds the two at a ratio.
+    The ``eps=1e-8`` of the published code changes a correlation of a trained model by
+    1e-4 or less, but it exceeds the product of the norms for the scores of a head just
+    initialised, and for classes whose probabilities are below about 1e-6 in all rows.
 
     **Constant scores.** A row or class whose scores are constant has no relation: its
     correlation is 0 and gives no gradient. Constant are scores whose spread is at most
@@ -75,9 +74,6 @@ class DISTLoss(nn.Module):
             which averages over processes. Every process must call the loss equally
             often, if need be with no rows.
         eps: Added to the product of the norms in a correlation, see above.
-        damping: While the standard deviation of the student's logits is below this
-            multiple of the teacher's, the loss is multiplied by the ratio of the two,
-            through which no gradient flows. 0, as published, leaves it out.
 
     Attributes:
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
@@ -87,8 +83,7 @@ class DISTLoss(nn.Module):
             :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
 
     Raises:
-        ValueError: ``activation`` is unknown, ``tau`` is not positive, or ``damping``
-            is negative.
+        ValueError: ``activation`` is unknown, or ``tau`` is not positive.
 
     Example:
         >>> student, teacher = torch.randn(2, 8, 80, 32, 32)
@@ -105,13 +100,10 @@ class DISTLoss(nn.Module):
         loss_weight: float = 1.0,
         sync: bool = False,
         eps: float = 0.0,
-        damping: float = 0.0,
     ) -> None:
         super().__init__()
         if not tau > 0:
             raise ValueError(f'DISTLoss needs a temperature tau > 0, got tau={tau!r}.')
-        if damping < 0:
-            raise ValueError(f'DISTLoss needs a damping >= 0, got {damping!r}.')
         self.beta = beta
         self.gamma = gamma
         self.tau = tau
@@ -120,7 +112,6 @@ class DISTLoss(nn.Module):
         self.loss_weight = loss_weight
         self.sync = sync
         self.eps = eps
-        self.damping = damping
         self.inter_corr: Tensor | None = None
         self.intra_corr: Tensor | None = None
         self.path = 'auto'
@@ -180,15 +171,6 @@ class DISTLoss(nn.Module):
 
             scale = self.loss_weight * (self.tau**2 if self.scale_by_tau else 1.0)
             scale = scale * any_row(student_logits, mask, group)
-            if self.damping:
-                ours, theirs = (
-                    spread(logits.detach().to(dtype), mask, group)
-                    for logits in (student_logits, teacher_logits)
-                )
-                tiny = torch.finfo(dtype).tiny
-                ratio = ours / (self.damping * theirs + tiny)
-                # inf / inf of huge logits: no damping
-                scale = scale * ratio.nan_to_num(nan=1.0).clamp(max=1)
             terms = ((beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out the loss is 0, and still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
@@ -198,23 +180,6 @@ class DISTLoss(nn.Module):
                 self.inter_corr if beta != 0 else None,
                 self.intra_corr if self.gamma != 0 else None,
             )
-
-
-def spread(
-    logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
-) -> Tensor:
-    """Standard deviation of the logits in all rows that count."""
-    count = torch.full((), logits.numel(), device=logits.device)
-    if mask is not None:
-        rows = mask.reshape(len(logits), 1, *logits.shape[2:])
-        logits = torch.where(rows, logits, 0)
-        count = rows.sum() * logits.shape[1]
-    count = sum_over_processes(count, group).clamp(min=1)
-    mean = sum_over_processes(logits.sum(), group) / count
-    deviations = (logits - mean).square()
-    if mask is not None:
-        deviations = torch.where(rows, deviations, 0)
-    return (sum_over_processes(deviations.sum(), group) / count).sqrt()
 
 
 def any_row(
@@ -269,10 +234,3 @@ def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
             f'The mask has shape {tuple(mask.shape)}, but logits of shape '
             f'{tuple(student.shape)} need {rows}: one entry per row, none per class.'
         )
-
-
-def process_group() -> dist.ProcessGroup | None:
-    """The group of all processes, ``None`` where there is only one."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return None
-    return dist.group.WORLD if dist.get_world_size() > 1 else None

@@ -6,6 +6,7 @@ from mmdist.lookup import check_arguments
 
 from .classes import ClassMatch, match_classes
 from .foreign import ForeignTeacher
+from .hf_backbone import HFBackbone
 from .huggingface import HFDetector, HFSegmentor
 from .mean_teacher import MeanTeacher
 from .renormalize import Renormalize
@@ -15,6 +16,7 @@ from .teacher import Teacher
 __all__ = [
     'ClassMatch',
     'ForeignTeacher',
+    'HFBackbone',
     'HFDetector',
     'HFSegmentor',
     'MeanTeacher',

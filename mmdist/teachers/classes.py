@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, groupby
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
 from .class_map import (
@@ -20,6 +21,8 @@ from .class_map import (
     no_match,
     unknown_names,
 )
+
+Group = tuple[int, ...]
 
 
 @dataclass
@@ -37,8 +40,8 @@ class ClassMatch:
         num_teacher: Number of the teacher's classes.
     """
 
-    student: list[tuple[int, ...]] | None = None
-    teacher: list[tuple[int, ...]] | None = None
+    student: list[Group] | None = None
+    teacher: list[Group] | None = None
     num_student: int | None = None
     num_teacher: int | None = None
 
@@ -120,19 +123,13 @@ class ClassMatch:
         if self.teacher is None:
             probability, theirs = teacher.max(1)
             return probability, theirs, theirs
-        columns = tuple(itertools.chain(*self.teacher))
-        ours = self.student or [(i,) for i in range(len(self.teacher))]
-        students = tuple(
-            mine
-            for (mine,), group in zip(ours, self.teacher, strict=True)
-            for _ in group
-        )
+        columns = tuple(chain(*self.teacher))
         probability, index = _take(teacher, columns, 1).max(1)
-        return (
-            probability,
-            _on_device(students, teacher.device)[index],
-            _on_device(columns, teacher.device)[index],
-        )
+        theirs = _on_device(columns, teacher.device)[index]
+        ours = self.common_labels(theirs)
+        if self.student is not None:
+            ours = _on_device(tuple(chain(*self.student)), teacher.device)[ours]
+        return probability, ours, theirs
 
     def describe(
         self, student: Sequence[str], teacher: Sequence[str], most: int | None = None
@@ -147,22 +144,19 @@ class ClassMatch:
         student, teacher = as_list(student), as_list(teacher)
         ours = self.student or [(i,) for i in range(len(student))]
         theirs = self.teacher or [(i,) for i in range(len(teacher))]
-        compared, mapped = [], []
-        for (mine,), group in zip(ours, theirs, strict=True):
-            names = ' + '.join(teacher[i] for i in group)
-            compared.append(student[mine])
-            if names != student[mine]:
-                mapped.append(f'{student[mine]} <- {names}')
-        of_student = [student[i] for i in _others(self.student, len(student))]
-        of_teacher = [teacher[i] for i in _others(self.teacher, len(teacher))]
+        pairs = [
+            (student[mine], ' + '.join(teacher[i] for i in group))
+            for (mine,), group in zip(ours, theirs, strict=True)
+        ]
+        kinds = {
+            'Classes that are compared': [name for name, _ in pairs],
+            'Under other names': [f'{a} <- {b}' for a, b in pairs if a != b],
+            'Only the student knows': _others(self.student, student),
+            'Only the teacher knows': _others(self.teacher, teacher),
+        }
         return ' '.join(
-            f'{what} ({len(names)}): {first_few(names, most)}.'
-            for what, names in {
-                'Classes that are compared': compared,
-                'Under other names': mapped,
-                'Only the student knows': of_student,
-                'Only the teacher knows': of_teacher,
-            }.items()
+            f'{kind} ({len(names)}): {first_few(names, most)}.'
+            for kind, names in kinds.items()
             if names
         )
 
@@ -184,19 +178,19 @@ class ClassMatch:
             at least half of the probability; None if the student knows all classes, or
             if they are those of a sigmoid, which are independent.
         """
-        left_out = _others(self.teacher, self.num_teacher)
+        left_out = _others(self.teacher, range(self.num_teacher or 0))
         if not left_out or activation == 'sigmoid':
             return None
         known, unknown = (
-            _as_one(teacher, columns, dim, activation).squeeze(dim)
-            for columns in (tuple(itertools.chain(*self.teacher)), left_out)
+            _as_one(teacher, tuple(columns), dim, activation).squeeze(dim)
+            for columns in (chain(*self.teacher), left_out)
         )
         return known >= unknown
 
 
 def _select(
     scores: Tensor,
-    groups: list[tuple[int, ...]] | None,
+    groups: list[Group] | None,
     num_classes: int | None,
     dim: int,
     activation: str,
@@ -204,34 +198,27 @@ def _select(
     """One column for each group, along ``dim``, and one for the background, if any."""
     if groups is None:
         return scores
-    background = tuple(range(num_classes, scores.size(dim)))
+    background = range(num_classes, scores.size(dim))
     if background and activation != 'sigmoid':
-        background = (*_others(groups, num_classes), *background)
-    groups = [*groups, background] if background else groups
-    if all(len(group) == 1 for group in groups):
-        return _take(scores, tuple(itertools.chain(*groups)), dim)
+        background = (*_others(groups, range(num_classes)), *background)
+    if background:
+        groups = [*groups, tuple(background)]
     columns = []
-    for is_one, some in itertools.groupby(groups, lambda group: len(group) == 1):
-        if is_one:  # neighbours are taken together
-            columns.append(_take(scores, tuple(itertools.chain(*some)), dim))
+    for are_single, some in groupby(groups, lambda group: len(group) == 1):
+        if are_single:  # neighbours are taken together
+            columns.append(_take(scores, tuple(chain(*some)), dim))
         else:
             columns += [_as_one(scores, group, dim, activation) for group in some]
-    return torch.cat(columns, dim)
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim)
 
 
-def _others(
-    groups: list[tuple[int, ...]] | None, num_classes: int | None
-) -> tuple[int, ...]:
-    """The columns of classes that the other side does not know."""
-    if groups is None:
-        return ()
-    known = set(itertools.chain(*groups))
-    return tuple(i for i in range(num_classes) if i not in known)
+def _others(groups: list[Group] | None, of_classes: Sequence) -> list:
+    """Those of a side's classes, in their order, that the other side does not know."""
+    known = range(len(of_classes)) if groups is None else set(chain(*groups))
+    return [x for i, x in enumerate(of_classes) if i not in known]
 
 
-def _as_one(
-    scores: Tensor, columns: tuple[int, ...], dim: int, activation: str
-) -> Tensor:
+def _as_one(scores: Tensor, columns: Group, dim: int, activation: str) -> Tensor:
     """One column for several: the sum of their probabilities, as a score.
 
     Probabilities of a sigmoid are independent: there it is the largest.
@@ -246,12 +233,12 @@ def _as_one(
     return taken.logsumexp(dim, keepdim=True)
 
 
-def _take(scores: Tensor, columns: tuple[int, ...], dim: int) -> Tensor:
+def _take(scores: Tensor, columns: Group, dim: int) -> Tensor:
     return scores.index_select(dim, _on_device(columns, scores.device))
 
 
 @lru_cache
-def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
+def _on_device(columns: Group, device: torch.device) -> Tensor:
     """Copied once: a GPU is waited for while numbers are copied to it."""
     return torch.tensor(columns, device=device)
 
@@ -291,23 +278,17 @@ def match_classes(
         check_names(student, teacher, class_map)
     if are_equal:
         return ClassMatch()
-    common = [
-        i for i, names in enumerate(wanted) if names and set(names) <= set(teacher)
-    ]
+    common = [i for i, x in enumerate(wanted) if x and set(x) <= set(teacher)]
     match = ClassMatch(
         student=None if len(common) == len(wanted) else [(i,) for i in common],
         teacher=[tuple(map(teacher.index, wanted[i])) for i in common],
         num_student=len(student),
         num_teacher=len(teacher),
     )
-    one_in_the_other = match.student is None or not _others(match.teacher, len(teacher))
-    if common and (class_match == 'shared' or one_in_the_other):
-        return match
-    only_student = [name for i, name in enumerate(student) if i not in common]
-    only_teacher = [teacher[i] for i in _others(match.teacher, len(teacher))]
-    raise ValueError(
-        no_match(student, teacher, only_student, only_teacher, bool(class_map))
-    )
+    others = _others(match.student, student), _others(match.teacher, teacher)
+    if not common or (all(others) and class_match != 'shared'):
+        raise ValueError(no_match(student, teacher, *others, bool(class_map)))
+    return match
 
 
 def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
@@ -325,27 +306,18 @@ def class_names_of_config(config: Config) -> Sequence[str] | None:
         dataset = (config.get(loader) or {}).get('dataset')
         while dataset:
             classes = (dataset.get('metainfo') or {}).get('classes')
-            if classes is None and isinstance(dataset.get('type'), str):
-                classes = _class_names_of_type(
-                    dataset['type'], dataset.get('_scope_', scope)
-                )
+            kind, own_scope = dataset.get('type'), dataset.get('_scope_', scope)
+            if classes is None and isinstance(kind, str):
+                with (
+                    suppress(RuntimeError),  # its library is not installed here
+                    DATASETS.switch_scope_and_registry(own_scope) as registry,
+                ):
+                    classes = getattr(registry.get(kind), 'METAINFO', {}).get('classes')
             if classes is not None:
                 return tuple(as_list(classes))
             inner = dataset.get('dataset') or dataset.get('datasets')
             dataset = inner[0] if isinstance(inner, list) else inner
     return None
-
-
-def _class_names_of_type(dataset_type: str, scope: str | None) -> Sequence[str] | None:
-    try:
-        with (
-            DefaultScope.overwrite_default_scope(scope),
-            DATASETS.switch_scope_and_registry(None) as registry,
-        ):
-            cls = registry.get(dataset_type)
-    except RuntimeError:  # not registered: the teacher's dataset is not installed here
-        return None
-    return getattr(cls, 'METAINFO', {}).get('classes')
 
 
 def check_number(names: Sequence[str], model: nn.Module) -> None:

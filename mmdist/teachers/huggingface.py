@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import filterfalse
 from typing import Any, NamedTuple
 
@@ -40,6 +40,7 @@ class Detector(NamedTuple):
     activation: str  # of its class logits
     # It ignores padding, and its boxes are relative to the image without.
     takes_mask: bool
+    is_prompted: bool = False
 
 
 DETECTORS = {
@@ -52,8 +53,9 @@ DETECTORS = {
     'd_fine': Detector('sigmoid', False),
     'rt_detr': Detector('sigmoid', False),
     'rt_detr_v2': Detector('sigmoid', False),
+    'grounding-dino': Detector('sigmoid', True, is_prompted=True),
+    'mm-grounding-dino': Detector('sigmoid', True, is_prompted=True),
 }
-PROMPTED = ('grounding-dino', 'mm-grounding-dino')
 
 
 class HFTeacher(ForeignTeacher):
@@ -121,19 +123,15 @@ class HFSegmentor(HFTeacher):
     """
 
     def __init__(self, name: str, resize: bool = False) -> None:
-        config = _load(name, 'AutoConfig')
+        config = config_of(name, (*PER_PIXEL, *MASKS))
         kind = config.model_type
-        if kind in PER_PIXEL:
-            auto, self.gives = 'AutoModelForSemanticSegmentation', 'pixels'
-        elif kind in MASKS:
+        auto, self.gives = 'AutoModelForSemanticSegmentation', 'pixels'
+        if kind in MASKS:
             auto, self.gives = 'AutoModelForUniversalSegmentation', 'masks'
-        else:
-            raise ValueError(_unknown(name, kind, (*PER_PIXEL, *MASKS)))
         super().__init__(name, auto, config, resize=resize or kind in FIXED_SIZE)
         self.task = None
         if kind == 'oneformer':  # it is told its task in words
-            tokenizer = _load(name, 'AutoTokenizer')
-            self.task = tokenizer(
+            self.task = _load(name, 'AutoTokenizer')(
                 'the task is semantic',
                 padding='max_length',
                 max_length=config.task_seq_len,
@@ -177,23 +175,16 @@ class HFDetector(HFTeacher):
         prompts: Sequence[str] | None = None,
         resize: bool = False,
     ) -> None:
-        config = _load(name, 'AutoConfig')
-        kind = config.model_type
-        if kind not in (*DETECTORS, *PROMPTED):
-            raise ValueError(_unknown(name, kind, (*DETECTORS, *PROMPTED)))
-        if (kind in PROMPTED) != bool(prompts):
+        config = config_of(name, DETECTORS)
+        self.activation, self.takes_mask, is_prompted = DETECTORS[config.model_type]
+        if is_prompted != bool(prompts):
             raise ValueError(
                 f'{name!r} detects what `prompts` say, a list of names.'
-                if kind in PROMPTED
+                if is_prompted
                 else f'{name!r} has a fixed list of classes and takes no `prompts`.'
             )
-        self.activation, self.takes_mask = DETECTORS.get(
-            kind, Detector('sigmoid', True)
-        )
-        auto = 'AutoModelForObjectDetection'
-        if kind in PROMPTED:
-            auto = 'AutoModelForZeroShotObjectDetection'
-        super().__init__(name, auto, config, prompts, resize)
+        kind = 'ZeroShotObjectDetection' if is_prompted else 'ObjectDetection'
+        super().__init__(name, f'AutoModelFor{kind}', config, prompts, resize)
         self.text, self.spans = None, []
         if prompts:
             self.text, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
@@ -211,7 +202,7 @@ class HFDetector(HFTeacher):
         images = self.resized(images)
         more = {}
         if self.takes_mask:
-            more['pixel_mask'] = self._mask(images, sizes, full)
+            more['pixel_mask'] = _mask(images, sizes, full)
         if self.text is not None:
             more['input_ids'] = self.text.to(images.device).expand(len(images), -1)
         output = self.model(pixel_values=images, **more)
@@ -222,25 +213,23 @@ class HFDetector(HFTeacher):
             )
         x, y, w, h = output.pred_boxes.unbind(-1)
         boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
-        results = []
-        for n, size in enumerate(sizes):
-            height, width = size if self.takes_mask else full
-            scale = boxes.new_tensor([width, height, width, height])
-            results.append((boxes[n] * scale, logits[n]))
-        return results
+        if not self.takes_mask:
+            sizes = [full] * len(images)
+        scales = [boxes.new_tensor([w, h, w, h]) for h, w in sizes]
+        return [
+            (b * scale, x) for b, scale, x in zip(boxes, scales, logits, strict=True)
+        ]
 
-    @staticmethod
-    def _mask(
-        images: Tensor, sizes: Sequence[tuple[int, int]], full: tuple[int, int]
-    ) -> Tensor:
-        """(N, h, w), 1 where an image is and not its padding."""
-        height, width = images.shape[-2:]
-        mask = torch.zeros(
-            (len(images), height, width), dtype=torch.long, device=images.device
-        )
-        for cells, (h, w) in zip(mask, sizes, strict=True):
-            cells[: round(h * height / full[0]), : round(w * width / full[1])].fill_(1)
-        return mask
+
+def _mask(
+    images: Tensor, sizes: Sequence[tuple[int, int]], full: tuple[int, int]
+) -> Tensor:
+    """(N, h, w), 1 where an image is and not its padding."""
+    mask = torch.zeros_like(images[:, 0], dtype=torch.long)
+    height, width = mask.shape[1:]
+    for cells, (h, w) in zip(mask, sizes, strict=True):
+        cells[: round(h * height / full[0]), : round(w * width / full[1])].fill_(1)
+    return mask
 
 
 def _as_tokens(
@@ -286,6 +275,18 @@ def _load(name: str, auto: str, **options) -> Any:
         ) from error
 
 
+def config_of(name: str, known: Iterable[str]) -> Any:
+    """The model's config; raises ValueError where its ``model_type`` is not known."""
+    config = _load(name, 'AutoConfig')
+    if config.model_type not in known:
+        raise ValueError(
+            f'{name!r} is a {config.model_type!r}, and mmdist reads '
+            f'{", ".join(sorted(known))}. Of any other model a mmdist.ForeignTeacher '
+            'of your own can be a teacher; see docs/teachers.md.'
+        )
+    return config
+
+
 def _load_model(name: str, auto: str) -> nn.Module:
     """The model with all its weights, in float32.
 
@@ -325,11 +326,3 @@ def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
             '`resize`.'
         )
     return sides
-
-
-def _unknown(name: str, kind: str, known: Sequence[str]) -> str:
-    return (
-        f'{name!r} is a {kind!r}, and mmdist reads {", ".join(sorted(known))}. Of any '
-        'other model a mmdist.ForeignTeacher of your own can be a teacher; see '
-        'docs/teachers.md.'
-    )

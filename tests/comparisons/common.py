@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import pytest
 from scipy.stats import pearsonr
@@ -11,12 +9,6 @@ from torch import nn
 
 from mmdist import Pair
 from mmdist.record import Recorder
-
-
-def slow(cases: Iterable) -> list:
-    """Cases of a parametrised test that are left to `make test-all`."""
-    cases = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:
@@ -45,6 +37,15 @@ def correlations(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float
 def dist(student: np.ndarray, teacher: np.ndarray) -> float:
     """The published loss of probabilities."""
     return 2 - sum(correlations(student, teacher)) if len(student) else 0.0
+
+
+def assert_terms(
+    losses: dict, inter: float, intra: float, tol: float = 1e-4, name: str = 'dist'
+) -> None:
+    """The loss and both correlations of a comparison with DIST."""
+    keys = f'{name}_inter', f'{name}_intra', f'loss_{name}'
+    expected = pytest.approx([inter, intra, 2 - inter - intra], abs=2 * tol)
+    assert [losses[key].item() for key in keys] == expected
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:

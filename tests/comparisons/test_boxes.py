@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from common import centres, corners, overlaps, slow, step
+from builders import slow
+from common import centres, corners, overlaps, step
 from det_zoo import FAMILIES, batch, build_pair, keep_transformer
 from mmengine.structures import InstanceData
 from scipy.special import softmax

@@ -5,28 +5,50 @@ from __future__ import annotations
 import pytest
 from det_zoo import FAMILIES, batch, build_pair
 
+from mmdist.comparisons.default import default_for_pair
 from mmdist.registry import MODELS
 
+WITH_INTER = ('DenseLogits', 'QueryLogits')
 SIZES = ((96, 96), (72, 96))
 
 
 @pytest.mark.parametrize(
-    ('student', 'teacher', 'kind'),
+    ('student', 'teacher', 'kinds'),
     [
-        ('RetinaNet', 'RetinaNet', 'DenseLogits'),
-        ('RetinaNet', 'FCOS', 'Detections'),
-        ('RetinaNet', 'Cascade R-CNN', 'Detections'),
-        ('Faster R-CNN', 'Cascade R-CNN', 'RoILogits'),
-        ('Faster R-CNN', 'Deformable DETR', 'Detections'),
-        ('Deformable DETR', 'Sparse R-CNN', 'QueryLogits'),
-        ('DETR', 'TOOD', 'Detections'),
+        ('RetinaNet', 'RetinaNet', dict(dist='DenseLogits', box='Boxes')),
+        ('RetinaNet', 'FCOS', dict(dist='Detections')),
+        ('RetinaNet', 'Cascade R-CNN', dict(dist='Detections')),
+        ('SOLO', 'SOLO', dict(dist='DenseLogits')),
+        ('Faster R-CNN', 'Cascade R-CNN', dict(dist='RoILogits', box='Boxes')),
+        ('Faster R-CNN', 'Deformable DETR', dict(dist='Detections')),
+        ('Deformable DETR', 'Sparse R-CNN', dict(dist='QueryLogits')),
+        ('DETR', 'TOOD', dict(dist='Detections')),
     ],
 )
-def test_the_pair_decides_what_is_compared(student, teacher, kind):
+def test_the_pair_decides_what_is_compared(student, teacher, kinds):
+    """The recipe, and what DIST was published with."""
     paths = FAMILIES[student], FAMILIES[teacher]
-    model = build_pair(*paths, sizes=SIZES)
-    assert type(model.distill['dist']).__name__ == kind
-    assert 'loss_dist' in model(**batch(model, SIZES), mode='loss')
+    model = build_pair(*paths, sizes=SIZES, balance=3.0)
+    assert {name: type(c).__name__ for name, c in model.distill.items()} == kinds
+    assert model.distill['dist'].loss.beta == (kinds['dist'] in WITH_INTER)
+    why = model.why_default['dist']
+    assert why.startswith('student and teacher are of one kind') == (
+        kinds['dist'] != 'Detections'
+    )
+    assert ('without their boxes: Boxes cannot compare' in why) == (student == 'SOLO')
+    losses = model(**batch(model, SIZES), mode='loss')
+    assert {f'loss_{name}' for name in kinds} <= losses.keys()
+
+    published = default_for_pair(model, model.teacher, published=True)
+    assert {n: type(c.comparison).__name__ for n, c in published.items()} == {
+        'dist': kinds['dist']
+    }
+    assert published['dist'].comparison.loss.beta == (kinds['dist'] != 'Detections')
+
+
+def test_without_balance_it_is_the_published_loss():
+    model = build_pair(FAMILIES['RetinaNet'], sizes=SIZES, balance=None)
+    assert list(model.distill) == ['dist']
 
 
 def test_what_cannot_be_compared_is_refused_with_what_can():
@@ -65,6 +87,13 @@ def test_options_out_of_range(kind, arguments, message):
     [
         (dict(type='mmdist.BoxLogits'), r'distill\.dist`: .* Take mmdist\.Detections'),
         (dict(type='mmdist.SegLogits', max_rows=9), "no argument 'max_rows'.* resize"),
+        (
+            dict(
+                type='mmdist.DenseLogits',
+                loss=dict(type='mmdist.DISTLoss', damping=1.0),
+            ),
+            r'distill\.dist\.loss`: `damping` .* leave it out\. `model\.balance`',
+        ),
     ],
 )
 def test_what_is_no_more_has_a_sentence(entry, message):

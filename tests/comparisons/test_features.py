@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import build_distiller, dataset_batch, distilled_text
 from det_zoo import batch, model_config
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
+from mmdist.record import Recorder
 from mmdist.registry import MODELS
 
 FEATURES = dict(type='mmdist.Features')
@@ -27,7 +26,6 @@ FEATURES = dict(type='mmdist.Features')
 def student(det_config, tmp_path) -> Config:
     """A tiny RetinaNet; its FPN has 16 channels."""
     init_default_scope('mmdet')
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     (tmp_path / 'student.py').write_text(det_config)
     return Config.fromfile(tmp_path / 'student.py')
 
@@ -42,19 +40,8 @@ def teacher(student) -> Config:
 
 
 def build(student: Config, teacher: Config | None, init: bool = True, **distill):
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=student.model,
-            teacher=dict(config=teacher, allow_random=True),
-            distill=distill,
-        )
-    )
-    if init:
-        model.init_weights()
-    return model.train()
+    teacher = dict(config=teacher, allow_random=True)
+    return build_distiller(student.model, init, teacher=teacher, distill=distill)
 
 
 SIZES = ((96, 128), (96, 100))  # the second is padded
@@ -63,20 +50,10 @@ SIZES = ((96, 128), (96, 100))  # the second is padded
 def step(model, path: str = 'neck') -> tuple[dict, list]:
     """One loss pass; its losses, and the maps of both sides in float64."""
     data = batch(model, SIZES)
-    maps = []
-    handle = model.get_submodule(path).register_forward_hook(
-        lambda *args: maps.append(args[-1])
-    )
-    losses = model(**data, mode='loss')
-    handle.remove()
-    sizes = [sample.img_shape for sample in data['data_samples']]
-    handle = model.teacher.model.get_submodule(path).register_forward_hook(
-        lambda *args: maps.append(args[-1])
-    )
-    with torch.no_grad():
-        inputs = model.teacher.renormalize(data['inputs'], sizes)
-        model.teacher.model.extract_feat(inputs)
-    handle.remove()
+    sides = [side.get_submodule(path) for side in (model, model.teacher.model)]
+    with Recorder(sides) as recorder:
+        losses = model(**data, mode='loss')
+    maps = [recorder.calls(side)[0].output for side in sides]
     return losses, [[x.detach().double().numpy() for x in side] for side in maps]
 
 
@@ -252,14 +229,7 @@ def test_a_module_of_the_head_is_run_by_the_teachers_own_forward(seg_config, tmp
     for module in model.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 96, 128).long()))
-    data = model.data_preprocessor(
-        dict(inputs=[torch.zeros(3, 96, 128).byte()] * 2, data_samples=[sample] * 2),
-        training=True,
-    )
+    data = model.data_preprocessor(dataset_batch(config), True)
     losses = model(**data, mode='loss')
     assert losses['loss_mimic'].item() == pytest.approx(0, abs=1e-10)
     losses['loss_mimic'].backward()
@@ -310,26 +280,17 @@ def test_half_a_set_of_adapters_is_no_plain_student(student, teacher):
         model.load_state_dict(state, strict=True)
 
 
-ONE_EPOCH = """
-train_cfg = dict(max_epochs=1, val_interval=10)
-work_dir = 'work'
-"""
-
-
-@pytest.fixture
-def distilled(student, teacher, tmp_path, monkeypatch) -> Path:
-    """A config that distils, in the working directory with its teacher."""
+def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(
+    student, teacher, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     teacher.dump('teacher.py')
-    path = tmp_path / 'distilled.py'
     distill = "dict(mimic=dict(type='mmdist.Features'))"
-    text = distilled_text(ONE_EPOCH, distill, config='teacher.py', allow_random=True)
-    path.write_text(text)
-    return path
-
-
-def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(distilled):
-    config = Config.fromfile(distilled)
+    text = distilled_text('', distill, config='teacher.py', allow_random=True)
+    Path('distilled.py').write_text(text)
+    config = Config.fromfile('distilled.py')
+    config.train_cfg.update(max_epochs=1, val_interval=10)
+    config.work_dir = 'work'
     runner = Runner.from_cfg(config)
     key = 'distill.mimic.adapters.0.weight'
     before = runner.model.state_dict()[key].clone()

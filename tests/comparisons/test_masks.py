@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from common import slow, step
+from builders import slow
+from common import step
 from det_zoo import FAMILIES, batch, build_pair
 from scipy.special import expit
 

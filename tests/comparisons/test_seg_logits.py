@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from builders import build_distiller
 from common import correlations, dist
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -49,11 +50,15 @@ def mask2former() -> dict:
 # ---- the oracle ------------------------------------------------------------------
 
 
-def raw_outputs(model: nn.Module, data: dict, seed: int = 0) -> tuple:
-    """What the plain student computes in training: decode head, auxiliary head."""
+def plain_student(model: nn.Module) -> nn.Module:
     plain = MODELS.build(model.plain)
     plain.load_state_dict(model.state_dict())
-    plain.train()
+    return plain.train()
+
+
+def raw_outputs(model: nn.Module, data: dict, seed: int = 0) -> tuple:
+    """What the plain student computes in training: decode head, auxiliary head."""
+    plain = plain_student(model)
     with torch.no_grad():
         torch.manual_seed(seed)  # of the dropout
         features = plain.extract_feat(data['inputs'])
@@ -97,6 +102,13 @@ def rows_that_count(x: np.ndarray, data: dict | None) -> np.ndarray:
         valid[inside] = True
         keep.append((label != 255) & valid)
     return rows[np.stack(keep)]
+
+
+def map_of_the_teacher(model: nn.Module, data: dict, size: tuple | None = None):
+    """The rows that count of its logits, resized to ``size`` if one is given."""
+    with torch.no_grad():
+        logits = model.teacher.model(data['inputs']).double().numpy()
+    return rows_that_count(bilinear(logits, size, False) if size else logits, data)
 
 
 def loss_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
@@ -197,31 +209,21 @@ def test_images_without_a_label_give_zero(pspnet, upernet):
     assert losses['loss_dist_aux'] == 0
     (losses['loss_dist'] + losses['loss_dist_aux']).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert grads
-    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+    assert grads and not any(grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize('ignore_index', [0, None])
 def test_the_heads_own_ignore_index(pspnet, ignore_index):
-    pspnet.decode_head.ignore_index = ignore_index
-    model = distilled(pspnet, pspnet)
-    step = make_step(make_batch(19))
-    mask = model.distill.dist._mask(step, model.decode_head, (64, 64))
-    labels = torch.cat([s.gt_sem_seg.data for s in step.data_samples])
-    expected = (
-        torch.ones_like(labels, dtype=bool) if ignore_index is None else labels != 0
-    )
-    assert torch.equal(mask, expected)
-
-
-def make_step(data: dict):
-    from mmdist.step import Step
-
-    step = Step.__new__(Step)
-    step.inputs, step.data_samples = data['inputs'], data['data_samples']
-    step.labelled = [True] * len(step.data_samples)
-    step.valid_sizes = [tuple(step.inputs.shape[-2:])] * len(step.inputs)
-    return step
+    dice = dict(type='DiceLoss')  # which also takes None
+    pspnet.decode_head.update(ignore_index=ignore_index, loss_decode=dice)
+    model = distilled(pspnet, pspnet, resize='label', aux_weight=0)
+    data = make_batch(19)
+    labels = torch.cat([s.gt_sem_seg.data for s in data['data_samples']])
+    labels = labels.where(labels < 19, 0)
+    for sample, label in zip(data['data_samples'], labels, strict=True):
+        sample.gt_sem_seg.data = label[None]
+    counts = labels != 0 if ignore_index == 0 else torch.ones_like(labels, dtype=bool)
+    assert torch.equal(pair_of(model, data).mask, counts)
 
 
 @pytest.mark.parametrize(
@@ -270,9 +272,7 @@ def test_the_classes_are_matched_by_name(pspnet):
     MessageHub.get_current_instance().update_info('dataset_meta', dict(classes=names))
     data = make_batch(3)
     (raw, _), losses = raw_outputs(model, data), loss_of(model, data)
-    with torch.no_grad():
-        theirs = model.teacher.model(data['inputs']).double().numpy()
-    raw, theirs = (rows_that_count(x, data) for x in (raw, theirs))
+    raw, theirs = rows_that_count(raw, data), map_of_the_teacher(model, data)
     known = softmax(theirs, axis=1)[:, [4, 3, 0]].sum(1) >= 0.5
     assert 0.1 < known.mean() < 0.9
     both = [softmax(x[known], axis=1) for x in (raw, theirs[:, [4, 3, 0]])]
@@ -415,12 +415,8 @@ def test_per_pixel_student_of_a_mask_classification_teacher(student, teacher):
 def test_mask_classification_student_of_a_per_pixel_teacher(mask2former, pspnet):
     model = make_pair(mask2former, pspnet, resize='label')
     data = make_batch(19)
-    plain = MODELS.build(mask2former)
-    plain.load_state_dict(model.state_dict())
-    ours = rows_that_count(scores_of(plain.train(), data), data)
-    with torch.no_grad():
-        raw = model.teacher.model(data['inputs']).double().numpy()
-    theirs = softmax(rows_that_count(bilinear(raw, (64, 64), False), data), axis=1)
+    ours = rows_that_count(scores_of(plain_student(model), data), data)
+    theirs = softmax(map_of_the_teacher(model, data, (64, 64)), axis=1)
     losses = loss_of(model, data)
     expected = dist(ours, theirs)
     assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
@@ -465,11 +461,9 @@ def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
     said = [str(w.message) for w in caught if 'inter-class' in str(w.message)]
     assert len(said) == 1
     assert ('one channel' if ours == 1 else 'two classes') in said[0]
-    with torch.no_grad():
-        raw_teacher = model.teacher.model(data['inputs']).double().numpy()
     foreground = [
         1 / (1 + np.exp(-x[:, 0])) if x.shape[1] == 1 else softmax(x, axis=1)[:, 1]
-        for x in (rows_that_count(raw, data), rows_that_count(raw_teacher, data))
+        for x in (rows_that_count(raw, data), map_of_the_teacher(model, data))
     ]
     # The background is 1 - foreground: the same correlation.
     expected = 1 - pearsonr(*foreground).statistic
@@ -481,47 +475,26 @@ def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
 # ---- inference -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('mode', ['whole', 'slide', 'tta'])
-def test_inference_is_the_students_own(pspnet, upernet, mode):
-    if mode == 'slide':
-        pspnet.test_cfg = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
-    distiller = dict(
-        type='mmdist.Distiller',
-        balance=None,
-        student=pspnet,
-        # neither needs to exist
-        teacher=dict(config='nowhere.py', checkpoint='nowhere.pth'),
-    )
-    models = [MODELS.build(cfg) for cfg in (pspnet, distiller)]
+def test_inference_with_augmentation_is_the_students_own(pspnet):
+    """Windows that slide, of an image and its mirror image."""
+    pspnet.test_cfg = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
+    nothing = dict(config='nowhere.py', checkpoint='nowhere.pth')  # is needed
+    models = [MODELS.build(pspnet), build_distiller(pspnet, False, teacher=nothing)]
     models[0].init_weights()
     scale_logits(models[0])
     models[1].load_state_dict(models[0].state_dict())
-    if mode == 'tta':
-        models = [MODELS.build(dict(type='SegTTAModel', module=m)) for m in models]
-    predictions = [model.eval().test_step(raw_images(mode)) for model in models]
-    plain, ours = (p[0].pred_sem_seg.data for p in predictions)
-    assert torch.equal(plain, ours)
-    assert len(plain.unique()) > 1
-
-
-def raw_images(mode: str) -> dict:
-    """One image as a loader gives it, or that and its mirror image for TTA."""
-    data = make_batch(19)
-    seeded = torch.Generator().manual_seed(0)
-    image = torch.randint(256, (3, *SIZE), generator=seeded).byte()
+    image = torch.randint(256, (3, *SIZE), generator=torch.manual_seed(0)).byte()
     samples = []
     for flip in (False, True):
-        sample = copy.deepcopy(data['data_samples'][0])
+        sample = make_batch(19, SIZE)['data_samples'][0]
         sample.set_metainfo(
-            dict(
-                ori_shape=SIZE, img_shape=SIZE, pad_shape=SIZE, flip=flip,
-                flip_direction='horizontal', img_path='1.png',
-            )
-        )  # fmt: skip
-        samples.append(sample)
-    if mode != 'tta':
-        return dict(inputs=[image], data_samples=samples[:1])
-    return dict(
-        inputs=[[image], [image.flip(-1)]],
-        data_samples=[samples[:1], samples[1:]],
+            dict(flip=flip, flip_direction='horizontal', img_path='1.png')
+        )
+        samples.append([sample])
+    data = dict(inputs=[[image], [image.flip(-1)]], data_samples=samples)
+    plain, ours = (
+        MODELS.build(dict(type='SegTTAModel', module=model)).eval().test_step(data)[0]
+        for model in models
     )
+    assert torch.equal(plain.pred_sem_seg.data, ours.pred_sem_seg.data)
+    assert len(plain.pred_sem_seg.data.unique()) > 1

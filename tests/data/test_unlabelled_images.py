@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import distilled_config, slow
 from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
@@ -64,6 +64,28 @@ def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
     assert (info['height'], info['width']) == data[0]['img'].shape[:2]
 
 
+def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, capsys):
+    """Not at its turn in a training, when the error names no file."""
+    odd = tmp_path / 'odd'
+    odd.mkdir()
+    (odd / 'text.jpg').write_text('not an image')
+    for name in ('a/0.png', 'a/1.jpg'):
+        whole = (folder / name).read_bytes()
+        (odd / f'cut{name[3:]}').write_bytes(whole[: len(whole) // 2])
+    Image.new('RGB', (3000, 1)).save(odd / 'thin.png')
+    Image.new('L', (20_000, 10_000)).save(odd / 'huge.png')
+    names = {path.name for path in odd.iterdir()}
+    with pytest.raises(FileNotFoundError) as error:
+        ImageFolder(str(odd), pipeline=[])
+    assert all(name in str(error.value) for name in names)
+    junk = (folder / 'a/1.jpg').read_bytes() + b'what a camera adds'
+    (odd / 'junk.jpg').write_bytes(junk)
+    data = ImageFolder(str(odd), pipeline=[])
+    assert Path(data.get_data_info(0)['img_path']).name == 'junk.jpg' and len(data) == 1
+    text = capsys.readouterr().out.partition('5 images in')[2]
+    assert all(name in text for name in names)
+
+
 def test_a_loop_of_links_is_read_once(folder):
     (folder / 'a' / 'loop').symlink_to(folder)
     (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())
@@ -85,7 +107,7 @@ class Numbers(BaseDataset):
 
     def __init__(self, size: int) -> None:
         self.size = size
-        super().__init__()
+        super().__init__(serialize_data=False)
 
     def load_data_list(self) -> list[dict]:
         return [dict(number=i) for i in range(self.size)]
@@ -153,16 +175,13 @@ def test_wrong_numbers_are_an_error():
         MixedSampler(Numbers(2), [1, 1])
 
 
-@pytest.mark.parametrize('family', ['seg', 'det'])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_the_page_trains(family, request, folder, tmp_path):
     """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
-    (tmp_path / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
+    distilled_config(tmp_path, request.getfixturevalue(f'{family}_config'))
     size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
     block = BLOCKS[family]
-    (tmp_path / 'base.py').write_text(
-        distilled_text(config=str(tmp_path / 'student.py'), allow_random=True)
-    )
-    block = re.sub(r"_base_ = '.*'", "_base_ = './base.py'", block)
+    block = re.sub(r"_base_ = '.*'", "_base_ = './distilled.py'", block)
     block = block.replace('data/unlabelled', str(folder)).replace(
         size, 'scale=(128, 96)'
     )
@@ -171,12 +190,10 @@ def test_the_page_trains(family, request, folder, tmp_path):
     config = Config.fromfile(tmp_path / 'config.py')
     config.work_dir = str(tmp_path / 'work')
     config.train_dataloader.num_workers = 0
-    if family == 'seg':
-        config.train_cfg.max_iters = 3
-        config.train_cfg.val_interval = 100
-    else:
-        config.train_cfg.max_epochs = 2
-        config.train_cfg.val_interval = 100
+    config.train_cfg.val_interval = 100
+    config.train_cfg.update(
+        dict(max_iters=3) if family == 'seg' else dict(max_epochs=2)
+    )
     runner = Runner.from_cfg(config)
     marks, losses = [], []
     step = runner.model.loss

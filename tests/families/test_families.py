@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from builders import build_distiller
 from det_zoo import FAMILIES as ZOO
 from det_zoo import batch, model_config
 from mmdet.models.detectors import BaseDetector
@@ -63,20 +64,12 @@ def test_a_new_family_is_a_file_and_a_line(monkeypatch):
     register_all_modules()
     monkeypatch.setitem(sys.modules, 'mmdist.families.cells', cells())
     monkeypatch.setitem(families.FAMILIES, 'CellDetector', 'cells')
-    torch.manual_seed(0)
     teacher = model_config(ZOO['RetinaNet'])
     teacher.test_cfg.score_thr = 0.0
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=dict(
-                type='CellDetector', data_preprocessor=teacher.data_preprocessor
-            ),
-            teacher=dict(config=teacher, allow_random=True),
-        )
+    model = build_distiller(
+        dict(type='CellDetector', data_preprocessor=teacher.data_preprocessor),
+        teacher=dict(config=teacher, allow_random=True),
     )
-    model.init_weights()
     assert type(model.distill['dist']).__name__ == 'Detections'
     losses = model(**batch(model), mode='loss')
     assert 0 < losses['loss_dist'].item() < 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import distilled_text
+from builders import distilled_config
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -47,15 +47,8 @@ class _WatchHook(Hook):
         (dict(stop=1, by_epoch=True), [1, 1, 0, 0]),
     ],
 )
-def test_the_runner_follows_the_schedule(
-    det_config, tmp_path, monkeypatch, schedule, factors
-):
-    (tmp_path / 'student.py').write_text(det_config)
-    (tmp_path / 'distilled.py').write_text(
-        distilled_text(config='student.py', allow_random=True)
-    )
-    monkeypatch.chdir(tmp_path)
-    cfg = Config.fromfile('distilled.py')
+def test_the_runner_follows_the_schedule(det_config, tmp_path, schedule, factors):
+    cfg = distilled_config(tmp_path, det_config)
     cfg.work_dir = str(tmp_path)
     cfg.optim_wrapper.optimizer.lr = 0.0  # the loss changes by the factor alone
     cfg.train_dataloader.sampler.shuffle = False
@@ -93,26 +86,18 @@ def test_the_runner_follows_the_schedule(
 )
 def test_a_schedule_that_never_distils_is_refused(det_config, tmp_path, schedule):
     """The training has two epochs of two iterations."""
-    path = tmp_path / 'student.py'
-    path.write_text(det_config)
-    cfg = Config.fromfile(path)
+    cfg = Config.fromstring(det_config, '.py')
     cfg.work_dir = str(tmp_path)
-    cfg.model = dict(
-        type='mmdist.Distiller',
-        student=cfg.model,
-        teacher=dict(config=cfg.model, allow_random=True),
-    )
+    teacher = dict(config=cfg.model, allow_random=True)
+    cfg.model = dict(type='mmdist.Distiller', student=cfg.model, teacher=teacher)
     cfg.custom_hooks = [dict(type='mmdist.DistillScheduleHook', **schedule)]
     with pytest.raises(ValueError, match='Nothing would be distilled'):
         Runner.from_cfg(cfg).train()
 
 
 def test_it_refuses_a_model_that_is_not_distilled(det_config, tmp_path):
-    path = tmp_path / 'student.py'
-    path.write_text(
-        det_config + "\ncustom_hooks = [dict(type='mmdist.DistillScheduleHook')]"
-    )
-    cfg = Config.fromfile(path)
+    cfg = Config.fromstring(det_config, '.py')
     cfg.work_dir = str(tmp_path)
+    cfg.custom_hooks = [dict(type='mmdist.DistillScheduleHook')]
     with pytest.raises(TypeError, match=r'type `mmdist\.Distiller`, but'):
         Runner.from_cfg(cfg).train()

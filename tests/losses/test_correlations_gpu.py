@@ -111,7 +111,7 @@ def test_nothing_large_is_kept():
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     """The warnings about kernels that are not taken; nothing of them is known yet."""
-    correlations._problem_of_kernels.cache_clear()
+    correlations._WORK.clear()
     correlations._warn_once.cache_clear()
     texts = []
 
@@ -121,7 +121,7 @@ def warnings(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(correlations, 'print_log', print_log)
     yield texts
-    correlations._problem_of_kernels.cache_clear()
+    correlations._WORK.clear()
 
 
 def kernels_work(activation='softmax', dtype=torch.float32) -> bool:
@@ -231,7 +231,7 @@ CONSTANTS = dict(
 def ptx(kernel, unit_stride='row', **constants):
     constants = {**CONSTANTS, **constants}
     # a stride of 1 is known when a kernel is compiled; all others are multiples of 16
-    constants.update({f'{name}_{unit_stride}': 1 for name in LOGITS})
+    constants[f'{unit_stride}_stride'] = 1
     signature, values, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import textbook
 from mmdist.losses import DISTLoss
-from mmdist.registry import MODELS
 
 SHAPES = [(12, 5), (2, 5, 6), (2, 4, 3, 2), (1, 3, 2, 2, 2)]
 SETTINGS = [
@@ -86,15 +85,6 @@ def test_gradient_of_the_oracle_is_that_of_its_value(activation):
         np.testing.assert_allclose(grad, numerical, atol=1e-9)
 
 
-@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
-def test_fp32_is_the_published_formula(make_loss, kwargs):
-    student, teacher = logits((2, 19, 6, 8))
-    loss = make_loss(**kwargs)
-    value, _ = value_and_grad(loss, student, teacher, None, torch.float32)
-    oracle = published.dist_loss(np.float32(student), np.float32(teacher), **kwargs)
-    assert value == pytest.approx(oracle, rel=1e-5)
-
-
 @pytest.mark.parametrize('kwargs', [{}, dict(activation='sigmoid', tau=2.0, beta=0.7)])
 def test_textbook_of_the_benchmarks_is_the_published_formula(kwargs):
     student, teacher = logits((2, 5, 3, 2))
@@ -110,13 +100,10 @@ def test_textbook_of_the_benchmarks_is_the_published_formula(kwargs):
 def test_every_pixel_is_an_instance(make_loss, activation):
     student, teacher = logits((1, 4, 6, 5))
     loss = make_loss(activation=activation)
-    _, grad = value_and_grad(loss, student, teacher)
+    loss(torch.tensor(student), torch.tensor(teacher))
     a, b = (published.scores(x, activation) for x in (student, teacher))
     assert loss.inter_corr.item() == pytest.approx(pearsonr(a, b, axis=1)[0].mean())
     assert loss.intra_corr.item() == pytest.approx(pearsonr(a, b, axis=0)[0].mean())
-    # the batch-wise correlation of other libraries has gradient 0 for one image
-    _, grad = value_and_grad(make_loss(beta=0, activation=activation), student, teacher)
-    assert grad.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -160,41 +147,6 @@ def test_no_rows(make_loss):
         value.backward()
         assert value.item() == 0
     assert weight.grad.tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize('masked', [False, True])
-@pytest.mark.parametrize('scale', [1e-3, 0.1, 10.0])
-def test_damping_is_the_ratio_of_the_spreads(make_loss, scale, masked):
-    """Oracle: numpy's standard deviation."""
-    student, teacher = logits((2, 5, 6))
-    student = student * scale
-    mask = np.random.default_rng(1).random((2, 6)) < 0.5 if masked else None
-    rows = slice(None) if mask is None else mask
-    ours, theirs = (np.moveaxis(x, 1, -1)[rows].std() for x in (student, teacher))
-    if masked:  # what does not count may hold anything
-        np.moveaxis(student, 1, -1)[~mask] = np.nan
-    factor = min(1, ours / (2 * theirs))
-    assert (factor < 1) == (scale < 1)
-    value, grad = value_and_grad(make_loss(damping=2.0), student, teacher, mask)
-    wanted, wanted_grad = value_and_grad(make_loss(), student, teacher, mask)
-    assert value == pytest.approx(factor * wanted)
-    torch.testing.assert_close(grad, factor * wanted_grad)
-
-
-def test_damping_of_nothing(make_loss):
-    """Constant logits, of one side or both: no NaN."""
-    constant, other = np.zeros((4, 5)), logits((4, 5))[1]
-    for student, teacher in ((constant, other), (other, constant), (constant,) * 2):
-        value, grad = value_and_grad(make_loss(damping=1.0), student, teacher)
-        assert np.isfinite(value) and grad.isfinite().all()
-
-
-def test_damping_with_a_mask_that_is_not_contiguous(make_loss):
-    student, teacher = map(torch.tensor, logits((2, 5, 4, 3)))
-    mask = (torch.rand(2, 3, 4, generator=torch.manual_seed(0)) < 0.5).transpose(1, 2)
-    loss = make_loss(damping=4.0)
-    wanted = loss(student, teacher, mask.contiguous()).item()
-    assert loss(student, teacher, mask).item() == pytest.approx(wanted)
 
 
 def test_both_terms_left_out(make_loss):
@@ -334,21 +286,6 @@ def test_gradient_is_bounded_near_a_constant(make_loss, size, activation):
         assert error < 1e-4
 
 
-@pytest.mark.parametrize('kwargs', SETTINGS, ids=str)
-@pytest.mark.parametrize('masked', [False, True])
-def test_gradcheck(path, make_loss, kwargs, masked):
-    student, teacher = (torch.tensor(x) for x in logits((2, 4, 3, 2)))
-    mask = (
-        torch.tensor([1, 1, 0, 1, 1, 1] * 2).bool().reshape(2, 3, 2) if masked else None
-    )
-    loss = make_loss(**kwargs)
-    assert torch.autograd.gradcheck(
-        lambda x: loss(x, teacher, mask),
-        student.requires_grad_(),
-        fast_mode=path == 'gpu',  # one direction; interpreted, each call takes long
-    )
-
-
 @pytest.mark.parametrize('masked', [False, True])
 def test_second_derivative(make_loss, masked):
     student, teacher = (torch.tensor(x) for x in logits((2, 4, 3, 2)))
@@ -390,10 +327,6 @@ def test_huge_logits(path, make_loss, scale):
     assert np.isfinite(grad).all()
     if path != 'gpu' or scale < 1e15:  # it keeps factors of the gradient in fp32
         np.testing.assert_allclose(grad, expected, rtol=0, atol=1e-4)
-    for ours, theirs in ((student, teacher), (student / scale, teacher)):
-        loss = make_loss(activation='identity', damping=1.0)
-        value, grad = value_and_grad(loss, ours, theirs, None, torch.float32)
-        assert np.isfinite(value) and grad.isfinite().all()
 
 
 def test_teacher_and_mask_from_inference_mode():
@@ -427,7 +360,7 @@ def test_meta_tensors(masked):
     student, teacher = torch.empty((2, 2, 5, 8), device='meta').unbind()
     mask = torch.ones((2, 8), dtype=torch.bool, device='meta') if masked else None
     student.requires_grad_()
-    for kwargs in ({}, dict(damping=1.0, activation='identity')):
+    for kwargs in ({}, dict(activation='identity')):
         DISTLoss(**kwargs)(student, teacher, mask).backward()
         assert student.grad.shape == student.shape
 
@@ -452,14 +385,14 @@ def test_teacher_gets_no_gradient(make_loss):
 
 
 @pytest.mark.parametrize(
-    ('dtype', 'activation'),
+    ('bad', 'dtype', 'activation'),
     [
-        (torch.float16, 'softmax'),
-        (torch.float32, 'sigmoid'),
-        (torch.float64, 'identity'),
+        (float('nan'), torch.float16, 'softmax'),
+        (float('inf'), torch.float32, 'sigmoid'),
+        (-float('inf'), torch.float64, 'identity'),
+        (float('nan'), torch.float64, 'identity'),
     ],
 )
-@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
 def test_bad_teacher_is_named(make_loss, bad, dtype, activation):
     student, teacher = (torch.tensor(x, dtype=dtype) for x in logits((2, 5, 4, 4)))
     teacher[1, 2, 3, 0] = bad
@@ -496,21 +429,17 @@ def test_wrong_arguments():
         DISTLoss(activation='sofmax')
     with pytest.raises(ValueError, match='tau'):
         DISTLoss(tau=0)
-    with pytest.raises(ValueError, match='damping'):
-        DISTLoss(damping=-1)
-    loss = DISTLoss()
-    with pytest.raises(ValueError, match=r'\(4, 3, 2, 2\).*\(4, 2, 2, 2\).*[Mm]ap the'):
-        loss(x, x[:, :2])
-    with pytest.raises(ValueError, match='rows, classes'):
-        loss(x[0, 0, 0], x[0, 0, 0])
-    with pytest.raises(TypeError, match=r'teacher.*int64'):
-        loss(x, x.long())
-    with pytest.raises(TypeError, match=r'student.*int64'):
-        loss(x.long(), x)
-    with pytest.raises(ValueError, match=r'mask.*\(4, 3, 2, 2\).*\(4, 2, 2\)'):
-        loss(x, x, x > 0)
-    with pytest.raises(TypeError, match='bool'):
-        loss(x, x, torch.ones(4, 2, 2))
+    row = x[0, 0, 0]
+    for error, message, *arguments in (
+        (ValueError, r'\(4, 3, 2, 2\).*\(4, 2, 2, 2\).*[Mm]ap the', x, x[:, :2]),
+        (ValueError, 'rows, classes', row, row),
+        (TypeError, r'teacher.*int64', x, x.long()),
+        (TypeError, r'student.*int64', x.long(), x),
+        (ValueError, r'mask.*\(4, 3, 2, 2\).*\(4, 2, 2\)', x, x, x > 0),
+        (TypeError, 'bool', x, x, torch.ones(4, 2, 2)),
+    ):
+        with pytest.raises(error, match=message):
+            DISTLoss()(*arguments)
 
 
 def test_correlations_of_the_last_call(make_loss):
@@ -554,7 +483,3 @@ def test_no_step_waits_for_the_gpu(masked):
         loss = DISTLoss()
         assert loss(student, teacher, mask).device.type == 'cuda'
         assert loss.inter_corr.device.type == loss.intra_corr.device.type == 'cuda'
-
-
-def test_is_in_the_registry():
-    assert isinstance(MODELS.build(dict(type='mmdist.DISTLoss', tau=2)), DISTLoss)

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from builders import slow
 from det_zoo import batch, build_pair
 from mmengine.config import Config
 from mmengine.model import convert_sync_batchnorm
@@ -104,7 +105,7 @@ def train_without_labels(cfg: Config) -> dict:
     return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
 
 
-@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_processes_with_other_mixes_of_labels_do_not_wait(
     pair, make_config, tmp_path, family
 ):
@@ -150,8 +151,12 @@ def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
     ('path', 'kind'),
     [
         ('detr/detr_r50_8xb2-150e_coco.py', 'mmdist.QueryLogits'),
-        ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mmdist.RoILogits'),
-        ('atss/atss_r50_fpn_1x_coco.py', 'mmdist.DenseLogits'),
+        *slow(
+            [
+                ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mmdist.RoILogits'),
+                ('atss/atss_r50_fpn_1x_coco.py', 'mmdist.DenseLogits'),
+            ]
+        ),
     ],
 )
 def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, kind):
@@ -164,9 +169,7 @@ def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, ki
             assert torch.equal(gradient, second[name]), name
 
 
-@pytest.mark.parametrize(
-    'find_unused', [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize('find_unused', [False, *slow([True])])
 def test_processes_end_with_the_same_weights(train_in_two, find_unused):
     """And with buffers broadcast, or not, which is mmengine's default."""
     wrapper = dict(
@@ -177,6 +180,7 @@ def test_processes_end_with_the_same_weights(train_in_two, find_unused):
         assert all(losses['loss_dist'] > 0 for losses in result['losses'].values())
 
 
+@pytest.mark.slow
 def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
     """After the stop the adapters take no part in the loss; DDP must not stop."""
     results = train_in_two(
@@ -258,30 +262,34 @@ def test_sync_batch_norm_is_the_students_alone(make_config, tmp_path):
     assert theirs == 0
 
 
+on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason='trains over gloo')
+
+
+def launched(*command, **environ: str) -> str:
+    """What a launcher in bash prints; the programs of the environment are found."""
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    environ = dict(os.environ, OMP_NUM_THREADS='1', PATH=path) | environ
+    environ['PATH'] = environ.pop('FIRST', '') + environ['PATH']
+    done = subprocess.run(
+        ['bash', *command], env=environ, capture_output=True, text=True
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-4000:]
+    assert 'GPU number: 2' in output  # mmengine's word for processes
+    assert 'loss_dist' in output
+    return output
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='trains on CPUs over gloo')
+@on_cpus
 def test_dist_train_script(make_config, tmp_path):
     """`tools/dist_train.sh CONFIG 2` on a machine without GPUs; 30 seconds alone."""
     cfg = make_config('seg', tmp_path / 'work', custom_hooks=[])
     cfg.dump(tmp_path / 'distilled.py')
-    bin_dir = Path(sys.executable).parent
-    assert shutil.which('torchrun', path=bin_dir)
-    done = subprocess.run(
-        ['bash', REPO / 'tools' / 'dist_train.sh', tmp_path / 'distilled.py', '2'],
-        env=dict(
-            os.environ,
-            PATH=f'{bin_dir}:{os.environ["PATH"]}',
-            PORT='29617',
-            OMP_NUM_THREADS='1',
-        ),
-        capture_output=True,
-        text=True,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-4000:]
+    assert shutil.which('torchrun', path=Path(sys.executable).parent)
+    script = REPO / 'tools' / 'dist_train.sh'
+    output = launched(script, tmp_path / 'distilled.py', '2', PORT='29617')
     assert 'Distributed training: True' in output
-    assert 'GPU number: 2' in output  # mmengine's word for processes
-    assert 'loss_dist' in output
     assert (tmp_path / 'work' / 'iter_4.pth').exists()
 
 
@@ -303,18 +311,13 @@ for pid in "${pids[@]}"; do
     wait "$pid" || exit 1
 done
 """
-SCONTROL = """#!/usr/bin/env bash
-echo 127.0.0.1
-"""
+SCONTROL = '#!/usr/bin/env bash\necho 127.0.0.1\n'
 # mmengine's launcher for Slurm chooses a GPU, without asking whether there is one
-NO_GPU = """
-import torch
-torch.cuda.set_device = lambda device: None
-"""
+NO_GPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='trains on CPUs over gloo')
+@on_cpus
 def test_slurm_train_script(make_config, tmp_path):
     """`tools/slurm_train.sh` with a stand-in for srun; 30 seconds alone."""
     for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
@@ -326,27 +329,15 @@ def test_slurm_train_script(make_config, tmp_path):
     cfg.model_wrapper_cfg = WRAPPER
     cfg.dump(tmp_path / 'distilled.py')
     work_dir = tmp_path / 'work'
-    done = subprocess.run(
-        [
-            *('bash', REPO / 'tools' / 'slurm_train.sh', 'partition', 'job'),
-            *(tmp_path / 'distilled.py', work_dir),
-            *('--cfg-options', 'train_cfg.max_iters=3'),
-        ],
-        env=dict(
-            os.environ,
-            GPUS='2',
-            SRUN_ARGS='--quotatype=spot --comment=test',
-            PATH=f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}',
-            PYTHONPATH=str(tmp_path),
-            MASTER_PORT='29618',
-            OMP_NUM_THREADS='1',
-        ),
-        capture_output=True,
-        text=True,
+    output = launched(
+        *(REPO / 'tools' / 'slurm_train.sh', 'partition', 'job'),
+        *(tmp_path / 'distilled.py', work_dir),
+        *('--cfg-options', 'train_cfg.max_iters=3'),
+        GPUS='2',
+        SRUN_ARGS='--quotatype=spot --comment=test',
+        FIRST=f'{tmp_path}:',
+        PYTHONPATH=str(tmp_path),
+        MASTER_PORT='29618',
     )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-4000:]
     assert 'Distributed launcher: slurm' in output
-    assert 'GPU number: 2' in output
-    assert 'loss_dist' in output
     assert (work_dir / 'iter_3.pth').exists()

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from builders import slow
 from mmengine.hooks import EMAHook
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.runner import Runner, amp
@@ -38,9 +39,7 @@ def amp_on_cpu(monkeypatch):
     ('family', 'dtype'),
     [
         ('det', 'float16'),
-        ('seg', 'bfloat16'),
-        pytest.param('det', 'bfloat16', marks=pytest.mark.slow),
-        pytest.param('seg', 'float16', marks=pytest.mark.slow),
+        *slow([('seg', 'bfloat16'), ('det', 'bfloat16'), ('seg', 'float16')]),
     ],
 )
 def test_mixed_precision(
@@ -116,6 +115,7 @@ def test_ema_keeps_evaluates_and_saves_the_student_alone(
     assert not torch.equal(weight(runner), ema_weight)
 
 
+@pytest.mark.slow
 def test_the_export_holds_the_average(make_config, train, tmp_path, after):
     """Recomputed by hand, in float64, from the weights after each step."""
     after(
@@ -166,13 +166,17 @@ def plain_losses(make_config, train, tmp_path_factory) -> dict:
 @pytest.mark.parametrize(
     'options',
     [
-        {'model.student.backbone.with_cp': True},
         {'activation_checkpointing': ['backbone.layer2', 'decode_head.conv_seg']},
-        # dynamo alone, 1 minute; and with the code that inductor generates, 7 minutes
-        pytest.param({'compile': dict(backend='eager')}, marks=pytest.mark.slow),
-        pytest.param({'compile': dict(backend='inductor')}, marks=pytest.mark.slow),
+        *slow(
+            [
+                {'model.student.backbone.with_cp': True},
+                # dynamo alone, 1 minute; with the code that inductor makes, 7 minutes
+                {'compile': dict(backend='eager')},
+                {'compile': dict(backend='inductor')},
+            ]
+        ),
     ],
-    ids=['with_cp', 'activation_checkpointing', 'compile_eager', 'compile_inductor'],
+    ids=['activation_checkpointing', 'with_cp', 'compile_eager', 'compile_inductor'],
 )
 def test_it_changes_no_loss(
     make_config, train, tmp_path, plain_losses, options, monkeypatch

@@ -83,7 +83,8 @@ SCHEDULES = dict(
 )
 
 
-@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('family', ['seg', 'det'])
 def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
     """SIGKILL within an iteration; by iterations (seg) and by epochs (det)."""
     options, kill_at, resumed_at = SCHEDULES[family]

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from builders import slow
 from mmengine.runner import Runner
 from watch import WatchHook
 
@@ -62,7 +63,7 @@ def test_nothing_grows(make_config, train, tmp_path, monkeypatch, steps=2000):
     assert late['memory'] < early['memory'] + 16 * MB
 
 
-@pytest.mark.parametrize('family', ['det', 'seg'])
+@pytest.mark.parametrize('family', ['det', *slow(['seg'])])
 def test_recorded_tensors_die_with_their_step(
     make_config, tmp_path, monkeypatch, family
 ):

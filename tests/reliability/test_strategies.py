@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import slow
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
@@ -89,7 +90,7 @@ def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled
     assert sorted(path.name for path in shards) == ['rank0.pth', 'rank1.pth']
 
 
-@pytest.mark.parametrize('name', ['DeepSpeedStrategy', 'ColossalAIStrategy'])
+@pytest.mark.parametrize('name', ['DeepSpeedStrategy', *slow(['ColossalAIStrategy'])])
 def test_other_engines_are_refused(make_config, tmp_path, monkeypatch, name):
     """Before the first step. (They are not installed: another stands in for them.)"""
 

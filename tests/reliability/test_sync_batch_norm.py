@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from builders import slow
 from det_zoo import FAMILIES, batch, build_pair
 from mmcv.ops import SyncBatchNorm as MMSyncBatchNorm
 from mmengine.registry import DefaultScope
@@ -141,13 +142,10 @@ def steps(name: str, kind: type[Norm]) -> dict:
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [
-        ('PSPNet', LikeTorch),
-        pytest.param('RetinaNet', LikeTorch, marks=pytest.mark.slow),
-        # these take a batch of both in two passes
-        ('Faster R-CNN', LikeMMCV),
-        pytest.param('Faster R-CNN', LikeTorch, marks=pytest.mark.slow),
-        pytest.param('Deformable DETR', LikeMMCV, marks=pytest.mark.slow),
-        pytest.param('MaskFormer', LikeTorch, marks=pytest.mark.slow),
+        ('Faster R-CNN', LikeMMCV),  # in two passes, as are DETR and MaskFormer
+        *slow([('PSPNet', LikeTorch), ('RetinaNet', LikeTorch)]),
+        *slow([('Faster R-CNN', LikeTorch), ('MaskFormer', LikeTorch)]),
+        *slow([('Deformable DETR', LikeMMCV)]),
     ],
 )
 def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):

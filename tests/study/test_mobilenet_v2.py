@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.registry import DefaultScope
 
-from mmdist.registry import MODELS
 from study.mobilenet_v2 import MobileNetV2, rename_torchvision_keys
 
 # Expansion, channels, blocks and stride of each stage: table 2 of the paper.
@@ -30,24 +28,31 @@ def conv_bn(state: dict, conv: str, bn: str, *shape: int) -> None:
     state[f'{bn}.num_batches_tracked'] = torch.tensor(3)
 
 
+def layers(channels: int = 32):
+    """For each block its stage, stride, and convolutions: (name, bn, shape)."""
+    block = 0
+    for stage, (expansion, out, blocks, stride) in enumerate(PAPER):
+        for i in range(blocks):
+            block += 1
+            at, hidden = f'features.{block}.conv', channels * expansion
+            convs = [(f'{at}.0.0', f'{at}.0.1', (hidden, channels, 1, 1))]
+            convs = convs if expansion > 1 else []
+            n = len(convs)
+            convs.append((f'{at}.{n}.0', f'{at}.{n}.1', (hidden, 1, 3, 3)))
+            convs.append((f'{at}.{n + 1}', f'{at}.{n + 2}', (out, hidden, 1, 1)))
+            yield stage, 1 if i else stride, convs
+            channels = out
+
+
 @pytest.fixture(scope='module')
 def weights() -> dict:
     """A state dict with the keys of torchvision's mobilenet_v2, as it is published."""
     torch.manual_seed(0)
     state: dict = {}
     conv_bn(state, 'features.0.0', 'features.0.1', 32, 3, 3, 3)
-    channels, block = 32, 0
-    for expansion, out, blocks, _ in PAPER:
-        for _ in range(blocks):
-            block += 1
-            at, hidden = f'features.{block}.conv', channels * expansion
-            i = 0
-            if expansion > 1:
-                conv_bn(state, f'{at}.0.0', f'{at}.0.1', hidden, channels, 1, 1)
-                i = 1
-            conv_bn(state, f'{at}.{i}.0', f'{at}.{i}.1', hidden, 1, 3, 3)
-            conv_bn(state, f'{at}.{i + 1}', f'{at}.{i + 2}', out, hidden, 1, 1)
-            channels = out
+    for _, _, convs in layers():
+        for conv, bn, shape in convs:
+            conv_bn(state, conv, bn, *shape)
     conv_bn(state, 'features.18.0', 'features.18.1', 1280, 320, 1, 1)
     state['classifier.1.weight'] = torch.randn(1000, 1280)
     state['classifier.1.bias'] = torch.randn(1000)
@@ -65,34 +70,29 @@ def published_forward(state: dict, x: torch.Tensor) -> list[torch.Tensor]:
         return x.clamp(0, 6) if relu else x
 
     x = run(x, 'features.0.0', 'features.0.1', 2)
-    block, maps = 0, []
-    for expansion, out, blocks, stride in PAPER:
-        for i in range(blocks):
-            block += 1
-            at, y, n = f'features.{block}.conv', x, 0
-            if expansion > 1:
-                y = run(y, f'{at}.0.0', f'{at}.0.1')
-                n = 1
-            y = run(y, f'{at}.{n}.0', f'{at}.{n}.1', 1 if i else stride, y.size(1))
-            y = run(y, f'{at}.{n + 1}', f'{at}.{n + 2}', relu=False)
-            x = x + y if i or (stride == 1 and x.size(1) == out) else y
-        maps.append(x)
-    return maps
+    maps = {}
+    for stage, stride, convs in layers():
+        *first, depthwise, last = convs
+        y = x
+        for conv, bn, _ in first:
+            y = run(y, conv, bn)
+        y = run(y, *depthwise[:2], stride, y.size(1))
+        y = run(y, *last[:2], relu=False)
+        x = x + y if stride == 1 and x.size(1) == y.size(1) else y
+        maps[stage] = x
+    return list(maps.values())
 
 
 @pytest.mark.parametrize('num_stages', [1, 4, 7])
 def test_computes_what_the_published_network_does(num_stages, weights, tmp_path):
     torch.save(weights, tmp_path / 'weights.pth')
     strides = (1, 2, 2, 2, 1, 2, 1)
-    cfg = dict(
-        type='mmdist.MobileNetV2',
+    model = MobileNetV2(
         num_stages=num_stages,
         strides=strides,
         out_indices=tuple(range(num_stages)),
         init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'weights.pth')),
     )
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        model = MODELS.build(cfg)
     model.init_weights()
     model.double().eval()
     x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
@@ -111,14 +111,10 @@ def test_cut_off_it_has_no_more_parameters():
         sum(p.numel() for p in MobileNetV2(num_stages=n).parameters()) for n in (4, 7)
     ]
     # by hand from table 2, without the classifier and the last 1x1 convolution
-    expected, channels, total = {}, 32, 3 * 32 * 9 + 2 * 32
-    for stage, (t, out, blocks, _) in enumerate(PAPER, 1):
-        for _ in range(blocks):
-            hidden = channels * t
-            total += hidden * (channels + 2) if t > 1 else 0
-            total += hidden * (9 + 2) + out * (hidden + 2)
-            channels = out
-        expected[stage] = total
+    expected, total = {}, 3 * 32 * 9 + 2 * 32
+    for stage, _, convs in layers():
+        total += sum(math.prod(shape) + 2 * shape[0] for _, _, shape in convs)
+        expected[stage + 1] = total
     assert counts == [expected[4], expected[7]]
     assert [m.shape for m in MobileNetV2(num_stages=4)(torch.zeros(1, 3, 64, 64))]
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from mmdet.testing import demo_mm_inputs
+from builders import slow
+from det_zoo import batch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
+from segmentors import make_batch
 
 from mmdist.registry import MODELS
 from study import __main__ as command
 from study import grid, report, runs
-from tools.runs import read_log
+from tools.logs import read_log
 
 # ---- the tables ----------------------------------------------------------------
 
@@ -81,13 +81,8 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
 
 
 def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
-    cells = list(
-        dict.fromkeys(
-            grid.grid(
-                'small', ['camvid-25'], ['alone', 'dist'], ['strong', 'weak'], [0, 1]
-            )
-        )
-    )
+    methods, teachers = ['alone', 'dist'], ['strong', 'weak']
+    cells = dict.fromkeys(grid.grid('small', ['camvid-25'], methods, teachers, [0, 1]))
     assert [str(cell.folder.relative_to('small')) for cell in cells] == [
         'camvid-25/alone_seed0',
         'camvid/teacher_strong_seed0',
@@ -146,10 +141,8 @@ def test_settings_of_a_cell(task, tmp_path):
 @pytest.mark.parametrize(
     ('task', 'method'),
     [
-        ('camvid', 'dist-no-labels'),
-        ('bccd-retinanet', 'dist-no-labels'),
-        ('camvid-25', 'dist-unlabelled'),
-        ('bccd-retinanet-25', 'dist-unlabelled'),
+        *((task, 'dist-no-labels') for task in ('camvid', 'bccd-retinanet')),
+        *((task, 'dist-unlabelled') for task in ('camvid-25', 'bccd-retinanet-25')),
     ],
 )
 def test_students_read_no_label_of_unlabelled_images(task, method, tmp_path):
@@ -190,29 +183,8 @@ def test_student_is_a_quarter_of_its_teachers(task, scale):
     assert student <= weak / (4 if scale == 'small' else 1)
 
 
-def batch(family: str) -> dict:
-    if family == 'det':
-        return demo_mm_inputs(2, [(3, 96, 128)] * 2, num_items=[3, 5], num_classes=3)
-    torch.manual_seed(0)
-    samples = []
-    for _ in range(2):
-        labels = torch.randint(0, 11, (1, 12, 16)).repeat_interleave(8, 1)
-        sample = SegDataSample()
-        sample.gt_sem_seg = PixelData(data=labels.repeat_interleave(8, 2))
-        sample.set_metainfo(dict(img_shape=(96, 128)))
-        samples.append(sample)
-    images = [torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8) for _ in samples]
-    return dict(inputs=images, data_samples=samples)
-
-
 @pytest.mark.parametrize(
-    'task',
-    [
-        'camvid',
-        'bccd-retinanet',
-        pytest.param('bccd-faster-rcnn', marks=pytest.mark.slow),
-        pytest.param('bccd-dino', marks=pytest.mark.slow),
-    ],
+    'task', ['camvid', *slow(['bccd-retinanet', 'bccd-faster-rcnn', 'bccd-dino'])]
 )
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
@@ -228,40 +200,36 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model).train()
             model.init_weights()  # DINO leaves memory as it is
-            family = 'seg' if task == 'camvid' else 'det'
-            data = model.data_preprocessor(batch(family), True)
+            size = 96, 128
+            data = (
+                make_batch(11, size) if task == 'camvid' else batch(model, (size,) * 2)
+            )
             losses = model.loss(**data)
-        ours = {k: v for k, v in losses.items() if 'loss' in k and k.split('_')[-1] in
-                ('kl', 'dist', 'mimic', 'box', 'pkd')}  # fmt: skip
-        added[method] = sorted(ours)
-        total = sum(
-            sum(v) if isinstance(v, (list, tuple)) else v for v in ours.values()
-        )
+        kinds = ('kl', 'dist', 'mimic', 'box', 'pkd')
+        ours = {k: v for k, v in losses.items() if k.removeprefix('loss_') in kinds}
+        added[method] = ' '.join(sorted(ours))
+        total = sum(sum(v) if isinstance(v, list) else v for v in ours.values())
         total.backward()
         assert 0 < total.item() < 1e4
         # the head's for the logits, the backbone's for all
         gradient = model.backbone.conv1.conv.weight.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
     more = {
-        'camvid': {'dist-no-labels': ['loss_dist']},
+        'camvid': {'dist-no-labels': 'loss_dist'},
         'bccd-retinanet': {
-            'kl-binary': ['loss_kl'],
-            'dist-no-labels': ['loss_box', 'loss_dist'],
+            'kl-binary': 'loss_kl',
+            'dist-no-labels': 'loss_box loss_dist',
         },
-        'bccd-dino': {'kl-binary': ['loss_kl']},
+        'bccd-dino': {'kl-binary': 'loss_kl'},
     }.get(task, {})
     if task != 'camvid':
-        more['dist-damped'] = ['loss_dist']
-        more['dist-box'] = more['intra-box'] = ['loss_box', 'loss_dist']
-        more['intra-box-pkd'] = ['loss_box', 'loss_dist', 'loss_pkd']
+        more['dist-box'] = more['intra-box'] = 'loss_box loss_dist'
+        more['intra-box-pkd'] = 'loss_box loss_dist loss_pkd'
     assert added == more | {
-        'kl-t1': ['loss_kl'],
-        'kl-t4': ['loss_kl'],
-        'dist': ['loss_dist'],
-        'dist-inter': ['loss_dist'],
-        'dist-intra': ['loss_dist'],
-        'dist-mimic': ['loss_dist', 'loss_mimic'],
-        'intra-pkd': ['loss_dist', 'loss_pkd'],
+        **dict.fromkeys(('kl-t1', 'kl-t4'), 'loss_kl'),
+        **dict.fromkeys(('dist', 'dist-inter', 'dist-intra'), 'loss_dist'),
+        'dist-mimic': 'loss_dist loss_mimic',
+        'intra-pkd': 'loss_dist loss_pkd',
     }
 
 

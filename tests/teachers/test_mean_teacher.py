@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import dataset_batch, distilled_text
+from builders import dataset_batch, distilled_config, slow
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
@@ -36,9 +36,7 @@ class KeepStudent(Hook):
 
 
 def make_config(text: str, folder: Path, **options) -> Config:
-    (folder / 'student.py').write_text(text)
-    (folder / 'distilled.py').write_text(distilled_text(ema=dict(momentum=MOMENTUM)))
-    config = Config.fromfile(folder / 'distilled.py')
+    config = distilled_config(folder, text, ema=dict(momentum=MOMENTUM))
     config.work_dir = str(folder / 'work')
     config.optim_wrapper.optimizer.lr = 0.05
     config.merge_from_dict(options)
@@ -54,14 +52,8 @@ def train(config: Config) -> Runner:
 
 @pytest.fixture
 def config(seg_config, tmp_path) -> Config:
-    return make_config(
-        seg_config,
-        tmp_path,
-        **{
-            'train_cfg.max_iters': 5,
-            'default_hooks.checkpoint.interval': 3,
-        },
-    )
+    options = {'train_cfg.max_iters': 5, 'default_hooks.checkpoint.interval': 3}
+    return make_config(seg_config, tmp_path, **options)
 
 
 def test_it_is_the_mean_of_the_student_in_closed_form(config):
@@ -93,7 +85,7 @@ def test_it_is_the_mean_of_the_student_in_closed_form(config):
     assert saved['state_dict'].keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize('family', ['seg', pytest.param('det', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_a_resumed_run_goes_on_with_the_same_teacher(family, request, tmp_path):
     """To the bit, by iterations and by epochs."""
     half, whole = {'seg': (3, 6), 'det': (1, 2)}[family]
@@ -112,19 +104,15 @@ def test_a_resumed_run_goes_on_with_the_same_teacher(family, request, tmp_path):
     )
     expected = train(config)
     resumed = copy.deepcopy(config)
-    resumed.load_from = str(
-        Path(config.work_dir) / f'{"iter" if unit == "iters" else "epoch"}_{half}.pth'
-    )
+    resumed.load_from = str(Path(config.work_dir) / f'{unit[:-1]}_{half}.pth')
     resumed.resume = True
     resumed.work_dir = str(tmp_path / 'resumed')
     found = train(resumed)
-    for side in (
-        lambda runner: runner.model,
-        lambda runner: runner.model.teacher.model,
-    ):
-        ours, theirs = side(found).state_dict(), side(expected).state_dict()
-        for name, value in theirs.items():
-            assert torch.equal(ours[name], value), name
+    ours, theirs = (
+        [*m.state_dict().values(), *m.teacher.model.state_dict().values()]
+        for m in (found.model, expected.model)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 class Stepper:
@@ -181,14 +169,6 @@ def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
         with torch.no_grad():
             one.loss()
         one.step()
-
-
-def test_accumulated_gradients_make_one_step(config):
-    config.optim_wrapper.accumulative_counts = 4
-    config.train_cfg.update(max_iters=9)
-    config.default_hooks.checkpoint.interval = 100
-    average = train(config).model.teacher.average
-    assert average.steps.item() == 3  # at first, after iterations 4 and 8
 
 
 def test_each_model_in_a_process_has_a_mean_of_its_own(stepper):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from builders import build_distiller
 from det_zoo import batch, model_config
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.registry import DefaultScope
@@ -18,7 +18,6 @@ from torch import nn
 
 from mmdist.families.probabilities import mean_probability
 from mmdist.record import Recorder
-from mmdist.registry import MODELS
 
 PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
 MASK2FORMER = 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024'
@@ -37,21 +36,11 @@ def teacher(path: str, width: float = 1 / 8, **more) -> dict:
 
 
 def build(distill: dict | None = None, student: str = PSPNET, **teachers) -> nn.Module:
-    torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope('mmseg'):
-        model = MODELS.build(
-            dict(
-                type='mmdist.Distiller',
-                balance=None,
-                student=zoo_model(student),
-                distill=distill,
-                **teachers,
-            )
-        )
-        model.init_weights()
+        model = build_distiller(zoo_model(student), distill=distill, **teachers)
     for guest in model.teachers.values():
         calibrate(guest.model)
-    return model.train()
+    return model
 
 
 def losses_of(model: nn.Module, data: dict) -> dict:
@@ -66,42 +55,32 @@ def seg(**options) -> dict:
 # ---- several teachers ------------------------------------------------------------
 
 
-def two(weights=None, **more) -> nn.Module:
+def two(weights=None) -> nn.Module:
     options = {} if weights is None else dict(from_teacher=weights)
     return build(
         seg(**options),
-        teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET, 1 / 4, **more)),
+        teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET, 1 / 4)),
     )
-
-
-def test_two_equal_teachers_give_what_one_gives():
-    one = build(seg(), teacher=teacher(PSPNET))
-    both = build(seg(), teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET)))
-    for guest in both.teachers.values():
-        guest.model.load_state_dict(one.teacher.model.state_dict())
-    both.load_state_dict(one.state_dict())
-    data = make_batch(19)
-    expected, found = losses_of(one, data), losses_of(both, data)
-    for key in ('loss_dist', 'loss_dist_aux'):
-        assert found[key].item() == pytest.approx(expected[key].item(), rel=1e-6)
-    assert found['dist_inter_a'] == found['dist_inter_b'] == expected['dist_inter']
-    assert both.state_dict().keys() == one.state_dict().keys()
 
 
 def test_the_term_is_the_weighted_mean_over_the_teachers():
     data = make_batch(19)
     a, b, mean, weighted = (
-        losses_of(two(weights), data)['loss_dist'].item()
-        for weights in ('a', 'b', None, dict(a=3, b=1))
+        losses_of(two(weights), data) for weights in ('a', 'b', None, dict(a=3, b=1))
     )
-    assert a != pytest.approx(b, rel=1e-3)
-    assert mean == pytest.approx((a + b) / 2, rel=1e-5)
-    assert weighted == pytest.approx(0.75 * a + 0.25 * b, rel=1e-5)
+    for key in ('loss_dist', 'loss_dist_aux'):
+        of_a, of_b = a[key].item(), b[key].item()
+        assert of_a != pytest.approx(of_b, rel=1e-3)
+        assert mean[key].item() == pytest.approx((of_a + of_b) / 2, rel=1e-5)
+        expected = 0.75 * of_a + 0.25 * of_b
+        assert weighted[key].item() == pytest.approx(expected, rel=1e-5)
+    assert mean['dist_inter_a'] == a['dist_inter_a']
+    assert mean['dist_inter_b'] == b['dist_inter_b']
 
 
 def test_each_teacher_keeps_its_own_normalisation_and_classes():
     """One of them gets BGR and 0 to 255, and has its classes in another order."""
-    model = two(class_map=None)
+    model = two()
     data = make_batch(19)
     other = model.teachers['b']
     other.model.data_preprocessor.mean.zero_()
@@ -109,49 +88,35 @@ def test_each_teacher_keeps_its_own_normalisation_and_classes():
     other.renormalize = type(other.renormalize)(
         model.data_preprocessor, other.model.data_preprocessor
     )
-    seen = {}
-    for name, guest in model.teachers.items():
-        guest.model.extract_feat = partial(
-            keep_inputs, seen, name, guest.model.extract_feat
-        )
-        guest.class_names = [str(i) for i in range(19)]
-    other.class_names = other.class_names[::-1]
     names = [str(i) for i in range(19)]
-    for guest in model.teachers.values():
+    for guest, theirs in zip(
+        model.teachers.values(), (names, names[::-1]), strict=True
+    ):
+        guest.class_names = theirs
         guest.classes = guest.match_classes(names)
-    losses_of(model, data)
+    backbones = [guest.model.backbone for guest in model.teachers.values()]
+    with Recorder(backbones) as recorder:
+        losses_of(model, data)
+    first, second = (recorder.calls(x)[0].args[0] for x in backbones)
     assert model.teachers['a'].classes.teacher is None
     assert other.classes.teacher == [(i,) for i in range(19)][::-1]
     preprocessor = model.data_preprocessor
-    np.testing.assert_array_equal(seen['a'], data['inputs'])
+    np.testing.assert_array_equal(first, data['inputs'])
     pixels = data['inputs'] * preprocessor.std + preprocessor.mean
-    np.testing.assert_allclose(seen['b'], pixels, atol=1e-3)
-
-
-def keep_inputs(seen: dict, name: str, extract_feat, inputs):
-    seen[name] = inputs
-    return extract_feat(inputs)
+    np.testing.assert_allclose(second, pixels, atol=1e-3)
 
 
 def test_teachers_of_two_architectures_with_the_comparison_chosen_for_each():
     """A dense one of the same kind, and one whose boxes are compared."""
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=model_config(RETINANET),
-            teachers={
-                name: dict(config=model_config(path), allow_random=True)
-                for name, path in dict(same=RETINANET, other=FCOS).items()
-            },
-        )
+    same, other = (
+        dict(config=model_config(path), allow_random=True) for path in (RETINANET, FCOS)
     )
-    model.init_weights()
+    teachers = dict(same=same, other=other)
+    model = build_distiller(model_config(RETINANET), teachers=teachers)
     kinds = {name: type(c).__name__ for name, c in model.distill.items()}
     assert kinds == dict(dist_same='DenseLogits', dist_other='Detections')
     model.teachers['other'].model.bbox_head.test_cfg.score_thr = 0.0
-    losses = model.train()(**batch(model), mode='loss')
+    losses = model(**batch(model), mode='loss')
     assert losses['loss_dist'].item() > 0
     assert {'dist_intra_same', 'dist_intra_other'} <= losses.keys()
 
@@ -188,10 +153,8 @@ def pair_of(model: nn.Module, data: dict):
 def test_probabilities_of_a_per_pixel_teacher_are_averaged():
     """Of both forward passes, in numpy."""
     data = make_batch(19)
-    model = build(
-        seg(ignore_mask=False),
-        teacher=teacher(PSPNET, 1 / 4, views=['flip']),
-    )
+    twice = teacher(PSPNET, 1 / 4, views=['flip'])
+    model = build(seg(ignore_mask=False), teacher=twice)
     guest = model.teacher.model
     with torch.no_grad():
         plain, mirrored = (
@@ -217,21 +180,11 @@ def test_class_scores_of_masks_are_averaged():
 
 
 def test_probabilities_of_a_dense_detector_are_averaged():
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=model_config(RETINANET),
-            teacher=dict(
-                config=model_config(RETINANET, 4), allow_random=True, views=['flip']
-            ),
-        )
-    )
-    model.init_weights()
+    both = dict(config=model_config(RETINANET, 4), allow_random=True, views=['flip'])
+    model = build_distiller(model_config(RETINANET), teacher=both)
     guest = model.teacher.model
     nn.init.normal_(guest.bbox_head.retina_cls.weight, std=0.3)
-    data = batch(model.train())
+    data = batch(model)
     pair = pair_of(model, data)
     with torch.no_grad():
         plain, mirrored = (
@@ -244,18 +197,9 @@ def test_probabilities_of_a_dense_detector_are_averaged():
 
 def test_views_are_refused_where_no_location_is_compared():
     faster = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            balance=None,
-            student=model_config(faster),
-            teacher=dict(
-                config=model_config(faster), allow_random=True, views=['flip']
-            ),
-        )
-    )
+    both = dict(config=model_config(faster), allow_random=True, views=['flip'])
     with pytest.raises(ValueError, match='RoILogits does not compare locations'):
-        model.init_weights()
+        build_distiller(model_config(faster), teacher=both)
     with pytest.raises(ValueError, match=r"is \['flip'\] or omitted"):
         build(teacher=teacher(PSPNET, views=['scale']))
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from builders import dataset_batch
+from builders import build_distiller, dataset_batch
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import CheckpointLoader
@@ -55,10 +55,7 @@ def test_copies_of_a_student_share_no_teacher(det_config, tmp_path):
     teacher = dict(config=str(path), checkpoint=str(tmp_path / 'a.pth'))
     weights = Teacher(str(path)).build().state_dict()
     torch.save(dict(state_dict=weights), teacher['checkpoint'])
-    model = MODELS.build(
-        dict(type='mmdist.Distiller', student=config.model, teacher=teacher)
-    )
-    model.init_weights()
+    model = build_distiller(config.model, teacher=teacher)
     batch = model.data_preprocessor(dataset_batch(config), True)
     expected = model(**copy.deepcopy(batch), mode='loss')['loss_dist']
     for other in (copy.deepcopy(model), ExponentialMovingAverage(model).module):

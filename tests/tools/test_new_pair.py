@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from pairs import SLOW
 from tiny import TINY_RETINANET, TINY_SEGMENTOR
 
 DETECTORS = (
@@ -119,8 +120,17 @@ train_dataloader = dict(dataset=dict(
 """
 
 
-@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
-@pytest.mark.parametrize('number', [1, pytest.param(2, marks=pytest.mark.slow), 200])
+@pytest.mark.parametrize(
+    ('library', 'number'),
+    [
+        ('mmdet', 1),
+        SLOW('mmdet', 2),
+        SLOW('mmdet', 200),
+        SLOW('mmseg', 1),
+        SLOW('mmseg', 2),
+        ('mmseg', 200),
+    ],
+)
 def test_any_number_of_classes(new_pair, tmp_path, library, number):
     """One class is what aerial images of trees have; `low >= high` was the answer."""
     names = [f'class {i}' for i in range(number)]
@@ -158,12 +168,12 @@ def test_class_map_and_comparisons_are_checked_and_written(new_pair, tmp_path):
 @pytest.mark.parametrize(
     ('student', 'teacher', 'reason'),
     [
-        (
+        SLOW(
             'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
             'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
             'not work. DenseLogits cannot .* FasterRCNN.*Detections cannot .* Center',
         ),
-        (
+        SLOW(
             SEGMENTORS[1],
             'mmseg::pspnet/pspnet_r50-d8_4xb4-160k_ade20k-512x512.py',
             'not work. The classes of student and teacher cannot be matched by name',

@@ -10,22 +10,17 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pairs
 import pytest
 import torch
 from builders import dataset_batch, distilled_text
 from mmengine.config import Config
-from tiny import (
-    DET_CLASSES,
-    SEG_CLASSES,
-    SEG_CONFIG,
-    SIZE,
-    TINY_SEGMENTOR,
-)
+from pairs import SLOW
+from tiny import DET_CLASSES, SEG_CLASSES, SEG_CONFIG, SIZE, TINY_SEGMENTOR
 from torch import nn
 
-from mmdist.teachers.teacher import build_model, load_config
+from mmdist.teachers.teacher import build_model
 
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 RAMP = (
     'custom_hooks = [dict(type="mmdist.DistillScheduleHook", '
     'points=[(0, 0.0), (2, 1.0)])]'
@@ -39,20 +34,14 @@ def preflight(run_tool):
 
 
 def write_pair(
-    folder: Path, student: str, weights: dict | None = None, more: str = '', **teacher
+    folder: Path, student: str, weights: dict | None = None, **options
 ) -> None:
-    """Write a student, a teacher of its config, and the config of the pair.
-
-    The teacher has random ``weights`` if they are omitted.
-    """
-    (folder / 'student.py').write_text(student)
+    """As :func:`pairs.write_pair`, with the teacher's weights; random if omitted."""
+    pairs.write_pair(folder, student, **options)
     if weights is None:
-        torch.manual_seed(1)
-        config = load_config(folder / 'student.py')
-        weights = build_model(config, random=True).state_dict()
-    torch.save(dict(state_dict=weights), folder / 'teacher.pth')
-    teacher = dict(config='student.py', checkpoint='teacher.pth') | teacher
-    (folder / 'pair.py').write_text(distilled_text(more=more, **teacher))
+        pairs.write_weights(folder)
+    else:
+        torch.save(dict(state_dict=weights), folder / 'teacher.pth')
 
 
 COLOURS = np.array([(255, 40, 40), (40, 255, 40), (40, 40, 255)])
@@ -198,6 +187,7 @@ def test_permuted_classes(preflight, tmp_path, learned, named):
     assert (unknown in found.text) == (not named)
 
 
+@pytest.mark.slow
 def test_random_weights_score_like_noise(preflight, tmp_path, learned):
     write_pair(tmp_path, learned[0])
     found = preflight('pair.py', '--images', '4')
@@ -297,29 +287,33 @@ def test_two_classes(preflight, tmp_path):
     assert 'the inter-class term is useless there' in found.text
 
 
-def test_a_training_that_would_not_start(preflight, tmp_path, det_config, seg_config):
+@pytest.mark.parametrize(
+    ('option', 'says'),
+    [
+        ('teacher.checkpoint=other.pth', "'other.pth' do not fit the teacher's conf"),
+        SLOW('teacher.checkpoint=hello.pth', "'hello.pth' cannot be read"),
+        SLOW('teacher.config=nowhere.py', 'nowhere.py'),
+        ('student.decode_head.num_classes=2', 'set names 3 classes (sky, road, tre'),
+    ],
+)
+def test_a_training_that_would_not_start(
+    preflight, tmp_path, det_config, seg_config, option, says
+):
     """A sentence each, and no traceback."""
-    write_pair(tmp_path, det_config)
-    (tmp_path / 'other.pth').write_bytes((tmp_path / 'teacher.pth').read_bytes())
+    pairs.write_pair(tmp_path, det_config)
+    pairs.write_weights(tmp_path, 'other')
     (tmp_path / 'hello.pth').write_text('hello')
     write_pair(tmp_path, seg_config)
-    for option, says in {
-        'teacher.checkpoint=other.pth': "'other.pth' do not fit the teacher's config.",
-        'teacher.checkpoint=hello.pth': "'hello.pth' cannot be read",
-        'teacher.config=nowhere.py': 'nowhere.py',
-        'student.decode_head.num_classes=2': 'data set names 3 classes (sky, road, tre',
-    }.items():
-        found = preflight('pair.py', '--cfg-options', f'model.{option}')
-        assert found.status == 1
-        assert 'DO NOT TRAIN' in found.out.splitlines() and says in found.text
+    found = preflight('pair.py', '--cfg-options', f'model.{option}')
+    assert found.status == 1
+    assert 'DO NOT TRAIN' in found.out.splitlines() and says in found.text
 
 
 @pytest.mark.parametrize(
     ('old', 'new', 'says'),
     [
         ("'car'", "'caar'", 'it has no class caar'),
-        ("'person', 'car', 'dog'", "'a', 'b', 'c'", 'it has no class a, b, c'),
-        ("ann_file='train.json'", "ann_file='none.json'", 'none.json'),
+        SLOW("ann_file='train.json'", "ann_file='none.json'", 'none.json'),
         ('randomness', "val_dataloader['dataset']['metainfo'] = dict(classes=('car', "
          "'dog', 'person'))\nrandomness", 'in another order'),
     ],
@@ -368,7 +362,7 @@ def test_a_weight_that_hardly_counts(
     ],
 )
 def test_wrong_usage(preflight, tmp_path, det_config, args, says):
-    write_pair(tmp_path, det_config)
+    pairs.write_pair(tmp_path, det_config)
     (tmp_path / 'hello.py').write_text('hello')
     found = preflight(*args)
     assert found.status == 2

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import runpy
+import shutil
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -16,9 +21,11 @@ from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
 from tiny import DET_CLASSES, SEG_CLASSES, SIZE
 
+from mmdist import MODELS, ForeignTeacher
 from mmdist.teachers.store import Store
 from mmdist.teachers.teacher import build_model, load_config
 
+TOOLS = Path(__file__).parents[2] / 'tools'
 TWICE = "dict(type='Resize', scale=(256, 192), keep_ratio=True),"  # the size of a file
 PLAIN = "dict(type='Resize', scale=(128, 96)),"
 
@@ -29,7 +36,9 @@ def store(run_tool):
     return functools.partial(run_tool, 'store_teacher')
 
 
-def write_teacher(folder: Path, text: str, name: str = 'teacher', seed: int = 1) -> str:
+def write_teacher(
+    folder: Path, text: str, name: str = 'teacher', seed: int = 1
+) -> None:
     """Write a teacher's config and weights with which it is sure of something."""
     (folder / f'{name}.py').write_text(text)
     torch.manual_seed(seed)
@@ -40,9 +49,7 @@ def write_teacher(folder: Path, text: str, name: str = 'teacher', seed: int = 1)
                 torch.nn.init.normal_(parameter, std=0.5)
             elif f'{head}.bias' in path:
                 torch.nn.init.constant_(parameter, -1.0)
-    meta = dict(dataset_meta=dict(classes=DET_CLASSES if 'retina' in text else None))
-    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / f'{name}.pth')
-    return text
+    torch.save(dict(state_dict=model.state_dict(), meta={}), folder / f'{name}.pth')
 
 
 def write_pair(folder: Path, student: str, teacher: str, **options) -> None:
@@ -206,3 +213,198 @@ def test_flipped_and_scaled_maps_are_their_mean(store, tmp_path, seg_config, seg
         found = stored.map(stored.key(dict(img_path=str(file)))).float()
         expected = 255 * sum(maps) / 4
         torch.testing.assert_close(found, expected, rtol=0, atol=0.51)
+
+
+def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
+    root = tmp_path / 'coco'
+    shutil.copytree(coco_root, root)
+    text = det_config.replace(str(coco_root), str(root))
+    write_pair(tmp_path, text, text)
+    file = images(root)[2]
+    whole = file.read_bytes()
+    file.write_bytes(b'no image')
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 1
+    assert f'{file} cannot be read as in a test' in ran.said
+    begun = (tmp_path / 'answers/part-0.jsonl').read_text()
+    assert begun.count('\n') == 2
+    file.write_bytes(whole)
+    ran = store('pair.py', '--out', 'answers', '--flip')
+    assert ran.status == 1
+    assert 'answers was begun by another command. Its `teachers`' in ran.said
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    assert '4 images' in ran.out
+    assert 'for 2 of them' in ran.out
+    assert (tmp_path / 'answers/part-0.jsonl').read_text().startswith(begun)
+    expected = asked_of_mmdet(file)
+    np.testing.assert_array_equal(rows_of(Store('answers'), str(file)), expected)
+
+
+def run_in_group(folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    sys.argv = ['store_teacher.py', *arguments]
+    sys.path.insert(0, str(TOOLS))
+    runpy.run_path(str(TOOLS / 'store_teacher.py'), run_name='__main__')
+
+
+def test_processes_share_the_images(tmp_path, det_config, coco_root, group_of):
+    write_pair(tmp_path, det_config, det_config)
+    arguments = ['pair.py', '--out', 'answers', '--launcher', 'pytorch']
+    group_of(2)(run_in_group, tmp_path, arguments)
+    for i in range(2):
+        part = (tmp_path / f'answers/part-{i}.jsonl').read_text()
+        assert part.count('\n') == 2
+    stored = Store(tmp_path / 'answers')
+    os.chdir(tmp_path)
+    for file in images(coco_root):
+        found = rows_of(stored, str(file))
+        np.testing.assert_allclose(found, asked_of_mmdet(file), rtol=1e-5, atol=1e-4)
+
+
+def write_two(folder: Path, text: str, classes: tuple, theirs: tuple) -> None:
+    """A pair with two teachers; the second one has other classes."""
+    write_pair(folder, text, text)
+    other = text.replace(str(classes), str(theirs))
+    assert other != text
+    write_teacher(folder, other, 'other', seed=2)
+    pair = (folder / 'pair.py').read_text()
+    begin, end = pair.index('teacher={'), pair.index('}') + 1
+    teachers = (
+        "teachers=dict(a=dict(config='teacher.py', checkpoint='teacher.pth'), "
+        "b=dict(config='other.py', checkpoint='other.pth', class_match='shared'))"
+    )
+    (folder / 'pair.py').write_text(pair[:begin] + teachers + pair[end:])
+
+
+def test_boxes_of_two_teachers_are_fused(store, tmp_path, det_config, coco_root):
+    write_two(tmp_path, det_config, DET_CLASSES, ('dog', 'cat', 'person'))
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    stored = Store('answers')
+    assert stored.class_names == ('person', 'dog')
+    for file in images(coco_root)[:2]:
+        rows = []
+        for name, classes in (
+            ('teacher', {0: 0, 2: 1}),
+            ('other', {2: 0, 0: 1}),
+        ):
+            one = asked_of_mmdet(file, name)
+            one = one[np.isin(one[:, 5], list(classes))]
+            one[:, 5] = [classes[label] for label in one[:, 5]]
+            assert len(one)
+            rows.append(one)
+        expected = np.array(published_fusion(np.concatenate(rows), 2))
+        expected = expected[expected[:, 4] >= 0.05][:100]
+        found = rows_of(stored, str(file))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_maps_of_two_teachers_are_their_mean(store, tmp_path, seg_config, seg_root):
+    write_two(tmp_path, seg_config, SEG_CLASSES, ('tree', 'sky', 'road'))
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    stored = Store('answers')
+    assert stored.class_names == SEG_CLASSES
+    file = images(seg_root)[0]
+    expected = (asked_of_mmseg(file) + asked_of_mmseg(file, 'other')[[1, 2, 0]]) / 2
+    found = stored.map(str(file)).float()
+    torch.testing.assert_close(found, expected * 255, rtol=0, atol=0.51)
+
+
+def test_maps_of_windows_are_put_together(store, tmp_path, seg_config, seg_root):
+    windows = "test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(48, 48)),"
+    teacher = seg_config.replace('pretrained=None,', f'pretrained=None, {windows}')
+    assert teacher != seg_config
+    write_pair(tmp_path, seg_config, teacher)
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    file = images(seg_root)[0]
+    cfg = Config.fromfile('teacher.py')
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    model = init_model(cfg, 'teacher.pth', device='cpu')
+    logits = inference_model(model, str(file)).seg_logits.data
+    expected = F.interpolate(logits.softmax(0)[None], (12, 16), mode='bilinear')[0]
+    found = Store('answers').map(str(file)).float()
+    torch.testing.assert_close(found, expected * 255, rtol=0, atol=0.51)
+
+
+def test_each_image_is_asked_about_once(store, tmp_path, seg_config, seg_root):
+    """Through wrappers, images without labels too, and labels are not read."""
+    shutil.copytree(seg_root / 'images', tmp_path / 'unlabelled')
+    shutil.copytree(seg_root / 'labels', tmp_path / 'labels')
+    shutil.copytree(seg_root / 'images', tmp_path / 'images')
+    text = seg_config.replace(str(seg_root), str(tmp_path))
+    write_pair(tmp_path, text, text)
+    with (tmp_path / 'pair.py').open('a') as pair:
+        pair.write(
+            'labelled = _base_.train_dataloader.dataset\n'
+            "both = dict(type='ConcatDataset', ignore_keys=['classes', 'palette', "
+            "'label_map', 'reduce_zero_label'], datasets=[labelled, labelled, "
+            "dict(type='mmdist.ImageFolder', pipeline=[], data_root='unlabelled')])\n"
+            "train_dataloader = dict(dataset=dict(_delete_=True, type='RepeatDataset', "
+            'times=3, dataset=both))\n'
+        )
+    shutil.rmtree(tmp_path / 'labels')
+    (tmp_path / 'labels').mkdir()
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    stored = Store('answers')
+    assert '8 images' in ran.out
+    for folder in ('images', 'unlabelled'):
+        for file in (tmp_path / folder).iterdir():
+            key = stored.key(dict(img_path=f'{folder}/{file.name}'))
+            assert key == str(file)
+
+
+@MODELS.register_module()
+class SeesTwoBoxes(ForeignTeacher):
+    """A detector of another library."""
+
+    gives = 'boxes'
+    seen: ClassVar[list] = []
+
+    def __init__(self) -> None:
+        super().__init__(DET_CLASSES, mean=[1, 2, 3], std=[4, 5, 6])
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, images, sizes):
+        self.seen.append((images, sizes))
+        boxes = images.new_tensor([[20.0, 40, 60, 80], [100, 100, 180, 160]])
+        scores = images.new_tensor([[-9.0, 2, -9], [1, -9, -9]])
+        return [(boxes, scores)]
+
+
+def test_a_teacher_of_another_library(store, tmp_path, det_config, coco_root):
+    write_pair(tmp_path, det_config.replace(PLAIN, TWICE), det_config)
+    text = distilled_text(config=dict(type='mmdist.SeesTwoBoxes'))
+    (tmp_path / 'pair.py').write_text(text)
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 0, ran
+    file = images(coco_root)[0]
+    found = rows_of(Store('answers'), str(file))
+    sigmoid = 1 / (1 + np.exp([-2.0, -1.0]))
+    expected = [[10, 20, 30, 40, sigmoid[0], 1], [50, 50, 90, 80, sigmoid[1], 0]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    inputs, sizes = SeesTwoBoxes.seen[0]
+    assert sizes == [(192, 256)]
+    image = cv2.resize(cv2.imread(str(file)), (256, 192))[..., ::-1]
+    image = torch.tensor((image - np.array([1, 2, 3])) / np.array([4, 5, 6]))
+    torch.testing.assert_close(inputs[0].double(), image.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ('teacher', 'words'),
+    [
+        (dict(ema=dict()), 'is the mean of the student'),
+        (dict(stored='answers'), 'is stored already'),
+        (dict(config='teacher.py'), 'The teacher has no checkpoint'),
+    ],
+)
+def test_what_cannot_be_stored_is_said(store, tmp_path, det_config, teacher, words):
+    write_pair(tmp_path, det_config, det_config)
+    (tmp_path / 'pair.py').write_text(distilled_text(**teacher))
+    ran = store('pair.py', '--out', 'answers')
+    assert ran.status == 1
+    assert words in ran.said
+    assert not (tmp_path / 'answers').exists()

@@ -13,10 +13,11 @@ import mmengine
 import mmseg
 import pytest
 import torch
-from builders import distilled_text
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from pairs import SLOW, write_pair, write_weights
 from processes import run_script
+from tiny import DET_CLASSES, SEG_CLASSES
 
 REPO = Path(__file__).parents[2]
 TOOLS = dict(
@@ -44,7 +45,9 @@ def run(script: Path, *args, cwd: Path, ok: bool = True, fresh: bool = False) ->
     return output
 
 
-@pytest.fixture(scope='module', params=['det', 'seg'])
+@pytest.fixture(
+    scope='module', params=['det', pytest.param('seg', marks=pytest.mark.slow)]
+)
 def family(request) -> str:
     return request.param
 
@@ -53,22 +56,17 @@ def family(request) -> str:
 def folder(family, tmp_path_factory, request) -> Path:
     """A folder with a student, its config for distillation, and a teacher's weights."""
     folder = tmp_path_factory.mktemp(family)
-    (folder / 'student.py').write_text(request.getfixturevalue(f'{family}_config'))
-    (folder / 'distilled.py').write_text(
-        distilled_text(config='student.py', checkpoint='teacher.pth')
-    )
-    run(TOOLS['ours'] / 'train.py', 'student.py', cwd=folder)
-    last = (folder / 'work_dirs' / 'student' / 'last_checkpoint').read_text()
-    os.link(last, folder / 'teacher.pth')
+    write_pair(folder, request.getfixturevalue(f'{family}_config'))
+    write_weights(folder)
     return folder
 
 
-@pytest.mark.parametrize('tools', ['ours', 'its own'])
+@pytest.mark.parametrize('tools', ['ours', SLOW('its own')])
 def test_distilled_training_and_testing(family, folder, tools):
     tools = TOOLS['ours' if tools == 'ours' else family]
     work_dir = folder / f'work_{tools.parts[-3]}'
     log = run(
-        tools / 'train.py', 'distilled.py', '--work-dir', work_dir,
+        tools / 'train.py', 'pair.py', '--work-dir', work_dir,
         cwd=folder, fresh=tools != TOOLS['ours'],
     )  # fmt: skip
     for logged in ('loss_dist:', 'dist_inter:', 'dist_intra:'):
@@ -80,12 +78,12 @@ def test_distilled_training_and_testing(family, folder, tools):
     (folder / 'teacher.pth').rename(hidden)
     try:
         log = run(
-            tools / 'test.py', 'distilled.py', checkpoint, '--cfg-options',
+            tools / 'test.py', 'pair.py', checkpoint, '--cfg-options',
             'model.teacher.config=nowhere.py', '--work-dir', work_dir, cwd=folder,
         )  # fmt: skip
         assert 'Load checkpoint' in log
         log = run(
-            tools / 'train.py', 'distilled.py', '--work-dir', work_dir / 'no',
+            tools / 'train.py', 'pair.py', '--work-dir', work_dir / 'no',
             cwd=folder, ok=False,
         )  # fmt: skip
         assert "checkpoint 'teacher.pth' does not exist" in log
@@ -108,31 +106,35 @@ family, *configs = sys.argv[1:]
 if family == 'det':
     from mmdet.apis import inference_detector, init_detector
     for config in configs:
-        model = init_detector(config, 'teacher.pth', device='cpu')
+        model = init_detector(config, 'trained.pth', device='cpu')
         assert 'pred_instances' in inference_detector(model, image)
         assert model.dataset_meta['classes'] == ('person', 'car', 'dog')
 else:
     from mmseg.apis import inference_model, init_model
     for config in configs:
-        model = init_model(config, 'teacher.pth', device='cpu')
+        model = init_model(config, 'trained.pth', device='cpu')
         assert 'pred_sem_seg' in inference_model(model, image)
 """
 
 
+@pytest.mark.slow
 def test_the_apis_run_what_was_trained(family, folder):
     """In a process that knows nothing of mmdist."""
+    classes = {'det': DET_CLASSES, 'seg': SEG_CLASSES}[family]
+    checkpoint = torch.load(folder / 'teacher.pth')
+    meta = dict(dataset_meta=dict(classes=classes))
+    torch.save(dict(checkpoint, meta=meta), folder / 'trained.pth')
     (folder / 'apis.py').write_text(APIS)
-    configs = 'student.py', 'distilled.py'
-    run(folder / 'apis.py', family, *configs, cwd=folder, fresh=True)
+    run(folder / 'apis.py', family, 'student.py', 'pair.py', cwd=folder, fresh=True)
 
 
+@pytest.mark.slow
 def test_resume_continues(family, folder):
     work_dir = folder / 'resumed'
-    steps = {'det': 'train_cfg.max_epochs', 'seg': 'train_cfg.max_iters'}[family]
-    more = {'det': 3, 'seg': 6}[family]
-    run(TOOLS['ours'] / 'train.py', 'distilled.py', '--work-dir', work_dir, cwd=folder)
-    log = run(
-        TOOLS['ours'] / 'train.py', 'distilled.py', '--work-dir', work_dir, '--resume',
-        '--cfg-options', f'{steps}={more}', cwd=folder,
-    )  # fmt: skip
-    assert re.search(r'resumed epoch: \d+, iter: [1-9]', log)
+    steps, more = dict(det=('max_epochs', 3), seg=('max_iters', 6))[family]
+    args = TOOLS['ours'] / 'train.py', 'pair.py', '--work-dir', work_dir
+    run(*args, cwd=folder)
+    options = '--resume', '--cfg-options', f'train_cfg.{steps}={more}'
+    assert re.search(
+        r'resumed epoch: \d+, iter: [1-9]', run(*args, *options, cwd=folder)
+    )

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import pairs
 import pytest
 import torch
-from builders import distilled_text
 from mmengine.structures import InstanceData
+from pairs import SLOW
 from scipy.stats import pearsonr
 
 from mmdist import MODELS, Pair
@@ -50,16 +51,11 @@ def tool(tools):
 
 
 def write_pair(folder: Path, student: str, same: bool = False, distill: str = ''):
-    """Write the config of a pair, whose models are of one config, and checkpoints."""
-    (folder / 'student.py').write_text(student)
-    for name, seed in (('teacher', 1), ('student', 1 if same else 2)):
-        torch.manual_seed(seed)
-        model = build_model(load_config(folder / 'student.py'), random=True)
-        for parameter in model.parameters():  # away from the same few scores
-            torch.nn.init.normal_(parameter, std=0.1)
-        torch.save(dict(state_dict=model.state_dict()), folder / f'{name}.pth')
-    teacher = dict(config='student.py', checkpoint='teacher.pth')
-    (folder / 'pair.py').write_text(distilled_text(distill=distill, **teacher))
+    """As :func:`pairs.write_pair`, with `teacher.pth` and `student.pth`."""
+    pairs.write_pair(folder, student, distill=distill)
+    # away from the same few scores
+    pairs.write_weights(folder, 'teacher', seed=1, std=0.1)
+    pairs.write_weights(folder, 'student', seed=1 if same else 2, std=0.1)
 
 
 def check_pictures(folder: Path, number: int) -> None:
@@ -71,6 +67,7 @@ def check_pictures(folder: Path, number: int) -> None:
         assert file.stat().st_size < 1_000_000  # noise
 
 
+@pytest.mark.slow
 def test_segmentors(visualize, tmp_path, seg_config):
     write_pair(tmp_path, seg_config)
     found = visualize('pair.py', 'student.pth', '--num', '2')
@@ -140,7 +137,7 @@ def test_detectors(visualize, tmp_path, det_config):
     )
 
 
-@pytest.mark.parametrize('kind', ['det', 'seg'])
+@pytest.mark.parametrize('kind', ['det', SLOW('seg')])
 def test_a_copy_of_the_student_agrees_everywhere(visualize, request, tmp_path, kind):
     write_pair(tmp_path, request.getfixturevalue(f'{kind}_config'), same=True)
     found = visualize('pair.py', 'student.pth', '--num', '1')
@@ -245,17 +242,16 @@ def test_agreement_of_boxes(tool):
         (['nowhere.py', 'student.pth'], 2, 'nowhere.py'),
         (['student.py', 'student.pth'], 2, 'does not distil'),
         (['hello.py', 'student.pth'], 2, 'hello'),
-        (['pair.py', 'hello.pth'], 1, "The checkpoint 'hello.pth' cannot be read"),
+        SLOW(['pair.py', 'hello.pth'], 1, "The checkpoint 'hello.pth' cannot be read"),
         (['pair.py', 'student.pth', 'nowhere.png'], 2, 'nowhere.png does not exist'),
         (['pair.py', 'student.pth', 'pair.py'], 2, 'is no image'),
         (['pair.py', 'student.pth', '--num', '0'], 2, '--num is a number'),
-        (['pair.py', 'nowhere.pth'], 1, "The checkpoint 'nowhere.pth' does not exist"),
+        SLOW(['pair.py', 'nowhere.pth'], 1, "checkpoint 'nowhere.pth' does not exist"),
         (['pair.py', 'other.pth'], 1, "'other.pth' do not fit pair.py. 1 missing in"),
-        pytest.param(
+        SLOW(
             ['pair.py', 'student.pth', '--entry', 'a'],
             1,
             "only ['dist'] compare classes",
-            marks=pytest.mark.slow,
         ),
     ],
 )

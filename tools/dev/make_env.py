@@ -102,40 +102,30 @@ def find_nvcc() -> str | None:
 
 def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
     """What stands in the way, before anything is downloaded or built."""
-    python, problems = sys.version_info, []
-    if python < (3, 11):
-        problems.append(
-            f'The pinned versions need Python 3.11 or newer; this is {python[0]}.'
-            f'{python[1]}. Name another: make env PYTHON=python3.11'
-        )
-    if stack == 'upstream' and compiles and python >= (3, 13):
-        problems.append(
-            'mmcv 2.1.0 cannot be built with Python 3.13 or newer. Name another: '
-            'make env PYTHON=python3.12, or take the maintained fork: STACK=onedl'
-        )
+    python, is_upstream = sys.version_info, stack == 'upstream'
     header = Path(sysconfig.get_paths()['include'], 'Python.h')
-    missing = {
+    packages = {
         'python3-venv': not (venv / 'bin/pip').exists() and not find_spec('ensurepip'),
         'g++': compiles and not shutil.which(os.environ.get('CXX', 'c++')),
         'python3-dev': compiles and not header.exists(),
     }
-    if any(missing.values()):
-        names = ' '.join(name for name, lacks in missing.items() if lacks)
-        problems.append(
-            f'Missing from the system: run `sudo apt-get install {names}` (Debian, '
-            'Ubuntu).'
-        )
+    missing = ' '.join(name for name, lacks in packages.items() if lacks)
     free = shutil.disk_usage(venv.parent).free / 1e9
-    if compiles and free < MIN_DISK_GB:
-        problems.append(
-            f'{free:.0f} GB are free in {venv.parent}; torch and the build of mmcv '
-            f'need {MIN_DISK_GB}.'
-        )
-    if cuda and stack == 'upstream':
-        problems.append(UPSTREAM_CUDA)
-    elif cuda and compiles and not find_nvcc():
-        problems.append(NO_NVCC)
-    return problems
+    problems = {
+        f'The pinned versions need Python 3.11 or newer; this is {python[0]}.'
+        f'{python[1]}. Name another: make env PYTHON=python3.11': python < (3, 11),
+        'mmcv 2.1.0 cannot be built with Python 3.13 or newer. Name another: make env '
+        'PYTHON=python3.12, or take the maintained fork: STACK=onedl': (
+            is_upstream and compiles and python >= (3, 13)
+        ),
+        f'Missing from the system: run `sudo apt-get install {missing}` (Debian, '
+        'Ubuntu).': missing,
+        f'{free:.0f} GB are free in {venv.parent}; torch and the build of mmcv '
+        f'need {MIN_DISK_GB}.': compiles and free < MIN_DISK_GB,
+        UPSTREAM_CUDA: cuda and is_upstream,
+        NO_NVCC: cuda and compiles and not is_upstream and not find_nvcc(),
+    }
+    return [text for text, applies in problems.items() if applies]
 
 
 class Builder:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.runs import replace_between
+from tools.dev.runs import replace_between
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / 'docs' / 'model_zoo.md'

@@ -13,7 +13,7 @@ from torch import nn
 
 from mmdist.comparisons.default import default_for_pair
 from mmdist.teachers import Teacher
-from tools.runs import replace_between
+from tools.dev.runs import replace_between
 
 PAGE = Path(__file__).resolve().parents[2] / 'docs' / 'detectors.md'
 BEGIN = '<!-- Made by tools/dev/make_pair_matrix.py; do not edit. -->\n'
@@ -46,10 +46,11 @@ def chosen(student: nn.Module, teacher: Teacher) -> str:
     """Name of the comparison of a pair; '-' if there is none."""
     try:
         with warnings.catch_warnings(action='ignore'):  # of shifted anchors
-            comparison, _ = default_for_pair(student, teacher)
+            found = default_for_pair(student, teacher)
     except ValueError:
         return '-'
-    return type(comparison).__name__.removesuffix('Logits')
+    name = type(found['dist'].comparison).__name__.removesuffix('Logits')
+    return f'{name}, Boxes' if 'box' in found else name
 
 
 def matrix() -> str:

@@ -84,6 +84,10 @@ def choose_path(
     return 'plain'
 
 
+# Of each kind of logits, once it is known
+_WORK: dict[tuple, bool] = {}
+
+
 def kernels_work(
     device: torch.device,
     student_dtype: torch.dtype,
@@ -96,52 +100,41 @@ def kernels_work(
     written is the card, the driver and the compiler on which they run. A GPU without
     free memory is no answer, and asked again by the next call.
     """
-    try:
-        problem = _problem_of_kernels(device, student_dtype, teacher_dtype, activation)
-    except _OutOfMemory:
-        return False
-    if problem:
-        _warn_once(f'DISTLoss takes its slower path: the Triton kernels {problem}')
-    return not problem
+    kind = device, student_dtype, teacher_dtype, activation
+    if kind not in _WORK:
+        try:
+            problem = _problem_of_kernels(*kind)
+        except Exception as error:  # anything that a compiler may say
+            if 'out of memory' in str(error):  # of torch, or of the driver
+                return False
+            problem = f'do not run: {str(error).strip()[:200]}'
+        if problem:
+            _warn_once(f'DISTLoss takes its slower path: the Triton kernels {problem}')
+        _WORK[kind] = not problem
+    return _WORK[kind]
 
 
-class _OutOfMemory(Exception):
-    """The GPU had no memory left, which nothing caches."""
+def _problem_of_kernels(device, student_dtype, teacher_dtype, activation) -> str:
+    """How the kernels differ from the plain path, '' where they do not."""
+    from . import gpu
 
-
-@functools.cache
-def _problem_of_kernels(
-    device: torch.device,
-    student_dtype: torch.dtype,
-    teacher_dtype: torch.dtype,
-    activation: str,
-) -> str:
-    """What is wrong with the kernels, '' for nothing."""
-    try:
-        from . import gpu
-
-        generator = torch.Generator().manual_seed(0)
-        logits = torch.randn((2, 2, 37, 100), generator=generator)
-        logits[..., 64:] *= 0.01  # nearly constant
-        mask = (torch.rand((2, 100), generator=generator) < 0.8).to(device)
-        student = logits[0].to(device, student_dtype).requires_grad_()
-        teacher = logits.sum(0).to(device, teacher_dtype)
-        results = []
-        with torch.enable_grad():
-            for path in (gpu, plain):
-                corr = path.correlations(student, teacher, mask, Settings(activation))
-                grad = torch.autograd.grad(sum(corr), student)[0].double()
-                results.append((torch.stack(corr).detach(), grad / grad.norm()))
-        errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
-    except Exception as error:  # anything that a compiler may say
-        if 'out of memory' in str(error):  # of torch, or of the driver
-            raise _OutOfMemory from error
-        return f'do not run: {str(error).strip()[:200]}'
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((2, 2, 37, 100), generator=generator)
+    logits[..., 64:] *= 0.01  # nearly constant
+    mask = (torch.rand((2, 100), generator=generator) < 0.8).to(device)
+    student = logits[0].to(device, student_dtype).requires_grad_()
+    teacher = logits.sum(0).to(device, teacher_dtype)
+    results = []
+    with torch.enable_grad():
+        for path in (gpu, plain):
+            corr = path.correlations(student, teacher, mask, Settings(activation))
+            grad = torch.autograd.grad(sum(corr), student)[0].double()
+            results.append((torch.stack(corr).detach(), grad / grad.norm()))
+    errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
     # the gradient as a whole: in half precision any of its elements may round the
     # other way
-    if errors[0] < 1e-4 and errors[1] < 1e-2:
-        return ''
-    return f'compute something else here, off by {errors}'
+    is_same = errors[0] < 1e-4 and errors[1] < 1e-2
+    return '' if is_same else f'compute something else here, off by {errors}'
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from mmengine.dist import get_world_size
 from torch import Tensor
 
 # A vector of scores is constant where its spread (the root mean square of what
@@ -35,8 +36,6 @@ class Settings(NamedTuple):
 
 def as_rows(logits: Tensor) -> Tensor:
     """Reshape (N, classes, *spatial) to (N * prod(spatial), classes)."""
-    if logits.ndim == 2:
-        return logits
     return logits.movedim(1, -1).flatten(0, -2)
 
 
@@ -68,7 +67,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.world_size = dist.get_world_size(group)
+        ctx.world_size = get_world_size(group)
         total = tensor.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
@@ -76,6 +75,11 @@ class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.world_size, None
+
+
+def process_group() -> dist.ProcessGroup | None:
+    """The group of all processes, ``None`` where there is only one."""
+    return dist.group.WORLD if get_world_size() > 1 else None
 
 
 def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:

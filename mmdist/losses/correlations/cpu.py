@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -79,84 +78,75 @@ def correlations(
 class _Correlations(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, mask, settings, tile_size):
-        dtype = compute_dtype(student, teacher)
         places = tiles(student, tile_size)
-        # apart, since the scores of a single tile are kept for the backward pass
+        row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
+        class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
+        kept = []
+        # apart, since the scores of a single tile are kept
         memory, spare_memory = Scratch(2), Scratch(3)
-
-        def sums_of_tile(image: int, part: slice) -> _Tile:
+        mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
+        for i, (image, part) in enumerate(places):
             keep = tile_mask(mask, image, part)
             count = part.stop - part.start if keep is None else int(keep.sum())
             if count == 0:
-                return _Tile(0)
+                kept += [None, None]
+                continue
             s, t = (x[image, :, part] for x in (student, teacher))
-            for tile_dtype in (dtype, torch.float64):
-                p, q = memory.like(s, tile_dtype)
-                spare = spare_memory.like(s, tile_dtype)
+            for dtype in (compute_dtype(student, teacher), torch.float64):
+                p, q = memory.like(s, dtype)
+                spare = spare_memory.like(s, dtype)
                 scores(s, keep, settings, out=p)
                 scores(t, keep, settings, out=q, is_teacher=True)
-                mean = 1 / len(p) if settings.activation == 'softmax' else None
                 rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
                 classes = centred_sums(p, q, spare, 1, count, keep)
                 if has_digits(rows, len(p), keep) and has_digits(classes, count):
                     break
             corr, u, v = correlation(rows, len(p), settings)
-            corr = (corr if keep is None else corr * keep).sum(dtype=torch.float64)
-            kept = (p, q) if len(places) == 1 else ()
-            return _Tile(count, corr, classes.double(), (u, v, *kept))
-
-        done = [sums_of_tile(*place) for place in places]
-        some = [x for x in done if x.count > 0]
-        counts = torch.tensor([x.count for x in some], dtype=torch.float64)
-        row_total = torch.stack([x.corr for x in some] or [counts.sum()]).sum()
-        row_total = torch.stack([row_total, counts.sum()])
-        empty = counts.new_zeros((0, 5, student.shape[1]))
-        sums = torch.stack([x.class_sums for x in some]) if some else empty
-        row_total, class_corr, factors = combine(row_total, counts, sums, settings)
+            corr = corr if keep is None else corr * keep
+            row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
+            class_sums[i] = classes
+            kept += [u, v] if len(places) > 1 else [u, v, p, q]
+        row_total, class_corr, factors = combine(row_sums, class_sums, settings)
         count = row_total[1].clamp(min=1)
-        ctx.save_for_backward(student, teacher, mask)
-        ctx.tiles = places, [x.saved for x in done]
-        ctx.settings = factors, count, settings
-        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, mask, factors, count, *kept)
+        ctx.rest = places, settings
         return row_total[0] / count, class_corr.mean()
 
     @staticmethod
     def backward(ctx, *grads):
-        student, teacher, mask = ctx.saved_tensors
-        factors, count, settings = ctx.settings
+        student, teacher, mask, factors, count, *kept = ctx.saved_tensors
+        places, settings = ctx.rest
         if torch.is_grad_enabled():  # under `create_graph=True`
             grad = differentiable_gradient(student, teacher, mask, settings, grads)
             return grad, None, None, None, None
-        scale = scale_of_gradient(settings)
-        row_scale, class_scale = (0.0 if g is None else float(g * scale) for g in grads)
-        row_scale /= float(count)
-        factors = factors * (class_scale / student.shape[1])
+        grad_inter, grad_intra = (x * scale_of_gradient(settings) for x in grads)
+        row_scale = (grad_inter / count).item()
+        factors = factors * (grad_intra / student.shape[1])
+        is_softmax = settings.activation == 'softmax'
         grad = torch.empty_like(student)
         memory = Scratch(2)
-
-        for (image, part), saved in zip(*ctx.tiles, strict=True):
-            if not saved:  # no row of the tile counts
-                grad[image, :, part] = 0
+        for i, (image, part) in enumerate(places):
+            u_row, v_row = kept[2 * i : 2 * i + 2]
+            out = grad[image, :, part]
+            if u_row is None:  # no row of the tile counts
+                out.zero_()
                 continue
-            u_row, v_row, *kept = saved
             dtype = u_row.dtype
             u_row, v_row = u_row * row_scale, v_row * row_scale
             u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
             keep = tile_mask(mask, image, part)
             s, t = (x[image, :, part] for x in (student, teacher))
             scratch, spare = memory.like(s, dtype)
-            out = grad[image, :, part]
             g = out if out.dtype == dtype else spare
+            p, q = kept[2:] if len(places) == 1 else (None, None)
             # first all that needs q, then what needs p
-            q = kept[1] if kept else scores(t, keep, settings, out=scratch)
+            q = scores(t, keep, settings, out=scratch) if q is None else q
             torch.mul(q, u_row, out=g).addcmul_(q, u_class)
             # softmax sends what all of a row share, w_row, to 0
-            softmax = settings.activation == 'softmax'
-            w_row = 0 if softmax else u_row * q.mean(0)
-            p = kept[0] if kept else scores(s, keep, settings, out=scratch)
-            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1)
-            g.add_(w_class)
-            if softmax:
+            w_row = 0 if is_softmax else u_row * q.mean(0)
+            p = scores(s, keep, settings, out=scratch) if p is None else p
+            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
+            if is_softmax:
                 g.mul_(p)
                 g.addcmul_(p, g.sum(0), value=-1)
             else:
@@ -168,13 +158,6 @@ class _Correlations(torch.autograd.Function):
             if g is not out:
                 out.copy_(g)
         return grad, None, None, None, None
-
-
-class _Tile(NamedTuple):
-    count: int  # rows that count
-    corr: Tensor | None = None  # sum of their correlations
-    class_sums: Tensor | None = None
-    saved: tuple[Tensor, ...] = ()  # for the backward pass: u, v of the rows (p, q)
 
 
 def by_image(
@@ -203,17 +186,17 @@ class Scratch:
     """
 
     def __init__(self, number: int) -> None:
-        self._number = number
         self._memory = torch.empty((number, 0))
 
     def like(self, tile: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         """Tensors of the shape of a tile, laid out alike."""
-        if self._memory.dtype != dtype or self._memory.shape[1] < tile.numel():
-            self._memory = torch.empty((self._number, tile.numel()), dtype=dtype)
-        memory = self._memory[:, : tile.numel()]
+        number, size = len(self._memory), tile.numel()
+        if self._memory.dtype != dtype or self._memory.shape[1] < size:
+            self._memory = torch.empty((number, size), dtype=dtype)
+        memory = self._memory[:, :size]
         if tile.stride(0) == 1:
-            return memory.view(-1, *tile.shape[::-1]).transpose(1, 2).unbind()
-        return memory.view(-1, *tile.shape).unbind()
+            return memory.view(number, *tile.shape[::-1]).transpose(1, 2).unbind()
+        return memory.view(number, *tile.shape).unbind()
 
 
 def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
@@ -308,8 +291,13 @@ def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
 def correlation(
     sums: Tensor, count: int | Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlations and the factors u, v of their gradient, from :func:`centred_sums` of
-    ``count`` scores each."""
+    """Correlations and the factors u, v of their gradient, each (vectors,).
+
+    Args:
+        sums: Centred sums aa, ab, bb and means of p, q, (5, vectors).
+        count: Scores of each vector.
+        settings: How they are correlated.
+    """
     var, mean = sums[0:3:2], sums[3:]
     constant = is_constant(var, mean, count, settings.activation).any(0)
     norm_a, norm_b = var.sqrt()
@@ -323,32 +311,36 @@ def correlation(
 
 
 def combine(
-    row_total: Tensor, counts: Tensor, sums: Tensor, settings: Settings
+    row_sums: Tensor, class_sums: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine tiles and processes, all in float64.
 
-    ``row_total`` holds the sum of the correlations of the rows and their number,
-    ``counts`` (tiles,) the rows of each tile, ``sums`` (tiles, 5, classes) the
-    :func:`centred_sums` of the classes. The exchanges and their order are those of the
-    plain path, which another process may take.
+    The exchanges and their order are those of the plain path, which another process may
+    take.
+
+    Args:
+        row_sums: The sum of the correlations of the rows of each tile, and their
+            number, (2, tiles).
+        class_sums: Of the classes, what :func:`correlation` takes, (tiles, 5, classes).
+        settings: How they are correlated.
 
     Returns:
-        ``row_total`` of all processes, the correlations of the classes, and the factors
-        u, v, w of their gradient, shape (3, classes).
+        ``row_sums`` of all tiles and processes, (2,), the correlations of the classes,
+        and the factors u, v, w of their gradient, (3, classes).
     """
     group = settings.group
-    row_total = sum_over_processes(row_total, group)
-    if len(sums) == 1 and group is None:
-        total = sums[0]
+    row_total = sum_over_processes(row_sums.sum(1), group)
+    if len(class_sums) == 1 and group is None:
+        total = class_sums[0]
     else:
-        counts = counts.view(-1, 1, 1)
-        means = sums[:, 3:]
+        counts = row_sums[1].view(-1, 1, 1)
+        means = class_sums[:, 3:]
         total = torch.cat([counts.expand_as(means[:, :1]), counts * means], 1).sum(0)
         total = sum_over_processes(total, group)
         mean = total[1:] / total[0].clamp(min=1)
         a, b = (means - mean).unbind(1)
         between = torch.stack([a * a, a * b, b * b], 1) * counts
-        total = sum_over_processes((sums[:, :3] + between).sum(0), group)
+        total = sum_over_processes((class_sums[:, :3] + between).sum(0), group)
         total = torch.cat([total, mean])
     corr, u, v = correlation(total, row_total[1].clamp(min=1), settings)
     return row_total, corr, torch.stack([u, v, v * total[3] - u * total[4]])

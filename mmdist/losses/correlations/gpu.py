@@ -61,9 +61,15 @@ def correlations(
 
     Images of fewer than ``small_image`` elements are copied into one.
     """
-    inputs = by_image(student, teacher, mask, small_image)
+    student, teacher, mask = by_image(student, teacher, mask, small_image)
+    # one layout for both, that of the student; most logits have it, and are not copied
+    if student.is_contiguous():
+        teacher = teacher.contiguous()
+    else:
+        student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
+    mask = mask if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(student):  # on which a kernel is started
-        return _Correlations.apply(*inputs, settings)
+        return _Correlations.apply(student, teacher, mask, settings)
 
 
 class _Correlations(torch.autograd.Function):
@@ -83,20 +89,20 @@ class _Correlations(torch.autograd.Function):
         parts = triton.cdiv(positions, block_rows)
         tiles = images * parts
 
-        inputs = (student, teacher, student if mask is None else mask.view(torch.uint8))
         new = functools.partial(student.new_empty, dtype=torch.float64)
         row_factors = new((2, rows), dtype=dtype)
         # softmax sends to 0 what all classes of a row share
         row_shift = new(0 if activation == 'softmax' else rows)
         tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
         tile_flags = new((2, tiles), dtype=torch.int32)
+        by_class = student.is_contiguous()
         arguments = dict(
+            number_of_rows=rows,
             classes=classes,
             positions=positions,
             parts=parts,
-            **strides('student', student, 'image', 'class', 'row'),
-            **strides('teacher', teacher, 'image', 'class', 'row'),
-            **strides('mask', mask, 'image', 'row'),
+            class_stride=positions if by_class else 1,
+            row_stride=1 if by_class else classes,
             HAS_MASK=mask is not None,
             ACTIVATION=activation,
             TAU=float(tau),
@@ -108,13 +114,12 @@ class _Correlations(torch.autograd.Function):
         if dtype == torch.float32:
             passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
             passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
+        inputs = (student, teacher, student if mask is None else mask)
         outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
         for pass_dtype, only, _ in passes:
             constants = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
-            _forward[(tiles,)](*inputs, *outputs, tiles, rows, **constants, **arguments)
-        total, class_corr, factors = (
-            new(size) for size in ((5, classes), classes, (3, classes))
-        )
+            _forward[(tiles,)](*inputs, *outputs, tiles, **constants, **arguments)
+        total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
         row_total, finite = new(2), new(1, dtype=torch.uint8)
         outputs = (total, class_corr, factors, row_total, finite)
         constants = dict(ACTIVATION=activation, EPS=float(eps), BLOCK_TILES=BLOCK_TILES)
@@ -124,39 +129,27 @@ class _Correlations(torch.autograd.Function):
         raise_for_teacher(finite.view(torch.bool))
         if group is not None:
             row_total, class_corr, factors = combine(
-                row_total, row_total[1:], total.unsqueeze(0), settings
+                row_total.unsqueeze(1), total.unsqueeze(0), settings
             )
         saved = (row_factors, row_shift, factors, row_total, tile_flags)
         ctx.save_for_backward(student, teacher, mask, *saved)
-        ctx.arguments = arguments, passes, settings
+        ctx.rest = arguments, passes, settings
         return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
 
     @staticmethod
     def backward(ctx, *grads):
         student, teacher, mask, *saved = ctx.saved_tensors
-        arguments, passes, settings = ctx.arguments
+        arguments, passes, settings = ctx.rest
         if torch.is_grad_enabled():  # under `create_graph=True`
             inputs = (student, teacher, mask, settings)
             return differentiable_gradient(*inputs, grads), None, None, None
-        inputs = (student, teacher, student if mask is None else mask.view(torch.uint8))
+        inputs = (student, teacher, student if mask is None else mask)
         grad = torch.empty_like(student)
-        arguments |= strides('grad', grad, 'image', 'class', 'row')
-        scale, rows = scale_of_gradient(settings), saved[0].shape[1]
+        scale, tiles = scale_of_gradient(settings), saved[-1].shape[1]
         for dtype, _, only in passes:
             constants = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
-            _backward[(saved[-1].shape[1],)](
-                *inputs, *saved, *grads, grad, rows, **constants, **arguments
-            )
+            _backward[(tiles,)](*inputs, *saved, *grads, grad, **constants, **arguments)
         return grad, None, None, None
-
-
-def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
-    """The strides of a tensor by the names that the kernels give them."""
-    if tensor is None:
-        return {f'{name}_{dim}': 0 for dim in dims}
-    # that of a single image means nothing, and would only ask for another kernel
-    sizes = zip(dims, tensor.shape, tensor.stride(), strict=True)
-    return {f'{name}_{dim}': 0 if n == 1 else stride for dim, n, stride in sizes}
 
 
 # A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
@@ -174,17 +167,18 @@ _MIN_SCORE = tl.constexpr(MIN_SCORE)
 
 
 @triton.jit
-def _rows(tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS):
-    """Image and positions of a tile, which of them exist, and which count."""
+def _rows(tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS):
+    """The rows of a tile, where in the logits they begin, which of them exist, and
+    which count."""
     image = (tile // parts).to(tl.int64)
-    first = (tile % parts) * BLOCK_ROWS
-    position = first + tl.arange(0, BLOCK_ROWS)
+    position = (tile % parts) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = position < positions
+    row = image * positions + position
+    start = image * positions * classes + position.to(tl.int64) * row_stride
     keep = exists
     if HAS_MASK:
-        place = mask + image * mask_image + position.to(tl.int64) * mask_row
-        keep = exists & (tl.load(place, mask=exists, other=0) != 0)
-    return image, position, exists, keep
+        keep = exists & (tl.load(mask + row, mask=exists, other=0) != 0)
+    return row, start, exists, keep
 
 
 @triton.jit
@@ -202,13 +196,12 @@ def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
 
 
 @triton.jit
-def _side(
-    logits, image_stride, stride, row_stride, image, position, classes, exists, keep,
-    ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
+def _denominator(
+    rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+    BLOCK_ROWS,
 ):
-    """Where the rows of a tile are in the student's or the teacher's logits and, for
-    softmax, the largest logit of each and the sum of exp(logit - largest)."""
-    rows = logits + image * image_stride + position.to(tl.int64) * row_stride
+    """Of a softmax, the largest logit of each row and the sum of
+    exp(logit - largest)."""
     largest = tl.full([BLOCK_ROWS], float('-inf'), DTYPE)
     total = tl.zeros([BLOCK_ROWS], DTYPE)
     if ACTIVATION == 'softmax':
@@ -221,7 +214,7 @@ def _side(
             new = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), 0)
             largest = new
-    return rows, largest, total
+    return largest, total
 
 
 @triton.jit
@@ -287,8 +280,7 @@ def _flatness(aa, mean, number, counts):
 @triton.jit(do_not_specialize=COUNTS)
 def _forward(
     student, teacher, mask, row_factors, row_shift, tile_sums, tile_flags, class_sums,
-    tiles, number_of_rows, classes, positions, parts, student_image, student_class,
-    student_row, teacher_image, teacher_class, teacher_row, mask_image, mask_row,
+    tiles, number_of_rows, classes, positions, parts, class_stride, row_stride,
     HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr, TAU: tl.constexpr,
     EPS: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -297,16 +289,17 @@ def _forward(
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
         if tl.load(tile_flags + tile) != ONLY:
             return
-    image, position, exists, keep = _rows(
-        tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
+    row, start, exists, keep = _rows(
+        tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
-    s_rows, s_largest, s_total = _side(
-        student, student_image, student_class, student_row, image, position, classes,
-        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
+    s_rows, t_rows = student + start, teacher + start
+    s_largest, s_total = _denominator(
+        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
-    t_rows, t_largest, t_total = _side(
-        teacher, teacher_image, teacher_class, teacher_row, image, position, classes,
-        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
+    t_largest, t_total = _denominator(
+        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
 
     count = tl.sum(keep.to(tl.int32), 0)
@@ -315,11 +308,11 @@ def _forward(
     bad, flat_p, flat_q = 0, 0.0, 0.0
     for first in range(0, classes, BLOCK_CLASSES):
         p, counts, _ = _scores(
-            s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
+            s_rows, class_stride, first, classes, exists, keep, s_largest, s_total,
             ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         q, _, block_bad = _scores(
-            t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
+            t_rows, class_stride, first, classes, exists, keep, t_largest, t_total,
             ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         )
         bad += block_bad
@@ -370,7 +363,6 @@ def _forward(
     )
     tl.store(tile_sums + tile, tl.sum(tl.where(keep, corr, 0), 0))
     tl.store(tile_sums + tiles + tile, count.to(tl.float64))
-    row = image * positions + position
     u, v = u.to(row_factors.dtype.element_ty), v.to(row_factors.dtype.element_ty)
     tl.store(row_factors + row, u, mask=exists)
     tl.store(row_factors + number_of_rows + row, v, mask=exists)
@@ -438,9 +430,7 @@ def _combine(
 def _backward(
     student, teacher, mask, row_factors, row_shift, class_factors, row_total,
     tile_flags, grad_inter, grad_intra, grad,
-    number_of_rows, classes, positions, parts, student_image, student_class,
-    student_row, teacher_image, teacher_class, teacher_row, mask_image, mask_row,
-    grad_image, grad_class, grad_row,
+    number_of_rows, classes, positions, parts, class_stride, row_stride,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr,
     TAU: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -449,38 +439,37 @@ def _backward(
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
         if tl.load(tile_flags + tile) != ONLY:
             return
-    image, position, exists, keep = _rows(
-        tile, parts, positions, mask, mask_image, mask_row, HAS_MASK, BLOCK_ROWS
+    row, start, exists, keep = _rows(
+        tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
-    g_rows = grad + image * grad_image + position.to(tl.int64) * grad_row
-    s_rows, s_largest, s_total = _side(
-        student, student_image, student_class, student_row, image, position, classes,
-        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
+    s_rows, t_rows = student + start, teacher + start
+    s_largest, s_total = _denominator(
+        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
-    t_rows, t_largest, t_total = _side(
-        teacher, teacher_image, teacher_class, teacher_row, image, position, classes,
-        exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES, BLOCK_ROWS,
+    t_largest, t_total = _denominator(
+        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+        BLOCK_CLASSES, BLOCK_ROWS,
     )
+    g_rows = grad + start
     row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
     class_scale = tl.load(grad_intra) * SCALE / classes
-    row = image * positions + position
     u_row = tl.load(row_factors + row, mask=keep, other=0).to(DTYPE)
     v_row = tl.load(row_factors + number_of_rows + row, mask=keep, other=0).to(DTYPE)
     u_row, v_row = u_row * row_scale.to(DTYPE), v_row * row_scale.to(DTYPE)
     w_row, dot = tl.zeros([BLOCK_ROWS], DTYPE), tl.zeros([BLOCK_ROWS], DTYPE)
     if ACTIVATION != 'softmax':
-        w_row = tl.load(row_shift + row, mask=keep, other=0) * row_scale
-        w_row = w_row.to(DTYPE)
+        w_row = (tl.load(row_shift + row, mask=keep, other=0) * row_scale).to(DTYPE)
 
     # softmax has to see all classes first
     for last in tl.static_range(0 if ACTIVATION == 'softmax' else 1, 2):
         for first in range(0, classes, BLOCK_CLASSES):
             p, counts, _ = _scores(
-                s_rows, student_class, first, classes, exists, keep, s_largest, s_total,
+                s_rows, class_stride, first, classes, exists, keep, s_largest, s_total,
                 ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
             q, _, _ = _scores(
-                t_rows, teacher_class, first, classes, exists, keep, t_largest, t_total,
+                t_rows, class_stride, first, classes, exists, keep, t_largest, t_total,
                 ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
             )
             index = first + tl.arange(0, BLOCK_CLASSES)
@@ -499,7 +488,7 @@ def _backward(
                     g = p * (g - dot[None, :])
                 if ACTIVATION == 'sigmoid':
                     g = g * p * (1 - p)
-                place = g_rows[None, :] + index.to(tl.int64)[:, None] * grad_class
+                place = g_rows[None, :] + index.to(tl.int64)[:, None] * class_stride
                 g = tl.where(counts, g, 0)
                 if grad.dtype.element_ty != tl.float64:  # as in _load
                     g = g.to(tl.float32)

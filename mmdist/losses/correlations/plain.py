@@ -42,8 +42,7 @@ def correlations(
     if mask is not None:
         weight = mask.reshape(-1, 1).to(dtype)
         # before any arithmetic: 0 * nan is nan, in the gradient as well
-        out = weight == 0
-        student, teacher = student.masked_fill(out, 0), teacher.masked_fill(out, 0)
+        student, teacher = (x.masked_fill(weight == 0, 0) for x in (student, teacher))
     check_teacher(teacher)
     student, teacher = (
         ACTIVATIONS[settings.activation](logits.to(dtype) / settings.tau)
@@ -66,7 +65,7 @@ def differentiable_gradient(
     teacher: Tensor,
     mask: Tensor | None,
     settings: Settings,
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
 ) -> Tensor:
     """The student's gradient, itself with a graph, from those of the two correlations;
     for the fast paths under ``create_graph=True``."""
@@ -76,8 +75,7 @@ def differentiable_gradient(
             '`create_graph=True` or `sync`.'
         )
     corrs = correlations(student, teacher, mask, settings)
-    pairs = [(c, g.to(c)) for c, g in zip(corrs, grads, strict=True) if g is not None]
-    corrs, grads = zip(*pairs, strict=True)
+    grads = [grad.to(corr) for corr, grad in zip(corrs, grads, strict=True)]
     return torch.autograd.grad(corrs, student, grads, create_graph=True)[0]
 
 

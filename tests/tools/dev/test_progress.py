@@ -11,8 +11,8 @@ import termios
 
 import pytest
 
-from tools import runs
 from tools.dev import progress as module
+from tools.dev import runs
 from tools.dev.progress import Plan, Progress
 
 STEPS = {'download': 60, 'compile': 100, 'check': 20}

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools import runs
+from tools.dev import runs
 from tools.dev.progress import Plan, Progress
 from tools.dev.quickstart.report import Finished, write_report
 from tools.dev.quickstart.tasks import LAST, PARTS, TASKS, WORK_DIR, Part
+from tools.logs import read_log
 
 # make_digits and mm* are imported where they are used: what they print as they are
 # imported goes into the log
@@ -80,7 +81,7 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
                 eta = max(0, step.eta - (plan.spent() - logged))
                 left = plan.left(eta)
                 yield State(f'{title} {step.share:.0%}', left, plan.pace)
-    entries = runs.read_log(folder)
+    entries = read_log(folder)
     scores = [entry for entry in entries if task.metric in entry]
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
     result = {

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tools import runs
+from tools.dev import runs
 
 ROOT = Path(__file__).resolve().parents[3]
 WORK_DIR = Path('work_dirs/quickstart')

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import runs
+from tools.dev import runs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FAILS = 'print("what is wrong")\nraise SystemExit(3)'
 COMPUTES = """
 import os, pathlib
@@ -24,7 +24,7 @@ while True: pass
 STARTS = """
 import sys
 from pathlib import Path
-from tools import runs
+from tools.dev import runs
 runs.TOOLS = Path.cwd()
 with runs.tool('tool.py', [], Path('log')) as process:
     process.join()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:  # the process of a tool need not wait for it
     from torch import Tensor
 
-TOOLS = Path(__file__).resolve().parent
+TOOLS = Path(__file__).resolve().parents[1]
 LIBRARIES = ['mmdist'] + [
     f'{name}.{part}'
     for name in ('mmdet', 'mmseg')
@@ -118,16 +118,6 @@ def _end_with_parent() -> None:
     """Do not go on computing when the process that started this one was killed."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def read_log(folder: Path) -> list[dict]:
-    """The scalars that the runs in a work dir have logged, the first run first."""
-    return [
-        json.loads(line)
-        for file in sorted(folder.glob('*/vis_data/scalars.json'))
-        for line in file.read_text().splitlines()
-        if line.endswith('}')
-    ]
 
 
 class LoggedStep(NamedTuple):

@@ -1,12 +1,26 @@
-"""What several seeds say: mean and spread, and differences that are paired by seed."""
+"""What the logs of trainings say: mean and spread over seeds, paired differences."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
+
+LOG = '*/vis_data/scalars.json'
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The scalars that the runs in a work dir have logged, the first run first."""
+    return [
+        json.loads(line)
+        for file in sorted(folder.glob(LOG))
+        for line in file.read_text().splitlines()
+        if line.endswith('}')
+    ]
 
 
 class Paired(NamedTuple):
@@ -27,14 +41,12 @@ def paired(
         ours: Scores by seed.
         theirs: Scores by seed; seeds that only one of the two has are left out.
     """
-    differences = np.array(
-        [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    )
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     n = len(differences)
     if n < 2:
         return None
-    mean = differences.mean()
-    half = stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / np.sqrt(n)
+    mean = np.mean(differences)
+    half = stdtrit(n - 1, 0.975) * np.std(differences, ddof=1) / np.sqrt(n)
     return Paired(n, float(mean), float(mean - half), float(mean + half))
 
 

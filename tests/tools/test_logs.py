@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tools.seeds import interval, mean_and_spread, paired
+from tools.logs import interval, mean_and_spread, paired
 
 
 @pytest.mark.parametrize('n', [2, 3, 8])

@@ -1,0 +1,87 @@
+"""Foundation models of Hugging Face transformers as teachers of feature maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmdist.registry import MODELS
+
+from .huggingface import HFTeacher, config_of
+
+# The kinds that are read, by `model_type`; the first ones interpolate their position
+# embeddings only if they are told to.
+INTERPOLATED = ('clip', 'siglip', 'vit')
+BACKBONES = (
+    *INTERPOLATED,
+    *('dinov2', 'dinov2_with_registers', 'dinov3_convnext', 'dinov3_vit', 'sam'),
+)
+
+
+@MODELS.register_module()
+class HFBackbone(HFTeacher):
+    """An image encoder of transformers, for ``mmdist.Features`` alone.
+
+    DINOv2 (with registers or without), DINOv3 (ViT, ConvNeXt), SigLIP, CLIP, ViT and
+    SAM. Its last hidden state is returned as one map by its module ``maps``, without
+    the class token and the registers.
+
+    Args:
+        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: The model is not known here.
+
+    Example:
+        The student's last stage learns how the teacher's features relate::
+
+            teacher=dict(
+                config=dict(type='mmdist.HFBackbone', name='facebook/dinov2-base'))
+            distill=dict(features=dict(
+                type='mmdist.Features', loss=dict(type='mmdist.DISTLoss'),
+                student='backbone', levels=[-1], teacher='maps', teacher_levels=[0]))
+    """
+
+    gives = 'features'
+
+    def __init__(self, name: str) -> None:
+        config = config_of(name, BACKBONES)
+        kind = config.model_type
+        super().__init__(name, 'AutoModel', config)
+        self.class_names = ()
+        for tower in ('vision_model', 'vision_encoder'):  # beside a text model, prompts
+            self.model = getattr(self.model, tower, self.model)
+        config = getattr(config, 'vision_config', config)
+        self.stride = getattr(config, 'patch_size', 32)  # 32 of a ConvNeXt
+        # SAM takes one size: images are resized to it, long side first, and padded
+        self.side = config.image_size if kind == 'sam' else None
+        self.options = {}
+        if kind in INTERPOLATED:
+            self.options['interpolate_pos_encoding'] = True
+        self.maps = TokensToMaps()
+
+    def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """The map of a batch, (N, C, h, w), h and w its size / ``stride``, rounded."""
+        full = images.shape[-2:]
+        factor = self.side / max(full) if self.side else 1.0
+        h, w = (max(1, round(x * factor / self.stride)) for x in full)
+        size = (h * self.stride, w * self.stride)
+        if full != size:
+            images = F.interpolate(images, size, mode='bilinear', antialias=True)
+        if self.side:
+            images = F.pad(images, (0, self.side - size[1], 0, self.side - size[0]))
+        hidden = self.model(pixel_values=images, **self.options).last_hidden_state
+        return self.maps(hidden, h, w)
+
+
+class TokensToMaps(nn.Module):
+    """The last hidden state as a map; a module, so that its output has a path."""
+
+    def forward(self, hidden: Tensor, h: int, w: int) -> Tensor:
+        """(N, tokens, C), or (N, C, H, W) with the grid at the top left, as a map."""
+        if hidden.ndim == 4:
+            return hidden[..., :h, :w]
+        patches = hidden[:, hidden.size(1) - h * w :]  # class token and registers first
+        return patches.transpose(1, 2).unflatten(2, (h, w))
