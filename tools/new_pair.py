@@ -38,7 +38,7 @@ from mmengine.utils import get_installed_path
 from pair_report import Report, Seen, as_text, report_pair, watch
 from torch import nn
 
-from mmdist.data.answers import join
+from mmdist.data.answers import check_images, join
 from mmdist.data.labels import check_heads
 from mmdist.registry import MODELS
 from mmdist.teachers import ForeignTeacher
@@ -138,7 +138,8 @@ def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Modu
         pair = revert_sync_batchnorm(MODELS.build(model))
         if seen is not None:
             dataset = DATASETS.build(student.train_dataloader.dataset)
-            join(dataset, [pair.teacher])
+            join(dataset, pair.teacher.store.kind)
+            check_images(dataset, pair.teacher.store)
             seen += [dataset[0], dataset[len(dataset) - 1]]
         pair.init_weights()
     # Random weights are sure of nothing.

@@ -38,7 +38,7 @@ from train import load_distilling
 
 from mmdist import Comparison, Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
-from mmdist.data.answers import join
+from mmdist.data.answers import check_images, join
 from mmdist.losses import as_rows
 from mmdist.losses.correlations.common import Settings, is_constant
 from mmdist.losses.correlations.plain import ACTIVATIONS, pearson
@@ -92,7 +92,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     loader = cfg.train_dataloader if stored else cfg.val_dataloader
     lazy = dict(lazy_init=True) if args.images else {}  # without annotations
     dataset = DATASETS.build({**loader.dataset, **lazy})
-    join(dataset, stored)
+    for teacher in stored:
+        join(dataset, teacher.store.kind)
+        check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
         raise ValueError('The classes of the data set have no names.')
     # what the hooks of a training tell the distiller and some heads
