@@ -129,7 +129,7 @@ def windows(values: list[float]) -> list[float]:
 
 
 def steps(seconds: float) -> str:
-    """The table; it takes half an hour of one core."""
+    """The table; it takes a quarter of an hour on one core."""
     register_mmdet(init_default_scope=False)
     register_mmseg(init_default_scope=False)
     MMLogger.get_current_instance().setLevel(logging.ERROR)
