@@ -303,7 +303,8 @@ def test_killed_cell_goes_on_where_it_was(tiny):
     def kill() -> None:
         while not (folder / 'iter_4.pth').exists():  # so iter_2.pth is whole
             time.sleep(0.01)
-        (process,) = multiprocessing.active_children()
+        others = multiprocessing.active_children()  # groups of other tests are daemons
+        (process,) = (p for p in others if not p.daemon)
         process.kill()
 
     thread = threading.Thread(target=kill)
