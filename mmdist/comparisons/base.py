@@ -17,7 +17,7 @@ from mmdist.lookup import by_class_name, check_arguments, did_you_mean
 from mmdist.losses import DISTLoss, Terms, as_rows
 from mmdist.registry import MODELS, class_of
 from mmdist.step import Step
-from mmdist.teachers import StoredAnswers, Teacher
+from mmdist.teachers import StoredTeacher, Teacher
 
 
 @dataclass
@@ -85,11 +85,14 @@ class Comparison(BaseModule):
         asks_first: Whether :meth:`ask` needs nothing of the student. It is then called
             before the student runs, with None for ``recorded``, which takes less
             memory.
+        learns_from_answers: Whether it learns from a :class:`StoredTeacher`, which has
+            no modules: from ``step.teacher_features``, its answers.
         loss: The loss. It is complete after :meth:`bind`.
     """
 
     families = 'models that its docstring names'
     asks_first = False
+    learns_from_answers = False
 
     def __init__(self, loss: dict | None = None) -> None:
         super().__init__()
@@ -146,16 +149,6 @@ class Comparison(BaseModule):
             model: The model.
             reason: What is wrong with it, a clause such as 'it has no ``neck``'.
         """
-        if isinstance(model, StoredAnswers):
-            takes = {
-                'detections': 'mmdist.Detections or mmdist.Boxes, which learn',
-                'maps': 'mmdist.SegLogits, which learns',
-            }
-            return ValueError(
-                f'{type(self).__name__} asks modules of the teacher, and a stored one '
-                f'has none: there are {model.gives} alone. Take {takes[model.gives]} '
-                'from them, or a teacher with `config` and `checkpoint`.'
-            )
         name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
             f'{type(self).__name__} cannot compare a {name}: {reason}. '
@@ -173,8 +166,15 @@ class Comparison(BaseModule):
             teacher: The teacher, neither built nor loaded.
 
         Raises:
-            ValueError: The student has nothing to compare.
+            ValueError: The student has nothing to compare, or the comparison asks
+                modules of the teacher and this one is stored.
         """
+        if isinstance(teacher, StoredTeacher) and not self.learns_from_answers:
+            raise ValueError(
+                f'{type(self).__name__} asks modules of the teacher, and a stored one '
+                'has none. Take mmdist.Detections or mmdist.Boxes for the answers of a '
+                'detector, mmdist.SegLogits for those of a segmentor.'
+            )
         self.student_modules(student)
         if isinstance(self.loss, DISTLoss):
             activation = self.activation(student)

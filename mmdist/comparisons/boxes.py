@@ -74,6 +74,7 @@ class Boxes(Comparison):
         'or with object queries; and teachers of their family, dense ones with the '
         'same anchors, or of any other one by what they detect'
     )
+    learns_from_answers = True
 
     def __init__(
         self,

@@ -58,6 +58,7 @@ class Detections(Comparison):
         'queries, and any detector as teacher'
     )
     asks_first = True
+    learns_from_answers = True
 
     def __init__(self, loss: dict | None = None, min_iou: float = 0.5) -> None:
         super().__init__(loss or dict(type='mmdist.DISTLoss', beta=0.0))

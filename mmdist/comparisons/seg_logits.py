@@ -53,6 +53,7 @@ class SegLogits(Comparison):
         "of them, and mask classification (MaskFormer, Mask2Former, SAN), mmdet's too"
     )
     asks_first = True
+    learns_from_answers = True
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ import torch
 from builders import slow
 from common import centres, corners, overlaps, step
 from det_zoo import FAMILIES, batch, build_pair, keep_transformer
+from mmengine.structures import InstanceData
 from scipy.special import softmax
 from torch import nn
 
@@ -223,10 +224,66 @@ def test_a_teacher_that_is_sure_of_nothing_teaches_nothing(path):
     assert losses['loss_box'] == 0
 
 
+@pytest.mark.parametrize('in_pixels', [True, False])
+@pytest.mark.parametrize('path', [RETINANET, FASTER, DINO])
+def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
+    """By hand: the detection that overlaps a row most, by at least 0.5 or the best."""
+    if path == DINO and not in_pixels:
+        return
+    name = 'GIoULoss' if in_pixels else 'L1Loss'
+    teacher = RETINANET if path == FASTER else CASCADE
+    model = pair(path, teacher, loss=dict(type=f'mmdet.{name}'), min_score=0.4)
+    comparison = model.distill['box']
+    rng = np.random.default_rng(0)
+    data = batch(model, SIZES)
+    boxes = data['data_samples'][0].gt_instances.bboxes.numpy()  # they are proposals
+    scores, labels = rng.uniform(0.2, 1, len(boxes)), rng.integers(0, 80, len(boxes))
+    found = InstanceData(
+        bboxes=torch.tensor(boxes).float(),
+        scores=torch.tensor(scores).float(),
+        labels=torch.tensor(labels),
+    )
+    comparison.ask = lambda step, recorded: [found, found[:0]]
+    losses, (one,) = step(model, data)
+    assert losses['loss_box'] > 0
+    losses['loss_box'].backward()
+    weight = one.row_weight.numpy()
+    if path == DINO:
+        assert sorted(weight[weight > 0]) == pytest.approx(
+            sorted(scores[scores >= 0.4])
+        )
+        return
+    if path == RETINANET:
+        places = torch.cat(dense.anchors(model.bbox_head, maps_of(SIZES[0]))).numpy()
+        assert len(weight) == 2 * len(places) and not weight[len(places) :].any()
+        weight = weight[: len(places)]
+        iou = overlaps(places, boxes)
+        least = np.minimum(iou.max(0), 0.5)
+        iou = np.where(iou >= least, iou, 0)
+        best = iou.argmax(1)
+        wanted = np.where(iou.max(1) > 0, scores[best], 0) * (scores[best] >= 0.4)
+        np.testing.assert_allclose(weight, wanted, atol=1e-6)
+        if in_pixels:
+            target = one.teacher[: len(places)].numpy()[weight > 0]
+            np.testing.assert_allclose(target, boxes[best][weight > 0], rtol=1e-5)
+    if path == FASTER and in_pixels:
+        target = one.teacher.numpy()[weight > 0]
+        of = np.abs(target[:, None] - boxes).sum(-1)
+        assert of.min(1).max() < 1e-3
+        np.testing.assert_allclose(weight[weight > 0], scores[of.argmin(1)], rtol=1e-5)
+    assert (weight > 0).sum() >= 3
+
+
+def maps_of(size) -> list[torch.Tensor]:
+    return [torch.zeros(1, 1, *(-(-side // s) for side in size)) for s in STRIDES]
+
+
+STRIDES = (8, 16, 32, 64, 128)
+
+
 @pytest.mark.parametrize(
     ('student', 'teacher', 'message'),
     [
-        (RETINANET, CASCADE, 'rows of two detectors of one family'),
         (RETINANET, ATSS, 'anchors per location'),
         (FASTER, 'sabl/sabl-faster-rcnn_r50_fpn_1x_coco.py', 'SABLHead encodes'),
         ('paa/paa_r50_fpn_1x_coco.py', ATSS, 'PAAHead encodes'),

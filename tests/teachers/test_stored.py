@@ -1,0 +1,571 @@
+"""Answers of a teacher that is a file: as those of one that is asked in each step."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import dataset_batch, distilled_text
+from det_zoo import FAMILIES, batch, build_pair, keep_transformer, model_config
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, DefaultScope, init_default_scope
+from mmengine.runner import Runner
+from scipy.ndimage import map_coordinates
+from segmentors import distilled, make_batch, zoo_model
+from tiny import DET_CLASSES, SEG_CLASSES, SIZE
+
+from mmdist import MODELS, ForeignTeacher
+from mmdist.comparisons.detections import detected
+from mmdist.families.seg import StoredMap
+from mmdist.hooks import StoredTeacherHook
+from mmdist.step import Step
+from mmdist.teachers import ClassMatch, StoredTeacher, build_teacher
+from mmdist.teachers.store_writer import StoreWriter
+from mmdist.teachers.stored import FRAMES, Frame, Placed, Source, View
+from mmdist.teachers.stored import SIZE as NOTED
+
+SIZES = ((96, 96), (96, 96))
+NAMES = tuple(f'class {i}' for i in range(80))
+HOOK = "custom_hooks = [dict(type='mmdist.StoredTeacherHook')]"
+
+
+def write(path: Path, kind: str, classes, answers: dict) -> str:
+    """A store of answers, a dict of file -> (size, answer)."""
+    manifest = dict(kind=kind, class_names=list(classes), images=len(answers))
+    manifest['teachers'] = [dict(config='c', checkpoint='w.pth', sha256='0')]
+    writer = StoreWriter(path, manifest)
+    for file, (size, answer) in answers.items():
+        writer.add(file, size, answer)
+    writer.complete()
+    return str(path)
+
+
+def with_stored(model, path, **options):
+    """The same model, which learns from stored answers."""
+    teacher = build_teacher(dict(stored=path, **options), {})
+    model.teachers, model._is_checked = {'': teacher}, False
+    model._load_teachers()
+    return model
+
+
+def note(data, names=('a', 'b')):
+    """Say that each image is a whole file."""
+    for sample, name in zip(data['data_samples'], names, strict=True):
+        size = tuple(sample.img_shape[:2])
+        frame = Frame(Source(f'/images/{name}', None, size), ())
+        sample.set_metainfo({FRAMES: (frame,), NOTED: size})
+    return data
+
+
+def for_its_family(cfg, original, factor):
+    if original.type == 'DINO':
+        keep_transformer(cfg, original, factor)
+    cfg.test_cfg.get('rcnn', cfg.test_cfg).score_thr = 0.0
+    if 'rpn' in cfg.test_cfg:
+        cfg.test_cfg.rpn.min_bbox_size = 8
+
+
+def ask(model, data):
+    """What its teacher detects in a batch."""
+    teacher = model.teachers['']
+    step = Step(model, teacher, ClassMatch(), data['inputs'], data['data_samples'])
+    with teacher.running():
+        return detected(step)
+
+
+def stored_detections(path: Path, found, names=('a', 'b')) -> str:
+    rows = [
+        torch.cat([x.bboxes, x.scores[:, None], x.labels[:, None].float()], 1)
+        for x in found
+    ]
+    answers = {f'/images/{n}': ((96, 96), r) for n, r in zip(names, rows, strict=True)}
+    return write(path, 'boxes', NAMES, answers)
+
+
+# ---- as exact as the teacher itself --------------------------------------------------
+
+
+@pytest.mark.parametrize('student', ['RetinaNet', 'Faster R-CNN', 'DINO'])
+def test_without_augmentation_the_losses_are_those_of_the_teacher(student, tmp_path):
+    """Of the boxes too, as a teacher of another family is asked what it detects."""
+    distill = dict(
+        dist=dict(type='mmdist.Detections'), box=dict(type='mmdist.Boxes', min_score=0)
+    )
+    teacher = 'RetinaNet' if student == 'Faster R-CNN' else 'Faster R-CNN'
+    model = build_pair(
+        *(FAMILIES[x] for x in (student, teacher)),
+        distill,
+        (8, 4),
+        for_its_family,
+        SIZES,
+    )
+    for name, parameter in model.teacher.model.named_parameters():
+        if 'fc_reg' in name:
+            parameter *= 1e-3  # boxes under a pixel are left out
+    data = note(batch(model, SIZES))
+
+    def losses():
+        torch.manual_seed(0)
+        return model(**copy.deepcopy(data), mode='loss')
+
+    wanted, found = losses(), ask(model, data)
+    assert all(len(x) > 5 for x in found)
+    with_stored(model, stored_detections(tmp_path / 'store', found))
+    got = losses()
+    for name, value in wanted.items():
+        if name.startswith(('loss_dist', 'loss_box', 'dist', 'box')):
+            assert torch.as_tensor(got[name]).item() == pytest.approx(
+                float(value), abs=1e-4
+            )
+    got['loss_dist'].backward(retain_graph=True)
+    assert got['loss_box'] > 0
+    got['loss_box'].backward()
+    assert sum(p.numel() for p in model.teacher.model.parameters()) == 0
+
+
+@MODELS.register_module()
+class Rectangles(ForeignTeacher):
+    """Finds a bright rectangle in each channel, to the pixel."""
+
+    gives, activation = 'boxes', 'identity'
+
+    def __init__(self):
+        super().__init__(NAMES[:3], mean=[0, 0, 0], std=[255, 255, 255], rgb=False)
+
+    def forward(self, images, sizes):
+        found = []
+        for image in images:
+            boxes = []
+            for channel in image > 0.5:
+                y, x = channel.nonzero(as_tuple=True)
+                boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+            boxes = torch.tensor(boxes).float()
+            found.append((boxes, torch.eye(3) * torch.tensor([0.9, 0.8, 0.7])))
+        return found
+
+
+@pytest.fixture
+def rectangles(tmp_path) -> Path:
+    """COCO data of bright rectangles, and where they are."""
+    import cv2
+
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(4):
+        image = np.zeros((*SIZE, 3), np.uint8)
+        for c in range(3):
+            x, y, w, h = (*rng.integers(5, 60, 2), *rng.integers(12, 30, 2))
+            image[y : y + h, x : x + w, c] = 255
+            box = [*map(int, (x, y, w, h))]
+            entry = dict(id=3 * i + c, image_id=i, category_id=c, bbox=box, area=w * h)
+            annotations.append(dict(entry, iscrowd=0, area=int(w * h)))
+        cv2.imwrite(str(tmp_path / f'{i}.png'), image)
+        images.append(dict(id=i, file_name=f'{i}.png', height=SIZE[0], width=SIZE[1]))
+    categories = [dict(id=c, name=name) for c, name in enumerate(NAMES[:3])]
+    text = dict(images=images, annotations=annotations, categories=categories)
+    (tmp_path / 'train.json').write_text(json.dumps(text))
+    results = [
+        dict(
+            {k: a[k] for k in ('image_id', 'category_id', 'bbox')},
+            score=(0.9, 0.8, 0.7)[a['category_id']],
+        )
+        for a in annotations
+    ]
+    (tmp_path / 'results.bbox.json').write_text(json.dumps(results))
+    return tmp_path
+
+
+def test_with_resize_and_flip_boxes_are_those_of_the_teacher_asked_then(rectangles):
+    """By a COCO results file that mmdist did not write."""
+    register()
+    model = build_pair(
+        FAMILIES['RetinaNet'], distill=dict(dist=dict(type='mmdist.Detections'))
+    )
+    online = build_teacher(dict(config=dict(type='mmdist.Rectangles')), {})
+    stored = StoredTeacher(rectangles / 'results.bbox.json')
+    data = dict(
+        type='CocoDataset',
+        ann_file=str(rectangles / 'train.json'),
+        data_prefix=dict(img=str(rectangles)),
+        metainfo=dict(classes=NAMES[:3]),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='Resize', scale=(256, 192), keep_ratio=True),
+            dict(type='RandomFlip', prob=0.7, direction=['horizontal', 'vertical']),
+            dict(type='PackDetInputs'),
+        ],
+    )
+    from mmengine.dataset import pseudo_collate
+    from mmengine.registry import DATASETS
+
+    from mmdist.data.answers import check_images, join
+
+    dataset = DATASETS.build(data)
+    check_images(dataset, stored.store)
+    join(dataset, 'boxes')
+    model.data_preprocessor.bgr_to_rgb = model.data_preprocessor._channel_conversion = (
+        False
+    )
+    packed = model.data_preprocessor(pseudo_collate([*dataset]), training=True)
+    flips = {sample.flip_direction for sample in packed['data_samples']}
+    assert len(flips) > 1
+    answers = []
+    for teacher in (online, stored):
+        teacher.load(model)
+        model.teachers = {'': teacher}
+        answers.append(ask(model, packed))
+    for wanted, found in zip(*answers, strict=True):
+        order = wanted.labels.argsort(), found.labels.argsort()
+        wanted, found = (x[i] for x, i in zip((wanted, found), order, strict=True))
+        assert (wanted.bboxes - found.bboxes).abs().max() < 0.01
+        assert torch.equal(wanted.labels, found.labels)
+        torch.testing.assert_close(wanted.scores, found.scores)
+
+
+def register():
+    from mmdet.utils import register_all_modules
+
+    register_all_modules()
+
+
+@pytest.mark.parametrize('as_scores', [True, False])
+def test_a_map_is_read_bilinearly_at_the_centres_of_cells(as_scores):
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 256, (5, 12, 16), dtype=np.uint8)
+    # a crop from (16, 10) of 80 x 64, mirrored, enlarged by 2, padded to 192 x 160
+    crop = np.array([[1, 0, -16], [0, 1, -10], [0, 0, 1.0]])
+    flip = np.array([[-1, 0, 80], [0, 1, 0], [0, 0, 1.0]])
+    views = [
+        View(np.eye(3), (96, 128)),
+        View(crop, (64, 80)),
+        View(flip @ crop, (64, 80)),
+    ]
+    views.append(View(np.diag([2, 2, 1.0]) @ flip @ crop, (128, 160)))
+    placed = Placed(torch.from_numpy(stored), views)
+    maps = torch.zeros(1, 1, 160, 192)
+    found = StoredMap(maps, as_scores=as_scores, placed=[placed])
+    height, width = 20, 24
+    y, x = (np.mgrid[:height, :width] + 0.5) * 8
+    x, y = 16 + (160 - x) / 2, 10 + y / 2
+    cells = [y / 8 - 0.5, x / 8 - 0.5]
+    wanted = [
+        map_coordinates(c / 255.0, cells, order=1, mode='nearest') for c in stored
+    ]
+    wanted = torch.from_numpy(np.stack(wanted))[None].float()
+    shown = found.shown((height, width))[0]
+    assert shown[:16, :20].all() and shown.sum() == 16 * 20
+    got = found.read((height, width))
+    got = got if as_scores else got.exp()
+    torch.testing.assert_close(got, wanted.clamp_min(0 if as_scores else 1e-4))
+
+
+def test_maps_teach_as_the_teacher_does_within_the_quantisation(tmp_path):
+    student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
+    teacher = zoo_model(
+        'deeplabv3/deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024', 1 / 4
+    )
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = distilled(student, teacher, aux_weight=0)
+    data = note(make_batch(19))
+
+    def loss():
+        torch.manual_seed(0)
+        return model.eval()(**copy.deepcopy(data), mode='loss')['loss_dist']
+
+    wanted = loss()
+    online = model.teachers['']
+    with online.running():
+        inputs = online.renormalize(data['inputs'], [(64, 64)] * 2)
+        logits = online.model.decode_head.forward(online.model.extract_feat(inputs))
+    maps = (logits.softmax(1) * 255).round().byte()
+    answers = {f'/images/{n}': ((64, 64), m) for n, m in zip('ab', maps, strict=True)}
+    names = [f'class {i}' for i in range(19)]
+    for sample in data['data_samples']:
+        ((source, _),) = sample.metainfo[FRAMES]
+        frame = Frame(source, (View(np.eye(3), (64, 64)),))
+        sample.set_metainfo({FRAMES: (frame,)})
+    model.distill['dist'].aux_weight = 0
+    with_stored(model, write(tmp_path / 'store', 'maps', names, answers))
+    got = loss()
+    assert got.item() == pytest.approx(wanted.item(), abs=0.02)
+    got.backward()
+
+
+# ---- a training ----------------------------------------------------------------------
+
+
+def results_of(coco_root, path: Path, change=lambda entry: entry) -> str:
+    """The labels of the tiny COCO data as a results file."""
+    entries = json.loads((coco_root / 'train.json').read_text())['annotations']
+    keys = ('image_id', 'category_id', 'bbox')
+    entries = [dict({k: e[k] for k in keys}, score=0.9) for e in entries]
+    path.write_text(json.dumps([e for e in map(change, entries) if e]))
+    return str(path)
+
+
+def make_config(det_config, folder: Path, stored: str, more=HOOK, **options) -> Config:
+    (folder / 'student.py').write_text(det_config)
+    text = distilled_text(more, stored=stored, **options)
+    (folder / 'distilled.py').write_text(text)
+    config = Config.fromfile(folder / 'distilled.py')
+    config.work_dir = str(folder / 'work')
+    config.val_dataloader = config.val_evaluator = config.val_cfg = None
+    config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2)
+    config.default_hooks.checkpoint = None
+    return config
+
+
+def train(config: Config) -> Runner:
+    runner = Runner.from_cfg(copy.deepcopy(config))
+    runner.train()
+    return runner
+
+
+MOSAIC = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='CachedMosaic', img_scale=(64, 64), max_cached_images=4),
+    dict(type='RandomCrop', crop_size=(96, 96), allow_negative_crop=True),
+    dict(type='CachedMixUp', img_scale=(96, 96), max_cached_images=2),
+    dict(type='PackDetInputs'),
+]
+PLAIN = [*MOSAIC[:2], dict(type='Resize', scale=(96, 96)), MOSAIC[-1]]
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_student_is_trained_by_a_results_file(
+    det_config, coco_root, tmp_path, workers
+):
+    """Through mosaic and mixup, and through what RTMDet's hook switches to."""
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json')
+    config = make_config(det_config, tmp_path, stored)
+    config.train_dataloader.dataset.pipeline = MOSAIC
+    config.train_dataloader.update(
+        num_workers=workers, persistent_workers=bool(workers)
+    )
+    switch = dict(type='PipelineSwitchHook', switch_epoch=1, switch_pipeline=PLAIN)
+    config.custom_hooks.append(switch)
+    runner = train(config)
+    teacher = runner.model.teacher
+    assert teacher.class_names == DET_CLASSES
+    assert teacher.classes == ClassMatch()
+    assert not [*teacher.model.parameters(), *teacher.model.buffers()]
+    logged = runner.message_hub.log_scalars['train/loss_dist'].data[0]
+    assert len(logged) == 4 and (logged > 0).all() and np.isfinite(logged).all()
+    assert 'dist' in runner.model.distill
+    assert 'Begin' in str([type(t).__name__ for t in pipeline_of(runner)])
+    assert not any('teacher' in key for key in runner.model.state_dict())
+
+
+def pipeline_of(runner):
+    return runner.train_dataloader.dataset.pipeline.transforms
+
+
+def test_a_yolox_is_trained(det_config, coco_root, tmp_path):
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json')
+    config = make_config(det_config, tmp_path, stored)
+    inner = config.train_dataloader.dataset
+    inner.pipeline = MOSAIC[:2]
+    config.train_dataloader.dataset = dict(
+        type='MultiImageMixDataset',
+        dataset=inner,
+        pipeline=[
+            dict(type='Mosaic', img_scale=(64, 64)),
+            dict(type='RandomAffine', border=(-32, -32)),
+            dict(type='MixUp', img_scale=(64, 64)),
+            MOSAIC[-1],
+        ],
+    )
+    student = model_config(FAMILIES['YOLOX'])
+    student.bbox_head.num_classes = 3
+    student.data_preprocessor.batch_augments[0].update(
+        random_size_range=(96, 96), size_divisor=32, interval=1
+    )
+    config.model.student = student
+    config.custom_hooks.append(dict(type='YOLOXModeSwitchHook', num_last_epochs=1))
+    logged = train(config).message_hub.log_scalars['train/loss_dist'].data[0]
+    assert (logged > 0).all() and len(logged) == 4
+
+
+@HOOKS.register_module()
+class Batches(Hook):
+    """Keeps images and labels of all batches."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        labels = [s.gt_sem_seg.data for s in data_batch['data_samples']]
+        batch = torch.stack(data_batch['inputs']), torch.stack(labels)
+        self.seen = [*getattr(self, 'seen', []), batch]
+
+
+def seen(runner):
+    return next(h.seen for h in runner.hooks if isinstance(h, Batches))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_segmentor_is_trained(seg_config, seg_root, tmp_path, workers):
+    """By maps; its images and labels are those of a training without a teacher."""
+    files = sorted((seg_root / 'images').iterdir())
+    maps = torch.randint(0, 255, (len(files), 3, 12, 16), dtype=torch.uint8)
+    answers = {str(f): (SIZE, m) for f, m in zip(files, maps, strict=True)}
+    stored = write(tmp_path / 'store', 'maps', SEG_CLASSES[::-1], answers)
+    config = make_config(seg_config, tmp_path, stored)
+    config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=3)
+    options = dict(num_workers=workers, persistent_workers=bool(workers))
+    config.train_dataloader.update(options)
+    steps = config.train_dataloader.dataset.pipeline
+    steps.insert(2, dict(type='RandomCrop', crop_size=(80, 96)))
+    steps.insert(2, dict(type='RandomResize', scale=SIZE[::-1], ratio_range=(1, 2)))
+    config.custom_hooks.append(dict(type='Batches'))
+    runner = train(config)
+    student = copy.deepcopy(config)
+    student.model, student.custom_hooks = config.model.student, [dict(type='Batches')]
+    plain = train(student)
+    for (images, labels), (others, same) in zip(seen(runner), seen(plain), strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, same)
+    assert runner.model.teacher.classes.teacher == [(2,), (1,), (0,)]
+    logged = runner.message_hub.log_scalars['train/loss_dist'].data[0]
+    assert len(logged) == 3 and (logged > 0).all()
+
+
+def test_it_mixes_with_a_teacher_that_is_asked(det_config, coco_root, tmp_path):
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json')
+    config = make_config(det_config, tmp_path, stored)
+    model = config.model
+    del model['teacher']
+    classes = dict(zip(DET_CLASSES, DET_CLASSES, strict=True))
+    model.teachers = dict(
+        a=dict(stored=stored, class_map=classes, class_match='shared'),
+        b=dict(config=model.student, allow_random=True),
+    )
+    model.distill = dict(dist=dict(type='mmdist.Detections'))
+    runner = train(config)
+    scalars = runner.message_hub.log_scalars
+    assert 'train/dist_intra_a' in scalars and 'train/loss_dist' in scalars
+
+
+# ---- what is refused -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda c: c.update(custom_hooks=[]), 'StoredTeacherHook'),
+        (
+            lambda c: c.train_dataloader.dataset.pipeline.insert(
+                2, dict(type='RandomErasing', n_patches=1, ratio=0.1)
+            ),
+            'RandomErasing',
+        ),
+        (
+            lambda c: c.custom_hooks.append(
+                dict(
+                    type='PipelineSwitchHook',
+                    switch_epoch=1,
+                    switch_pipeline=[*PLAIN[:3], dict(type='CopyPaste'), PLAIN[-1]],
+                )
+            ),
+            'comes later: `CopyPaste`',
+        ),
+        (
+            lambda c: c.model.update(distill=dict(a=dict(type='mmdist.DenseLogits'))),
+            r'DenseLogits asks modules .* Take mmdist\.Detections',
+        ),
+    ],
+)
+def test_what_cannot_work_stops_before_the_first_step(
+    det_config, coco_root, tmp_path, change, message
+):
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json')
+    config = make_config(det_config, tmp_path, stored)
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+def only_first(entry):
+    return entry if entry['image_id'] == 1 else None
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (only_first, '3 of 4 images of the training have no answer: .*2.png'),
+        (lambda e: dict(e, category_id=77), 'category ids 77'),
+        (lambda e: dict(e, score=1.5), 'scores that are not'),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(
+    det_config, coco_root, tmp_path, change, message
+):
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json', change)
+    with pytest.raises(ValueError, match=message):
+        train(make_config(det_config, tmp_path, stored))
+
+
+def test_another_size_a_missing_image_and_another_kind(det_config, coco_root, tmp_path):
+    files = sorted((coco_root / 'images').iterdir())
+    empty = torch.zeros(0, 6)
+    cases = {
+        'size': ('boxes', {str(f): ((SIZE[0], 99), empty) for f in files}),
+        'missing': ('boxes', {str(f): (SIZE, empty) for f in files[1:]}),
+        'kind': ('maps', {str(f): (SIZE, torch.zeros(3, 2, 2).byte()) for f in files}),
+    }
+    words = dict(
+        size='was 96 x 99', missing='1 of 4 .*1.png', kind='stored maps need one'
+    )
+    for name, (kind, answers) in cases.items():
+        stored = write(tmp_path / name, kind, DET_CLASSES, answers)
+        with pytest.raises(ValueError, match=words[name]):
+            train(make_config(det_config, tmp_path, stored))
+
+
+@pytest.mark.parametrize(
+    ('cfg', 'message'),
+    [
+        (
+            dict(stored='x', config='c'),
+            r"nothing but `class_map` and `class_match` .*\['config'\]",
+        ),
+        (dict(stored='x', views=['flip']), r"\['views'\]"),
+        (dict(stored=3), '`teacher.stored` is the path'),
+        (dict(stored='x', class_match='some'), "'strict' or 'shared'"),
+    ],
+)
+def test_arguments_are_refused_in_words(cfg, message):
+    with pytest.raises(ValueError, match=message):
+        build_teacher(cfg, {})
+
+
+@pytest.mark.parametrize(
+    ('student', 'kind'),
+    [
+        ('RetinaNet', dict(type='mmdist.DenseLogits')),
+        ('RetinaNet', dict(type='mmdist.Features', student='neck')),
+        ('GFL', dict(type='mmdist.BoxDistributions')),
+        ('Faster R-CNN', dict(type='mmdist.RoILogits')),
+        ('Mask R-CNN', dict(type='mmdist.Masks')),
+        ('DINO', dict(type='mmdist.QueryLogits')),
+    ],
+)
+def test_what_asks_for_modules_says_what_to_take(student, kind):
+    register()
+    model = dict(type='mmdist.Distiller', student=model_config(FAMILIES[student]))
+    with pytest.raises(ValueError, match=r'Take mmdist\.Detections or mmdist\.Boxes'):
+        MODELS.build(dict(model, teacher=dict(stored='answers'), distill=dict(a=kind)))
+
+
+def test_the_hook_leaves_other_trainings_alone(det_config, tmp_path):
+    (tmp_path / 'student.py').write_text(det_config)
+    config = Config.fromfile(tmp_path / 'student.py')
+    init_default_scope('mmdet')
+    config.work_dir = str(tmp_path)
+    runner = Runner.from_cfg(config)
+    StoredTeacherHook().before_run(runner)
+    batch = dataset_batch(config)
+    assert FRAMES not in batch['data_samples'][0].metainfo
