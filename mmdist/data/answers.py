@@ -12,51 +12,42 @@ from mmengine.logging import print_log
 
 from mmdist.lookup import is_a
 from mmdist.teachers.store import Store
-from mmdist.teachers.stored import StoredTeacher, other_sizes
+from mmdist.teachers.stored import other_sizes
 
-from .geometry import Begin, End, follow, kind_of
+from .geometry import Begin, End, follow
 
 
-def join(
-    dataset: Any, teachers: Sequence[StoredTeacher], later: Sequence[list] = ()
-) -> None:
-    """Check stored answers against a data set, and make its pipelines note geometry.
+def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
+    """Make the pipelines of a training note where pixels come from.
 
-    Images, labels and random numbers of the data set stay what they are.
+    Images, labels and random numbers of the data set stay what they are. Pipelines that
+    note it already stay as they are.
 
     Args:
-        dataset: The training's data set, with or without wrappers. Pipelines that are
-            joined already stay as they are.
-        teachers: The stored teachers; if there are none, nothing is done.
+        dataset: The training's data set, with or without wrappers.
+        kind: Of the stored answers, ``'boxes'`` or ``'maps'``.
         later: Pipelines that it gets later, lists of transforms; they are checked.
 
     Raises:
-        ValueError: An image has no answer or another size, the answers are of another
-            kind or of unknown classes, or a transform moves pixels and is not known.
+        ValueError: A transform moves pixels and is not known, or the samples are not
+            those of a detector or a segmentor, as the answers are.
     """
-    bases = [(base, _pipeline(base, around)) for base, around in _bases(dataset)]
-    for teacher in teachers:
-        store = teacher.store
-        for base, pipeline in bases:
-            if kind_of([t for part in pipeline for t in part]) != store.kind:
-                other = dict(boxes='mmdet', maps='mmseg')[store.kind]
-                raise ValueError(
-                    f'{store.origin}: these are {store.kind} and teach a model of '
-                    f'{other}, but the pipeline of the {type(base).__name__} packs no '
-                    'samples of it.'
-                )
-        if not any(isinstance(t, Begin) for part in bases[0][1] for t in part):
-            check_images([base for base, _ in bases], store)
-    if teachers:
-        for base, pipeline in bases:
-            follow(pipeline, store.kind, f'The pipeline of a {type(base).__name__}')
-        for transforms in later:
-            follow([list(transforms)], store.kind, 'The pipeline that comes later')
-        for _, around in _bases(dataset):
-            _name(around)
+    for base, around in bases_of(dataset):
+        pipeline = [base.pipeline.transforms, *(x.pipeline for x in around)]
+        follow(pipeline, kind, f'The pipeline of a {type(base).__name__}')
+        for wrapper in around:
+            # it skips transforms by their names, and these have been added
+            if len(wrapper.pipeline) > len(wrapper.pipeline_types):
+                names = iter(wrapper.pipeline_types)
+                wrapper.pipeline_types = [
+                    'mmdist' if isinstance(t, (Begin, End)) else next(names)
+                    for t in wrapper.pipeline
+                ]
+    for transforms in later:
+        follow([list(transforms)], kind, 'The pipeline that comes later')
 
 
-def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
     """Each data set within wrappers, and those that mix its images, outermost last."""
     if is_a(dataset, 'MultiImageMixDataset'):
         around = (dataset, *around)
@@ -65,37 +56,23 @@ def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
         yield dataset, around
     else:
         for one in inner:
-            yield from _bases(one, around)
+            yield from bases_of(one, around)
 
 
-def _pipeline(base: Any, around: Sequence) -> list[list]:
-    return [base.pipeline.transforms, *(wrapper.pipeline for wrapper in around)]
-
-
-def _name(around: Sequence) -> None:
-    """Name what was added, since a wrapper skips transforms by their names."""
-    for wrapper in around:
-        if len(wrapper.pipeline) > len(wrapper.pipeline_types):
-            names = iter(wrapper.pipeline_types)
-            wrapper.pipeline_types = [
-                'mmdist' if isinstance(t, (Begin, End)) else next(names)
-                for t in wrapper.pipeline
-            ]
-
-
-def check_images(bases: Sequence[Any], store: Store) -> int:
+def check_images(dataset: Any, store: Store) -> tuple[int, int]:
     """Check that all images have answers, of files of the same size.
 
     Args:
-        bases: Data sets without wrappers.
+        dataset: The training's data set, with or without wrappers.
         store: The answers. Classes of a COCO results file get their names.
 
     Returns:
-        The number of images.
+        The number of images that have answers, and that of all.
 
     Raises:
         ValueError: It says of how many images that is not so, and names the first few.
     """
+    bases = [base for base, _ in bases_of(dataset)]
     if store.is_by_id:
         _name_classes(bases, store)
     missing, other, number = [], [], 0
@@ -127,7 +104,7 @@ def check_images(bases: Sequence[Any], store: Store) -> int:
         )
     if other:
         raise ValueError(other_sizes(store, other))
-    return number
+    return number - len(missing), number
 
 
 def _name_classes(bases: Sequence[Any], store: Store) -> None:

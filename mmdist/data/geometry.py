@@ -18,7 +18,6 @@ from mmdist.record import swapped
 from mmdist.teachers.stored import FRAMES, SIZE, Frame, Source, View
 
 SOURCE = 'mmdist_source'
-PACKERS = dict(PackDetInputs='boxes', PackSegInputs='maps')
 
 
 def _names(text: str) -> frozenset[str]:
@@ -191,12 +190,6 @@ class End:
 # ---- a pipeline ----------------------------------------------------------------------
 
 
-def kind_of(transforms: Sequence[Callable]) -> str | None:
-    """``'boxes'`` or ``'maps'``, as a pipeline packs its samples; None: neither."""
-    found = (PACKERS.get(type(t).__name__) for t in transforms)
-    return next(filter(None, found), None)
-
-
 def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
     """Make a pipeline note where pixels come from.
 
@@ -210,14 +203,14 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
         ValueError: A transform moves pixels and is not known.
     """
     every = [t for transforms in pipeline for t in transforms]
-    if any(isinstance(t, Begin) for t in every):
+    if any(isinstance(t, Begin) and t.kind == kind for t in every):
         return
     loads = [i for i, t in enumerate(every) if type(t).__name__.startswith('Load')]
-    if not loads or kind_of(every) != kind:
-        packer = next(name for name, value in PACKERS.items() if value == kind)
+    packs = dict(boxes='PackDetInputs', maps='PackSegInputs')[kind]
+    if not loads or packs not in [type(t).__name__ for t in every]:
         raise ValueError(
-            f'{where}: a stored teacher needs one that loads the image by '
-            f'`LoadImageFromFile` and packs it by `{packer}`.'
+            f'{where}: stored {kind} need one that loads the image by '
+            f'`LoadImageFromFile` and packs it by `{packs}`.'
         )
     last = every[loads[-1]]
     with_boxes = any(getattr(t, 'with_bbox', False) for t in every)
@@ -229,7 +222,7 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
         for i, transform in reversed(list(enumerate(transforms))):
             if transform is last:
                 transforms.insert(i + 1, Begin(kind))
-            if type(transform).__name__ in PACKERS:
+            if type(transform).__name__ == packs:
                 keys = (FRAMES,) if kind == 'maps' else (SOURCE, 'homography_matrix')
                 transform.meta_keys = (*transform.meta_keys, *keys)
                 if kind == 'boxes':

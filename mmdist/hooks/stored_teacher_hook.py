@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
-from mmdist.data.answers import join
+from mmdist.data.answers import check_images, join
 from mmdist.lookup import in_words
 from mmdist.registry import HOOKS
 from mmdist.teachers import StoredTeacher
@@ -37,23 +38,36 @@ class StoredTeacherHook(Hook):
         """Check the answers and the pipelines.
 
         Raises:
-            ValueError: As of :func:`mmdist.data.answers.join`.
+            ValueError: As of :func:`check_images` and :func:`join`.
         """
-        later = [getattr(hook, 'switch_pipeline', None) for hook in runner.hooks]
-        built = [
-            [TRANSFORMS.build(dict(transform)) for transform in pipeline]
-            for pipeline in later
-            if pipeline
-        ]
-        self._join(runner, built)
+        if teachers := self._teachers(runner):
+            pipelines = (getattr(x, 'switch_pipeline', None) for x in runner.hooks)
+            later = [[TRANSFORMS.build(t) for t in p] for p in pipelines if p]
+            for teacher in teachers:
+                join(runner.train_dataloader.dataset, teacher.store.kind, later)
+                check_images(runner.train_dataloader.dataset, teacher.store)
+            _restart(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """See a pipeline that another hook has switched to."""
-        self._join(runner)
+        for teacher in self._teachers(runner):
+            join(runner.train_dataloader.dataset, teacher.store.kind)
 
-    def _join(self, runner: Runner, later: list[list] | None = None) -> None:
+    @staticmethod
+    def _teachers(runner: Runner) -> list[StoredTeacher]:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         every = getattr(model, 'teachers', {}).values()
-        teachers = [t for t in every if isinstance(t, StoredTeacher)]
-        if teachers:
-            join(runner.train_dataloader.dataset, teachers, later or [])
+        return [t for t in every if isinstance(t, StoredTeacher)]
+
+
+def _restart(runner: Runner) -> None:
+    """Let workers that loop by iterations has started see the pipeline as it is now."""
+    loader = runner.train_dataloader
+    iterator = getattr(runner.train_loop, 'dataloader_iterator', None)
+    if iterator is None or not loader.num_workers:
+        return
+    iterator._iterator = loader._iterator = None
+    if hasattr(loader.sampler, '_indices_of_rank'):  # they have taken some
+        loader.sampler.indices = loader.sampler._indices_of_rank()
+    with torch.random.fork_rng(devices=[]):
+        iterator._iterator = iter(loader)

@@ -12,7 +12,8 @@ import torch
 from builders import dataset_batch, distilled_text
 from det_zoo import FAMILIES, batch, build_pair, keep_transformer, model_config
 from mmengine.config import Config
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from scipy.ndimage import map_coordinates
 from segmentors import distilled, make_batch, zoo_model
@@ -203,10 +204,11 @@ def test_with_resize_and_flip_boxes_are_those_of_the_teacher_asked_then(rectangl
     from mmengine.dataset import pseudo_collate
     from mmengine.registry import DATASETS
 
-    from mmdist.data.answers import join
+    from mmdist.data.answers import check_images, join
 
     dataset = DATASETS.build(data)
-    join(dataset, [stored])
+    check_images(dataset, stored.store)
+    join(dataset, 'boxes')
     model.data_preprocessor.bgr_to_rgb = model.data_preprocessor._channel_conversion = (
         False
     )
@@ -391,17 +393,41 @@ def test_a_yolox_is_trained(det_config, coco_root, tmp_path):
     assert (logged > 0).all() and len(logged) == 4
 
 
-def test_a_segmentor_is_trained(seg_config, seg_root, tmp_path):
+@HOOKS.register_module()
+class Batches(Hook):
+    """Keeps images and labels of all batches."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        labels = [s.gt_sem_seg.data for s in data_batch['data_samples']]
+        batch = torch.stack(data_batch['inputs']), torch.stack(labels)
+        self.seen = [*getattr(self, 'seen', []), batch]
+
+
+def seen(runner):
+    return next(h.seen for h in runner.hooks if isinstance(h, Batches))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_segmentor_is_trained(seg_config, seg_root, tmp_path, workers):
+    """By maps; its images and labels are those of a training without a teacher."""
     files = sorted((seg_root / 'images').iterdir())
     maps = torch.randint(0, 255, (len(files), 3, 12, 16), dtype=torch.uint8)
     answers = {str(f): (SIZE, m) for f, m in zip(files, maps, strict=True)}
     stored = write(tmp_path / 'store', 'maps', SEG_CLASSES[::-1], answers)
     config = make_config(seg_config, tmp_path, stored)
     config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=3)
+    options = dict(num_workers=workers, persistent_workers=bool(workers))
+    config.train_dataloader.update(options)
     steps = config.train_dataloader.dataset.pipeline
     steps.insert(2, dict(type='RandomCrop', crop_size=(80, 96)))
     steps.insert(2, dict(type='RandomResize', scale=SIZE[::-1], ratio_range=(1, 2)))
+    config.custom_hooks.append(dict(type='Batches'))
     runner = train(config)
+    student = copy.deepcopy(config)
+    student.model, student.custom_hooks = config.model.student, [dict(type='Batches')]
+    plain = train(student)
+    for (images, labels), (others, same) in zip(seen(runner), seen(plain), strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, same)
     assert runner.model.teacher.classes.teacher == [(2,), (1,), (0,)]
     logged = runner.message_hub.log_scalars['train/loss_dist'].data[0]
     assert len(logged) == 3 and (logged > 0).all()
@@ -491,7 +517,7 @@ def test_another_size_a_missing_image_and_another_kind(det_config, coco_root, tm
         'kind': ('maps', {str(f): (SIZE, torch.zeros(3, 2, 2).byte()) for f in files}),
     }
     words = dict(
-        size='was 96 x 99', missing='1 of 4 .*1.png', kind='are maps and teach'
+        size='was 96 x 99', missing='1 of 4 .*1.png', kind='stored maps need one'
     )
     for name, (kind, answers) in cases.items():
         stored = write(tmp_path / name, kind, DET_CLASSES, answers)
