@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from mmdet.utils import register_all_modules as register_mmdet
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
@@ -44,36 +44,35 @@ STUDENTS = {
 }
 WARM_UPS = (10, 500)
 ITERATIONS, WINDOW, BATCH = 60, 10, 2
-RESNET_50 = [256, 512, 1024, 2048]  # channels of its stages; those of ResNet-18 are / 4
+RESNETS = (64, 128, 256, 512, 1024, 2048)  # channels of their stages
 DATASETS_OF = Path(__file__).parent.parent / 'configs' / '_base_' / 'datasets'
 DATA = {'mmdet': 'digits_detection.py', 'mmseg': 'digits_segmentation.py'}
 
 
-def from_scratch(node: Any) -> Any:
-    """A model's config for ten classes, small, with batch norms that learn."""
-    if isinstance(node, dict):
-        changes = dict(num_classes=10, norm_eval=False, frozen_stages=-1)
-        changes |= dict(num_queries=100)
-        if node.get('depth') == 50:
-            changes['depth'] = 18
-        return type(node)(
-            {k: changes.get(k, from_scratch(value)) for k, value in node.items()}
-        )
+def small(node: Any, is_narrow: bool = True) -> Any:
+    """A model's config for ten classes, from scratch, with a narrow ResNet-18.
+
+    Args:
+        node: The config.
+        is_narrow: Whether its neck and heads are a quarter as wide, too.
+    """
     if isinstance(node, list):
-        if set(node) <= set(RESNET_50):
-            return [channels // 4 for channels in node]
-        return [from_scratch(x) for x in node]
-    return node
-
-
-def narrow(node: Any) -> Any:
-    """A detector's config with 64 channels from the neck on."""
-    if isinstance(node, dict):
-        keys = ('in_channels', 'out_channels', 'feat_channels')
-        return type(node)(
-            {k: 64 if k in keys and x == 256 else narrow(x) for k, x in node.items()}
-        )
-    return node
+        if node and all(x in RESNETS for x in node):
+            return [channels * 128 // node[-1] for channels in node]
+        return [small(x, is_narrow) for x in node]
+    if not isinstance(node, dict):
+        return node
+    changes = dict(num_classes=10, norm_eval=False, frozen_stages=-1, num_queries=100)
+    if 'depth' in node:
+        node = {**node, 'base_channels': 16, 'stem_channels': 16}
+        changes |= dict(depth=18)
+    if node.get('num_layers') == 6:  # of a transformer
+        changes['num_layers'] = 2
+    if is_narrow:
+        for key in ('in_channels', 'out_channels', 'feat_channels', 'fc_out_channels'):
+            if node.get(key) in (256, 512, 1024):
+                changes[key] = node[key] // 4
+    return ConfigDict({k: changes.get(k, small(x, is_narrow)) for k, x in node.items()})
 
 
 @functools.cache
@@ -138,10 +137,9 @@ def steps(seconds: float) -> str:
     for name, path in STUDENTS.items():
         scope = path.partition('::')[0]
         config = Config.fromstring(f'_base_ = {path!r}', '.py')
-        cfg = from_scratch(without_pretrained(config.model))
+        # 256 channels are in DINO's code
+        cfg = small(without_pretrained(config.model), name != 'DINO')
         cfg.data_preprocessor.pop('batch_augments', None)
-        if scope == 'mmdet' and name != 'DINO':  # its code has 256 in it
-            cfg = narrow(cfg)
         if scope == 'mmseg':
             cfg.data_preprocessor.size = (96, 128)
         trained = built(cfg, scope, seed=1)

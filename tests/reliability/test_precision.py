@@ -59,7 +59,8 @@ def test_mixed_precision(
         # the first step overflows and is skipped, the following are taken
         loss_scale=dict(init_scale=2.0**127, backoff_factor=2.0**-120),
     )
-    _, watch = train(make_config(family, tmp_path, optim_wrapper=wrapper))
+    options = {'optim_wrapper': wrapper, 'model.balance': None}
+    _, watch = train(make_config(family, tmp_path, **options))
     (loss_dtype, scale, first), (_, _, second), *_ = watch.seen
     assert loss_dtype == torch.float32
     assert scale == 2.0**7

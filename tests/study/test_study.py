@@ -302,11 +302,12 @@ def test_killed_cell_goes_on_where_it_was(tiny):
         with path.open('a') as file:
             file.write('train_cfg = dict(max_iters=40, val_interval=40)\n')
     folder = Path('work/small/tiny/alone_seed0')
+    others = set(multiprocessing.active_children())  # of other tests
 
     def kill() -> None:
         while not (folder / 'iter_4.pth').exists():  # so iter_2.pth is whole
             time.sleep(0.01)
-        (process,) = multiprocessing.active_children()
+        (process,) = set(multiprocessing.active_children()) - others
         process.kill()
 
     thread = threading.Thread(target=kill)
