@@ -147,6 +147,9 @@ def report_pair(
             )
             report.warnings.append(f'{text} --images shows whether they have.')
         report.line(with_name('classes', name), text, 5)
+        if teacher.renormalize is None:
+            report.line(with_name('images', name), 'none; its answers are stored')
+            continue
         steps = {
             'channels swapped': teacher.renormalize.flip,
             'mean and std changed': teacher.renormalize.rescale,

@@ -16,7 +16,13 @@ from mmdist.comparisons.detections import after_nms
 from mmdist.families import SEG, family_of
 from mmdist.families.seg import SegMap
 from mmdist.step import Step
-from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
+from mmdist.teachers import (
+    ClassMatch,
+    ForeignTeacher,
+    MeanTeacher,
+    StoredTeacher,
+    Teacher,
+)
 
 VOID = 255  # the class of what the student has no class for
 MUCH = 0.2  # by so much a class fits another one better, if it is permuted
@@ -28,6 +34,8 @@ def cannot_score(teacher: Teacher) -> str:
     model = teacher.model
     if isinstance(teacher, MeanTeacher):
         return "it is the student's own mean"
+    if isinstance(teacher, StoredTeacher):
+        return 'its answers are stored, for the training images alone'
     if isinstance(model, ForeignTeacher) and model.gives == 'features':
         return 'it gives features alone'
     return 'panoptic predictions are not' * hasattr(model, 'panoptic_head')
