@@ -24,17 +24,12 @@ def by_class_name(module: object, table: Mapping[str, T]) -> T | None:
     Returns:
         The entry; None if no class of the module is in the table.
     """
-    name = class_name_in(module, table)
-    return None if name is None else table[name]
-
-
-def class_name_in(module: object, names: Mapping[str, object]) -> str | None:
-    """The first of a module's class names that is among ``names``; None if none is."""
-    return next((c.__name__ for c in type(module).__mro__ if c.__name__ in names), None)
+    names = (cls.__name__ for cls in type(module).__mro__)
+    return next((table[name] for name in names if name in table), None)
 
 
 def is_a(module: object, *names: str) -> bool:
-    """Whether a module is of a class with one of these names, or of a subclass."""
+    """Whether a module is an instance of a class with one of these names."""
     return any(cls.__name__ in names for cls in type(module).__mro__)
 
 

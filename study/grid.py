@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 CONFIGS = Path(__file__).resolve().parent / 'configs'
 
 
+DEFAULT = 'default'  # what mmdist chooses, with `balance`; other rows are without it
 # class scores do not say where a box ends; without labels nothing else does
 BOX = dict(type='mmdist.Boxes')
 
@@ -32,7 +33,7 @@ def methods(
     sigmoid: bool = False,
     **kl_options,
 ) -> dict[str, Any]:
-    """What `distill` is for each method; None where there is no teacher.
+    """What `distill` is for each method; None where there is none.
 
     Args:
         kind: Type of the comparison of class logits.
@@ -69,6 +70,7 @@ def methods(
     )
     return {
         'alone': None,
+        DEFAULT: None,
         'kl-t1': kl(kind, classes, 1, **kl_options),
         'kl-t4': kl(kind, classes, 4, **kl_options),
         **({'kl-binary': dict(kl=kl_binary)} if sigmoid else {}),
@@ -148,7 +150,7 @@ METHODS = (
     *GONE,
 )
 TEACHERS = ('strong', 'weak', 'other', 'quarter')
-ACROSS = ('dist-detections', 'pkd')  # take a teacher of another family
+ACROSS = (DEFAULT, 'dist-detections', 'pkd')  # take a teacher of another family
 SINGLE = ('teacher', 'alone')  # trained without another model
 
 

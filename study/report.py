@@ -11,7 +11,7 @@ import numpy as np
 from tools.dev.runs import replace_between
 from tools.logs import interval, mean_and_spread, paired
 
-from .grid import METHODS, SINGLE, TASKS, TEACHERS, Cell
+from .grid import DEFAULT, METHODS, SINGLE, TASKS, TEACHERS, Cell
 
 BEGIN = '<!-- Made by `python -m study` from results.jsonl; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
@@ -118,7 +118,9 @@ def draw(results: dict[Cell, dict], file: Path) -> None:
             y = len(names)
             names.append(f'{method}, {teacher}')
             colour = (
-                'tab:green' if method.startswith(('dist', 'intra')) else 'tab:orange'
+                'tab:green'
+                if method.startswith((DEFAULT, 'dist', 'intra'))
+                else 'tab:orange'
             )
             axes.plot(points, [y] * len(points), 'o', color=colour, alpha=0.5)
             if difference := paired(ours, alone):

@@ -19,7 +19,7 @@ from mmdist.work_dir import last_whole_checkpoint
 from tools.dev import runs
 from tools.logs import read_log
 
-from .grid import SINGLE, TASKS, Cell
+from .grid import DEFAULT, SINGLE, TASKS, Cell
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
 
@@ -94,9 +94,10 @@ class Study:
                 type='mmdist.Distiller',
                 student=cfg.model,
                 teacher=dict(config='', checkpoint=''),
-                distill=deepcopy(task.methods[cell.method]),
-                balance=None,  # as the rows of docs/results.md were trained
             )
+        if cell.method not in ('alone', DEFAULT):
+            cfg.model.distill = deepcopy(task.methods[cell.method])
+            cfg.model.balance = None  # as the rows of docs/results.md were trained
         return cfg
 
     def fingerprint(self, cell: Cell) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, DefaultScope
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdist.registry import MODELS
 
@@ -72,6 +74,34 @@ def distilled_config(folder: Path, student: str, **teacher) -> Config:
     itself = dict(config=str(folder / 'student.py'), allow_random=True)
     (folder / 'distilled.py').write_text(distilled_text(**(teacher or itself)))
     return Config.fromfile(folder / 'distilled.py')
+
+
+class Waits(TorchDispatchMode):
+    """Counts what reads a tensor, or what copies Python's numbers to the device."""
+
+    READS = (
+        '_local_scalar_dense',
+        'nonzero',
+        'masked_select',
+        'unique_dim',
+        '_unique2',
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ('index', 'index_put', 'index_put_') and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        reads = (
+            '_local_scalar_dense nonzero masked_select unique_dim _unique2 lift_fresh'
+        )
+        if name in reads.split() or by_mask:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def dataset_batch(config: Config, size: int = 2) -> dict:

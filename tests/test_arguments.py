@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from builders import distilled_config
 from mmengine.config import Config
@@ -13,10 +15,15 @@ from mmdist.hooks import DistillScheduleHook
 SEG = dict(type='mmdist.SegLogits')
 
 
+@pytest.fixture(scope='module')
+def pair(seg_config, tmp_path_factory) -> Config:
+    return distilled_config(tmp_path_factory.mktemp('pair'), seg_config)
+
+
 @pytest.fixture
-def config(seg_config, tmp_path) -> Config:
+def config(pair) -> Config:
     init_default_scope('mmseg')
-    return distilled_config(tmp_path, seg_config)
+    return copy.deepcopy(pair)
 
 
 def loss(**options) -> dict:
@@ -98,14 +105,10 @@ def test_a_mistake_in_the_schedule_ends_in_a_sentence(options, message):
         DistillScheduleHook(**options)
 
 
-def test_students_that_are_taken(config, tmp_path):
+def test_students_that_are_taken(config):
     """The path of a config, and the student of one that distils already."""
     plain = MODELS.build(config.model.student)
-    for student in (
-        str(tmp_path / 'student.py'),
-        str(tmp_path / 'distilled.py'),
-        config.model,
-    ):
+    for student in (config.model.teacher.config, config.filename, config.model):
         model = MODELS.build({**config.model, 'student': student})
         assert list(model.state_dict()) == list(plain.state_dict())
         assert model.student_class is type(plain)

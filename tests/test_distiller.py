@@ -10,7 +10,7 @@ import torch
 from builders import dataset_batch, distilled_config
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
 from mmdist.record import Recorder
@@ -24,17 +24,28 @@ def family(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope='module')
+def pairs(det_config, seg_config, tmp_path_factory) -> dict[str, Config]:
+    """Distilled configs; the teacher is of the student's architecture."""
+    made = {}
+    for family, text in dict(det=det_config, seg=seg_config).items():
+        folder = tmp_path_factory.mktemp(family)
+        student = Config.fromstring(text, '.py')
+        torch.manual_seed(1)
+        with DefaultScope.overwrite_default_scope(student.default_scope):
+            teacher = MODELS.build(student.model)
+        spread_logits(teacher)
+        torch.save(dict(state_dict=teacher.state_dict()), folder / 'teacher.pth')
+        config, checkpoint = (str(folder / x) for x in ('student.py', 'teacher.pth'))
+        options = dict(config=config, checkpoint=checkpoint)
+        made[family] = distilled_config(folder, text, **options)
+    return made
+
+
 @pytest.fixture
-def config(family, request, tmp_path) -> Config:
-    """A distilled config; the teacher is of the student's architecture."""
+def config(family, pairs) -> Config:
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
-    text = request.getfixturevalue(f'{family}_config')
-    torch.manual_seed(1)
-    teacher = MODELS.build(Config.fromstring(text, '.py').model)
-    spread_logits(teacher)
-    torch.save(dict(state_dict=teacher.state_dict()), tmp_path / 'teacher.pth')
-    config, checkpoint = (str(tmp_path / x) for x in ('student.py', 'teacher.pth'))
-    return distilled_config(tmp_path, text, config=config, checkpoint=checkpoint)
+    return copy.deepcopy(pairs[family])
 
 
 def classifiers(model: nn.Module) -> list[nn.Conv2d]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 
 import pytest
 import torch
-from builders import distilled_config
+from builders import Waits, distilled_config
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdist.comparisons import Pair
 from mmdist.run import Watch
@@ -42,18 +40,6 @@ def test_a_loss_that_is_not_finite_ends_the_training(seg_config, tmp_path, broke
     terms = text.split(' became')[0].split('since ')[1].split(' and ')
     own = ['aux.loss_ce', 'decode.loss_ce'] if 'back' in broken else ['aux.loss_ce']
     assert [term for term in terms if 'dist' not in term] == own
-
-
-class Waits(TorchDispatchMode):
-    """Counts the readings of a tensor, for which one waits on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_losses_are_read_every_50_steps(monkeypatch):

@@ -11,6 +11,10 @@ in a config:
 
     --teacher type=mmdist.HFSegmentor name=nvidia/segformer-b5-finetuned-ade-640-640
     --class-map car=vehicle --distill dist.type=mmdist.DenseLogits dist.levels=concat
+
+Answers that are stored need the training images, which they are compared with:
+
+    --stored work_dirs/teacher
 """
 
 from __future__ import annotations
@@ -29,11 +33,12 @@ from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, DefaultScope
 from mmengine.utils import get_installed_path
 from pair_report import Report, Seen, as_text, report_pair, watch
 from torch import nn
 
+from mmdist.data.answers import check_images, join
 from mmdist.data.labels import check_heads
 from mmdist.registry import MODELS
 from mmdist.teachers import ForeignTeacher
@@ -50,8 +55,9 @@ model = dict(
     teacher=dict(
         {teacher}
     ),{distill}
-)
+){hooks}
 """
+HOOK = "\ncustom_hooks = [{}dict(type='mmdist.StoredTeacherHook')]"
 
 
 class PathOrDict(DictAction):
@@ -76,7 +82,9 @@ def parse_args() -> argparse.Namespace:
 
     add('--student', '`pkg::path`, or a path', required=True)
     text = '`pkg::path`, a path, or type=... and more of a model of another library'
-    add('--teacher', text, 'CONFIG', required=True, nargs='+', action=PathOrDict)
+    add('--teacher', text, 'CONFIG', nargs='+', action=PathOrDict)
+    text = 'instead of --teacher: what tools/store_teacher.py wrote, or a COCO results '
+    add('--stored', f'{text}file of the training images', 'PATH')
     text = "the teacher's weights; of a `pkg::path` the published ones, if omitted"
     add('--checkpoint', text, 'PATH_OR_URL')
     text = 'classes with another name, or several: car=auto vehicle=truck,bus'
@@ -87,6 +95,10 @@ def parse_args() -> argparse.Namespace:
     add('--distill', text, 'KEY=VALUE', nargs='+', action=DictAction)
     add('--out', 'where the config goes; printed if omitted')
     args = parser.parse_args()
+    if bool(args.teacher) == bool(args.stored):
+        parser.error('Give either --teacher or --stored.')
+    if args.checkpoint and args.stored:
+        parser.error('--checkpoint is for --teacher: stored answers need none.')
     if wrong := [pair for pair in args.class_map if '=' not in pair]:
         parser.error(f'--class-map is STUDENT=TEACHER ..., got {wrong}.')
     pairs = (item.split('=', 1) for item in args.class_map)
@@ -108,18 +120,27 @@ def published_checkpoint(config: str) -> str | None:
         return None
 
 
-def build_pair(model: dict, scope: str) -> nn.Module:
+def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Module:
     """Build a distilled model for a step on the CPU, with random weights on both sides.
 
-    ``scope`` is the default scope of the student's config.
+    Args:
+        model: Its config.
+        student: The student's whole config.
+        seen: For stored answers, a list that gets two training images.
     """
     model = without_pretrained(model)
-    model.teacher.update(checkpoint=None, allow_random=True)
     preprocessor = model.student.get('data_preprocessor') or {}
-    if preprocessor.get('size') is not None:
+    if preprocessor.get('size') is not None and seen is None:
         preprocessor['size'] = SIZE
-    with DefaultScope.overwrite_default_scope(scope):
+    if seen is None:
+        model.teacher.update(checkpoint=None, allow_random=True)
+    with DefaultScope.overwrite_default_scope(student.get('default_scope')):
         pair = revert_sync_batchnorm(MODELS.build(model))
+        if seen is not None:
+            dataset = DATASETS.build(student.train_dataloader.dataset)
+            join(dataset, pair.teacher.store.kind)
+            check_images(dataset, pair.teacher.store)
+            seen += [dataset[0], dataset[len(dataset) - 1]]
         pair.init_weights()
     # Random weights are sure of nothing.
     for module in pair.teacher.model.modules():
@@ -129,12 +150,12 @@ def build_pair(model: dict, scope: str) -> nn.Module:
     return pair.train()
 
 
-def run_step(model: nn.Module, classes: Sequence[str]) -> Seen:
-    """One training step on random images, backward included."""
+def run_step(model: nn.Module, classes: Sequence[str], batch: dict) -> Seen:
+    """One training step, backward included."""
     # what the hooks of a training tell the distiller and some heads
     counters = dict(dataset_meta=dict(classes=classes), iter=0, epoch=0)
     MessageHub.get_current_instance().update_info_dict(counters)
-    data = model.data_preprocessor(_random_batch(model, len(classes)), training=True)
+    data = model.data_preprocessor(batch, training=True)
     seen = watch(model, lambda: model.loss(**data))
     total, losses = model.parse_losses(seen.losses)
     total.backward()
@@ -143,7 +164,7 @@ def run_step(model: nn.Module, classes: Sequence[str]) -> Seen:
     return seen._replace(losses=losses)
 
 
-def _random_batch(model: nn.Module, num_classes: int) -> dict:
+def random_batch(model: nn.Module, num_classes: int) -> dict:
     """Two images of noise with labels, as a data loader gives them."""
     if not hasattr(model, 'decode_head'):
         from mmdet.testing import demo_mm_inputs
@@ -208,13 +229,16 @@ def main() -> None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
         if 'data_preprocessor' in student:  # as the Runner does
             student.model.setdefault('data_preprocessor', student.data_preprocessor)
-        teacher = dict(config=args.teacher, **options)
+        kind = 'stored' if args.stored else 'config'
+        teacher = {kind: args.stored or args.teacher, **options}
         pair = dict(type='mmdist.Distiller', student=student.model, teacher=teacher)
         if args.distill:
             pair['distill'] = args.distill
-        model = build_pair(Config(pair)._cfg_dict, student.get('default_scope'))
+        images = [] if args.stored else None
+        model = build_pair(Config(pair)._cfg_dict, student, images)
         check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
-        seen = run_step(model, classes)
+        batch = pseudo_collate(images) if images else random_batch(model, len(classes))
+        seen = run_step(model, classes, batch)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         raise SystemExit(f'This pair does not work.\n{error}') from None
     report = Report()
@@ -224,9 +248,9 @@ def main() -> None:
     report.line('losses', as_text(losses, 20))
 
     folder = Path(args.out or 'config.py').parent
-    entries = dict(config=args.teacher)
-    if isinstance(args.teacher, str):
-        entries['config'] = portable(args.teacher, folder)
+    entries = {kind: args.stored or args.teacher}
+    if isinstance(entries[kind], str):
+        entries[kind] = portable(entries[kind], folder)
     if not isinstance(model.teacher.model, ForeignTeacher):  # it brings its weights
         checkpoint = args.checkpoint or published_checkpoint(args.teacher)
         if checkpoint is None:
@@ -245,6 +269,9 @@ def main() -> None:
         inner='.student' if 'student' in whole.model else '',
         teacher='\n        '.join(lines),
         distill=f'\n    distill={args.distill},' if args.distill else '',
+        hooks=HOOK.format('*_base_.custom_hooks, ' * bool(whole.get('custom_hooks')))
+        if args.stored
+        else '',
     )
     if args.out is None:
         print(f'\n{text}', end='')

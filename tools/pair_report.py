@@ -13,7 +13,7 @@ from mmdist import Comparison, DISTLoss, Pair
 from mmdist.lookup import is_a
 from mmdist.losses import as_rows
 from mmdist.record import Recorder
-from mmdist.teachers import MeanTeacher
+from mmdist.teachers import MeanTeacher, StoredTeacher, Teacher
 from mmdist.teachers.renormalize import swaps_channels
 
 FEW_ROWS = 30  # of a pair, in a process
@@ -121,7 +121,9 @@ def report_pair(
     report.section('what is compared')
     report.line('student', _describe_model(model))
     for name, teacher in model.teachers.items():
-        report.line(with_name('teacher', name), _describe_model(teacher.model))
+        is_stored = isinstance(teacher, StoredTeacher)
+        text = teacher.origin if is_stored else _describe_model(teacher.model)
+        report.line(with_name('teacher', name), text)
     for key, comparison in model.distill.items():
         teacher = model.teachers[model.distill_terms[key].teacher].model
         ran = [module for module in parts(teacher) if module in seen.ran]
@@ -130,7 +132,8 @@ def report_pair(
         report.line(key, describe_comparison(comparison, pairs))
         if key in model.why_default:
             report.line('  chosen', f'because {model.why_default[key]}')
-        report.line('  modules', f'{ours} (teacher: {theirs or "its forward"})')
+        forward = 'what is stored' if hasattr(teacher, 'store') else 'its forward'
+        report.line('  modules', f'{ours} (teacher: {theirs or forward})')
         report.line('  pairs', f'{len(pairs)}: {"; ".join(map(_describe, pairs))}', 4)
         _judge_rows(report, key, isinstance(comparison.loss, DISTLoss), pairs)
     report.section('classes and images')
@@ -147,20 +150,24 @@ def report_pair(
             )
             report.warnings.append(f'{text} --images shows whether they have.')
         report.line(with_name('classes', name), text, 5)
-        if teacher.renormalize is None:
-            report.line(with_name('images', name), 'none; its answers are stored')
-            continue
-        steps = {
-            'channels swapped': teacher.renormalize.flip,
-            'mean and std changed': teacher.renormalize.rescale,
-            'padding refilled': teacher.renormalize.refill,
-        }
-        done = ', '.join(step for step, needed in steps.items() if needed)
-        text = f'for the teacher: {done}' if done else 'the same'
-        if teacher.renormalize.flip or teacher.renormalize.rescale:
-            both = model.data_preprocessor, teacher.model.data_preprocessor
-            text += '. Student: {}; teacher: {}'.format(*map(_normalisation, both))
-        report.line(with_name('images', name), text)
+        report.line(with_name('images', name), _describe_images(model, teacher))
+
+
+def _describe_images(model: nn.Module, teacher: Teacher) -> str:
+    """What is done to the student's batch for a teacher."""
+    if isinstance(teacher, StoredTeacher):
+        return 'not shown to a teacher; its answers are moved as they are'
+    steps = {
+        'channels swapped': teacher.renormalize.flip,
+        'mean and std changed': teacher.renormalize.rescale,
+        'padding refilled': teacher.renormalize.refill,
+    }
+    done = ', '.join(step for step, needed in steps.items() if needed)
+    text = f'for the teacher: {done}' if done else 'the same'
+    if teacher.renormalize.flip or teacher.renormalize.rescale:
+        both = model.data_preprocessor, teacher.model.data_preprocessor
+        text += '. Student: {}; teacher: {}'.format(*map(_normalisation, both))
+    return text
 
 
 def _describe_model(model: nn.Module) -> str:

@@ -5,7 +5,8 @@
 It prepares the training as tools/train.py does, stops at the first step, and prints
 what is compared, the first correlations, losses and gradients, and the time of a step.
 With --images the teacher is scored on that many validation images, with its own
-normalisation and its classes in the student's order.
+normalisation and its classes in the student's order; stored answers are scored on
+training images.
 
 Exit status: 0, go on (there may be warnings); 1, the training would not start or would
 be pointless; 2, wrong usage.
@@ -31,14 +32,15 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from pair_report import Report, Seen, as_text, report_pair, watch, with_name
-from teacher_score import cannot_score, judge, predictor, score
+from stored_score import describe_storage, labelled_images, score_stored
+from teacher_score import Scored, cannot_score, judge, predictor, score
 from torch import nn
 from train import load_distilling, seed_iterations
 
 from mmdist import DISTLoss
 from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
-from mmdist.teachers import MeanTeacher
+from mmdist.teachers import MeanTeacher, Teacher
 
 STEPS = 3  # that are timed
 
@@ -94,6 +96,10 @@ class Preflight(Hook):
         balance, model.balance = model.balance, None
         seen = watch(model, lambda: losses_of(runner, model, data))
         report_pair(report, model, classes, seen)
+        for name, teacher in model.teachers.items():
+            if hasattr(teacher, 'store'):
+                text = describe_storage(runner.train_dataloader.dataset, teacher)
+                report.line(with_name('stored', name), text)
         report.section('first step')
         if schedules:
             report.line(
@@ -117,17 +123,23 @@ class Preflight(Hook):
             judge_gradient(report, share, ramp, is_dist and not starts)
         del seen
         if self.images:
-            report.section(f'score on {self.images} validation images')
-            self._score_teachers(runner, model, classes)
-        if own_score:
-            report.line('student', as_text(own_score))
+            self._score_teachers(runner, model, classes, own_score)
         report_cost(report, runner, model, data)
         raise Stop
 
     def _score_teachers(
-        self, runner: Runner, model: nn.Module, classes: Sequence[str] | None
+        self,
+        runner: Runner,
+        model: nn.Module,
+        classes: Sequence[str] | None,
+        own_score: dict | None,
     ) -> None:
-        for name, teacher in model.teachers.items():
+        """Teachers on validation images, stored answers on those of the training."""
+        stored = {k: t for k, t in model.teachers.items() if hasattr(t, 'store')}
+        asked = {k: t for k, t in model.teachers.items() if k not in stored}
+        if asked or own_score:
+            self.report.section(f'score on {self.images} validation images')
+        for name, teacher in asked.items():
             key, reason = with_name('teacher', name), cannot_score(teacher)
             if not runner.val_loop:
                 reason = 'the config has no `val_dataloader`'
@@ -137,13 +149,33 @@ class Preflight(Hook):
                 self.report.line(key, f'not scored: {reason}')
                 continue
             predict = predictor(model, teacher)
-            metrics, confusion = score(runner, self.images, predict, len(classes))
-            self.report.line(key, as_text(metrics) or 'nothing found')
-            ours = teacher.classes.student
-            compared = range(len(classes)) if ours is None else [i for (i,) in ours]
-            if verdict := judge(metrics, confusion, classes, compared):
-                who = f'Teacher {name}' if name else 'The teacher'
-                self.report.reasons.append(f"{who}'s {verdict}")
+            found = score(runner, self.images, predict, len(classes))
+            self._judge(name, teacher, classes, found)
+        if own_score:
+            self.report.line('student', as_text(own_score))
+        if stored:
+            self.report.section(f'score on {self.images} training images')
+        dataset = runner.train_dataloader.dataset
+        for name, teacher in stored.items():
+            if not labelled_images(dataset):
+                reason = 'not scored: no training image has labels'
+                self.report.line(with_name('teacher', name), reason)
+                continue
+            found = score_stored(dataset, self.images, teacher, len(classes))
+            self._judge(name, teacher, classes, found)
+
+    def _judge(
+        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored
+    ) -> None:
+        metrics, confusion = found
+        self.report.line(
+            with_name('teacher', name), as_text(metrics) or 'nothing found'
+        )
+        ours = teacher.classes.student
+        compared = range(len(classes)) if ours is None else [i for (i,) in ours]
+        if verdict := judge(metrics, confusion, classes, compared):
+            who = f'Teacher {name}' if name else 'The teacher'
+            self.report.reasons.append(f"{who}'s {verdict}")
 
 
 def losses_of(runner: Runner, model: nn.Module, data: dict) -> dict:
@@ -221,8 +253,7 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
         )
     elif share > 10:
         report.cautions.append(
-            f'{times}, which hardly count beside it. Leave `balance` at its default, '
-            'or bridge the first steps by a ramp, `mmdist.DistillScheduleHook`.'
+            f'{times}, which hardly count beside it. Leave `balance` at its default.'
         )
     elif share < 0.01:
         report.warnings.append(f'{times}: it hardly counts. Take a larger weight.')
@@ -294,7 +325,7 @@ def main() -> int:
             expected = (ValueError, RuntimeError, OSError)
             if hook.has_begun and not isinstance(error, expected):
                 raise  # a mistake of this tool
-            report.reasons.append(explain(error))
+            report.reasons.append(explain(error, cfg))
     return report.finish()
 
 

@@ -52,10 +52,11 @@ def as_seen(pipeline: Sequence[dict], scale: float, flip: bool) -> list[dict]:
                 transform[key] = _times(transform[key], scale)
             resize = None if 'Resize' in kind else resize
         found.append(transform)
-    if resize and scale != 1:
-        found.insert(-1, resize)
-    if flip:
-        found.insert(-1, dict(type='RandomFlip', prob=1.0, direction='horizontal'))
+    mirror = dict(type='RandomFlip', prob=1.0, direction='horizontal')
+    # before the padding, which stays on the right
+    kinds = [str(transform['type']) for transform in found]
+    place = next(i for i, kind in enumerate(kinds) if 'Pad' in kind or 'Pack' in kind)
+    found[place:place] = [resize] * (bool(resize) and scale != 1) + [mirror] * flip
     return found
 
 

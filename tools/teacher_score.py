@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from mmdist.comparisons import SegLogits
-from mmdist.comparisons.detections import after_nms
+from mmdist.comparisons import Detections, SegLogits
 from mmdist.families import SEG, family_of
-from mmdist.families.seg import SegMap
+from mmdist.families.seg import ask_foreign
 from mmdist.step import Step
-from mmdist.teachers import (
-    ClassMatch,
-    ForeignTeacher,
-    MeanTeacher,
-    StoredTeacher,
-    Teacher,
-)
+from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 
 VOID = 255  # the class of what the student has no class for
 MUCH = 0.2  # by so much a class fits another one better, if it is permuted
 Predict = Callable[[dict], Sequence[BaseDataElement]]  # of a batch
+Scored = tuple[dict[str, float], Tensor]  # metrics, and a `confusion`
 
 
 def cannot_score(teacher: Teacher) -> str:
@@ -34,35 +29,45 @@ def cannot_score(teacher: Teacher) -> str:
     model = teacher.model
     if isinstance(teacher, MeanTeacher):
         return "it is the student's own mean"
-    if isinstance(teacher, StoredTeacher):
-        return 'its answers are stored, for the training images alone'
     if isinstance(model, ForeignTeacher) and model.gives == 'features':
         return 'it gives features alone'
     return 'panoptic predictions are not' * hasattr(model, 'panoptic_head')
 
 
 @torch.no_grad()
-def score(
-    runner: Runner, number: int, predict: Predict, num_classes: int
-) -> tuple[dict[str, float], Tensor]:
+def score(runner: Runner, number: int, predict: Predict, num_classes: int) -> Scored:
     """Score predictions of that many validation images with the config's evaluator.
 
     Returns:
         The metrics, and the :func:`confusion` of the student's classes.
     """
     dataset = runner.val_dataloader.dataset
-    number = min(number, len(dataset))  # spread over the whole data set
-    subset = dataset.get_subset([i * len(dataset) // number for i in range(number)])
+    subset = dataset.get_subset(spread(number, len(dataset)))
     loader = Runner.build_dataloader(dict(runner.cfg.val_dataloader, dataset=subset))
     evaluator = runner.val_evaluator
     for metric in evaluator.metrics:
         if hasattr(metric, 'img_ids'):  # of COCO: others would count as missed
-            metric.img_ids = [subset.get_data_info(i)['img_id'] for i in range(number)]
-    total = torch.zeros(num_classes, num_classes + 1)
-    for batch in loader:
-        samples = predict(batch)
+            infos = map(subset.get_data_info, range(len(subset)))
+            metric.img_ids = [info['img_id'] for info in infos]
+    batches = ((batch, predict(batch)) for batch in loader)
+    return evaluate(evaluator, batches, num_classes)
+
+
+def spread(number: int, size: int) -> list[int]:
+    """That many indices of a data set, or all, spread over the whole of it."""
+    number = min(number, size)
+    return [i * size // number for i in range(number)]
+
+
+def evaluate(
+    evaluator: Evaluator, batches: Iterable[tuple[dict, Sequence]], num_classes: int
+) -> Scored:
+    """The metrics and the confusion of batches and what is predicted of them."""
+    total, number = torch.zeros(num_classes, num_classes + 1), 0
+    for batch, samples in batches:
         total += sum(confusion(sample, num_classes) for sample in samples)
         evaluator.process(data_samples=samples, data_batch=batch)
+        number += len(samples)
     return evaluator.evaluate(number), total
 
 
@@ -70,7 +75,7 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
     """What predicts as a teacher does in training, in the student's classes."""
     model = teacher.model
     gives = model.gives if isinstance(model, ForeignTeacher) else None
-    activation = dict(pixels='softmax', masks='identity').get(gives)
+    activation = 'softmax' if gives == 'pixels' else 'identity'
     if gives is None and family_of(model) == SEG:
         activation = SegLogits().activation(model)
     if gives is None and teacher.dtype is not None:
@@ -82,25 +87,30 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
         samples = step.data_samples
         if gives is None:
             samples = model.predict(step.teacher_inputs, samples)
-        elif gives == 'boxes':
-            for sample, boxes in zip(samples, step.teacher_features, strict=True):
-                found = after_nms(model, *boxes)
+        elif gives in ('boxes', 'detections'):
+            for sample, found in zip(
+                samples, Detections().ask(step, None), strict=True
+            ):
                 # in the pixels of its file
                 found.bboxes /= found.bboxes.new_tensor(sample.scale_factor).repeat(2)
                 sample.pred_instances = found
         else:
-            output = step.teacher_features
-            pixels = SegMap(output) if gives == 'pixels' else SegMap(*output, True)
-            scores = pixels.read(step.inputs.shape[-2:])
-            samples = student.postprocess_result(scores.float(), samples)
+            size = tuple(step.inputs.shape[-2:])
+            pixels = ask_foreign(step, as_scores=gives != 'pixels')
+            scores = pixels.read(size).float()
+            samples = student.postprocess_result(scores, samples)
         for sample in samples:
-            _to_students_classes(sample, teacher.classes, activation)
+            to_students_classes(sample, teacher.classes, activation)
+        if gives == 'maps':  # nothing is known of what is not of the file
+            found = samples[0].pred_sem_seg.data
+            height, width = found.shape[-2:]
+            found[~pixels.shown(size)[:, :height, :width]] = VOID
         return samples
 
     return predict
 
 
-def _to_students_classes(
+def to_students_classes(
     sample: BaseDataElement, match: ClassMatch, activation: str | None
 ) -> None:
     """Number the predicted classes as the student does."""

@@ -3,7 +3,9 @@
     python tools/visualize.py CONFIG CHECKPOINT [IMAGES ...] --out DIR
 
 CONFIG distils; CHECKPOINT is of its student, distilled or plain. Without IMAGES, it is
-the first samples of `val_dataloader`. DIR gets a picture of each, and index.html.
+the first samples of `val_dataloader`. Of a stored teacher it is those of
+`train_dataloader`, as they are augmented, with its answers moved as the images are. DIR
+gets a picture of each, and index.html.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import mmcv
 import numpy as np
@@ -24,9 +27,10 @@ from matplotlib.patches import Patch, Rectangle
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS, RUNNERS
-from mmengine.structures import InstanceData
+from mmengine.structures import BaseDataElement, InstanceData
 from pair_report import describe_comparison, parts
 from scipy.optimize import linear_sum_assignment
+from stored_score import labels_of
 from teacher_score import cannot_score, predictor
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -34,11 +38,12 @@ from train import load_distilling
 
 from mmdist import Comparison, Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
+from mmdist.data.answers import check_images, join
 from mmdist.losses import as_rows
 from mmdist.losses.correlations.common import Settings, is_constant
 from mmdist.losses.correlations.plain import ACTIVATIONS, pearson
 from mmdist.record import Recorder
-from mmdist.teachers import Teacher
+from mmdist.teachers import StoredTeacher, Teacher
 
 NO_CLASSES = comparisons.Features, comparisons.Boxes, comparisons.BoxDistributions
 MIN_IOU = 0.5  # of boxes that agree
@@ -81,10 +86,17 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     model, weights = runner.model, load_checkpoint(args.checkpoint)
     advice = 'Check that the student was trained with this config.'
     load_strictly(model, weights, args.checkpoint, args.config, advice)
+    stored = [t for t in model.teachers.values() if isinstance(t, StoredTeacher)]
+    if stored and args.images:
+        raise ValueError('A stored teacher knows the training images alone, no others.')
+    loader = cfg.train_dataloader if stored else cfg.val_dataloader
     lazy = dict(lazy_init=True) if args.images else {}  # without annotations
-    dataset = DATASETS.build({**cfg.val_dataloader.dataset, **lazy})
+    dataset = DATASETS.build({**loader.dataset, **lazy})
+    for teacher in stored:
+        join(dataset, teacher.store.kind)
+        check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
-        raise ValueError('The classes of the validation data set have no names.')
+        raise ValueError('The classes of the data set have no names.')
     # what the hooks of a training tell the distiller and some heads
     counters = dict(epoch=0, iter=0)
     runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
@@ -105,8 +117,19 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     return model.eval(), teacher, dataset
 
 
-def images_of(args: argparse.Namespace, dataset: Dataset) -> Iterator[tuple]:
-    """The path of each image, its batch, and a sample with labels or None."""
+class Shown(NamedTuple):
+    """An image of the page."""
+
+    path: str
+    pixels: np.ndarray  # RGB, (height, width, 3)
+    batch: dict
+    labels: BaseDataElement | None  # in these pixels
+
+
+def images_of(
+    args: argparse.Namespace, dataset: Dataset, is_stored: bool
+) -> Iterator[Shown]:
+    """What the page shows: files, or samples of the validation or of the training."""
     if args.images:
         cfg = args.cfg.val_dataloader.dataset
         while 'pipeline' not in cfg:  # a wrapper
@@ -114,18 +137,31 @@ def images_of(args: argparse.Namespace, dataset: Dataset) -> Iterator[tuple]:
         steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
         for i, path in enumerate(args.images):
             data = Compose(steps)(dict(img_path=path, img_id=i))
-            yield path, pseudo_collate([data]), None
+            yield Shown(path, read(path), pseudo_collate([data]), None)
         return
     for i in range(min(args.num, len(dataset))):
-        data, info = dataset[i], dataset.get_data_info(i)
+        data = dataset[i]
         sample = data['data_samples']
-        truth = sample if 'gt_sem_seg' in sample else None
+        if is_stored:  # all that follows is in pixels of the augmented image
+            meta = dict(ori_shape=sample.img_shape, scale_factor=(1.0, 1.0), flip=False)
+            sample.set_metainfo(meta)
+            pixels = data['inputs'].flip(0).permute(1, 2, 0).byte().numpy()
+            labels = sample.clone()
+            if 'gt_instances' in labels:
+                labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
+            yield Shown(sample.img_path, pixels, pseudo_collate([data]), labels)
+            continue
+        info, labels = dataset.get_data_info(i), None
+        if 'gt_sem_seg' in sample:
+            labels = sample
         if 'instances' in info:  # in pixels of the file; those of the sample may not be
-            boxes = [x for x in info['instances'] if not x.get('ignore_flag')]
-            found = InstanceData(labels=torch.tensor([x['bbox_label'] for x in boxes]))
-            found.bboxes = torch.tensor([x['bbox'] for x in boxes]).view(-1, 4)
-            truth = type(sample)(gt_instances=found)
-        yield sample.img_path, pseudo_collate([data]), truth
+            labels = type(sample)(gt_instances=labels_of(info))
+        path = sample.img_path
+        yield Shown(path, read(path), pseudo_collate([data]), labels)
+
+
+def read(path: str) -> np.ndarray:
+    return mmcv.imread(path, channel_order='rgb')
 
 
 @torch.no_grad()
@@ -265,6 +301,8 @@ MAP = """<b>Inter-class correlation</b>: 1 (blue) where the student orders the c
 as the teacher does, -1 (red) where it is the opposite. Grey pixels do not count."""
 BOXES = f"""<b>Both</b> have a box if they give it one class, with an IoU of at least
 {MIN_IOU}; drawn is the student's. Boxes have a score of at least {{}}."""
+STORED = """ The images are those of the training, as they are augmented; the teacher's
+answers are stored, and moved as the images are."""
 
 
 def table(
@@ -295,36 +333,35 @@ def main() -> None:
     index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
-    for n, (path, batch, truth) in enumerate(images_of(args, dataset)):
+    is_stored = isinstance(teacher, StoredTeacher)
+    for n, shown in enumerate(images_of(args, dataset, is_stored)):
         torch.manual_seed(n)  # proposals may be drawn
-        pairs, shares = pairs_of(model, batch)
+        pairs, shares = pairs_of(model, shown.batch)
         for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
             scores, activation = probabilities(comparison, model, pair)
             sums = sums + gram(scores, len(index), activation, pair.mask)
         with torch.no_grad():
-            found = model.val_step(copy.deepcopy(batch)) + ask(batch)
-        image = mmcv.imread(path, channel_order='rgb')
-        samples = dict(student=found[0], teacher=found[1])
-        if truth is None:
-            panels = {'image': (image, ())}
-        else:
-            panels, samples = {}, dict(labels=truth, **samples)
+            found = model.val_step(copy.deepcopy(shown.batch)) + ask(shown.batch)
+        samples = dict(labels=shown.labels, student=found[0], teacher=found[1])
+        panels: dict[str, tuple] = {}
         seen: set[int] = set()
         for name, sample in samples.items():
             kind = 'gt' if name == 'labels' else 'pred'
-            if is_seg:
+            if sample is None:
+                panels['image'] = shown.pixels, ()
+            elif is_seg:
                 labels = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
-                panels[name] = tinted(image, labels, palette), ()
+                panels[name] = tinted(shown.pixels, labels, palette), ()
+                seen.update(np.unique(labels).tolist())
             else:
                 boxes = sample.get(f'{kind}_instances').cpu()
                 if kind == 'pred':
                     boxes.pop('masks', None)
                     boxes = boxes[boxes.scores >= args.score_thr]
                     sample.pred_instances = boxes
-                labels = boxes.labels.numpy()
-                each = zip(boxes.bboxes, labels.tolist(), strict=True)
-                panels[name] = image, [(x, colours[i]) for x, i in each]
-            seen.update(np.unique(labels).tolist())
+                each = list(zip(boxes.bboxes, boxes.labels.tolist(), strict=True))
+                panels[name] = shown.pixels, [(x, colours[i]) for x, i in each]
+                seen.update(i for _, i in each)
         if is_seg:
             values = inter_class(scores, activation, pair)
             height, width = map(round, np.multiply(values.shape, shares).tolist())
@@ -336,11 +373,10 @@ def main() -> None:
                 counts[name] += boxes.labels.bincount(minlength=classes)
             text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
             boxes = [(x, COLOURS[name]) for name in groups for x in groups[name].bboxes]
-            panels[', '.join(map(': '.join, COLOURS.items()))] = image, boxes
+            panels[', '.join(map(': '.join, COLOURS.items()))] = shown.pixels, boxes
         seen = sorted(seen & colours.keys())[:MOST_CLASSES]
-        legend = {names[i]: colours[i] for i in seen}
-        save(args.out / f'{n:03}.jpg', panels, legend)
-        text = escape(f'{Path(path).name}. {text}')
+        save(args.out / f'{n:03}.jpg', panels, {names[i]: colours[i] for i in seen})
+        text = escape(f'{Path(shown.path).name}. {text}')
         images.append(f'<h3>{text}</h3><img src="{n:03}.jpg" alt="{text}">')
     index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]
@@ -351,7 +387,7 @@ def main() -> None:
     page = PAGE.format(
         title=escape(title),
         rows=f'{sums[0, 0].max():.0f} {"pixels" if is_seg else "anchors or boxes"}',
-        how=MAP if is_seg else BOXES.format(args.score_thr),
+        how=(MAP if is_seg else BOXES.format(args.score_thr)) + STORED * is_stored,
         table='\n'.join(table(names, palette, index, columns)),
         images='\n'.join(images),
     )

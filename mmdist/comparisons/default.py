@@ -94,6 +94,8 @@ def default_for_pair(
             return dict(dist=Chosen(comparison, why))
         try:
             boxes = _built(dict(type='mmdist.Boxes'), student, teacher)
+            if teacher.views:
+                boxes.check_views()
         except ValueError as error:
             why += f', without their boxes: {str(error).split(". ")[0]}'
             return dict(dist=Chosen(comparison, why))

@@ -32,7 +32,7 @@ def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
         ValueError: A transform moves pixels and is not known, or the samples are not
             those of a detector or a segmentor, as the answers are.
     """
-    for base, around in _bases(dataset):
+    for base, around in bases_of(dataset):
         pipeline = [base.pipeline.transforms, *(x.pipeline for x in around)]
         follow(pipeline, kind, f'The pipeline of a {type(base).__name__}')
         for wrapper in around:
@@ -47,7 +47,7 @@ def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
         follow([list(transforms)], kind, 'The pipeline that comes later')
 
 
-def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
     """Each data set within wrappers, and those that mix its images, outermost last."""
     if is_a(dataset, 'MultiImageMixDataset'):
         around = (dataset, *around)
@@ -56,7 +56,7 @@ def _bases(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
         yield dataset, around
     else:
         for one in inner:
-            yield from _bases(one, around)
+            yield from bases_of(one, around)
 
 
 def check_images(dataset: Any, store: Store) -> tuple[int, int]:
@@ -72,7 +72,7 @@ def check_images(dataset: Any, store: Store) -> tuple[int, int]:
     Raises:
         ValueError: It says of how many images that is not so, and names the first few.
     """
-    bases = [base for base, _ in _bases(dataset)]
+    bases = [base for base, _ in bases_of(dataset)]
     if store.is_by_id:
         _name_classes(bases, store)
     missing, other, number = [], [], 0

@@ -178,22 +178,23 @@ def _some(values: Sequence) -> str:
     return ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
 
 
-def check_class_lists(cfg: Config) -> None:
+def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
     """Check the class names of a config's data sets before they are built.
 
     Args:
         cfg: A whole config.
+        whole_files: Read a COCO file to its end, not only what names its classes.
 
     Raises:
-        ValueError: A COCO file lacks a class that its data set names, or has the
-            classes in another order; or validation has another order than training.
+        ValueError: A COCO file is none, lacks a class that its data set names, or has
+            the classes in another order; or validation has another order than training.
     """
     scope = cfg.get('default_scope')
     lists = {}
     for loader in ('train_dataloader', 'val_dataloader'):
         dataset = (cfg.get(loader) or {}).get('dataset')
         for inner in _inner_datasets(dataset):
-            _check_coco_file(loader, inner, scope)
+            _check_coco_file(loader, inner, scope, whole_files)
         alone = dict(default_scope=scope, train_dataloader=dict(dataset=dataset))
         lists[loader] = class_names_of_config(Config(alone)) or ()
     train, val = lists.values()
@@ -217,7 +218,9 @@ def _inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
         yield from _inner_datasets(part)
 
 
-def _check_coco_file(loader: str, dataset: Mapping, scope: str | None) -> None:
+def _check_coco_file(
+    loader: str, dataset: Mapping, scope: str | None, whole: bool
+) -> None:
     """Compare the names of a data set with those of its file, whose order counts."""
     kind = dataset.get('type')
     with (
@@ -235,11 +238,25 @@ def _check_coco_file(loader: str, dataset: Mapping, scope: str | None) -> None:
     file = os.path.join(dataset.get('data_root') or '', dataset.get('ann_file', ''))
     try:
         text = get_text(file, backend_args=dataset.get('backend_args'))
-        start = text.index('[', text.index('"categories"'))
-        found = json.JSONDecoder().raw_decode(text, start)[0]
+    except OSError:
+        return  # the data set says so
+    try:
+        if whole:
+            content = json.loads(text)
+            lists = content['images'], content['categories']
+            found = [x['id'] for items in lists for x in items] and lists[1]
+        else:
+            start = text.index('[', text.index('"categories"'))
+            found = json.JSONDecoder().raw_decode(text, start)[0]
         found = [category['name'] for category in found]
-    except (OSError, LookupError, TypeError, ValueError):
-        return  # the data set says what is wrong with its file
+    except (LookupError, TypeError, ValueError) as error:
+        if not whole:
+            return _check_coco_file(loader, dataset, scope, True)
+        raise ValueError(
+            f'{file}, the `ann_file` of {loader}, is no annotation file of COCO: '
+            f'{error!r}. It has to be a JSON file, not cut off, that holds a dict with '
+            'lists of `images`, `annotations` and `categories`.'
+        ) from error
     named = f"{loader}'s data set names {_some(classes)}, but {file} has {_some(found)}"
     if lacking := [name for name in classes if name not in found]:
         raise ValueError(
@@ -256,24 +273,29 @@ def _check_coco_file(loader: str, dataset: Mapping, scope: str | None) -> None:
 
 @contextmanager
 def empty_data_sets_in_words(cfg: Config) -> Iterator[None]:
-    """Raise ValueError, in words, where a Runner finds a data set of ``cfg`` empty."""
+    """Raise ValueError, in words, where a Runner cannot use a data set of ``cfg``."""
     try:
         yield
-    except ValueError as error:
-        if explain(error) == str(error):
+    except Exception as error:
+        said = explain(error, cfg)
+        if said in (str(error), repr(error)):
             raise
-        check_class_lists(cfg)
-        raise ValueError(explain(error)) from error
+        raise ValueError(said) from error
 
 
-def explain(error: Exception) -> str:
-    """The message of what stopped a Runner, and in words if a data set is empty."""
+def explain(error: Exception, cfg: Config) -> str:
+    """The message of what stopped a Runner; in words if that was a data set."""
     is_in_words = isinstance(error, (ValueError, RuntimeError, OSError))
-    text = str(error) if is_in_words and str(error) else repr(error)
-    if 'need at least one array to concatenate' in text:
+    is_empty = 'need at least one array to concatenate' in str(error)
+    if is_empty or not is_in_words or isinstance(error, json.JSONDecodeError):
+        try:
+            check_class_lists(cfg, whole_files=True)
+        except ValueError as found:
+            return str(found)
+    if is_empty:
         return (
             'A data set has no image with labels: its `ann_file`, `data_prefix` or '
             '`metainfo=dict(classes=(...))` does not fit the files, or its '
             '`filter_cfg` leaves out every image.'
         )
-    return text
+    return str(error) if is_in_words and str(error) else repr(error)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmdist.lookup import by_class_name, class_name_in, is_a
+from mmdist.lookup import by_class_name
 
 
 class Code(NamedTuple):
@@ -31,30 +31,25 @@ OUTPUT_AT_INFERENCE: dict[str, Callable[[nn.Module, tuple], tuple]] = {
     'VFNetHead': lambda head, output: (output[0], output[2]),  # the refined boxes
     'FCOSHead': _fcos,
 }
-# Heads whose boxes :func:`encoded` reads; the first of a head's classes in the table
-# counts. None is the rule: anchors or points of the generator, and the bbox coder.
+# Heads whose boxes :func:`encoded` reads, and how; the first of a head's classes in the
+# table counts. 'coder' is the rule: priors of the generator, and a bbox coder.
 ENCODED: dict[str, str | None] = {
-    'AnchorHead': None,
-    'FCOSHead': None,
-    'RTMDetHead': None,
-    'VFNetHead': None,
+    'AnchorHead': 'coder',
+    'FCOSHead': 'coder',
+    'RTMDetHead': 'coder',
+    'VFNetHead': 'coder',
     'GFLHead': 'distributions',
     'TOODHead': 'boxes',
     'YOLOXHead': 'cxcywh',
+    # Derived from those, with boxes or outputs of another kind.
+    **dict.fromkeys(('PAAHead', 'GuidedAnchorHead', 'YOLACTHead')),
+    **dict.fromkeys(('CondInstBboxHead', 'RTMDetInsHead')),
 }
-# Derived from those, with boxes or outputs of another kind.
-NOT_ENCODED = (
-    'PAAHead',
-    'GuidedAnchorHead',
-    'YOLACTHead',
-    'CondInstBboxHead',
-    'RTMDetInsHead',
-)
 
 
 def encodes(head: nn.Module) -> bool:
     """Whether :func:`encoded` knows the boxes of a dense head."""
-    known = class_name_in(head, ENCODED) is not None and not is_a(head, *NOT_ENCODED)
+    known = by_class_name(head, ENCODED) is not None
     return known and hasattr(head, 'prior_generator')
 
 

@@ -11,32 +11,13 @@ from collections import Counter
 import pytest
 import segmentors
 import torch
+from builders import Waits
 from det_zoo import batch, build_pair
 from mmengine.registry import init_default_scope
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmdist.losses import DISTLoss
 from mmdist.losses.correlations import Settings, gpu, plain
 from mmdist.teachers.classes import ClassMatch, match_classes
-
-READS = {'_local_scalar_dense', 'nonzero', 'masked_select', 'unique_dim', '_unique2'}
-
-
-class Waits(TorchDispatchMode):
-    """Counts what reads a tensor, or what copies Python's numbers to the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name in ('index', 'index_put', 'index_put_') and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if name in READS or name == 'lift_fresh' or by_mask:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def as_on_a_gpu(model, monkeypatch):

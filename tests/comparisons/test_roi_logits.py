@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from builders import slow
 from common import dist
 from det_zoo import FAMILIES, batch, build_pair
 from scipy.special import softmax as softmax_over
@@ -65,8 +66,10 @@ def calls(seen: Seen) -> dict[str, int]:
     return {name: len(outputs) for name, outputs in seen.outputs.items()}
 
 
-@pytest.mark.parametrize('background', [True, False])
-@pytest.mark.parametrize('stage', [None, 0, 2, 'mean'])
+@pytest.mark.parametrize(
+    ('stage', 'background'),
+    [(None, True), ('mean', False), *slow([(0, True), (2, False)])],
+)
 def test_rows_against_numpy(stage, background):
     model = build_pair(FASTER, CASCADE, roi(stage=stage, background=background))
     seen = Seen(

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from builders import build_distiller
+from builders import build_distiller, slow
 from common import correlations, dist
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -390,7 +390,7 @@ def scores_of(model: nn.Module, data: dict) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ('student', 'teacher'),
-    [('deeplabv3_r18-d8', 'mask2former'), ('segformer_mit-b0', 'maskformer')],
+    [('segformer_mit-b0', 'maskformer'), *slow([('deeplabv3_r18-d8', 'mask2former')])],
 )
 def test_per_pixel_student_of_a_mask_classification_teacher(student, teacher):
     student = zoo_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
 from mmdist import MODELS
-from mmdist.data.labels import check_class_lists, check_heads, check_labels, explain
+from mmdist.data.labels import (
+    check_class_lists,
+    check_heads,
+    check_labels,
+    empty_data_sets_in_words,
+    explain,
+)
 from mmdist.teachers.teacher import build_model, load_config
 
 
@@ -114,7 +121,34 @@ def test_a_data_set_without_a_known_class(det_config):
     ):
         filter_cfg = dict(filter_empty_gt=True)
         DATASETS.build(dict(cfg.train_dataloader.dataset, filter_cfg=filter_cfg))
-    assert 'no image with labels' in explain(error.value)
+    assert 'it has no class a, b' in explain(error.value, cfg)
+    assert 'no image with labels' in explain(error.value, Config())
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '',
+        '[]',
+        '{"images": [',
+        '{"images": [], "annotations": []}',
+        '{"categories": 3}',
+    ],
+)
+def test_a_file_that_is_no_annotation_file(det_config, coco_root, tmp_path, content):
+    """Also where only what is behind the categories is missing."""
+    root = shutil.copytree(coco_root, tmp_path / 'own')
+    file = root / 'train.json'
+    whole = json.dumps(dict(sorted(json.loads(file.read_text()).items())[::-1]))
+    text = det_config.replace(str(coco_root), str(root))
+    cfg = write_pair(tmp_path, text)
+    for written in (content, whole[:-9]):
+        file.write_text(written)
+        with (
+            pytest.raises(ValueError, match=r'train.json, .* is no annotation file'),
+            empty_data_sets_in_words(cfg),
+        ):
+            train(cfg, tmp_path)
 
 
 def test_a_later_batch_whose_loss_fails(tmp_path, seg_config):

@@ -7,7 +7,7 @@ import os
 import pytest
 from builders import distilled_text
 from mmengine.config import Config
-from watch import WatchHook
+from watch import WatchHook, watched
 
 WATCHED = """
 custom_hooks = [dict(type='WatchHook')]
@@ -54,6 +54,6 @@ def train():
     def train(cfg: Config) -> tuple[Runner, WatchHook]:
         runner = Runner.from_cfg(cfg)
         runner.train()
-        return runner, next(h for h in runner.hooks if isinstance(h, WatchHook))
+        return runner, watched(runner)
 
     return train

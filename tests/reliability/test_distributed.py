@@ -19,7 +19,7 @@ from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.nn.parallel import DistributedDataParallel
-from watch import Unlabel, WatchHook, student, unlabel
+from watch import Unlabel, WatchHook, student, unlabel, watched
 
 REPO = Path(__file__).parents[2]
 # mmengine passes device_ids, which is wrong on CPUs
@@ -52,7 +52,7 @@ def train_and_tell(cfg: Config) -> dict:
     model.teacher.load = load_and_watch
     with mock.patch.object(WatchHook, 'after', first_weights):
         runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     ddp = runner.model._get_ddp_logging_data()
     return dict(
         weights={k: v.clone() for k, v in model.state_dict().items()},
@@ -101,7 +101,7 @@ def train_without_labels(cfg: Config) -> dict:
     runner = Runner.from_cfg(cfg)
     runner.register_hook(Unlabel())
     runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
 
 

@@ -12,7 +12,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.runner import Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from processes import in_process
-from watch import WatchHook, student
+from watch import WatchHook, student, watched
 
 from mmdist.work_dir import last_whole_checkpoint
 
@@ -58,7 +58,7 @@ def train(cfg: Config, kill_at: int | None = None, while_saving: bool = False) -
     WatchHook.after = die
     runner = Runner.from_cfg(cfg)
     runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     model = student(runner)
     return dict(
         losses=watch.losses,

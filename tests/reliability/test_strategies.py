@@ -10,7 +10,7 @@ from builders import slow
 from mmengine._strategy import SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
-from watch import Unlabel, WatchHook, student
+from watch import Unlabel, student, watched
 
 # On CPUs both wrappers are told so; mmengine names a GPU to them.
 STRATEGIES_OF_TWO = dict(
@@ -34,7 +34,7 @@ def train(cfg: Config, unlabelled: bool) -> dict:
     if unlabelled:
         runner.register_hook(Unlabel())
     runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     model = student(runner)
     return dict(
         runner=type(runner).__name__,
@@ -53,7 +53,7 @@ def test_a_single_device(make_config, tmp_path):
     )  # fmt: skip
     runner = RUNNERS.build(cfg)
     runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     assert type(runner).__name__ == 'FlexibleRunner'
     assert list(watch.losses) == [0, 1, 2, 3]
     assert all(losses['loss_dist'] > 0 for losses in watch.losses.values())
@@ -104,7 +104,7 @@ def test_other_engines_are_refused(make_config, tmp_path, monkeypatch, name):
     runner = RUNNERS.build(cfg)
     with pytest.raises(NotImplementedError, match=rf'`{name}`.* `FSDPStrategy`'):
         runner.train()
-    watch = next(h for h in runner.hooks if isinstance(h, WatchHook))
+    watch = watched(runner)
     assert not watch.losses
 
 

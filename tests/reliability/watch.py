@@ -47,6 +47,10 @@ def unlabel(data_samples: list, iteration: int) -> None:
         sample.set_metainfo(dict(unlabelled=turn == 0 or (turn == 1 and i == 0)))
 
 
+def watched(runner) -> WatchHook:
+    return next(hook for hook in runner.hooks if isinstance(hook, WatchHook))
+
+
 def student(runner):
     model = runner.model
     return model.module if is_model_wrapper(model) else model

@@ -189,7 +189,7 @@ def test_student_is_a_quarter_of_its_teachers(task, scale):
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS}:
+    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS[1:]}:
         cell = grid.Cell('small', task, method, 'strong', 0)
         cfg = study.settings(cell)
         teacher = study.settings(cell.its_teacher)
@@ -200,6 +200,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model).train()
             model.init_weights()  # DINO leaves memory as it is
+            model.balance = None  # which leaves no gradient in the first step
             size = 96, 128
             data = (
                 make_batch(11, size) if task == 'camvid' else batch(model, (size,) * 2)
@@ -222,6 +223,8 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         },
         'bccd-dino': {'kl-binary': 'loss_kl'},
     }.get(task, {})
+    has_boxes = task in ('bccd-retinanet', 'bccd-faster-rcnn')
+    more['default'] = 'loss_box loss_dist' if has_boxes else 'loss_dist'
     if task != 'camvid':
         more['dist-box'] = more['intra-box'] = 'loss_box loss_dist'
         more['intra-box-pkd'] = 'loss_box loss_dist loss_pkd'

@@ -130,9 +130,12 @@ def edit(folder: str, name: str, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def build(kind: str, name: str, **more) -> nn.Module:
+    return Teacher(dict(type=f'mmdist.{kind}', name=name, **more)).build()
+
+
 def load(kind: str, folder: str, **more) -> nn.Module:
-    teacher = Teacher(dict(type=f'mmdist.{kind}', name=folder, **more))
-    model = teacher.build().eval()
+    model = build(kind, folder, **more).eval()
     assert model.class_names == tuple(NAMES.values())
     return model
 
@@ -339,10 +342,6 @@ def test_classes_of_coco_are_found_among_the_91_ids_of_detr(tmp_path):
 
 
 # ---- mistakes --------------------------------------------------------------------
-
-
-def build(kind: str, name: str, **more) -> nn.Module:
-    return Teacher(dict(type=f'mmdist.{kind}', name=name, **more)).build()
 
 
 def test_a_missing_model_stops_before_the_first_step(tmp_path):

@@ -372,7 +372,7 @@ def test_wrong_usage(preflight, tmp_path, det_config, args, says):
 @pytest.mark.parametrize(
     ('share', 'ramp', 'fresh', 'verdict', 'says'),
     [
-        (509, '', True, 'BETTER CHANGE THIS FIRST', 'is 509 times .* by a ramp'),
+        (509, '', True, 'BETTER CHANGE THIS FIRST', 'is 509 times .*Leave `balance`'),
         (509, 'schedule', True, 'GO ON', 'The ramp has to bridge'),
         (509, 'balance', True, 'GO ON', '^GO ON$'),
         (2, '', True, 'GO ON', 'head starts at random'),

@@ -60,11 +60,13 @@ def write_pair(folder: Path, student: str, teacher: str, **options) -> None:
     (folder / 'pair.py').write_text(distilled_text(**options))
 
 
-def asked_of_mmdet(file: Path, config: str = 'teacher', scale: str = '') -> np.ndarray:
+def asked_of_mmdet(file: Path, config: str = 'teacher', scale: float = 1) -> np.ndarray:
     """The teacher's boxes of a file, asked by mmdet's own API, (M, 6)."""
     cfg = Config.fromfile(f'{config}.py')
-    if scale:
-        cfg.merge_from_dict({'test_dataloader.dataset.pipeline.1.scale': eval(scale)})
+    if scale != 1:
+        _, resize, pad, *_ = cfg.test_dataloader.dataset.pipeline
+        resize.scale = tuple(int(side * scale) for side in resize.scale)
+        pad.size = tuple(int(side * scale) for side in pad.size)
     model = init_detector(cfg, f'{config}.pth', device='cpu')
     found = inference_detector(model, str(file)).pred_instances
     rows = [found.bboxes, found.scores[:, None], found.labels[:, None]]
@@ -177,13 +179,14 @@ def test_the_fusion_is_the_published_one(tools, number):
 
 
 def test_flipped_and_scaled_boxes_are_fused(store, tmp_path, det_config, coco_root):
-    write_pair(tmp_path, det_config, det_config)
+    pad = "dict(type='Pad', size=(160, 192)),"  # below and on the right
+    write_pair(tmp_path, det_config, det_config.replace(PLAIN, PLAIN + pad))
     ran = store('pair.py', '--out', 'answers', '--flip', '--scales', '1.5', '1')
     assert ran.status == 0, ran
     stored = Store('answers')
     for file in images(coco_root)[:2]:
         rows = []
-        for scale in ('(128, 96)', '(192, 144)'):
+        for scale in (1, 1.5):
             rows.append(asked_of_mmdet(file, scale=scale))
             other = asked_of_mmdet(mirrored(file, tmp_path), scale=scale)
             other[:, [0, 2]] = SIZE[1] - other[:, [2, 0]]

@@ -2,6 +2,7 @@
 _base_ = './dist_faster-rcnn_r50_fpn_cascade-mask-rcnn-x101-64x4d_2x_coco.py'
 model = dict(
     distill=dict(
+        _delete_=True,
         kl=dict(
             type='mmdist.RoILogits',
             loss=dict(

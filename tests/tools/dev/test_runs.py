@@ -55,6 +55,7 @@ def test_a_tool_is_ended_when_its_block_is_left(tmp_path, monkeypatch):
     assert not process.is_alive()
 
 
+@pytest.mark.slow
 def test_a_tool_ends_with_the_process_that_started_it(tmp_path):
     (tmp_path / 'tool.py').write_text(COMPUTES)
     environ = {**os.environ, 'PYTHONPATH': str(ROOT)}

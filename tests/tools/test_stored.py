@@ -1,0 +1,220 @@
+"""Tools with a stored teacher that knows the labels."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pairs
+import pytest
+import torch
+from matplotlib.figure import Figure
+from mmengine.config import Config
+from pairs import SLOW
+from tiny import SEG_CLASSES, SIZE
+
+from mmdist.teachers.store import full_path
+from mmdist.teachers.store_writer import StoreWriter
+
+HOOK = "custom_hooks = [dict(type='mmdist.StoredTeacherHook')]"
+
+
+def write_results(coco_root: Path, file: Path, categories=(1, 2, 3)) -> None:
+    """The labels as a COCO results file, of these categories instead of 1, 2, 3."""
+    labels = json.loads((coco_root / 'train.json').read_text())['annotations']
+    keys = 'image_id', 'category_id', 'bbox'
+    results = [{key: x[key] for key in keys} | dict(score=0.9) for x in labels]
+    for result in results:
+        result['category_id'] = categories[result['category_id'] - 1]
+    file.write_text(json.dumps(results))
+
+
+def write_maps(seg_root: Path, folder: Path, order=(0, 1, 2)) -> None:
+    """The labels as stored maps, with the classes in another order."""
+    files = sorted((seg_root / 'images').glob('*.png'))
+    manifest = dict(
+        kind='maps',
+        class_names=SEG_CLASSES,
+        teachers=[dict(checkpoint='labels')],
+        images=len(files),
+    )
+    writer = StoreWriter(folder, manifest)
+    for file in files:
+        label = cv2.imread(str(seg_root / 'labels' / file.name), cv2.IMREAD_UNCHANGED)
+        one_hot = label == np.array(order)[:, None, None]
+        answer = torch.from_numpy(one_hot.astype(np.uint8) * 255)
+        writer.add(full_path(str(file)), SIZE, answer)
+    writer.complete()
+
+
+@pytest.fixture(params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def write(family, request, tmp_path):
+    """Write a pair whose teacher is stored, the student's checkpoint and the answers.
+
+    ``order``: whose place in the labels each class takes.
+    """
+    config = request.getfixturevalue(f'{family}_config')
+    root = request.getfixturevalue('coco_root' if family == 'det' else 'seg_root')
+
+    def run(order=(0, 1, 2)) -> None:
+        pairs.write_pair(tmp_path, config, more=HOOK)
+        pairs.write_weights(tmp_path, 'student', std=0.1)
+        stored = 'results.json' if family == 'det' else 'answers'
+        text = (tmp_path / 'pair.py').read_text()
+        text = re.sub('teacher={.*}', f'teacher=dict(stored={stored!r})', text)
+        (tmp_path / 'pair.py').write_text(text)
+        if family == 'det':
+            write_results(root, tmp_path / stored, [i + 1 for i in order])
+        else:
+            write_maps(root, tmp_path / stored, order)
+
+    return run
+
+
+def test_preflight_scores_them_on_the_training_images(run_tool, family, write):
+    write()
+    found = run_tool('preflight', 'pair.py', '--images', '3')
+    assert found.status == 0, found
+    kind, name = dict(det=('boxes', 'results.json'), seg=('maps', 'answers'))[family]
+    assert re.search(
+        rf'stored {kind} of 4 of 4 training images \(100.0%\), \d\.\d MiB in {name}',
+        found.text,
+    )
+    assert 'SCORE ON 3 TRAINING IMAGES' in found.text
+    assert 'VALIDATION' not in found.text
+    score = dict(det='bbox_mAP 1, ', seg='mIoU 100, ')[family]
+    assert score in found.text
+    assert '(teacher: what is stored)' in found.text
+    assert 'images not shown to a teacher' in found.text
+
+
+def test_preflight_finds_permuted_classes(run_tool, write):
+    write(order=(1, 0, 2))
+    found = run_tool('preflight', 'pair.py', '--images', '4')
+    assert found.status == 1
+    assert re.search("teacher's classes look permuted: it takes .* for ", found.text)
+
+
+@pytest.mark.slow
+def test_preflight_names_images_without_an_answer(run_tool, family, write, tmp_path):
+    write()
+    if family == 'det':
+        results = json.loads((tmp_path / 'results.json').read_text())
+        few = [x for x in results if x['image_id'] == 1]
+        (tmp_path / 'results.json').write_text(json.dumps(few))
+    else:
+        lines = (tmp_path / 'answers/part-0.jsonl').read_text().splitlines(True)
+        (tmp_path / 'answers/part-0.jsonl').write_text(''.join(lines[1:]))
+    found = run_tool('preflight', 'pair.py')
+    assert found.status == 1
+    says = dict(det='3 of 4 images .* have no answer', seg='answers for 3 of 4 images')
+    assert re.search(says[family], found.text)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[dict]:
+    """The axes of each picture that is drawn, by their titles."""
+    figures = []
+
+    def keep(self, *args, **options):
+        figures.append({axis.get_title(): axis for axis in self.axes})
+
+    monkeypatch.setattr(Figure, 'savefig', keep)
+    return figures
+
+
+def boxes_of(axis) -> np.ndarray:
+    """Boxes of the same picture, (M, 4), in order."""
+    found = [(*x.get_xy(), x.get_width(), x.get_height()) for x in axis.patches]
+    return np.array(sorted(found))
+
+
+def test_visualize_shows_them_where_the_labels_are(
+    run_tool, family, write, drawn, tmp_path
+):
+    """In the augmented image: what knows the labels lies on the labels."""
+    write()
+    scale, crop = 'scale=(160, 120), keep_ratio=True', 'crop_size=(96, 128)'
+    pipeline = [
+        "dict(type='LoadImageFromFile')",
+        "dict(type='LoadAnnotations')"
+        if family == 'seg'
+        else "dict(type='LoadAnnotations', with_bbox=True)",
+        f"dict(type='Resize', {scale})",
+        "dict(type='RandomFlip', prob=1.0)",
+        f"dict(type='RandomCrop', {crop})",
+        "dict(type='PackSegInputs')"
+        if family == 'seg'
+        else "dict(type='PackDetInputs')",
+    ]
+    steps = f'[{", ".join(pipeline)}]'
+    with (tmp_path / 'pair.py').open('a') as file:
+        file.write(f'\ntrain_dataloader = dict(dataset=dict(pipeline={steps}))\n')
+    found = run_tool(
+        'visualize', 'pair.py', 'student.pth', '--num', '2', '--out', 'page'
+    )
+    assert found.status == 0, found
+    assert len(drawn) == 2
+    for axes in drawn:
+        labels, teacher = axes['labels'], axes['teacher']
+        if family == 'det':
+            assert len(boxes_of(labels))
+            np.testing.assert_allclose(boxes_of(teacher), boxes_of(labels), atol=0.01)
+            continue
+        labels, teacher = (x.images[0].get_array() for x in (labels, teacher))
+        assert labels.shape == teacher.shape == (96, 128, 3)
+        same = (labels == teacher).all(-1)
+        rows = same.mean(1) > 0.5  # the others are void
+        assert rows.mean() > 0.7 and same[rows].mean() > 0.97
+    page = (tmp_path / 'page/index.html').read_text()
+    assert 'answers are stored, and moved as the images are' in page
+    image = str(next(tmp_path.glob('*.json'), 'x.png'))
+    stopped = run_tool('visualize', 'pair.py', 'student.pth', image, '--out', 'page')
+    assert stopped.status != 0
+
+
+@pytest.mark.parametrize('hooks', ['', SLOW("[dict(type='EMAHook')]")])
+def test_new_pair_writes_a_config_that_can_be_trained(
+    run_tool, family, write, hooks, tmp_path
+):
+    write()
+    if hooks:
+        with (tmp_path / 'student.py').open('a') as file:
+            file.write(f'\ncustom_hooks = {hooks}\n')
+    stored = dict(det='results.json', seg='answers')[family]
+    args = ['--student', 'student.py', '--stored', stored, '--out', 'pair.py']
+    found = run_tool('new_pair', *args)
+    assert found.status == 0, found
+    assert f'teacher the answers in {stored}' in found.text
+    assert 'compared (3): ' in found.text and 'loss_dist' in found.text
+    config = Config.fromfile(tmp_path / 'pair.py')
+    assert config.model.teacher.keys() == {'stored'}
+    assert Path(config.model.teacher.stored).samefile(tmp_path / stored)
+    kinds = [hook.type for hook in config.custom_hooks]
+    assert kinds == ['EMAHook'] * bool(hooks) + ['mmdist.StoredTeacherHook']
+    assert run_tool('preflight', 'pair.py').status == 0
+
+
+@pytest.mark.parametrize(
+    ('args', 'says'),
+    [
+        (['--stored', 'results.json', '--teacher', 'a.py'], 'Give either --teacher or'),
+        ([], 'Give either --teacher or --stored'),
+        (['--stored', 'results.json', '--checkpoint', 'a.pth'], '--checkpoint is for'),
+        (['--stored', 'nowhere'], 'This pair does not work.*nowhere'),
+        (['--stored', 'results.json'], 'of the category ids 7, but the annotation'),
+    ],
+)
+def test_new_pair_refuses(run_tool, tmp_path, coco_root, det_config, args, says):
+    (tmp_path / 'student.py').write_text(det_config)
+    write_results(coco_root, tmp_path / 'results.json', (1, 2, 7))
+    found = run_tool('new_pair', '--student', 'student.py', *args)
+    assert found.status and re.search(says, found.said)
