@@ -103,7 +103,7 @@ def refuse_other_config(
 def _settings(text: str | None) -> dict[str, str]:
     """The text of each setting; mmengine sorts them, and only line breaks may vary."""
     _, *parts = re.split(
-        r'^(\w+) = ', text if isinstance(text, str) else '', flags=re.M
+        r'^(\w+) ?= ?', text if isinstance(text, str) else '', flags=re.M
     )
     values = (re.sub(r'\s+', '', value) for value in parts[1::2])
     return dict(zip(parts[::2], values, strict=True))

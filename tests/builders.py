@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def slow(cases: Iterable) -> list:
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without a line in the log for each parameter that is initialised."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
     """A distilled model in training, the same in each call.
 
@@ -36,11 +49,11 @@ def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
             each by itself.
     """
     torch.manual_seed(0)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     config = dict(type='mmdist.Distiller', balance=None, student=student)
-    model = MODELS.build(config | options)
-    if init:
-        model.init_weights()
+    with quiet():
+        model = MODELS.build(config | options)
+        if init:
+            model.init_weights()
     return model.train()
 
 

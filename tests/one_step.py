@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from pathlib import Path
 from unittest import mock
 
 import torch
+from builders import quiet
 from det_zoo import batch, shrink
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
@@ -44,9 +43,8 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
         model.student = small(model.student, scope)
         for teacher in model.get('teachers', {'': model.get('teacher')}).values():
             replace_teacher(teacher, names, scope, folder)
-    MMLogger.get_current_instance().setLevel(logging.ERROR)  # a line per parameter
     torch.manual_seed(0)
-    with DefaultScope.overwrite_default_scope(scope):
+    with DefaultScope.overwrite_default_scope(scope), quiet():
         model = revert_sync_batchnorm(MODELS.build(model)).train()
         model.init_weights()
     model.balance = None  # in the first step it leaves no gradient

@@ -10,6 +10,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import socket
 import subprocess
@@ -46,7 +47,10 @@ def hurry() -> None:
     with suppress(ImportError):
         from mmengine.config import config
 
-        config.FormatCode = lambda text, **_: (text, True)
+        def as_it_is(text: str, **options) -> tuple[str, bool]:
+            return re.sub(r'^(\w+)=', r'\1 = ', text, flags=re.M), True
+
+        config.FormatCode = as_it_is
     gc.freeze()
 
 

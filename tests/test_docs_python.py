@@ -33,6 +33,7 @@ from mmdist.teachers import ClassMatch
 # Page, words of the blocks; what names no file is run below.
 RUN_BY = {
     ('README.md', 'retinanet_r18_fpn_1x_coco.py'): 'test_readme_pair.py',
+    ('docs/stored_teachers.md', ''): 'tools/test_stored_teachers_page.py',
     ('docs/unlabelled.md', 'mmdist.MixedSampler'): 'data/test_unlabelled_images.py',
     ('docs/use_the_student.md', ''): 'tools/test_use_the_student.py',
     ('docs/teachers.md', 'class TorchvisionRetinaNet'): 'the config after it',

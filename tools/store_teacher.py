@@ -36,6 +36,7 @@ from torch.distributed import init_process_group
 from torch.utils.data import DataLoader, Dataset
 from train import load_distilling, mistakes_in_words
 
+from mmdist.data.answers import bases_of
 from mmdist.registry import MODELS
 from mmdist.teachers.store import full_path
 from mmdist.teachers.store_writer import StoreWriter
@@ -68,14 +69,10 @@ def parse_args() -> argparse.Namespace:
 
 def images_of(dataset: Any) -> Iterator[dict]:
     """What a data set, through wrappers, knows of each image, but its labels."""
-    parts = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    for part in parts:
-        if part is not None:
-            yield from images_of(part)
-            continue
-        dataset.full_init()
-        for index in range(len(dataset)):
-            info = dataset.get_data_info(index)
+    for base, _ in bases_of(dataset):
+        base.full_init()
+        for index in range(len(base)):
+            info = base.get_data_info(index)
             info = {key: x for key, x in info.items() if key not in LABELS}
             yield dict(info, img_path=full_path(info['img_path']), seg_fields=[])
 

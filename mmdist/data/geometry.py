@@ -44,7 +44,7 @@ BOXES = HOMOGRAPHY | _names("""
     CachedMixUp""")
 
 
-# ---- how transforms of mmseg move pixels ---------------------------------------------
+# ---- how single transforms move pixels -----------------------------------------------
 
 
 def _shift(x: float, y: float) -> np.ndarray:
@@ -74,71 +74,58 @@ def _rotated(before: Sequence[int], results: dict, seen: list) -> np.ndarray:
     return _shift(0.5, 0.5) @ np.vstack([seen[0][1], [0, 0, 1]]) @ _shift(-0.5, -0.5)
 
 
-# The matrix of a transform, and what is called with what the matrix is made of.
-MAPS: dict[str, tuple[Callable, Callable | None]] = {
-    'Resize': (_scaled, None),
-    'RandomResize': (_scaled, None),
-    'RandomChoiceResize': (_scaled, None),
-    'ResizeToMultiple': (_scaled, None),
-    'ResizeShortestEdge': (_scaled, None),
-    'RandomFlip': (_flipped, None),
-    'RandomCrop': (_cropped, lambda transform: (transform, 'crop')),
-    'RandomRotate': (_rotated, lambda transform: (cv2, 'warpAffine')),
+# Of mmseg: the matrix of a transform.
+MAPS: dict[str, Callable] = {
+    'Resize': _scaled,
+    'RandomResize': _scaled,
+    'RandomChoiceResize': _scaled,
+    'ResizeToMultiple': _scaled,
+    'ResizeShortestEdge': _scaled,
+    'RandomFlip': _flipped,
+    'RandomCrop': _cropped,
+    'RandomRotate': _rotated,
+}
+# What a transform calls with what the matrix is made of; None: a method of its own.
+CALLS = {
+    'RandomCrop': (None, 'crop'),
+    'RandomRotate': (cv2, 'warpAffine'),
+    'RandomAffine': (None, '_get_random_homography_matrix'),
 }
 
 
-class Watched:
-    """A transform, and what it calls while it runs."""
+class Followed:
+    """A transform of mmseg, or mmdet's RandomAffine, that notes how it moves pixels."""
 
     def __init__(self, inner: Callable) -> None:
         self.inner = inner
 
-    def run(self, results: dict, owner: Any, name: str) -> tuple[dict | None, list]:
-        """Its results, and for each call its arguments and what it returned."""
-        call, seen = getattr(owner, name), []
+    def __call__(self, results: dict) -> dict | None:
+        """Transform an image."""
+        name, before = type(self.inner).__name__, results['img'].shape[:2]
+        boxes, seen = results.get('gt_bboxes'), []
+        owner, called = CALLS.get(name, (None, '__call__'))
+        owner = owner or self.inner
+        call = getattr(owner, called)
 
         def spy(*args, **kwargs):
             output = call(*args, **kwargs)
             seen.append((*args, output))
             return output
 
-        with swapped(owner, name, spy):
-            return self.inner(results), seen
-
-    def __repr__(self) -> str:
-        return repr(self.inner)
-
-
-class Followed(Watched):
-    """A transform of mmseg that notes how it moves pixels."""
-
-    def __call__(self, results: dict) -> dict | None:
-        """Transform an image."""
-        matrix_of, called = MAPS[type(self.inner).__name__]
-        before, seen = results['img'].shape[:2], []
-        if called is None:
+        with swapped(owner, called, spy):
             results = self.inner(results)
-        else:
-            results, seen = self.run(results, *called(self.inner))
-        if results is not None:
+        if name in MAPS and results is not None:
             ((source, views),) = results[FRAMES]
-            matrix = matrix_of(before, results, seen) @ views[-1].matrix
+            matrix = MAPS[name](before, results, seen) @ views[-1].matrix
             view = View(matrix, results['img'].shape[:2])
             results[FRAMES] = (Frame(source, (*views, view)),)
-        return results
-
-
-class Affine(Watched):
-    """mmdet's RandomAffine; where there are no boxes it does not move them."""
-
-    def __call__(self, results: dict) -> dict | None:
-        """Transform an image."""
-        boxes, draw = results['gt_bboxes'], '_get_random_homography_matrix'
-        results, seen = self.run(results, self.inner, draw)
-        if not len(boxes):
+        elif boxes is not None and not len(boxes):  # RandomAffine leaves out to move
             boxes.project_(seen[0][-1])
             boxes.clip_(results['img_shape'])
         return results
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
 
 
 class Begin:
@@ -214,9 +201,9 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
         )
     last = every[loads[-1]]
     with_boxes = any(getattr(t, 'with_bbox', False) for t in every)
-    allowed = MAPS.keys() if kind == 'maps' else BOXES if with_boxes else HOMOGRAPHY
-    early = [t for t in every[: loads[-1]] if type(t).__name__ not in STILL]
-    _refuse_unknown(every, early, allowed, where)
+    allowed = {*MAPS} if kind == 'maps' else BOXES if with_boxes else HOMOGRAPHY
+    _refuse_unknown(every[: loads[-1]], set(), f'{where}, before it has loaded labels')
+    _refuse_unknown(every, allowed, where)
     for transforms in pipeline:
         transforms[:] = [_followed(t, kind) for t in transforms]
         for i, transform in reversed(list(enumerate(transforms))):
@@ -229,27 +216,18 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
                     transforms.insert(i + 1, End())
 
 
-def _refuse_unknown(
-    transforms: Sequence[Callable], early: Sequence, allowed, where: str
-) -> None:
+def _refuse_unknown(transforms: Sequence[Callable], allowed, where: str) -> None:
     for transform in transforms:
-        name = type(transform).__name__
-        why = None
-        if getattr(transform, 'keeps_geometry', False) or isinstance(transform, End):
-            continue
+        name, why = type(transform).__name__, None
         if name in NESTED:
             for inner in _lists(transform):
-                _refuse_unknown(inner, [], allowed, where)
-        elif name not in STILL and name not in allowed:
-            why = 'may move pixels in a way that is not known here'
+                _refuse_unknown(inner, allowed, where)
         elif getattr(transform, 'recompute_bbox', False):
             why = 'makes boxes of masks (`recompute_bbox=True`)'
-        elif getattr(transform, 'box_type', None) not in (None, 'hbox'):
-            why = 'loads boxes that are not horizontal'
-        elif name == 'LoadAnnotations' and getattr(transform, 'box_type', 0) is None:
-            why = 'loads boxes as an array (`box_type=None`)'
-        if any(transform is t for t in early):
-            why = 'comes before the annotations are loaded'
+        elif getattr(transform, 'box_type', 'hbox') != 'hbox':
+            why = "loads boxes in another way (`box_type` is not 'hbox')"
+        elif name not in STILL | allowed and not hasattr(transform, 'keeps_geometry'):
+            why = 'may move pixels in a way that is not known here'
         if why:
             raise ValueError(
                 f'{where}: `{name}` {why}, so stored answers would not lie where the '
@@ -273,6 +251,5 @@ def _followed(transform: Any, kind: str) -> Callable:
     if name in NESTED:
         for transforms in _lists(transform):
             transforms[:] = [_followed(t, kind) for t in transforms]
-    if kind == 'maps' and name in MAPS:
-        return Followed(transform)
-    return Affine(transform) if name == 'RandomAffine' else transform
+    follows = name in MAPS if kind == 'maps' else name == 'RandomAffine'
+    return Followed(transform) if follows else transform

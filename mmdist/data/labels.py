@@ -14,12 +14,12 @@ from contextlib import contextmanager
 
 from mmengine.config import Config
 from mmengine.fileio import get_text
-from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdist.lookup import is_a
+from mmdist.run import told
 from mmdist.teachers.classes import class_names_of_config
 
 # Heads whose columns are the classes of the data set.
@@ -63,9 +63,8 @@ def checked_labels(
 
 def _config_of_run() -> Config:
     """The config that the Runner trains; an empty one if it cannot be read again."""
-    text = MessageHub.get_current_instance().get_info('cfg')
     try:
-        return Config.fromstring(text or '', '.py')
+        return Config.fromstring(told('cfg', ''), '.py')
     except Exception:  # it is Python, and may hold what its dump does not
         return Config()
 

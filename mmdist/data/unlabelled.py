@@ -306,20 +306,16 @@ def joined(parts: Sequence[Sequence[Pair]]) -> Sequence[Pair]:
     """The pairs of all parts of a batch, with their rows in one."""
     if len(parts) == 1:
         return parts[0]
-    return [_join(pairs) for pairs in zip(*parts, strict=True)]
+    names = ('student', 'teacher', 'mask', 'row_weight')
+    return [
+        dataclasses.replace(pairs[0], **{name: _rows(pairs, name) for name in names})
+        for pairs in zip(*parts, strict=True)
+    ]
 
 
-def _join(pairs: Sequence[Pair]) -> Pair:
-    rows: dict[str, Tensor | None] = dict(mask=None, row_weight=None)
-    for name in ('student', 'teacher', 'row_weight'):
-        if getattr(pairs[0], name) is not None:
-            rows[name] = torch.cat([getattr(pair, name) for pair in pairs])
-    if any(pair.mask is not None for pair in pairs):
-        rows['mask'] = torch.cat([_mask(pair) for pair in pairs])
-    return dataclasses.replace(pairs[0], **rows)
-
-
-def _mask(pair: Pair) -> Tensor:
-    if pair.mask is not None:
-        return pair.mask
-    return torch.ones_like(pair.student[:, 0], dtype=torch.bool)
+def _rows(pairs: Sequence[Pair], name: str) -> Tensor | None:
+    found = [getattr(pair, name) for pair in pairs]
+    if all(rows is None for rows in found):
+        return None
+    every = [torch.ones_like(pair.student[:, 0], dtype=torch.bool) for pair in pairs]
+    return torch.cat([a if b is None else b for a, b in zip(every, found, strict=True)])

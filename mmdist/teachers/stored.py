@@ -95,12 +95,7 @@ class StoredTeacher(Teacher):
 
     @property
     def store(self) -> Store:
-        """The answers, read when they are first needed.
-
-        Raises:
-            ValueError: They are damaged.
-            FileNotFoundError: There is no such file.
-        """
+        """The answers, read when they are first needed; its errors are those."""
         if self._store is None:
             self._store = Store(self.config)
         return self._store
@@ -118,11 +113,10 @@ class StoredTeacher(Teacher):
             ValueError: They are damaged, or the classes of a COCO results file have no
                 names yet, since the hook is missing.
         """
-        if self.model is None:
-            if self.store.class_names is None:
-                raise ValueError(NO_HOOK)
-            self.class_names = self.store.class_names
-            self.model = StoredAnswers(self.store)
+        self.class_names = self.store.class_names
+        if self.class_names is None:
+            raise ValueError(NO_HOOK)
+        self.model = StoredAnswers(self.store)
 
 
 class StoredAnswers(ForeignTeacher):

@@ -259,8 +259,8 @@ def test_other_pipelines_are_refused():
     arrays = [LOAD[0], dict(LOAD[1], box_type=None), PACK]
     for transforms, words in {
         'RandomAffine': no_boxes,
-        'before the annotations': late,
-        'box_type=None': arrays,
+        'before it has loaded labels': late,
+        'loads boxes in another way': arrays,
         'packs it by `PackDetInputs`': LOAD,
     }.items():
         with pytest.raises(ValueError, match=transforms):

@@ -15,6 +15,7 @@ from docs_blocks import code
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
@@ -64,7 +65,7 @@ def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
     assert (info['height'], info['width']) == data[0]['img'].shape[:2]
 
 
-def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, capsys):
+def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, caplog):
     """Not at its turn in a training, when the error names no file."""
     odd = tmp_path / 'odd'
     odd.mkdir()
@@ -80,9 +81,11 @@ def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, caps
     assert all(name in str(error.value) for name in names)
     junk = (folder / 'a/1.jpg').read_bytes() + b'what a camera adds'
     (odd / 'junk.jpg').write_bytes(junk)
+    MMLogger.get_current_instance().addHandler(caplog.handler)
     data = ImageFolder(str(odd), pipeline=[])
+    MMLogger.get_current_instance().removeHandler(caplog.handler)
     assert Path(data.get_data_info(0)['img_path']).name == 'junk.jpg' and len(data) == 1
-    text = capsys.readouterr().out.partition('5 images in')[2]
+    text = caplog.text.partition('5 images in')[2]
     assert all(name in text for name in names)
 
 

@@ -328,27 +328,18 @@ def test_data_sets_that_do_not_fit(preflight, tmp_path, det_config, old, new, sa
     assert says in found.text and 'teacher' not in found.text
 
 
-@pytest.mark.parametrize(
-    ('weight', 'status', 'says'),
-    [
-        SLOW('0.00001', 0, 'it hardly counts. Take a larger weight.'),
-        ('0', 1, '`loss_dist` is 0 in the first step.'),
-    ],
-)
-def test_a_weight_that_hardly_counts(
-    preflight, tmp_path, det_config, weight, status, says
-):
+def test_a_weight_of_0_has_no_gradient(preflight, tmp_path, det_config):
     write_pair(tmp_path, det_config)
     found = preflight(
         'pair.py',
         '--cfg-options',
         'model.distill.dist.type=mmdist.DenseLogits',
         'model.distill.dist.loss.type=mmdist.DISTLoss',
-        f'model.distill.dist.loss.loss_weight={weight}',
+        'model.distill.dist.loss.loss_weight=0',
     )
-    assert found.status == status
-    assert says in found.text
-    assert ('No gradient of distillation reaches the student.' in found.text) == status
+    assert found.status == 1
+    assert '`loss_dist` is 0 in the first step.' in found.text
+    assert 'No gradient of distillation reaches the student.' in found.text
     assert 'chosen' not in found.text  # by the user
 
 
