@@ -156,7 +156,7 @@ def report_pair(
 def _describe_images(model: nn.Module, teacher: Teacher) -> str:
     """What is done to the student's batch for a teacher."""
     if isinstance(teacher, StoredTeacher):
-        return 'not shown to a teacher; its answers are moved as they are'
+        return 'not shown to a teacher; its answers are moved as the images are'
     steps = {
         'channels swapped': teacher.renormalize.flip,
         'mean and std changed': teacher.renormalize.rescale,
