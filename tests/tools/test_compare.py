@@ -173,7 +173,6 @@ def test_runs_that_cannot_be_compared_are_named(compare, tmp_path):
     assert not (tmp_path / 'compare.png').exists()
 
 
-@pytest.mark.slow
 def test_a_real_training(compare, seg_config, tmp_path, monkeypatch):
     (tmp_path / 'student.py').write_text(seg_config)
     (tmp_path / 'distilled.py').write_text(

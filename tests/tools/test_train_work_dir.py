@@ -83,7 +83,6 @@ def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, c
         run(work_dir, '--resume', '--cfg-options', 'model.decode_head.nonsense=1')
 
 
-@pytest.mark.slow
 def test_sync_bn_is_replaced_in_several_processes_on_cpus(run, tmp_path, monkeypatch):
     """torch has it on GPUs only, and DDP refuses to wrap it, in one process too."""
     values = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
@@ -108,7 +107,6 @@ def test_resume_takes_the_last_whole_checkpoint_and_its_seed(run, work_dir):
     assert torch.load(last, weights_only=False)['meta']['seed'] == seed  # whole again
 
 
-@pytest.mark.slow
 def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     """The checkpoint comes from one folder, and another run lies in the work_dir."""
     elsewhere = tmp_path / 'elsewhere.pth'
@@ -130,7 +128,6 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     assert torch.load(work_dir / 'iter_3.pth', weights_only=False)['meta']['iter'] == 3
 
 
-@pytest.mark.slow
 def test_flexible_runner(run, work_dir, tmp_path):
     """It builds its model late: what is resumed is checked all the same."""
     strategy = 'strategy.type=SingleDeviceStrategy'
