@@ -48,6 +48,7 @@ TITLES = {
     'growth': 'Growth',
     'step': 'A training step',
     'unlabelled': 'Half the batch unlabelled',
+    'stored': 'A stored teacher',
     'stability': 'Where the student alone trains',
     'teacher': 'Options of the teacher',
     'gpu': 'On a GPU',

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmdist.families import Places, Refuse, unreadable
-from mmdist.families.probabilities import fp32
+from mmdist.families.probabilities import foreground, fp32
 from mmdist.lookup import by_class_name
 from mmdist.losses import as_rows
 from mmdist.step import Step
@@ -167,6 +167,8 @@ def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tens
     logits = [x.unflatten(1, (-1, columns)) for x in class_maps.maps(head, output)]
     if score == 'class' or activation == 'identity':
         return logits
+    if class_maps.factor is None and not class_maps.takes_root:
+        return [foreground(x, activation, dim=2) for x in logits]
     # The logarithm of a product does not underflow, nor has its half, the root, an
     # infinite gradient at 0.
     if activation == 'sigmoid':
