@@ -144,7 +144,8 @@ class Store:
                     data = base64.b64decode(entry['boxes'], validate=True)
                     found[name] = np.frombuffer(data, '<f4').reshape(-1, 6)
                     continue
-                found[name] = map_file = self.path / 'maps' / entry['map']
+                map_file = self.path / 'maps' / Path(entry['map']).name  # never outside
+                found[name] = map_file
                 is_whole = map_file.is_file()
                 if not is_whole or map_file.stat().st_size != entry['bytes']:
                     cut_off.append(map_file.name)

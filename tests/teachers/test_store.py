@@ -160,6 +160,17 @@ def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
         Store(tmp_path)
 
 
+def test_a_map_is_never_read_from_outside(tmp_path):
+    part = write(tmp_path / 'store', kind='maps') / 'part-0.jsonl'
+    entries = [json.loads(line) for line in part.read_text().splitlines()]
+    inside = tmp_path / 'store/maps' / entries[0]['map']
+    inside.rename(tmp_path / 'store' / inside.name)
+    entries[0]['map'] = f'../{inside.name}'
+    part.write_text(''.join(f'{json.dumps(x)}\n' for x in entries))
+    with pytest.raises(ValueError, match='1 of 4 files are missing'):
+        Store(tmp_path / 'store')
+
+
 @pytest.mark.parametrize('harm', [Path.unlink, lambda x: rewrite(x, lambda y: y[:-1])])
 def test_maps_that_are_cut_off_are_named(tmp_path, harm):
     files = sorted((write(tmp_path, kind='maps') / 'maps').iterdir())
