@@ -54,7 +54,8 @@ def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
         model = MODELS.build(config | options)
         if init:
             model.init_weights()
-    return model.train()
+    model.train()
+    return model  # LD's own `train` returns None
 
 
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:

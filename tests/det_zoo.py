@@ -172,7 +172,8 @@ def build_pair(
     for side in (model, model.teacher.model):
         _spread(side)
         _calibrate(side, sizes)
-    return model.train()
+    model.train()
+    return model  # LD's own `train` returns None
 
 
 def _spread(model: nn.Module) -> None:
