@@ -18,7 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -42,10 +42,23 @@ def hurry() -> None:
     """Leave out what takes seconds in a process that has imported the libraries.
 
     A Runner breaks the lines of the config that it writes, and each data set collects
-    garbage, among all that there is.
+    garbage, among all that there is. What a Runner logs is known by the second in which
+    it starts, so that two of them do not start in one.
     """
     with suppress(ImportError):
         from mmengine.config import config
+        from mmengine.runner import Runner
+
+        set_up, form, last = Runner.setup_env, '%Y%m%d_%H%M%S', datetime.min
+
+        def a_second_of_its_own(runner: Runner, options: dict) -> None:
+            nonlocal last
+            set_up(runner, options)
+            now = datetime.strptime(runner._timestamp, form)
+            last = max(now, last + timedelta(seconds=1))
+            runner._timestamp = last.strftime(form)
+
+        Runner.setup_env = a_second_of_its_own
 
         def as_it_is(text: str, **options) -> tuple[str, bool]:
             return re.sub(r'^(\w+)=', r'\1 = ', text, flags=re.M), True

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from mmengine.visualization import Visualizer
 
 TOOLS = Path(__file__).parents[2] / 'tools'
 
@@ -35,9 +34,6 @@ def run_tool(monkeypatch, capsys, tmp_path):
     def run(name: str, *args: str) -> Ran:
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *args])
         capsys.readouterr()
-        # a Runner's is known by the second in which it was built
-        for cls in (Visualizer, *Visualizer.__subclasses__()):
-            cls._instance_dict.clear()
         code = 0
         try:
             runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
