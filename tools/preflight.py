@@ -32,7 +32,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from pair_report import Report, Seen, as_text, report_pair, watch, with_name
-from stored_score import describe_storage, labelled_images, score_stored
+from stored_score import describe_storage, score_stored
 from teacher_score import Scored, cannot_score, judge, predictor, score
 from torch import nn
 from train import load_distilling, seed_iterations
@@ -158,12 +158,12 @@ class Preflight(Hook):
             self.report.section(f'score on {self.images} training images')
         dataset = runner.train_dataloader.dataset
         for name, teacher in stored.items():
-            if not labelled_images(dataset):
+            found = score_stored(dataset, self.images, teacher, len(classes))
+            if found is None:
                 reason = 'not scored: no training image has labels'
                 self.report.line(with_name('teacher', name), reason)
-                continue
-            found = score_stored(dataset, self.images, teacher, len(classes))
-            self._judge(name, teacher, classes, found)
+            else:
+                self._judge(name, teacher, classes, found)
 
     def _judge(
         self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored

@@ -30,7 +30,7 @@ def describe_storage(dataset: Any, teacher: StoredTeacher) -> str:
     )
 
 
-def labelled_images(dataset: Any) -> list[tuple[Any, int]]:
+def _labelled_images(dataset: Any) -> list[tuple[Any, int]]:
     """The images of a training with labels: their data set, and the index there."""
     return [
         (base, i)
@@ -43,13 +43,15 @@ def labelled_images(dataset: Any) -> list[tuple[Any, int]]:
 @torch.no_grad()
 def score_stored(
     dataset: Any, number: int, teacher: StoredTeacher, num_classes: int
-) -> Scored:
+) -> Scored | None:
     """Score the answers for that many labelled training images, not augmented.
 
     Returns:
-        The metrics, and the confusion of the student's classes.
+        The metrics, and the confusion of the student's classes; None without labels.
     """
-    images = labelled_images(dataset)
+    images = _labelled_images(dataset)
+    if not images:
+        return None
     if teacher.store.kind == 'boxes':
         from mmdet.evaluation import CocoMetric as Metric
     else:

@@ -15,10 +15,10 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import Tensor
-from wbf import fuse
 
 from mmdist.comparisons import Detections, SegLogits
 from mmdist.comparisons.detections import after_nms
+from mmdist.data.labels import inner_datasets
 from mmdist.families import SEG, family_of, seg
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, Teacher
@@ -31,12 +31,9 @@ LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations', 'LoadProposals')
 def test_pipeline(cfg: Config) -> list[dict] | None:
     """The pipeline of a config's test, or else of its validation."""
     for loader in ('test_dataloader', 'val_dataloader'):
-        dataset = (cfg.get(loader) or {}).get('dataset')
-        while dataset:
+        for dataset in inner_datasets((cfg.get(loader) or {}).get('dataset')):
             if dataset.get('pipeline'):
                 return dataset['pipeline']
-            inner = dataset.get('dataset') or dataset.get('datasets')
-            dataset = inner[0] if isinstance(inner, list) else inner
     return cfg.get('test_pipeline')
 
 
@@ -94,10 +91,8 @@ class Asked:
         self.teacher, self.model = teacher, teacher.model
         own = load_config(teacher.config, f'{teacher.name}.config')
         self.scope = own.get('default_scope') or cfg.get('default_scope')
-        pipeline, names = (
-            test_pipeline(own) or test_pipeline(cfg),
-            teacher.class_names or classes,
-        )
+        pipeline = test_pipeline(own) or test_pipeline(cfg)
+        names = teacher.class_names or classes
         if not pipeline or not names:
             what = 'class names' if pipeline else 'a pipeline of a test'
             raise ValueError(
@@ -229,6 +224,26 @@ def resampled(
     return F.grid_sample(maps, grid, **options)[0]
 
 
+def fused(answers: Sequence[Tensor]) -> Tensor:
+    """What several teachers or views detect as one, the highest score first.
+
+    By mmdet's weighted boxes fusion (Solovyev et al., arXiv 1910.13302).
+
+    Args:
+        answers: The boxes of each, (M, 6), x1 y1 x2 y2 score label.
+
+    Returns:
+        (K, 6).
+    """
+    from mmdet.models.utils import weighted_boxes_fusion
+
+    # mmdet warns of each box without area, and divides by the sum of the scores
+    good = [x[(x[:, 2:4] > x[:, :2]).all(1) & (x[:, 4] > 0)] for x in answers]
+    columns = ([x[:, part].tolist() for x in good] for part in (slice(4), 4, 5))
+    boxes, scores, labels = weighted_boxes_fusion(*columns)
+    return torch.cat([boxes.view(-1, 4), scores[:, None], labels[:, None]], 1)
+
+
 class Answers:
     """All teachers and views, as one answer for an image.
 
@@ -298,6 +313,6 @@ class Answers:
             return size, mean if mean.isnan().any() else (mean * 255).round().byte()
         if len(answers) > 1:
             most = max(one.test_cfg.get('max_per_img', 100) for one in self.asked)
-            rows = fuse(torch.cat(answers).cpu().numpy(), len(answers))[:most]
-            answers = [torch.from_numpy(rows[rows[:, 4] >= self.min_score])]
+            rows = fused(answers)[:most]
+            answers = [rows[rows[:, 4] >= self.min_score]]
         return size, answers[0]

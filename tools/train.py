@@ -19,7 +19,7 @@ from torch import nn
 
 import mmdist
 from mmdist.checkpoint import load_checkpoint
-from mmdist.data.labels import empty_data_sets_in_words
+from mmdist.data.labels import data_sets_in_words
 from mmdist.registry import MODELS
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
@@ -184,7 +184,7 @@ def train(args: argparse.Namespace) -> None:
         check_fits(model.module if is_model_wrapper(model) else model, *reversed(found))
         del model
     del found
-    with empty_data_sets_in_words(cfg):
+    with data_sets_in_words(cfg):
         runner.train()
 
 

@@ -164,7 +164,6 @@ class Boxes(Comparison):
         return [compare(step, recorded[-1], asked[-1])]
 
     def _of_proposals(self, step: Step, proposals: Proposals, judged: Judged) -> Pair:
-        _, student = roi.stages(step.student)[proposals.stage]
         _, teacher = roi.stages(step.teacher_model)[judged.stage]
         logits = roi.per_class(step.teacher_model, judged.stage, judged.logits)
         scores, ours, theirs = step.classes.best(foreground(logits, 'softmax'))
@@ -172,11 +171,23 @@ class Boxes(Comparison):
         target = teacher.bbox_coder.decode(
             priors, _of_class(teacher, judged.deltas, theirs)
         )
-        code = _of_class(student, proposals.deltas, ours)
+        return self._two_stage(step, proposals, ours, target, scores)
+
+    def _two_stage(
+        self,
+        step: Step,
+        proposals: Proposals,
+        classes: Tensor,
+        target: Tensor,
+        scores: Tensor,
+    ) -> Pair:
+        """The boxes of a two-stage student, for targets, (rows, 4), in pixels."""
+        _, head = roi.stages(step.student)[proposals.stage]
+        code, priors = _of_class(head, proposals.deltas, classes), proposals.rois[:, 1:]
         if self.in_pixels:
-            code = student.bbox_coder.decode(priors, code)
+            code = head.bbox_coder.decode(priors, code)
         else:
-            target = student.bbox_coder.encode(priors, target)
+            target = head.bbox_coder.encode(priors, target)
         term = roi.term_of(step.student, proposals.stage)
         return self._pair(code, target, scores, **term)
 
@@ -218,43 +229,41 @@ class Boxes(Comparison):
         if family == QUERY:
             return [self._of_matched(step, recorded[-1], asked)]
         if family == DENSE:
-            (output,) = recorded
-            head = dense.head_of(step.student)
-            levels = dense.anchors(head, output[1])
-            anchors, inside = torch.cat(levels), []
-            for maps, boxes in zip(output[1], levels, strict=True):
-                h, w = maps.shape[-2:]
-                mask = step.valid_mask(h, w)
-                if mask is None:
-                    mask = maps.new_ones((len(maps), h, w), dtype=torch.bool)
-                per_cell = len(boxes) // (h * w)
-                inside.append(mask.flatten(1).repeat_interleave(per_cell, 1))
-            found = [_nearest(anchors, one, dense.ASSIGNED) for one in asked]
-            target, scores, _ = map(torch.stack, zip(*found, strict=True))
-            return [self._dense(head, output, target, scores * torch.cat(inside, 1))]
-        pairs = []
-        for proposals in recorded:
-            _, head = roi.stages(step.student)[proposals.stage]
-            priors = proposals.rois[:, 1:]
-            target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
-            labels = torch.zeros_like(scores, dtype=torch.long)
-            images = proposals.rois[:, 0] % len(asked)
-            for image, one in enumerate(asked):
-                here = images == image
-                target[here], scores[here], labels[here] = _nearest(
-                    priors[here], one, roi.ASSIGNED
-                )
-            if step.classes.student is not None:
-                columns = [column for (column,) in step.classes.student]
-                labels = labels.new_tensor(columns)[labels]
-            code = _of_class(head, proposals.deltas, labels)
-            if self.in_pixels:
-                code = head.bbox_coder.decode(priors, code)
-            else:
-                target = head.bbox_coder.encode(priors, target)
-            term = roi.term_of(step.student, proposals.stage)
-            pairs.append(self._pair(code, target, scores, **term))
-        return pairs
+            return [self._of_anchors(step, recorded[-1], asked)]
+        return [self._of_rois(step, proposals, asked) for proposals in recorded]
+
+    def _of_anchors(
+        self, step: Step, recorded: tuple, asked: list[InstanceData]
+    ) -> Pair:
+        head, maps = dense.head_of(step.student), recorded[1]
+        levels = dense.anchors(head, maps)
+        found = [_nearest(torch.cat(levels), one, dense.ASSIGNED) for one in asked]
+        target, scores, _ = map(torch.stack, zip(*found, strict=True))
+        masks = [step.valid_mask(*x.shape[-2:]) for x in maps]
+        if masks[0] is not None:  # some image is padded
+            inside = [
+                mask.flatten(1).repeat_interleave(len(boxes) // mask[0].numel(), 1)
+                for mask, boxes in zip(masks, levels, strict=True)
+            ]
+            scores = scores * torch.cat(inside, 1)
+        return self._dense(head, recorded, target, scores)
+
+    def _of_rois(
+        self, step: Step, proposals: Proposals, asked: list[InstanceData]
+    ) -> Pair:
+        priors = proposals.rois[:, 1:]
+        target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
+        labels = torch.zeros_like(scores, dtype=torch.long)
+        images = proposals.rois[:, 0] % len(asked)
+        for image, one in enumerate(asked):
+            here = images == image
+            target[here], scores[here], labels[here] = _nearest(
+                priors[here], one, roi.ASSIGNED
+            )
+        if step.classes.student is not None:
+            columns = [column for (column,) in step.classes.student]
+            labels = labels.new_tensor(columns)[labels]
+        return self._two_stage(step, proposals, labels, target, scores)
 
     def _of_matched(
         self, step: Step, queries: list[InstanceData], asked: list[InstanceData]

@@ -59,15 +59,12 @@ def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
             yield from bases_of(one, around)
 
 
-def check_images(dataset: Any, store: Store) -> tuple[int, int]:
+def check_images(dataset: Any, store: Store) -> None:
     """Check that all images have answers, of files of the same size.
 
     Args:
         dataset: The training's data set, with or without wrappers.
         store: The answers. Classes of a COCO results file get their names.
-
-    Returns:
-        The number of images that have answers, and that of all.
 
     Raises:
         ValueError: It says of how many images that is not so, and names the first few.
@@ -104,7 +101,6 @@ def check_images(dataset: Any, store: Store) -> tuple[int, int]:
         )
     if other:
         raise ValueError(other_sizes(store, other))
-    return number - len(missing), number
 
 
 def _name_classes(bases: Sequence[Any], store: Store) -> None:

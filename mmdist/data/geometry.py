@@ -8,6 +8,7 @@ matrix is found. Neither changes an image, a label or a random number.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import cv2
@@ -85,12 +86,25 @@ MAPS: dict[str, Callable] = {
     'RandomCrop': _cropped,
     'RandomRotate': _rotated,
 }
-# What a transform calls with what the matrix is made of; None: a method of its own.
+# The calls within a transform that say how it moved pixels: whose, None for its own,
+# and which.
 CALLS = {
     'RandomCrop': (None, 'crop'),
     'RandomRotate': (cv2, 'warpAffine'),
     'RandomAffine': (None, '_get_random_homography_matrix'),
 }
+
+
+def noted(owner: Any, name: str, seen: list) -> AbstractContextManager:
+    """Append the arguments and the result of each call of ``owner.name`` within."""
+    call = getattr(owner, name)
+
+    def spy(*args, **kwargs):
+        output = call(*args, **kwargs)
+        seen.append((*args, output))
+        return output
+
+    return swapped(owner, name, spy)
 
 
 class Followed:
@@ -103,16 +117,10 @@ class Followed:
         """Transform an image."""
         name, before = type(self.inner).__name__, results['img'].shape[:2]
         boxes, seen = results.get('gt_bboxes'), []
-        owner, called = CALLS.get(name, (None, '__call__'))
-        owner = owner or self.inner
-        call = getattr(owner, called)
-
-        def spy(*args, **kwargs):
-            output = call(*args, **kwargs)
-            seen.append((*args, output))
-            return output
-
-        with swapped(owner, called, spy):
+        with ExitStack() as stack:
+            if name in CALLS:
+                owner, called = CALLS[name]
+                stack.enter_context(noted(owner or self.inner, called, seen))
             results = self.inner(results)
         if name in MAPS and results is not None:
             ((source, views),) = results[FRAMES]

@@ -192,7 +192,7 @@ def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
     lists = {}
     for loader in ('train_dataloader', 'val_dataloader'):
         dataset = (cfg.get(loader) or {}).get('dataset')
-        for inner in _inner_datasets(dataset):
+        for inner in inner_datasets(dataset):
             _check_coco_file(loader, inner, scope, whole_files)
         alone = dict(default_scope=scope, train_dataloader=dict(dataset=dataset))
         lists[loader] = class_names_of_config(Config(alone)) or ()
@@ -206,7 +206,7 @@ def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
         )
 
 
-def _inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
+def inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
     """A data set without its wrappers; of a concatenation each part."""
     if not isinstance(dataset, Mapping):
         return
@@ -214,7 +214,7 @@ def _inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
     if not any(parts):
         yield dataset
     for part in parts:
-        yield from _inner_datasets(part)
+        yield from inner_datasets(part)
 
 
 def _check_coco_file(
@@ -271,7 +271,7 @@ def _check_coco_file(
 
 
 @contextmanager
-def empty_data_sets_in_words(cfg: Config) -> Iterator[None]:
+def data_sets_in_words(cfg: Config) -> Iterator[None]:
     """Raise ValueError, in words, where a Runner cannot use a data set of ``cfg``."""
     try:
         yield

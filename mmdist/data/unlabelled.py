@@ -317,5 +317,10 @@ def _rows(pairs: Sequence[Pair], name: str) -> Tensor | None:
     found = [getattr(pair, name) for pair in pairs]
     if all(rows is None for rows in found):
         return None
-    every = [torch.ones_like(pair.student[:, 0], dtype=torch.bool) for pair in pairs]
-    return torch.cat([a if b is None else b for a, b in zip(every, found, strict=True)])
+    # a mask that one part lacks counts all of its rows
+    return torch.cat(
+        [
+            torch.ones_like(pair.student[:, 0], dtype=torch.bool) if x is None else x
+            for pair, x in zip(pairs, found, strict=True)
+        ]
+    )

@@ -20,7 +20,7 @@ from mmdist.data.labels import (
     check_class_lists,
     check_heads,
     check_labels,
-    empty_data_sets_in_words,
+    data_sets_in_words,
     explain,
 )
 from mmdist.teachers.teacher import build_model, load_config
@@ -146,7 +146,7 @@ def test_a_file_that_is_no_annotation_file(det_config, coco_root, tmp_path, cont
         file.write_text(written)
         with (
             pytest.raises(ValueError, match=r'train.json, .* is no annotation file'),
-            empty_data_sets_in_words(cfg),
+            data_sets_in_words(cfg),
         ):
             train(cfg, tmp_path)
 

@@ -218,6 +218,23 @@ def _denominator(
 
 
 @triton.jit
+def _denominators(
+    s_rows, t_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+    BLOCK_CLASSES, BLOCK_ROWS,
+):
+    """:func:`_denominator` of student and teacher."""
+    s_largest, s_total = _denominator(
+        s_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+    t_largest, t_total = _denominator(
+        t_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+        BLOCK_ROWS,
+    )
+    return s_largest, s_total, t_largest, t_total
+
+
+@triton.jit
 def _scores(
     rows, stride, first, classes, exists, keep, largest, total, ACTIVATION, TAU, DTYPE,
     BLOCK_CLASSES,
@@ -293,12 +310,8 @@ def _forward(
         tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
     s_rows, t_rows = student + start, teacher + start
-    s_largest, s_total = _denominator(
-        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
-    )
-    t_largest, t_total = _denominator(
-        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+    s_largest, s_total, t_largest, t_total = _denominators(
+        s_rows, t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
         BLOCK_CLASSES, BLOCK_ROWS,
     )
 
@@ -443,12 +456,8 @@ def _backward(
         tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
     s_rows, t_rows = student + start, teacher + start
-    s_largest, s_total = _denominator(
-        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
-    )
-    t_largest, t_total = _denominator(
-        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
+    s_largest, s_total, t_largest, t_total = _denominators(
+        s_rows, t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
         BLOCK_CLASSES, BLOCK_ROWS,
     )
     g_rows = grad + start
