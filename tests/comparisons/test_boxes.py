@@ -15,7 +15,7 @@ from torch import nn
 from mmdist.families import dense
 from mmdist.families.box_codes import decode, encoded
 from mmdist.record import Recorder
-from mmdist.teachers import match_classes
+from mmdist.teachers import ClassMatch, match_classes
 
 RETINANET, ATSS, FASTER, CASCADE, DINO = (
     FAMILIES[name]
@@ -199,16 +199,21 @@ def test_images_without_labels_count_as_well():
     assert losses['loss_box'].item() == pytest.approx(wanted, rel=1e-4)
 
 
+def rows_below(height: int) -> torch.Tensor:
+    """Which of a RetinaNet's anchors have their centre there, in a batch of 96 x 96."""
+    lower = []
+    for cells in (12, 6, 3, 2, 1):
+        y = (torch.arange(cells) + 0.5) * (96 / cells)
+        lower.append((y >= height).repeat_interleave(9 * cells))
+    return torch.cat(lower)
+
+
 def test_padding_and_what_the_teacher_is_unsure_of_do_not_count():
     model = pair(RETINANET)
     data = batch(model, SIZES)
     _, (one,) = step(model, data)
     rows = one.row_weight.view(len(SIZES), -1)
-    lower = []  # anchors whose centre is in the padding of the second image
-    for cells in (12, 6, 3, 2, 1):
-        y = (torch.arange(cells) + 0.5) * (96 / cells)
-        lower.append((y >= 72).repeat_interleave(9 * cells))
-    lower = torch.cat(lower)
+    lower = rows_below(72)  # in the padding of the second image
     assert rows[1, lower].eq(0).all() and rows[1, ~lower].gt(0).all()
     assert rows[0].gt(0).all()
     limit = one.row_weight.median().item()
@@ -233,17 +238,19 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
     name = 'GIoULoss' if in_pixels else 'L1Loss'
     teacher = RETINANET if path == FASTER else CASCADE
     model = pair(path, teacher, loss=dict(type=f'mmdet.{name}'), min_score=0.4)
-    comparison = model.distill['box']
+    comparison, is_dense = model.distill['box'], path == RETINANET
     rng = np.random.default_rng(0)
     data = batch(model, SIZES)
     boxes = data['data_samples'][0].gt_instances.bboxes.numpy()  # they are proposals
+    if is_dense:  # one is in the padding of the second image
+        boxes = np.concatenate([boxes, [[20, 70, 60, 96]]])
     scores, labels = rng.uniform(0.2, 1, len(boxes)), rng.integers(0, 80, len(boxes))
     found = InstanceData(
         bboxes=torch.tensor(boxes).float(),
         scores=torch.tensor(scores).float(),
         labels=torch.tensor(labels),
     )
-    comparison.ask = lambda step, recorded: [found, found[:0]]
+    comparison.ask = lambda step, recorded: [found, found if is_dense else found[:0]]
     losses, (one,) = step(model, data)
     assert losses['loss_box'] > 0
     losses['loss_box'].backward()
@@ -253,16 +260,18 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
             sorted(scores[scores >= 0.4])
         )
         return
-    if path == RETINANET:
+    if is_dense:
         places = torch.cat(dense.anchors(model.bbox_head, maps_of(SIZES[0]))).numpy()
-        assert len(weight) == 2 * len(places) and not weight[len(places) :].any()
-        weight = weight[: len(places)]
+        weight, padded = weight.reshape(2, len(places))
         iou = overlaps(places, boxes)
         least = np.minimum(iou.max(0), 0.5)
         iou = np.where(iou >= least, iou, 0)
         best = iou.argmax(1)
         wanted = np.where(iou.max(1) > 0, scores[best], 0) * (scores[best] >= 0.4)
         np.testing.assert_allclose(weight, wanted, atol=1e-6)
+        inside = ~rows_below(72).numpy()
+        assert (wanted * ~inside).any()
+        np.testing.assert_allclose(padded, wanted * inside, atol=1e-6)
         if in_pixels:
             target = one.teacher[: len(places)].numpy()[weight > 0]
             np.testing.assert_allclose(target, boxes[best][weight > 0], rtol=1e-5)
@@ -272,6 +281,28 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
         assert of.min(1).max() < 1e-3
         np.testing.assert_allclose(weight[weight > 0], scores[of.argmin(1)], rtol=1e-5)
     assert (weight > 0).sum() >= 3
+
+
+def test_a_proposal_is_regressed_for_the_students_own_class():
+    """Labels of common classes are columns of the student's in another order."""
+    model = pair(FASTER, RETINANET, loss=dict(type='mmdet.GIoULoss'))
+    data = batch(model, SIZES)
+    boxes = data['data_samples'][0].gt_instances.bboxes.float()
+    labels = torch.arange(len(boxes)) % 80
+    codes = []
+    for match, own in (
+        (ClassMatch([(79 - i,) for i in range(80)], None, 80, 80), labels),
+        (ClassMatch(), 79 - labels),
+    ):
+        found = InstanceData(
+            bboxes=boxes, scores=torch.ones(len(boxes)), labels=own.clone()
+        )
+        model.teacher.classes = match
+        model.distill['box'].ask = lambda *_, found=found: [found, found[:0]]
+        torch.manual_seed(0)
+        _, (one,) = step(model, data)
+        codes.append(one.student[one.row_weight > 0])
+    assert len(codes[0]) >= 3 and torch.equal(*codes)
 
 
 def maps_of(size) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 from scipy.ndimage import map_coordinates
 from segmentors import distilled, make_batch, zoo_model
 from tiny import DET_CLASSES, SEG_CLASSES, SIZE
@@ -23,6 +24,7 @@ from mmdist import MODELS, ForeignTeacher
 from mmdist.comparisons.detections import detected
 from mmdist.families.seg import StoredMap
 from mmdist.hooks import StoredTeacherHook
+from mmdist.record import Recorder
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, StoredTeacher, build_teacher
 from mmdist.teachers.store_writer import StoreWriter
@@ -295,6 +297,47 @@ def test_maps_teach_as_the_teacher_does_within_the_quantisation(tmp_path):
     got = loss()
     assert got.item() == pytest.approx(wanted.item(), abs=0.02)
     got.backward()
+
+
+def test_where_the_file_is_not_shown_no_pixel_counts(tmp_path):
+    student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = distilled(student, student, aux_weight=0)
+    rng, data = torch.Generator().manual_seed(0), note(make_batch(19))
+    maps = torch.randint(0, 13, (2, 19, 8, 8), generator=rng, dtype=torch.uint8)
+    answers = {f'/images/{n}': ((64, 64), m) for n, m in zip('ab', maps, strict=True)}
+    names = [f'class {i}' for i in range(19)]
+    with_stored(model, write(tmp_path / 'store', 'maps', names, answers))
+    for sample in data['data_samples']:
+        ((source, _),) = sample.metainfo[FRAMES]
+        right = np.array([[1, 0, 32], [0, 1, 0], [0, 0, 1.0]])  # by half of the image
+        frame = Frame(source, (View(np.eye(3), (64, 64)), View(right, (64, 64))))
+        sample.set_metainfo({FRAMES: (frame,)})
+        sample.gt_sem_seg.data.fill_(0)  # no pixel is ignored
+    with Recorder([model.distill['dist']]) as recorder:
+        model.train()(**data, mode='loss')
+    ((_, (pair,)),) = (x.args for x in recorder.calls(model.distill['dist']))
+    half = pair.mask.shape[-1] // 2
+    assert pair.mask[..., half:].all() and not pair.mask[..., :half].any()
+
+
+def test_answers_follow_a_batch_that_is_resized_and_none_comes_back(tmp_path):
+    """A box that is clipped to a line is gone, whatever a shear makes of the line."""
+    rows = torch.tensor([[10.0, 10, 30, 30, 0.9, 0], [50, 10, 90, 30, 0.8, 1]])
+    path = write(
+        tmp_path / 'store', 'boxes', NAMES[:2], {'/images/a': ((96, 96), rows)}
+    )
+    teacher = build_teacher(dict(stored=path), {})
+    teacher.load(None)
+    shear = np.array([[1, 0.5, 0], [0, 1, 0], [0, 0, 1.0]], np.float32)
+    moves = (('clip_', ([40, 40],), {}), ('project_', (shear,), {}))
+    frame = Frame(Source('/images/a', None, (96, 96)), moves)
+    sample = BaseDataElement(metainfo={'img_shape': (192, 288), NOTED: (96, 96)})
+    sample.set_metainfo({FRAMES: (frame,)})
+    (found,) = teacher.model(torch.zeros(1, 3, 192, 288), [sample])
+    wanted = torch.tensor([[3 * (10 + 5), 2 * 10, 3 * (30 + 15), 2 * 30.0]])
+    torch.testing.assert_close(found.bboxes, wanted)
+    assert found.labels.tolist() == [0]
 
 
 # ---- a training ----------------------------------------------------------------------

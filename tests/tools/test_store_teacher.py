@@ -176,6 +176,10 @@ def test_the_fusion_is_the_published_one(tools, number):
     expected = np.array(published_fusion(rows, 4)).reshape(-1, 6)
     assert len(expected) < number or number < 2
     answers = [torch.from_numpy(part) for part in np.array_split(rows, 4)]
+    # what has no area or no score is nothing
+    answers[0] = torch.cat(
+        [torch.tensor([[1, 1, 1, 5, 0.5, 0], [1, 1, 5, 5, 0, 0]])] * 2 + [answers[0]]
+    )
     np.testing.assert_allclose(fused(answers), expected, rtol=1e-5)
 
 
