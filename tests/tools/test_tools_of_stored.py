@@ -32,12 +32,14 @@ def write_results(coco_root: Path, file: Path, categories=(1, 2, 3)) -> None:
     file.write_text(json.dumps(results))
 
 
-def write_maps(seg_root: Path, folder: Path, order=(0, 1, 2)) -> None:
+def write_maps(
+    seg_root: Path, folder: Path, order=(0, 1, 2), names=SEG_CLASSES
+) -> None:
     """The labels as stored maps, with the classes in another order."""
     files = sorted((seg_root / 'images').glob('*.png'))
     manifest = dict(
         kind='maps',
-        class_names=SEG_CLASSES,
+        class_names=names,
         teachers=[dict(checkpoint='labels')],
         images=len(files),
     )
@@ -64,7 +66,7 @@ def write(family, request, tmp_path):
     config = request.getfixturevalue(f'{family}_config')
     root = request.getfixturevalue('coco_root' if family == 'det' else 'seg_root')
 
-    def run(order=(0, 1, 2)) -> None:
+    def run(order=(0, 1, 2), **options) -> None:
         pairs.write_pair(tmp_path, config, more=HOOK)
         pairs.write_weights(tmp_path, 'student', std=0.1)
         stored = 'results.json' if family == 'det' else 'answers'
@@ -74,7 +76,7 @@ def write(family, request, tmp_path):
         if family == 'det':
             write_results(root, tmp_path / stored, [i + 1 for i in order])
         else:
-            write_maps(root, tmp_path / stored, order)
+            write_maps(root, tmp_path / stored, order, **options)
 
     return run
 
@@ -101,6 +103,14 @@ def test_preflight_finds_permuted_classes(run_tool, write):
     found = run_tool('preflight', 'pair.py', '--images', '4')
     assert found.status == 1
     assert re.search("teacher's classes look permuted: it takes .* for ", found.text)
+
+
+@pytest.mark.parametrize('family', ['seg'], indirect=True)
+def test_preflight_scores_classes_by_their_names(run_tool, write):
+    order = (2, 0, 1)
+    write(order=order, names=[SEG_CLASSES[i] for i in order])
+    found = run_tool('preflight', 'pair.py', '--images', '4')
+    assert found.status == 0 and 'mIoU 100, ' in found.text, found
 
 
 @pytest.mark.slow
