@@ -15,21 +15,21 @@ from .record import SLOTS, Fork
 # Of the running mean of the labels' squared norms: one batch with few objects, or
 # none, must not decide.
 MOMENTUM = 0.9
-# The largest factor. A student that equals its teacher has a gradient of rounding
-# errors, which must not be made as large as that of the labels.
-MAX_SCALE = 10.0
 KEY = 'mmdist_balance'  # in the message hub
 
 
 class Balance:
-    """Keeps the gradient of distillation at a fixed ratio to that of the labels.
+    """Bounds the gradient of distillation by a multiple of that of the labels.
 
     A correlation is scale-invariant, so the smaller the student's logits are, the
     larger is its gradient: hundreds of times that of the labels while a head is fresh,
     and ten thousand times on RetinaNet's coarse levels even later. So at each output of
     the student that is compared, the gradient of distillation gets a factor, with which
 
-        its norm = ratio * norm of the gradient of the student's own losses.
+        its norm <= ratio * norm of the gradient of the student's own losses.
+
+    A smaller gradient stays as published: one that is made larger can be too much for a
+    learning rate that suits the student alone.
 
     The norm of distillation is that of this step, by a backward pass through its losses
     alone. That of the student's own losses is a running mean over the backward passes
@@ -45,7 +45,7 @@ class Balance:
     a resumed run goes on with them.
 
     Args:
-        ratio: The ratio, above 0.
+        ratio: The largest ratio, above 0.
 
     Raises:
         ValueError: The ratio is not above 0.
@@ -56,7 +56,7 @@ class Balance:
         if not (is_number and 0 < ratio < float('inf')):
             raise ValueError(
                 '`balance` says how many times that of the labels the gradient of '
-                'distillation is, a number above 0, or None for the published loss; '
+                'distillation may be, a number above 0, or None for the published loss; '
                 f'got {ratio!r}.'
             )
         self.ratio = float(ratio)
@@ -141,7 +141,7 @@ class Balance:
         # infinite in a step that a GradScaler skips
         mean = torch.where((own > 0) & own.isfinite(), known, mean)
         state['mean'] = mean.clamp(min=0)
-        scales = (ratio * (mean / distill).sqrt()).clamp(max=MAX_SCALE)
+        scales = (ratio * (mean / distill).sqrt()).clamp(max=1)
         return torch.where(mean > 0, scales, (mean == 0).to(scales))
 
 

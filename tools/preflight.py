@@ -38,7 +38,6 @@ from torch import nn
 from train import load_distilling, seed_iterations
 
 from mmdist import DISTLoss
-from mmdist.balance import MAX_SCALE
 from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
 from mmdist.teachers import MeanTeacher, Teacher
@@ -245,7 +244,7 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
     times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
         report.reasons.append('No gradient of distillation reaches the student.')
-    elif ramp == 'balance' and share * MAX_SCALE >= 0.01:
+    elif ramp == 'balance' and share >= 0.01:
         return
     elif share > 10 and ramp:
         report.warnings.append(
