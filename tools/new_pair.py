@@ -40,7 +40,7 @@ from torch import nn
 
 from mmdist.data.answers import check_images, join
 from mmdist.data.labels import check_heads
-from mmdist.registry import MODELS
+from mmdist.registry import MODELS, why_not_built
 from mmdist.teachers import ForeignTeacher
 from mmdist.teachers.classes import class_names_of_config
 from mmdist.teachers.teacher import load_config, read_config, without_pretrained
@@ -225,8 +225,12 @@ def main() -> None:
         check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
         batch = pseudo_collate(images) if images else random_batch(model, len(classes))
         seen = run_step(model, classes, batch)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise SystemExit(f'This pair does not work.\n{error}') from None
+    except Exception as error:
+        expected = (ValueError, RuntimeError, OSError, ImportError)
+        said = why_not_built(error)
+        if not said and not isinstance(error, expected):
+            raise  # a mistake of this tool
+        raise SystemExit(f'This pair does not work.\n{said or error}') from None
     report = Report()
     report_pair(report, model, classes, seen)
     losses = {k: v.item() for k, v in seen.losses.items() if 'loss' in k}

@@ -184,6 +184,7 @@ def test_class_map_and_comparisons_are_checked_and_written(new_pair, tmp_path):
         ('hello.py', 'three.py', "`--student` is 'hello.py', .* 'hello' is not def"),
         ('three.py', 'thre.py', "`--teacher` is 'thre.py', but .* similar: three.py"),
         ('three.py', 'empty.py', '`--teacher` has no `model`'),
+        ('typo.py', 'three.py', "`RetinaHead`: .* Did you mean 'num_classes'"),
         ('three.py', 'type=mmdist.HFSegmentor name=none', 'not work. .*none'),
     ],
 )  # fmt: skip
@@ -193,5 +194,7 @@ def test_refuses_with_a_sentence(new_pair, tmp_path, student, teacher, reason):
         (tmp_path / f'{name}.py').write_text(text)
     (tmp_path / 'hello.py').write_text('hello')
     (tmp_path / 'empty.py').touch()
+    typo = text.replace('num_classes', 'num_clases')
+    (tmp_path / 'typo.py').write_text(typo)
     assert re.search(reason, new_pair(student, teacher, '--out', 'pair.py'))
     assert not (tmp_path / 'pair.py').exists()
