@@ -80,12 +80,12 @@ def check_labels(
 
     Args:
         student: A detector or a segmentor.
-        data_samples: The data samples of a batch; those without labels pass.
+        data_samples: The data samples of a batch; those marked unlabelled pass.
         classes: Class names of the data set; None if unknown.
 
     Raises:
         ValueError: It says how many classes the data set names, the head has and the
-            labels hold, and what to do.
+            labels hold, and what to do. Or an image has no labels.
     """
     heads = _heads(student)
     if not heads:
