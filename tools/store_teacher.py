@@ -74,7 +74,10 @@ def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         student = MODELS.build(cfg.model)
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    infos = {os.path.abspath(info['img_path']): info for info in infos_of(dataset)}
+    infos = {}
+    for info in infos_of(dataset):
+        info.pop('instances', None)  # of a large data set they take gigabytes
+        infos[os.path.abspath(info['img_path'])] = info
     if torch.cuda.is_available():
         student.cuda()
     asked, classes = [], dataset.metainfo.get('classes')

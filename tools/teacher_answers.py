@@ -110,16 +110,16 @@ class Asked:
             height, width = size = tuple(inputs.shape[-2:])
             sample.set_metainfo(dict(img_shape=size))
             data = dict(inputs=[inputs.flip(-1) if flip else inputs])
-            data['data_samples'] = [sample]
-            scope = DefaultScope.overwrite_default_scope(self.scope)
-            with scope, self.teacher.running():
-                step = self._step(**self.model.data_preprocessor(data, False))
-                if self.kind == 'maps':
-                    answer = self._map(step, grid)
-                    grid = answer.shape[-2:]
-                    found.append(answer.flip(-1) if flip else answer)
-                    continue
-                (boxes,) = detected(step)
+            data = self.model.data_preprocessor(
+                data | dict(data_samples=[sample]), False
+            )
+            step = self._step(**data)
+            if self.kind == 'maps':
+                answer = self._map(step, grid)
+                grid = answer.shape[-2:]
+                found.append(answer.flip(-1) if flip else answer)
+                continue
+            (boxes,) = detected(step)
             columns = boxes.bboxes, boxes.scores[:, None], boxes.labels[:, None]
             rows = torch.cat(columns, 1).float()
             if flip:
@@ -228,7 +228,9 @@ class Answers:
         """What is stored of an image that the pipeline of each teacher packed."""
         answers, grid = [], None
         for one, match, image in zip(self.asked, self.matches, packed, strict=True):
-            for found in one.answers(image, grid):
+            with DefaultScope.overwrite_default_scope(one.scope), one.teacher.running():
+                views = one.answers(image, grid)
+            for found in views:
                 if self.kind == 'maps':
                     found = match.select_teacher(found, 0, 'identity')
                     grid = found.shape[-2:]

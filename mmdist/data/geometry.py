@@ -75,11 +75,8 @@ def _rotated(before: Sequence[int], results: dict, how: Any) -> np.ndarray:
 
 
 MAPS: dict[str, Callable] = {
-    'Resize': _scaled,
-    'RandomResize': _scaled,
-    'RandomChoiceResize': _scaled,
-    'ResizeToMultiple': _scaled,
-    'ResizeShortestEdge': _scaled,
+    **dict.fromkeys(('Resize', 'RandomResize', 'RandomChoiceResize'), _scaled),
+    **dict.fromkeys(('ResizeToMultiple', 'ResizeShortestEdge'), _scaled),
     'RandomFlip': _flipped,
     'RandomCrop': _cropped,
     'RandomRotate': _rotated,
@@ -101,9 +98,9 @@ def _load(transform: Callable, kind: str, results: dict) -> dict | None:
     results = transform(results)
     if results is None:
         return None
-    size = tuple(results['ori_shape'][:2])
-    file = {key: results.get(key) for key in ('img_path', 'img_id')}
-    file |= dict(height=size[0], width=size[1])
+    height, width = size = tuple(results['ori_shape'][:2])
+    file = dict(height=height, width=width)
+    file |= {key: results.get(key) for key in ('img_path', 'img_id')}
     views = (View(np.eye(3), size),) if kind == 'maps' else ()
     results[FRAMES] = (Frame(file, views),)
     if kind == 'boxes' and 'gt_bboxes' in results:
@@ -204,17 +201,17 @@ def _lists(transforms: list[Callable]) -> Iterator[list[Callable]]:
 
 def _refuse_unknown(every: list[Callable], known: set[str], where: str) -> None:
     for transform in [t for transforms in _lists(every) for t in transforms]:
-        name = type(transform).__name__
-        is_known = name in known or hasattr(transform, 'keeps_geometry')
-        makes_boxes = (
-            getattr(transform, 'recompute_bbox', False)
-            or getattr(transform, 'box_type', 'hbox') != 'hbox'
-        )
-        if makes_boxes or not is_known:
-            why = 'makes boxes (`recompute_bbox`, `box_type`)' * makes_boxes
+        name, does = type(transform).__name__, ''
+        if name not in known and not hasattr(transform, 'keeps_geometry'):
+            does = 'may move pixels'
+        elif getattr(transform, 'recompute_bbox', False):
+            does = 'makes boxes (`recompute_bbox=True`)'
+        elif getattr(transform, 'box_type', 'hbox') != 'hbox':
+            does = "makes boxes (`box_type` is not 'hbox')"
+        if does:
             raise ValueError(
-                f'{where}: `{name}` {why or "may move pixels"} in a way that is not '
-                'known here, so stored answers would not lie where the image shows '
+                f'{where}: `{name}` {does} in a way that is not known here, '
+                'so stored answers would not lie where the image shows '
                 'them. Remove it, or ask the teacher in each step (`config`, '
                 '`checkpoint`). A transform of your own that moves no pixel says so by '
                 'a class attribute, `keeps_geometry = True`.'

@@ -134,16 +134,14 @@ class Store:
         self.kind, self.class_names = manifest['kind'], tuple(manifest['class_names'])
         names = some(teacher['checkpoint'] for teacher in manifest['teachers'])
         self.origin += f', of {names}'
-        found, sizes = {}, {}
-        for name, size, answer in read_parts(self.path, manifest):
-            found[name], sizes[name] = answer, size
-        if self.kind == 'boxes':
-            found = self._checked(found, len(self.class_names))
-        folders = {os.path.dirname(name) for name in found}
+        parts, found = list(read_parts(self.path, manifest)), {}
+        folders = {os.path.dirname(name) for name, *_ in parts}
         shared = os.path.dirname(os.path.commonpath(folders)) if folders else ''
-        keys = {name: name.removeprefix(shared).lstrip('/') for name in found}
-        self._sizes = {keys[name]: size for name, size in sizes.items()}
-        return {keys[name]: answer for name, answer in found.items()}
+        for name, size, answer in parts:
+            key = name.removeprefix(shared).lstrip('/')
+            self._sizes[key], found[key] = size, answer
+        is_map = self.kind == 'maps'
+        return found if is_map else self._checked(found, len(self.class_names))
 
     def _read_results(self) -> dict[int, np.ndarray]:
         found, entry = {}, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from pathlib import Path
@@ -128,7 +129,7 @@ LINES = 'part-0-0.jsonl'
         'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is no"),
         'shape': (damage(LINES, lambda x: x.replace(b'6]', b'5]')), 'jsonl is damaged'),
         'NaN': (answer(0, NAN, 1, 1, 0.5, 0), 'NaN or infinite.*in .*train/1.jpg.$'),
-        'negative': (answer(5, 0, 1, 1, 0.5, 0), 'negative size, in .*/train/1.jpg.$'),
+        'negative': (answer(5, 0, 1, 1, 0.5, 0), 'negative size, in .*train/1.jpg.$'),
         'score': (answer(0, 0, 1, 1, 1.5, 0), 'not between 0 and 1, in .*/1.jpg.$'),
         'NaN score': (answer(0, 0, 1, 1, NAN, 0), 'not between 0 and 1, in .*/1.jpg.$'),
         'label': (answer(0, 0, 1, 1, 0.5, 3), 'labels that are no class, in .*1.jpg.$'),
@@ -267,6 +268,20 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, kind):
     writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind))
     assert writer.done == {image(i)['img_path'] for i in range(number)}
     Store(tmp_path).check(images(number))
+
+
+def test_a_writer_may_go_on_after_a_failure(tmp_path, monkeypatch):
+    writer = StoreWriter(tmp_path, MANIFEST)
+    add(writer, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda file: os.write(-1, b''))
+        with pytest.raises(OSError, match='cannot be written: Bad file descriptor'):
+            add(writer, 1)
+    add(writer, 2)
+    store = Store(tmp_path)
+    assert torch.equal(store.answer(image(0)), some_boxes(0))
+    assert torch.equal(store.answer(image(2)), some_boxes(2))
+    assert store.key(image(1)) is None
 
 
 def test_nan_is_not_stored(tmp_path):

@@ -33,8 +33,20 @@ PLAIN = "dict(type='Resize', scale=(128, 96)),"
 
 @pytest.fixture
 def store(run_tool):
-    """Run the tool."""
-    return functools.partial(run_tool, 'store_teacher')
+    """Run the tool on `pair.py`."""
+    return functools.partial(run_tool, 'store_teacher', 'pair.py', '--out', 'answers')
+
+
+@pytest.fixture
+def answers(store):
+    """Run the tool to its end, and read what it wrote."""
+
+    def run(*args: str) -> Store:
+        ran = store(*args)
+        assert ran.status == 0, ran
+        return Store('answers')
+
+    return run
 
 
 def write_teacher(
@@ -107,7 +119,7 @@ def images(root: Path) -> list[Path]:
 
 def test_boxes_are_those_of_mmdet(store, tmp_path, det_config, coco_root):
     write_pair(tmp_path, det_config, det_config.replace(PLAIN, TWICE))
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 0, ran
     assert '4 images' in ran.out
     assert "teacher=dict(stored='answers')" in ran.out
@@ -120,14 +132,12 @@ def test_boxes_are_those_of_mmdet(store, tmp_path, det_config, coco_root):
         np.testing.assert_array_equal(answer_of(stored, file), expected)
 
 
-def test_maps_are_those_of_mmseg(store, tmp_path, seg_config, seg_root):
+def test_maps_are_those_of_mmseg(answers, tmp_path, seg_config, seg_root):
     both = "dict(type='LoadAnnotations'),\n    dict(type='PackSegInputs')]"
     assert both in seg_config
     teacher = seg_config.replace(both, f'{TWICE} {both}')
     write_pair(tmp_path, seg_config, teacher)
-    ran = store('pair.py', '--out', 'answers')
-    assert ran.status == 0, ran
-    stored = Store('answers')
+    stored = answers()
     assert (stored.kind, stored.class_names) == ('maps', SEG_CLASSES)
     for file in images(seg_root):
         found = answer_of(stored, file)
@@ -186,12 +196,10 @@ def test_the_fusion_is_the_published_one(tools, number):
     np.testing.assert_allclose(fused(answers), expected, rtol=1e-5)
 
 
-def test_flipped_and_scaled_boxes_are_fused(store, tmp_path, det_config, coco_root):
+def test_flipped_and_scaled_boxes_are_fused(answers, tmp_path, det_config, coco_root):
     pad = "dict(type='Pad', size=(192, 160)),"  # below and on the right
     write_pair(tmp_path, det_config, det_config.replace(PLAIN, PLAIN + pad))
-    ran = store('pair.py', '--out', 'answers', '--flip', '--scales', '1.5', '1')
-    assert ran.status == 0, ran
-    stored = Store('answers')
+    stored = answers('--flip', '--scales', '1.5', '1')
     for file in images(coco_root)[:2]:
         padded = np.pad(cv2.imread(str(file)), [(0, 64), (0, 64), (0, 0)])
         rows = []
@@ -207,11 +215,11 @@ def test_flipped_and_scaled_boxes_are_fused(store, tmp_path, det_config, coco_ro
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_flipped_and_scaled_maps_are_their_mean(store, tmp_path, seg_config, seg_root):
+def test_flipped_and_scaled_maps_are_their_mean(
+    answers, tmp_path, seg_config, seg_root
+):
     write_pair(tmp_path, seg_config, seg_config)
-    ran = store('pair.py', '--out', 'answers', '--flip', '--scales', '2', '1')
-    assert ran.status == 0, ran
-    stored = Store('answers')
+    stored = answers('--flip', '--scales', '2', '1')
     for file in images(seg_root)[:2]:
         maps = []
         for scale, flip in itertools.product((1, 2), (False, True)):
@@ -231,16 +239,16 @@ def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
     file = images(root)[2]
     whole = file.read_bytes()
     file.write_bytes(b'no image')
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 1
     assert f'{file} cannot be read as in a test' in ran.said
     begun = (tmp_path / 'answers/part-0-0.jsonl').read_text()
     assert begun.count('\n') == 2
     file.write_bytes(whole)
-    ran = store('pair.py', '--out', 'answers', '--flip')
+    ran = store('--flip')
     assert ran.status == 1
     assert 'answers was begun by another command. Its `teachers`' in ran.said
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 0, ran
     assert '4 images' in ran.out
     assert 'for 2 of them' in ran.out
@@ -285,11 +293,9 @@ def write_two(folder: Path, text: str, classes: tuple, theirs: tuple) -> None:
     (folder / 'pair.py').write_text(pair[:begin] + teachers + pair[end:])
 
 
-def test_boxes_of_two_teachers_are_fused(store, tmp_path, det_config, coco_root):
+def test_boxes_of_two_teachers_are_fused(answers, tmp_path, det_config, coco_root):
     write_two(tmp_path, det_config, DET_CLASSES, [DET_CLASSES[i] for i in (2, 0, 1)])
-    ran = store('pair.py', '--out', 'answers')
-    assert ran.status == 0, ran
-    stored = Store('answers')
+    stored = answers()
     assert stored.class_names == DET_CLASSES
     for file in images(coco_root)[:2]:
         rows = [asked_of_mmdet(file), asked_of_mmdet(file, 'other')]
@@ -303,16 +309,14 @@ def test_boxes_of_two_teachers_are_fused(store, tmp_path, det_config, coco_root)
 
 def test_several_teachers_have_to_know_all_classes(store, tmp_path, det_config):
     write_two(tmp_path, det_config, DET_CLASSES, ('dog', 'cat', 'person'))
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 1
     assert '`teachers.b` and the other teachers have no answer in common' in ran.said
 
 
-def test_maps_of_two_teachers_are_their_mean(store, tmp_path, seg_config, seg_root):
+def test_maps_of_two_teachers_are_their_mean(answers, tmp_path, seg_config, seg_root):
     write_two(tmp_path, seg_config, SEG_CLASSES, ('tree', 'sky', 'road'))
-    ran = store('pair.py', '--out', 'answers')
-    assert ran.status == 0, ran
-    stored = Store('answers')
+    stored = answers()
     assert stored.class_names == SEG_CLASSES
     file = images(seg_root)[0]
     expected = (asked_of_mmseg(file) + asked_of_mmseg(file, 'other')[[1, 2, 0]]) / 2
@@ -320,20 +324,19 @@ def test_maps_of_two_teachers_are_their_mean(store, tmp_path, seg_config, seg_ro
     torch.testing.assert_close(found, expected * 255, rtol=0, atol=0.51)
 
 
-def test_maps_of_windows_are_put_together(store, tmp_path, seg_config, seg_root):
+def test_maps_of_windows_are_put_together(answers, tmp_path, seg_config, seg_root):
     windows = "test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(48, 48)),"
     teacher = seg_config.replace('pretrained=None,', f'pretrained=None, {windows}')
     assert teacher != seg_config
     write_pair(tmp_path, seg_config, teacher)
-    ran = store('pair.py', '--out', 'answers')
-    assert ran.status == 0, ran
+    stored = answers()
     file = images(seg_root)[0]
     cfg = Config.fromfile('teacher.py')
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     model = init_model(cfg, 'teacher.pth', device='cpu')
     logits = inference_model(model, str(file)).seg_logits.data
     expected = F.interpolate(logits.softmax(0)[None], (12, 16), mode='bilinear')[0]
-    found = answer_of(Store('answers'), file).float()
+    found = answer_of(stored, file).float()
     torch.testing.assert_close(found, expected * 255, rtol=0, atol=0.51)
 
 
@@ -355,7 +358,7 @@ def test_each_image_is_asked_about_once(store, tmp_path, seg_config, seg_root):
         )
     shutil.rmtree(tmp_path / 'labels')
     (tmp_path / 'labels').mkdir()
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 0, ran
     stored = Store('answers')
     assert '8 images' in ran.out
@@ -383,14 +386,13 @@ class SeesTwoBoxes(ForeignTeacher):
         return [(boxes, scores)]
 
 
-def test_a_teacher_of_another_library(store, tmp_path, det_config, coco_root):
+def test_a_teacher_of_another_library(answers, tmp_path, det_config, coco_root):
     write_pair(tmp_path, det_config.replace(PLAIN, TWICE), det_config)
     text = distilled_text(config=dict(type='mmdist.SeesTwoBoxes'))
     (tmp_path / 'pair.py').write_text(text)
-    ran = store('pair.py', '--out', 'answers')
-    assert ran.status == 0, ran
+    stored = answers()
     file = images(coco_root)[0]
-    found = answer_of(Store('answers'), file)
+    found = answer_of(stored, file)
     sigmoid = 1 / (1 + np.exp([-2.0, -1.0]))
     expected = [[10, 20, 30, 40, sigmoid[0], 1], [50, 50, 90, 80, sigmoid[1], 0]]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -412,7 +414,7 @@ def test_a_teacher_of_another_library(store, tmp_path, det_config, coco_root):
 def test_what_cannot_be_stored_is_said(store, tmp_path, det_config, teacher, words):
     write_pair(tmp_path, det_config, det_config)
     (tmp_path / 'pair.py').write_text(distilled_text(**teacher))
-    ran = store('pair.py', '--out', 'answers')
+    ran = store()
     assert ran.status == 1
     assert words in ran.said
     assert not (tmp_path / 'answers').exists()
