@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -80,11 +81,12 @@ def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
         infos[os.path.abspath(info['img_path'])] = info
     if torch.cuda.is_available():
         student.cuda()
-    asked, classes = [], dataset.metainfo.get('classes')
+    asked, classes = [], dataset.metainfo.get('classes') or ()
     for teacher in student.teachers.values():
         teacher.dtype, teacher.compile = None, False  # it runs as in a test
         teacher.load(student)
-        asked.append(Asked(teacher, cfg, classes, args.flip, args.scales))
+        flips = (False, True) if args.flip or 'flip' in teacher.views else (False,)
+        asked.append(Asked(teacher, cfg, classes, [*product(args.scales, flips)]))
     return Answers(asked, classes, args.min_score), [*infos.values()]
 
 

@@ -37,30 +37,18 @@ def test_pipeline(cfg: Config) -> list[dict]:
 class Asked:
     """A loaded teacher of a config that distils, asked about views of an image.
 
-    Args:
-        teacher: The teacher.
-        cfg: The config.
-        classes: The classes of its data set; None if unknown.
-        flip: Ask about mirrored images too.
-        scales: Sizes of the images beside the teacher's own.
-
-    Raises:
-        SystemExit: It cannot be asked.
+    ``classes`` are those of the config's data set, if known; ``views`` are pairs of a
+    size beside the teacher's own and whether the image is mirrored.
     """
 
     def __init__(
-        self,
-        teacher: Teacher,
-        cfg: Config,
-        classes: Sequence[str] | None,
-        flip: bool,
-        scales: Sequence[float],
+        self, teacher: Teacher, cfg: Config, classes: Sequence[str], views: list[tuple]
     ) -> None:
-        self.teacher, self.model = teacher, teacher.model
+        self.teacher, self.model, self.views = teacher, teacher.model, views
         own = load_config(teacher.config, f'{teacher.name}.config')
         self.scope = own.get('default_scope') or cfg.get('default_scope')
         self.steps = test_pipeline(own) or test_pipeline(cfg)
-        self.names = list(teacher.class_names or classes or ())
+        self.names = list(teacher.class_names or classes)
         if not self.steps or not self.names:
             what = 'class names' if self.steps else 'a pipeline of a test'
             raise SystemExit(
@@ -70,8 +58,6 @@ class Asked:
         check_number(self.names, self.model)
         with DefaultScope.overwrite_default_scope(self.scope):
             self.pipeline = Compose(self.steps)
-        flips = (False, True) if flip or 'flip' in teacher.views else (False,)
-        self.views = [(s, f) for s in scales for f in flips]
         gives = self.model.gives if isinstance(self.model, ForeignTeacher) else ''
         is_map = gives in ('pixels', 'masks') or family_of(self.model) == SEG
         self.kind = 'maps' if is_map else 'boxes'
@@ -98,7 +84,7 @@ class Asked:
         """What it finds in each view of an image that :attr:`pipeline` packed.
 
         Boxes, (M, 6), x1 y1 x2 y2 score label, in pixels of the file; or probabilities,
-        (classes, *grid), of the grid of the first view's logits if there is none yet.
+        (classes, *grid), where None is the grid of the first view's logits.
         """
         found, whole = [], packed['inputs'].float()
         for scale, flip in self.views:
@@ -109,11 +95,9 @@ class Asked:
                 inputs = F.interpolate(inputs[None], size, **options)[0]
             height, width = size = tuple(inputs.shape[-2:])
             sample.set_metainfo(dict(img_shape=size))
-            data = dict(inputs=[inputs.flip(-1) if flip else inputs])
-            data = self.model.data_preprocessor(
-                data | dict(data_samples=[sample]), False
-            )
-            step = self._step(**data)
+            inputs = inputs.flip(-1) if flip else inputs
+            data = dict(inputs=[inputs], data_samples=[sample])
+            step = self._step(**self.model.data_preprocessor(data, False))
             if self.kind == 'maps':
                 answer = self._map(step, grid)
                 grid = answer.shape[-2:]
@@ -172,9 +156,9 @@ def _read(step: Step) -> Tensor:
 def resampled(
     maps: Tensor, grid: Sequence[int], valid: Sequence[int], image: Sequence[int]
 ) -> Tensor:
-    """Maps (1, C, h, w) of an image as (C, *grid) of its top left part.
+    """Maps (1, C, h, w) of an image as (C, *grid) of its part at the top left.
 
-    ``valid`` and ``image`` are height and width of part and image in pixels.
+    ``valid`` and ``image`` are height and width of the part and the image in pixels.
     """
     if (*maps.shape[-2:], *valid) == (*grid, *image):
         return maps[0]
@@ -203,12 +187,11 @@ def fused(answers: Sequence[Tensor]) -> Tensor:
 class Answers:
     """All teachers and views, as one answer for an image.
 
-    The classes of one teacher are its own; of several they are those of the student,
-    ``classes``. SystemExit: They have no answer in common.
+    The classes of one teacher are its own; of several they are the student's.
     """
 
     def __init__(
-        self, asked: Sequence[Asked], classes: Sequence[str] | None, min_score: float
+        self, asked: Sequence[Asked], classes: Sequence[str], min_score: float
     ) -> None:
         self.asked, self.min_score, self.kind = asked, min_score, asked[0].kind
         self.class_names, self.matches = asked[0].names, [ClassMatch()]

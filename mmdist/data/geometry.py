@@ -44,7 +44,7 @@ BOXES = HOMOGRAPHY | _names("""
     CachedMixUp""")
 
 
-# ---- how transforms of mmseg move pixels ---------------------------------------------
+# How transforms of mmseg move pixels
 
 
 def _shift(x: float, y: float) -> np.ndarray:
@@ -90,7 +90,7 @@ CALLS = {
 }
 
 
-# ---- what stands in the place of a transform -----------------------------------------
+# What stands in the place of a transform
 
 
 def _load(transform: Callable, kind: str, results: dict) -> dict | None:
@@ -151,15 +151,12 @@ def _pack(transform: Callable, results: dict) -> dict:
     return packed
 
 
-# ---- a pipeline ----------------------------------------------------------------------
-
-
 def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
-    """Make a pipeline note where pixels come from.
+    """Make a pipeline note where pixels come from, if it does not yet.
 
     Args:
-        pipeline: Its transforms; in several lists where a wrapper has some of its own.
-            The lists are changed, once.
+        pipeline: Its transforms, which are replaced; in several lists where a wrapper
+            has some of its own.
         kind: ``'boxes'`` for mmdet, ``'maps'`` for mmseg.
         where: Which pipeline it is, for errors.
 

@@ -38,7 +38,6 @@ class Store:
     Attributes:
         kind: ``'boxes'`` of a detector or ``'maps'`` of a segmentor.
         class_names: The teacher's; None for a results file until :meth:`name_classes`.
-        origin: Whose answers these are, in words.
         is_by_id: Whether it is a results file: images are known by ``img_id``, not by
             their path, and there is no entry for one in which nothing was found.
 
@@ -59,15 +58,18 @@ class Store:
 
     def name_classes(self, categories: Mapping[int, str]) -> None:
         """Name each ``category_id`` of a results file; ValueError if it has others."""
-        if unknown := [i for i in self._ids if i not in categories]:
+        if self.class_names is not None:
+            return
+        ids = np.unique(self._rows[:, 5]).astype(int).tolist()
+        if unknown := [i for i in ids if i not in categories]:
             raise ValueError(
                 f'{self.path} has boxes of the category ids {some(unknown)}, but the '
                 f'annotation file knows {some(categories)}. The results are of '
                 'another data set, or number its classes in their own way.'
             )
-        columns = np.array([list(categories).index(i) for i in self._ids], int)
-        self._rows[:, 5] = columns[self._rows[:, 5].astype(int)]
-        self._ids, self.class_names = list(categories), tuple(categories.values())
+        columns = np.array([list(categories).index(i) for i in ids], int)
+        self._rows[:, 5] = columns[np.searchsorted(ids, self._rows[:, 5])]
+        self.class_names = tuple(categories.values())
 
     def key(self, image: Mapping) -> str | int | None:
         """What an image is known by, of what its data set knows; None: no answer.
@@ -158,14 +160,10 @@ class Store:
                 + (f'it has {str(entry)[:200]}.' if is_json else f'{error}.')
             ) from None
         found = {image: np.array(rows).reshape(-1, 6) for image, rows in found.items()}
-        rows = np.concatenate([np.empty((0, 6)), *found.values()])
-        self._ids = np.unique(rows[:, 5]).astype(int).tolist()
-        for rows in found.values():
-            rows[:, 5] = np.searchsorted(self._ids, rows[:, 5])
-        return self._checked(found, len(self._ids))
+        return self._checked(found, math.inf)
 
     def _checked(
-        self, found: Mapping[Any, np.ndarray], classes: int
+        self, found: Mapping[Any, np.ndarray], classes: float
     ) -> dict[Any, np.ndarray]:
         """The rows of each image, as views of those of all."""
         rows = np.concatenate([np.empty((0, 6)), *found.values()], dtype=np.float32)
