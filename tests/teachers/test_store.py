@@ -43,7 +43,9 @@ def images(number: int) -> list[dict]:
 
 
 def add(writer: StoreWriter, i: int, kind: str = 'boxes') -> None:
-    answer = some_boxes(i) if kind == 'boxes' else some_map(i) / 255
+    # what is stored is rounded
+    scores = (some_map(i) - 0.4).clamp(min=0) / 255
+    answer = some_boxes(i) if kind == 'boxes' else scores
     writer.add(image(i)['img_path'], (480, 640 + i), answer)
 
 
@@ -133,6 +135,7 @@ LINES = 'part-0-0.jsonl'
         'score': (answer(0, 0, 1, 1, 1.5, 0), 'not between 0 and 1, in .*/1.jpg.$'),
         'NaN score': (answer(0, 0, 1, 1, NAN, 0), 'not between 0 and 1, in .*/1.jpg.$'),
         'label': (answer(0, 0, 1, 1, 0.5, 3), 'labels that are no class, in .*1.jpg.$'),
+        'no index': (answer(0, 0, 1, 1, 0.5, 0.5), 'labels that are no class, in '),
     }.values(),
 )  # fmt: skip
 def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
