@@ -122,9 +122,8 @@ class Asked:
     def _map(self, step: Step, grid: Sequence[int] | None) -> Tensor:
         """Probabilities of the image without its padding, (classes, *grid)."""
         image, valid = tuple(step.inputs.shape[-2:]), step.valid_sizes[0]
-        if (
-            self.test_cfg.get('mode') == 'slide'
-        ):  # windows, which the model puts together
+        if self.test_cfg.get('mode') == 'slide':
+            # windows, which the model puts together
             height, width = self.test_cfg['crop_size']
             window = step.inputs[..., :height, :width]
             cells, seen = _read(self._step(window, [])).shape[-2:], window.shape[-2:]
