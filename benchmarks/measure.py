@@ -84,23 +84,28 @@ def resident(key: str) -> int:
     return 1024 * int(next(x for x in lines if x.startswith(key)).split()[1])
 
 
-def machine() -> str:
-    """CPU, cores, load and versions in one sentence."""
-    cpu = platform.processor() or platform.machine()
+def processor() -> str:
+    """Name of the CPU, and of the GPU."""
+    name = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists():
         names = [x for x in info.read_text().splitlines() if x.startswith('model name')]
-        cpu = names[0].split(':')[1].strip() if names else cpu
+        name = names[0].split(':')[1].strip() if names else name
     if torch.cuda.is_available():
-        cpu += f', {torch.cuda.get_device_name()}'
+        name += f', {torch.cuda.get_device_name()}'
+    return name
+
+
+def machine() -> str:
+    """CPU, cores, load and versions in one sentence."""
     versions = [
         f'{name} {importlib.import_module(name).__version__}'
         for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
         if importlib.util.find_spec(name)  # the loss needs torch and mmengine alone
     ]
     return (
-        f'{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, load '
-        f'average {os.getloadavg()[0]:.1f} before the start; Python '
+        f'{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads '
+        f'used, load average {os.getloadavg()[0]:.1f} before the start; Python '
         f'{platform.python_version()}, {", ".join(versions)}.'
     )
 

@@ -23,7 +23,7 @@ from benchmarks.measure import interleaved, peak_memory, table, verdict
 from benchmarks.step import PAIRS, models_of
 from mmdist.data.answers import check_images, join
 from mmdist.registry import MODELS
-from mmdist.teachers.store_writer import StoreWriter
+from mmdist.teachers.store import StoreWriter
 from mmdist.teachers.teacher import without_pretrained
 
 NAMES = ('RetinaNet R50 <- Cascade R-CNN R50', 'DeepLabV3 R18 <- R101')
@@ -50,7 +50,7 @@ def data_of(library: str, folder: Path, size: tuple[int, int]) -> tuple[dict, li
             answer = np.c_[start, start + sides, ends]
         else:
             scores = rng.uniform(size=(19, height // 8, width // 8)) ** 8
-            answer = (255 * scores / scores.sum(0)).astype(np.uint8)
+            answer = scores / scores.sum(0)
         answers.append((f'{folder}/images/{file}', torch.from_numpy(answer)))
     if library == 'mmdet':
         from mmdet.datasets import CocoDataset
@@ -91,12 +91,10 @@ def step_of(name: str, which: str, folder: str) -> Callable[[], None]:
             kind='boxes' if library == 'mmdet' else 'maps',
             class_names=list(dataset.metainfo['classes']),
             teachers=[],
-            images=IMAGES,
         )
         writer = StoreWriter(store, manifest)
         for file, answer in answers:
             writer.add(file, pair.size, answer)
-        writer.complete()
         student = without_pretrained(get_config(pair.student).model)
         if library == 'mmseg':
             student.data_preprocessor.size = pair.size

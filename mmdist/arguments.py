@@ -32,7 +32,7 @@ class DistillTerm(NamedTuple):
 def student_config(student: Any) -> dict:
     """The config of the student, from it, a path, or a model that distils already."""
     if isinstance(student, (str, os.PathLike)):
-        student = load_config(student).model
+        student = load_config(student, 'student').model
     names = ('mmdist.Distiller', 'Distiller')
     while isinstance(student, Mapping) and student.get('type') in names:
         print_log(
@@ -44,7 +44,7 @@ def student_config(student: Any) -> dict:
     if not isinstance(student, Mapping) or 'type' not in student:
         raise ValueError(
             '`student` is the config of a model, such as `student=_base_.model`, or '
-            f'the path of a config, got {student!r}.'
+            f'the path of a config, got {student!r:.200}.'
         )
     return student
 
@@ -92,7 +92,7 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
     for name, entry in distill.items():
         cfg = dict(entry) if isinstance(entry, Mapping) else entry
         wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
-        weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
+        weights = wanted if isinstance(wanted, Mapping) else {str(wanted): 1}
         if wanted is None:
             weights = dict.fromkeys(teachers, 1)
         elif teachers == ['']:
@@ -106,7 +106,8 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
                 f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
                 f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
             )
-        if min(weights.values(), default=0) < 0 or not sum(weights.values()):
+        right = [isinstance(w, (int, float)) and w >= 0 for w in weights.values()]
+        if not all(right) or not sum(weights.values()):
             raise ValueError(
                 f'`distill.{name}.from_teacher` gives the teachers the weights '
                 f'{dict(weights)}: none may be negative, and one must be above 0.'
@@ -129,7 +130,8 @@ def _check_names(argument: str, entries: Any, example: str) -> None:
     example = f'`{argument}=dict(<name>=dict({example}))`'
     if not isinstance(entries, Mapping) or not entries or 'type' in entries:
         raise ValueError(
-            f'`{argument}` is a dict of name -> config, {example}, got {entries!r}.'
+            f'`{argument}` is a dict of name -> config, {example}, got '
+            f'{entries!r:.200}.'
         )
     for name in entries:
         is_name = isinstance(name, str) and name.isidentifier() and 'loss' not in name

@@ -61,7 +61,8 @@ def check_arguments(
         given: Arguments that the caller adds, so the user does not give them.
 
     Raises:
-        ValueError: It says which argument, the nearest that exists, and all of them.
+        ValueError: It says which argument, the nearest that exists, and all of them; or
+            that one that is annotated as a number is none.
     """
     parameters = inspect.signature(function).parameters.values()
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -80,16 +81,31 @@ def check_arguments(
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in cfg:
             raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')
+        value = cfg.get(key, parameter.default)
+        if value is not parameter.default and not _may_be(value, parameter.annotation):
+            raise ValueError(f'`{name}`: {key!r} is a number, got {value!r:.100}.')
+
+
+def _may_be(value: Any, annotation: Any) -> bool:
+    """Whether an argument can have a value; False where it has to be a number."""
+    kinds = set(getattr(annotation, '__name__', str(annotation)).split(' | '))
+    if not kinds <= {'float', 'int', 'None'}:
+        return True
+    if value is None:
+        return 'None' in kinds
+    return not isinstance(value, (str, Sequence, Mapping))
 
 
 def in_words(cls: type[T]) -> type[T]:
     """Decorate a class so that a misspelt argument is said by `check_arguments`."""
     init = cls.__init__
+    # object's takes anything, and complains later
+    takes = (lambda self: None) if init is object.__init__ else init
 
     @functools.wraps(init)
     def checked(self, *args, **kwargs):
-        positional = list(inspect.signature(init).parameters)[: len(args) + 1]
-        check_arguments(cls.__name__, init, kwargs, given=positional)
+        positional = list(inspect.signature(takes).parameters)[: len(args) + 1]
+        check_arguments(cls.__name__, takes, kwargs, given=positional)
         init(self, *args, **kwargs)
 
     cls.__init__ = checked

@@ -5,11 +5,16 @@ mmengine imports this module by itself when a config names a type ``mmdist.*``.
 
 from __future__ import annotations
 
+import inspect
+import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from mmengine import registry as mmengine_registry
-from mmengine.registry import Registry
+from mmengine.registry import Registry, build_from_cfg
+
+from .lookup import did_you_mean
 
 
 def _child(parent: Registry, *locations: str) -> Registry:
@@ -32,3 +37,36 @@ def class_of(cfg: Any) -> Any:
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     with MODELS.switch_scope_and_registry(None) as registry:
         return registry.get(kind) if isinstance(kind, str) else kind
+
+
+def no_such_type(kind: Any, registry: Registry) -> str:
+    """A sentence for a ``type`` that a registry does not know."""
+    known = list(registry.module_dict)
+    while registry.parent is not None:
+        registry = registry.parent
+        known += registry.module_dict
+    if (ours := registry.children.get('mmdist')) is not None:
+        ours.import_from_location()
+        known += [f'mmdist.{name}' for name in ours.module_dict]
+    return (
+        f'No {registry.name} is called {kind!r}.{did_you_mean(kind, known)} What '
+        'mmdist has begins with `mmdist.`; what you have written yourself needs '
+        '`custom_imports`.'
+    )
+
+
+def why_not_built(error: Exception) -> str:
+    """A sentence for a misspelt name in a config, of a type or an argument; else ''."""
+    calls = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = [f for f in calls if f.f_code is build_from_cfg.__code__]
+    if not found:
+        return ''
+    names = found[-1].f_locals
+    if isinstance(error, KeyError) and 'obj_type' in names and found[-1] is calls[-1]:
+        return no_such_type(names['obj_type'], names['registry'])
+    word = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    cls = names.get('obj_cls')
+    if not (isinstance(error, TypeError) and word and inspect.isclass(cls)):
+        return ''
+    takes = set().union(*(inspect.signature(c.__init__).parameters for c in cls.mro()))
+    return f'`{cls.__name__}`: no argument {word[1]!r}.{did_you_mean(word[1], takes)}'

@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         grid(args.scale, args.tasks, args.methods, args.teachers, args.seeds)
     )
     if not grid_:
-        raise SystemExit(f'{args.tasks} have no method of {args.methods}.')
+        raise SystemExit(f'{args.tasks} have no teacher of {args.teachers}.')
     for number, cell in enumerate(grid_, 1):
         title = f'[{number}/{len(grid_)}] {cell.folder}'
         result = study.finished(cell)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{title}: {label} {result["score"]:.2f}', flush=True)
         row = {**cell._asdict(), **result, 'command': cell.command}
         if cell.method not in SINGLE:
-            # which one it had: on another kind of CPU the same settings give another
+            # which one it had: another CPU model gives another with the same settings
             row['teacher_score'] = study.finished(cell.its_teacher)['score']
         if read_results(file).get(cell) != row:
             with file.open('a') as lines:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.measure import table
 from tools.dev.runs import replace_between
 from tools.logs import interval, mean_and_spread, paired
 
-from .grid import DEFAULT, METHODS, SINGLE, TASKS, TEACHERS, Cell
+from .grid import ALONE, METHODS, SINGLE, TASKS, TEACHERS, Cell
 
 BEGIN = '<!-- Made by `python -m study` from results.jsonl; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
@@ -32,64 +33,49 @@ def by_seed(results: dict[Cell, dict], key: str, *cell: str) -> dict[int, float]
 
 
 def make_tables(results: dict[Cell, dict]) -> str:
-    """A table per scale and task: each method by each teacher."""
+    """A table for each scale, task and teacher that students have learned from."""
     text = ''
-    for scale, task in sorted({cell[:2] for cell in results}):
-        label = TASKS[task].label
-        text += (
-            f'\n### {task}, {scale}\n\n'
-            f'| method | teacher | seeds | val {label} | against alone '
-            f'| against KL T=1 | test {label} | against alone, test | seconds |\n'
-            '|---|---|---:|---:|---:|---:|---:|---:|---:|\n'
-        )
-        for teacher in TEACHERS:
-            cell = Cell(scale, task, 'alone', teacher, 0).its_teacher
-            if row := results.get(cell):
-                test = f'{row["test"]:.2f}' if 'test' in row else '-'
-                text += (
-                    f'| teacher, {row["parameters"] / 1e6:.2f} M | {teacher} | 1 '
-                    f'| {row["score"]:.2f} | | | {test} | | {row["seconds"]} |\n'
-                )
-        for method, teacher in [
-            ('alone', ''),
-            *itertools.product(METHODS[1:], TEACHERS),
-        ]:
-            here = [
-                r for c, r in results.items() if c[:4] == (scale, task, method, teacher)
-            ]
-            if not here:
-                continue
-            val, test = (
-                by_seed(results, key, scale, task, method, teacher)
-                for key in ('score', 'test')
-            )
-            alone, alone_test = (
-                by_seed(results, key, scale, task, 'alone', '')
-                for key in ('score', 'test')
-            )
-            # another training of the teacher than that of the table, or of KL's teacher
-            cell = Cell(scale, task, method, teacher, 0)
-            of_table = {results.get(cell.its_teacher, {}).get('score')}
-            own, of_kl = (
-                set(by_seed(results, 'teacher_score', scale, task, m, teacher).values())
-                - of_table
-                for m in (method, 'kl-t1')
-            )
-            kl_t1 = by_seed(results, 'score', scale, task, 'kl-t1', teacher)
-            kl_t1 = kl_t1 if own == of_kl else {}
-            cells = [
-                method,
-                ', '.join([teacher, *(f'{score:.2f}' for score in sorted(own))]),
-                str(len(val)),
-                mean_and_spread(val),
-                interval(paired(val, alone)) if teacher else '',
-                interval(paired(val, kl_t1)) if teacher and method != 'kl-t1' else '',
-                mean_and_spread(test),
-                interval(paired(test, alone_test)) if teacher else '',
-                f'{np.mean([row["seconds"] for row in here]):.0f}',
-            ]
-            text += f'| {" | ".join(cells)} |\n'
+    for scale, task, teacher in dict.fromkeys(
+        (c.scale, c.task, c.teacher) for c in sorted(results) if c.method not in SINGLE
+    ):
+        title = f'{task}, {scale}'
+        if teacher == 'other':
+            title += f', teacher of {TASKS[task].other}'
+        text += f'\n### {title}\n\n{_table(results, scale, task, teacher)}\n'
     return text
+
+
+def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> str:
+    """A line for each method."""
+
+    def column(method: str, key: str) -> dict[int, float]:
+        cell = Cell(scale, task, method, '' if method == ALONE else teacher, 0)
+        cell = cell.its_teacher if method == 'teacher' else cell
+        return by_seed(results, key, *cell[:4])
+
+    def against(method: str, other: str, key: str = 'score') -> str:
+        if method in SINGLE or method == other:
+            return ''
+        return interval(paired(column(method, key), column(other, key)))
+
+    label, has_test = TASKS[task].label, TASKS[task].has_test
+    head = ['', 'seeds', label, 'against alone', 'against published', 'minutes']
+    if has_test:
+        head += [f'test {label}', 'against alone']
+    lines = []
+    for method in ('teacher', *METHODS):
+        scores = column(method, 'score')
+        if not scores:
+            continue
+        minutes = np.mean(list(column(method, 'seconds').values())) / 60
+        line = [method, str(len(scores)), mean_and_spread(scores)]
+        line += [against(method, other) for other in (ALONE, 'published')]
+        line += [f'{minutes:.0f}']
+        if has_test:
+            line += [mean_and_spread(column(method, 'test'))]
+            line += [against(method, ALONE, 'test')]
+        lines.append(line)
+    return table(head, lines)
 
 
 def draw(results: dict[Cell, dict], file: Path) -> None:
@@ -117,11 +103,7 @@ def draw(results: dict[Cell, dict], file: Path) -> None:
                 continue
             y = len(names)
             names.append(f'{method}, {teacher}')
-            colour = (
-                'tab:green'
-                if method.startswith((DEFAULT, 'dist', 'intra'))
-                else 'tab:orange'
-            )
+            colour = 'tab:orange' if method == 'kl' else 'tab:green'
             axes.plot(points, [y] * len(points), 'o', color=colour, alpha=0.5)
             if difference := paired(ours, alone):
                 _, mean, low, high = difference

@@ -14,14 +14,16 @@ from typing import Any
 
 from mmengine.config import Config
 
+from benchmarks.measure import processor
 from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 from tools.dev import runs
 from tools.logs import read_log
 
-from .grid import DEFAULT, SINGLE, TASKS, Cell
+from .grid import NO_LABELS, SINGLE, STORED, TASKS, Cell
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
+VIEWS = ['--flip', '--scales', 0.75, 1, 1.25]  # of the teacher that is stored
 
 
 @functools.cache
@@ -63,41 +65,28 @@ class Study:
 
     def settings(self, cell: Cell) -> Config:
         """The config of a cell, before paths of this machine are filled in."""
-        task = TASKS[cell.task]
-        is_teacher = cell.method == 'teacher'
-        part = f'teacher-{cell.teacher}' if is_teacher else 'student'
-        part = part.replace('quarter', 'strong')
-        path = task.config(part, cell.scale)
-        if not path.is_file():
+        if not cell.config.is_file():
             raise SystemExit(
-                f'There is no {path}: the study has no task {cell.task!r} at --scale '
-                f'{cell.scale}.'
+                f'There is no {cell.config}: the study has no task {cell.task!r} at '
+                f'--scale {cell.scale}.'
             )
-        cfg = deepcopy(read_config(path))
+        cfg = deepcopy(read_config(cell.config))
         cfg.randomness = dict(seed=cell.seed)
-        loader = cfg.train_dataloader
-        bare = without_labels(loader.dataset)
-        if cell.task.endswith('-25'):
-            # neighbours are alike: every fourth, not the first quarter
-            loader.dataset.indices = list(range(0, task.num_images, 4))
-        if is_teacher:
+        if cell.method in SINGLE:
             return cfg
-        if cell.method == 'dist-no-labels':
-            loader.dataset = bare
-        if cell.method == 'dist-unlabelled':
-            bare.indices = [i for i in range(task.num_images) if i % 4]
-            loader.dataset = dict(type='ConcatDataset', datasets=[loader.dataset, bare])
-            half = loader.batch_size // 2
-            loader.sampler = dict(type='mmdist.MixedSampler', per_batch=[half, half])
-        if cell.method != 'alone':
-            cfg.model = dict(
-                type='mmdist.Distiller',
-                student=cfg.model,
-                teacher=dict(config='', checkpoint=''),
-            )
-        if cell.method not in ('alone', DEFAULT):
-            cfg.model.distill = deepcopy(task.methods[cell.method])
-            cfg.model.balance = None  # as the rows of docs/results.md were trained
+        if cell.method == NO_LABELS:
+            loader = cfg.train_dataloader
+            loader.dataset = without_labels(loader.dataset)
+        teacher = dict(config='', checkpoint='')
+        if cell.method == STORED:
+            teacher = dict(stored=' '.join(map(str, VIEWS)))
+            cfg.custom_hooks = [dict(type='mmdist.StoredTeacherHook')]
+        cfg.model = dict(
+            type='mmdist.Distiller',
+            student=cfg.model,
+            teacher=teacher,
+            **deepcopy(TASKS[cell.task].changes(cell.method, cell.teacher)),
+        )
         return cfg
 
     def fingerprint(self, cell: Cell) -> str:
@@ -123,13 +112,25 @@ class Study:
 
         cfg = self.settings(cell)
         cfg = Config(walk(cfg._cfg_dict.to_dict(), fill_in))
-        if 'teacher' in cfg.model:
+        if cell.method == STORED:
+            cfg.model.teacher = dict(stored=str(self.store(cell)))
+        elif 'teacher' in cfg.model:
             folder = self.folder(cell.its_teacher)
             checkpoint, _ = last_whole_checkpoint(folder)
             cfg.model.teacher = dict(
                 config=str(folder / 'config.py'), checkpoint=checkpoint
             )
         return cfg
+
+    def store(self, cell: Cell) -> Path:
+        """Where the answers of a cell's teacher are stored; made if it is not there."""
+        folder = self.folder(cell.its_teacher) / f'for_{cell.task}'
+        folder.mkdir(exist_ok=True)
+        pair = folder / 'pair.py'
+        self.config(cell._replace(method='default')).dump(pair)
+        arguments = [pair, '--out', folder / 'store', *VIEWS]
+        run('store_teacher.py', arguments, folder / 'store.log', math.inf)
+        return folder / 'store'
 
     def finished(self, cell: Cell) -> dict | None:
         """What came out of a cell, if it is done with these very settings."""
@@ -190,6 +191,7 @@ class Study:
             'curve': sorted(curve.items()),
             'parameters': runs.count_parameters(state),
             'seconds': sum(map(int, (folder / 'seconds').read_text().split())),
+            'machine': processor(),
         }
         return result | runs.last_correlations(entries)
 

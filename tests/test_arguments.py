@@ -62,6 +62,8 @@ def several(*names, **entries) -> dict:
             r"`distill\.d\.loss` .* no 'DISTLoss'\. Did you mean 'mmdist\.DISTLoss'\?",
         ),
         (loss(beta=1), r'`distill\.d\.loss` is the config of a loss, .* no None'),
+        (entry(**SEG, loss='mmdist.DISTLoss'), r'`distill\.d\.loss` is a dict with a'),
+        (entry(**SEG, aux_weight='1'), "'aux_weight' is a number, got '1'"),
         (
             several('b_c', 'c', a=SEG, a_b=SEG),
             "'a_b_c' means two things: 'a' with teacher 'b_c', and 'a_b' with",
@@ -70,6 +72,11 @@ def several(*names, **entries) -> dict:
             several('a', 'b', d=dict(**SEG, from_teacher=dict(a=0, b=0))),
             'weights .* none may be negative',
         ),
+        (
+            several('a', 'b', d=dict(**SEG, from_teacher=dict(a='1'))),
+            'weights .* none may be negative',
+        ),
+        (several('a', 'b', d=dict(**SEG, from_teacher=['a'])), r"names .*\['a'\]"),
         (several(d=SEG), '`teachers` is a dict of name'),
         (entry(type='mmdist.SegLogit'), r"Did you mean 'mmdist\.SegLogits'\?"),
         (entry(type='DenseLogits'), r"'DenseLogits' .*mean 'mmdist\.DenseLogits'\?"),
@@ -78,7 +85,7 @@ def several(*names, **entries) -> dict:
         (entry(loss=dict(type='mmdist.DISTLoss')), r'`distill\.d` says what .* None'),
         (
             dict(distill=dict(d='mmdist.SegLogits')),
-            'says what to compare by its `type`',
+            r"`distill\.d` is a dict with a `type`, got 'mmdist\.SegLogits'",
         ),
         (
             entry(**SEG, resizes='label'),
@@ -112,6 +119,8 @@ def test_students_that_are_taken(config):
         model = MODELS.build({**config.model, 'student': student})
         assert list(model.state_dict()) == list(plain.state_dict())
         assert model.student_class is type(plain)
+    with pytest.raises(FileNotFoundError, match=r"^`student` is 'none\.py', but there"):
+        MODELS.build({**config.model, 'student': 'none.py'})
 
 
 def test_arguments_of_none_that_the_apis_set_leave_the_students(config):

@@ -2,10 +2,14 @@
 
 import pytest
 
-from mmdist.lookup import check_arguments, did_you_mean
+from mmdist.lookup import check_arguments, did_you_mean, in_words
 
 
 def teacher(config, checkpoint=None, *, views=()):
+    pass
+
+
+def loss(weight: float = 1.0, least: 'int | None' = 3, kind: str = ''):
     pass
 
 
@@ -42,6 +46,9 @@ def test_did_you_mean_names_the_nearest(word, known, said):
             "the argument 'config' is missing. It takes config, checkpoint, views.",
         ),
         (lambda: None, dict(a=1), "no argument 'a'. It takes no arguments."),
+        (loss, dict(weight='1'), "'weight' is a number, got '1'."),
+        (loss, dict(weight=None), "'weight' is a number, got None."),
+        (loss, dict(least=[1]), "'least' is a number, got [1]."),
     ],
 )
 def test_check_arguments_says_what_is_wrong(function, cfg, said):
@@ -56,3 +63,12 @@ def test_check_arguments_passes_what_can_be_called():
     )
     check_arguments('teacher', open_ended, dict(config='a', anything=1))
     check_arguments('teacher', teacher, dict(checkpoint='b'), given=['config'])
+    check_arguments('teacher', loss, dict(weight=2, least=None, kind='a'))
+
+
+def test_a_class_without_arguments_says_so():
+    class Hook:
+        pass
+
+    with pytest.raises(ValueError, match=r'`Hook`: no argument .*takes no arguments'):
+        in_words(Hook)(seed=1)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from builders import slow
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
+
+from mmdist.registry import why_not_built
 
 PACKAGE = Path(__file__).parents[1] / 'mmdist'
 
@@ -45,6 +48,23 @@ def test_every_type_is_found_in_a_fresh_process():
         "    print(getattr(registry, kind).get(f'mmdist.{name}') is not None)"
     )
     assert found.split() == ['True'] * len(types)
+
+
+@pytest.mark.parametrize(
+    ('registry', 'cfg', 'says'),
+    [
+        (HOOKS, dict(type='DistilScheduleHook'), "mean 'mmdist.DistillScheduleHook'?"),
+        (MODELS, dict(type='mmdist.DISTLoss', betta=1), "'betta'. Did you mean 'beta'"),
+        (OPTIM_WRAPPERS, dict(type='OptimWraper'), "Did you mean 'OptimWrapper'?"),
+        (HOOKS, dict(kind='mmdist.DistillScheduleHook'), ''),  # mmengine says so
+        (HOOKS, dict(type=3), ''),
+    ],
+)
+def test_a_misspelt_name_is_said_with_the_right_one(registry, cfg, says):
+    with pytest.raises((KeyError, TypeError)) as error:
+        registry.build(cfg)
+    said = why_not_built(error.value)
+    assert says in said and bool(says) == bool(said)
 
 
 @pytest.mark.parametrize('missing', ['mmseg', *slow(['mmdet'])])

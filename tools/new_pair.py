@@ -40,10 +40,10 @@ from torch import nn
 
 from mmdist.data.answers import check_images, join
 from mmdist.data.labels import check_heads
-from mmdist.registry import MODELS
+from mmdist.registry import MODELS, why_not_built
 from mmdist.teachers import ForeignTeacher
 from mmdist.teachers.classes import class_names_of_config
-from mmdist.teachers.teacher import load_config, without_pretrained
+from mmdist.teachers.teacher import load_config, read_config, without_pretrained
 
 SIZE = (256, 320)  # height, width of the random images
 TEMPLATE = """\
@@ -191,20 +191,6 @@ def random_batch(model: nn.Module, num_classes: int) -> dict:
     return pseudo_collate(samples)
 
 
-def read(path: str) -> Config:
-    """A whole config, of a path or ``pkg::path``; ValueError if it has no model."""
-    base = path if '::' in path else os.path.abspath(path)
-    try:
-        config = Config.fromstring(f'_base_ = {base!r}', '.py')
-        config.model.get('type')
-    except Exception as error:  # it is Python: anything may be wrong with it
-        reason = ' '.join((str(error) or type(error).__name__).split())
-        raise ValueError(
-            f'{path} is no config with a `model`: {reason[:300]}'
-        ) from None
-    return config
-
-
 def portable(path: str, folder: Path) -> str:
     """A path that holds in a config in a folder, wherever it is read from."""
     if '::' in path or '://' in path or os.path.isabs(path):
@@ -220,10 +206,10 @@ def main() -> None:
     options = dict(class_map=args.class_map, class_match=args.class_match)
     options = {key: value for key, value in options.items() if value}
     try:
-        whole = read(args.student)
-        student = load_config(whole)
+        whole = read_config(args.student, '--student')
+        student = load_config(whole, '--student')
         if isinstance(args.teacher, str):
-            read(args.teacher)
+            load_config(args.teacher, '--teacher')
         classes = class_names_of_config(student)
         if classes is None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
@@ -239,8 +225,12 @@ def main() -> None:
         check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
         batch = pseudo_collate(images) if images else random_batch(model, len(classes))
         seen = run_step(model, classes, batch)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise SystemExit(f'This pair does not work.\n{error}') from None
+    except Exception as error:
+        expected = (ValueError, RuntimeError, OSError, ImportError)
+        said = why_not_built(error)
+        if not said and not isinstance(error, expected):
+            raise  # a mistake of this tool
+        raise SystemExit(f'This pair does not work.\n{said or error}') from None
     report = Report()
     report_pair(report, model, classes, seen)
     losses = {k: v.item() for k, v in seen.losses.items() if 'loss' in k}

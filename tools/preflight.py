@@ -98,7 +98,8 @@ class Preflight(Hook):
         report_pair(report, model, classes, seen)
         for name, teacher in model.teachers.items():
             if hasattr(teacher, 'store'):
-                text = describe_storage(runner.train_dataloader.dataset, teacher)
+                dataset = runner.train_dataloader.dataset
+                text = describe_storage(dataset, teacher.store)
                 report.line(with_name('stored', name), text)
         report.section('first step')
         if schedules:
@@ -157,7 +158,8 @@ class Preflight(Hook):
             self.report.section(f'score on {self.images} training images')
         dataset = runner.train_dataloader.dataset
         for name, teacher in stored.items():
-            found = score_stored(dataset, self.images, teacher, len(classes))
+            predict, kind = predictor(model, teacher), teacher.store.kind
+            found = score_stored(dataset, self.images, predict, kind, len(classes))
             if found is None:
                 reason = 'not scored: no training image has labels'
                 self.report.line(with_name('teacher', name), reason)

@@ -11,37 +11,30 @@ on. Then train from the folder: `teacher=dict(stored='work_dirs/teacher')`.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from dev.progress import Progress, clock
 from mmengine.config import DictAction
-from mmengine.dataset import Compose
-from mmengine.dist import (
-    barrier,
-    broadcast_object_list,
-    get_dist_info,
-    is_distributed,
-)
+from mmengine.dist import barrier, get_dist_info, is_distributed
 from mmengine.registry import DATASETS, DefaultScope
 from teacher_answers import Answers, Asked
 from torch.distributed import init_process_group
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from train import load_distilling, mistakes_in_words
 
-from mmdist.data.answers import bases_of
+from mmdist.data.answers import infos_of
 from mmdist.registry import MODELS
-from mmdist.teachers.store import full_path
-from mmdist.teachers.store_writer import StoreWriter
-
-LABELS = ('instances', 'proposals', 'seg_map_path', 'segments_info')  # in a data set
+from mmdist.teachers.store import StoreWriter
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,39 +60,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def images_of(dataset: Any) -> Iterator[dict]:
-    """What a data set, through wrappers, knows of each image, but its labels."""
-    for base, _ in bases_of(dataset):
-        base.full_init()
-        for index in range(len(base)):
-            info = base.get_data_info(index)
-            info = {key: x for key, x in info.items() if key not in LABELS}
-            yield dict(info, img_path=full_path(info['img_path']), seg_fields=[])
-
-
-class Images(Dataset):
-    """Images as each pipeline packs them; a sentence for one that cannot be read."""
-
-    def __init__(self, infos: Sequence[Mapping], pipelines: Sequence[Compose]) -> None:
-        self.infos, self.pipelines = infos, pipelines
-
-    def __len__(self) -> int:
-        return len(self.infos)
-
-    def __getitem__(self, index: int) -> list[dict] | str:
-        info = self.infos[index]
-        try:
-            return [pipeline(deepcopy(info)) for pipeline in self.pipelines]
-        except Exception as error:  # a worker would add its traceback
-            return f'{info["img_path"]} cannot be read as in a test: {error!r}'
-
-
-def as_it_is(packed: Any) -> Any:
-    return packed
-
-
-def build(args: argparse.Namespace) -> tuple[Answers, dict[str, dict]]:
-    """The teachers, loaded, and what is known of each training image, by its path."""
+def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
+    """The teachers, loaded, and what is known of each training image, once."""
     cfg = args.cfg
     given = cfg.model.get('teachers') or {'': cfg.model.get('teacher') or {}}
     if any('stored' in teacher or 'ema' in teacher for teacher in given.values()):
@@ -113,15 +75,28 @@ def build(args: argparse.Namespace) -> tuple[Answers, dict[str, dict]]:
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         student = MODELS.build(cfg.model)
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    infos = {info['img_path']: info for info in images_of(dataset)}
+    infos = {}
+    for info in infos_of(dataset):
+        info.pop('instances', None)  # of a large data set they take gigabytes
+        infos[os.path.abspath(info['img_path'])] = info
     if torch.cuda.is_available():
         student.cuda()
-    asked, classes = [], dataset.metainfo.get('classes')
+    asked, classes = [], dataset.metainfo.get('classes') or ()
     for teacher in student.teachers.values():
         teacher.dtype, teacher.compile = None, False  # it runs as in a test
         teacher.load(student)
-        asked.append(Asked(teacher, cfg, classes, args.flip, args.scales))
-    return Answers(asked, classes, args.min_score), infos
+        flips = (False, True) if args.flip or 'flip' in teacher.views else (False,)
+        asked.append(Asked(teacher, cfg, classes, [*product(args.scales, flips)]))
+    return Answers(asked, classes, args.min_score), [*infos.values()]
+
+
+def pack(pipelines: Sequence[Callable], info: dict) -> tuple[str, list[dict] | str]:
+    """The path of an image and what each pipeline makes of it, or why none can."""
+    path = info['img_path']
+    try:
+        return path, [pipe(dict(deepcopy(info), seg_fields=[])) for pipe in pipelines]
+    except Exception as error:  # a worker would add its traceback
+        return path, f'{path} cannot be read as in a test: {error!r}'
 
 
 def store(args: argparse.Namespace) -> None:
@@ -137,44 +112,40 @@ def store(args: argparse.Namespace) -> None:
         class_names=answers.class_names,
         teachers=[one.describe() for one in answers.asked],
         min_score=args.min_score,
-        images=len(infos),
     )
-    writer = StoreWriter(args.out, manifest) if rank == 0 else None
-    done = [writer and writer.done]
-    broadcast_object_list(done)
-    writer = writer or StoreWriter(args.out, manifest, rank)
-    left = [x for path, x in infos.items() if path not in done[0]][rank::processes]
-    pipelines = []
-    for one in answers.asked:
-        with DefaultScope.overwrite_default_scope(one.scope):
-            pipelines += map(Compose, one.pipelines)
+    if rank:
+        barrier()
+    writer = StoreWriter(args.out, manifest, rank)
+    if not rank:
+        barrier()
+    share = infos[rank::processes]
+    left = [x for x in share if os.path.abspath(x['img_path']) not in writer.done]
     loader = DataLoader(
-        Images(left, pipelines),
+        left,
         batch_size=None,
-        collate_fn=as_it_is,
+        collate_fn=partial(pack, [one.pipeline for one in answers.asked]),
         num_workers=args.cfg.train_dataloader.get('num_workers', 0),
     )
-    progress = Progress('store_teacher', len(left))
-    with progress if rank == 0 else nullcontext():
-        for info, packed in zip(left, loader, strict=True):
+    out = io.StringIO() if rank else sys.stdout
+    with Progress('store_teacher', len(left), out) as progress:
+        for path, packed in loader:
             if isinstance(packed, str):
                 raise SystemExit(packed)
-            writer.add(info['img_path'], *answers(packed))
+            size = packed[0]['data_samples'].ori_shape[:2]
+            writer.add(path, size, answers(packed))
             progress.finished += 1
-            if rank == 0:
-                pace = progress.elapsed() / progress.finished
-                progress.show('images', pace * (len(left) - progress.finished))
+            pace = progress.elapsed() / progress.finished
+            progress.show('images', pace * (len(left) - progress.finished))
     barrier()
-    if rank == 0:
-        number = writer.complete()
-        files = [file for file in Path(args.out).rglob('*') if file.is_file()]
-        size = sum(file.stat().st_size for file in files) / 1e6
-        print(
-            f'{number} images, {size:.1f} MB of {answers.kind} in {args.out}, '
-            f'{clock(progress.elapsed())} for {len(left)} of them. Train with\n'
-            f"    teacher=dict(stored='{args.out}')\n"
-            "    custom_hooks = [dict(type='mmdist.StoredTeacherHook')]"
-        )
+    files = [file for file in Path(args.out).rglob('*') if file.is_file()]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    print(
+        f'{len(infos)} images, {size:.1f} MB of {answers.kind} in {args.out}, '
+        f'{clock(progress.elapsed())} for {len(left)} of them. Train with\n'
+        f"    teacher=dict(stored='{args.out}')\n"
+        "    custom_hooks = [dict(type='mmdist.StoredTeacherHook')]",
+        file=out,
+    )
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from torch import nn
 import mmdist
 from mmdist.checkpoint import load_checkpoint
 from mmdist.data.labels import data_sets_in_words
-from mmdist.registry import MODELS
+from mmdist.registry import MODELS, why_not_built
+from mmdist.teachers.teacher import read_config
 from mmdist.work_dir import check_fits, last_whole_checkpoint, refuse_other_config
 
 
@@ -51,21 +52,36 @@ def parse_args() -> argparse.Namespace:
 
 @contextmanager
 def mistakes_in_words(frames: bool) -> Iterator[None]:
-    """Exit with the sentence alone of an error of mmdist itself, if not ``frames``."""
+    """Exit with the sentence alone of a known mistake, if not ``frames``."""
     try:
         yield
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         is_ours = Path(mmdist.__file__).parent in Path(last.filename).parents
         is_ours = is_ours and last.line.startswith('raise ')  # torch raises there too
-        if frames or not (is_ours or isinstance(error, FileNotFoundError)):
+        said = str(error) if is_ours else why_not_built(error) or why_not_loaded(error)
+        if not said and isinstance(error, FileNotFoundError):
+            said = str(error)
+        if frames or not said:
             raise
-        raise SystemExit(f'\n{error}') from None
+        raise SystemExit(f'\n{said}') from None
+
+
+def why_not_loaded(error: Exception) -> str:
+    """A sentence, if a Runner cannot read the checkpoint that it loads; else ''."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == 'load_checkpoint' and 'filename' in frame.f_locals:
+            try:
+                load_checkpoint(frame.f_locals['filename'])
+            except (RuntimeError, ValueError, FileNotFoundError) as found:
+                return str(found)
+            return ''  # the file is not why
+    return ''
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """The config with the command line's settings merged into it."""
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
@@ -82,8 +98,8 @@ def load_distilling(
     """As :func:`load_config`; the parser stops if the config does not distil."""
     try:
         cfg = load_config(args)
-    except Exception as error:  # it is Python: anything may be wrong with it
-        parser.error(f'{args.config} cannot be read: {error or type(error).__name__}')
+    except Exception as error:  # of --cfg-options: any
+        parser.error(str(error) or type(error).__name__)
     if (cfg.get('model') or {}).get('student') is None:
         parser.error(f'{args.config} does not distil: `model` has no `student`.')
     return cfg
@@ -92,6 +108,8 @@ def load_distilling(
 def seed_iterations(cfg: Config) -> None:
     """Let a resumed run draw the random numbers of one that was not interrupted."""
     hooks = cfg.get('custom_hooks') or []
+    if not isinstance(hooks, (list, tuple)):
+        raise SystemExit(f'`custom_hooks` is a list of dicts, got {hooks!r:.200}.')
     if all(hook.get('type') != 'mmdist.IterSeedHook' for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type='mmdist.IterSeedHook')]
 

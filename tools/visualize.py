@@ -30,7 +30,7 @@ from mmengine.registry import DATASETS, RUNNERS
 from mmengine.structures import BaseDataElement, InstanceData
 from pair_report import describe_comparison, parts
 from scipy.optimize import linear_sum_assignment
-from stored_score import labels_of
+from stored_score import in_its_pixels, labels_of
 from teacher_score import cannot_score, predictor
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -143,8 +143,7 @@ def images_of(
         data = dataset[i]
         sample = data['data_samples']
         if is_stored:  # all that follows is in pixels of the augmented image
-            meta = dict(ori_shape=sample.img_shape, scale_factor=(1.0, 1.0), flip=False)
-            sample.set_metainfo(meta)
+            in_its_pixels(sample)
             pixels = data['inputs'].flip(0).permute(1, 2, 0).byte().numpy()
             labels = sample.clone()
             if 'gt_instances' in labels:

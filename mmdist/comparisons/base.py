@@ -308,7 +308,9 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
 
 
 def _check(where: str, cfg: Any, base: type, says: str) -> None:
-    cls, kind = class_of(cfg), cfg.get('type') if isinstance(cfg, Mapping) else cfg
+    if not isinstance(cfg, Mapping):
+        raise ValueError(f'`{where}` is a dict with a `type`, got {cfg!r:.200}.')
+    cls, kind = class_of(cfg), cfg.get('type')
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         known = sorted(
             f'mmdist.{name}'

@@ -11,6 +11,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 from PIL import Image
 
+from mmdist.lookup import in_words
 from mmdist.registry import DATASETS
 
 ORIENTATION = 274  # in EXIF data; above 4 width and height are exchanged
@@ -19,6 +20,7 @@ ENDS = dict(JPEG=b'\xff\xd9', PNG=b'IEND\xaeB`\x82')
 
 
 @DATASETS.register_module()
+@in_words
 class ImageFolder(BaseDataset):
     """All images of a folder and its subfolders, for mmdet's and mmseg's pipelines.
 
@@ -32,6 +34,7 @@ class ImageFolder(BaseDataset):
 
     Raises:
         FileNotFoundError: It holds no image that can be used.
+        ValueError: The pipeline loads label maps.
     """
 
     def __init__(
@@ -42,6 +45,14 @@ class ImageFolder(BaseDataset):
     ) -> None:
         self.suffixes = tuple(suffixes)
         super().__init__(ann_file='', data_root=data_root, **kwargs)
+        # mmdet's load what is there, which is nothing
+        steps = {type(step) for step in self.pipeline.transforms}
+        if any(x.__name__ == 'LoadAnnotations' and 'mmseg' in str(x) for x in steps):
+            raise ValueError(
+                'The images of mmdist.ImageFolder have no labels: remove '
+                'LoadAnnotations from its `pipeline`, and end it with '
+                "dict(type='mmdist.MarkUnlabelled')."
+            )
 
     def load_data_list(self) -> list[dict]:
         """The path and the size in pixels of each image, sorted by path."""

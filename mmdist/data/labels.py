@@ -19,7 +19,9 @@ from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdist.lookup import is_a
+from mmdist.registry import why_not_built
 from mmdist.run import told
+from mmdist.teachers.class_map import as_list
 from mmdist.teachers.classes import class_names_of_config
 
 # Heads whose columns are the classes of the data set.
@@ -78,18 +80,19 @@ def check_labels(
 
     Args:
         student: A detector or a segmentor.
-        data_samples: The data samples of a batch; those without labels pass.
+        data_samples: The data samples of a batch; those marked unlabelled pass.
         classes: Class names of the data set; None if unknown.
 
     Raises:
         ValueError: It says how many classes the data set names, the head has and the
-            labels hold, and what to do.
+            labels hold, and what to do. Or an image has no labels.
     """
     heads = _heads(student)
     if not heads:
         return
     head = next(iter(heads.values()))
     size, void = head.num_classes, getattr(head, 'ignore_index', None)
+    classes = None if classes is None else as_list(classes)
     held: dict[int, str] = {}  # a file for each label
     for sample in data_samples:
         if sample.metainfo.get('unlabelled'):
@@ -108,7 +111,11 @@ def check_labels(
             labels = sample.gt_instances.labels
             file = sample.metainfo.get('img_path') or 'an image'
         else:
-            continue
+            raise ValueError(
+                f'{sample.metainfo.get("img_path", "An image")} has no labels. Add '
+                'LoadAnnotations to the `pipeline` of the data set, or, where the '
+                "image has none, dict(type='mmdist.MarkUnlabelled') at its end."
+            )
         held |= dict.fromkeys(labels.unique().tolist(), file)
     held.pop(void, None)
     check_heads(student, classes, labels=sorted(held))
@@ -144,7 +151,10 @@ def check_heads(
     Raises:
         ValueError: A head has another number.
     """
-    for name, head in _heads(model).items() if classes is not None else ():
+    if classes is None:
+        return
+    classes = as_list(classes)
+    for name, head in _heads(model).items():
         if head.num_classes != len(classes):
             held = f', and a batch holds the labels {_some(labels)}' if labels else ''
             raise ValueError(
@@ -192,10 +202,10 @@ def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
     lists = {}
     for loader in ('train_dataloader', 'val_dataloader'):
         dataset = (cfg.get(loader) or {}).get('dataset')
+        alone = Config({'default_scope': scope, loader: dict(dataset=dataset)})
+        lists[loader] = class_names_of_config(alone) or ()
         for inner in inner_datasets(dataset):
             _check_coco_file(loader, inner, scope, whole_files)
-        alone = dict(default_scope=scope, train_dataloader=dict(dataset=dataset))
-        lists[loader] = class_names_of_config(Config(alone)) or ()
     train, val = lists.values()
     if train != val and sorted(train) == sorted(val):
         raise ValueError(
@@ -283,7 +293,9 @@ def data_sets_in_words(cfg: Config) -> Iterator[None]:
 
 
 def explain(error: Exception, cfg: Config) -> str:
-    """The message of what stopped a Runner; in words if that was a data set."""
+    """The message of what stopped a Runner; in words if its config says why."""
+    if said := why_not_built(error):
+        return said
     is_in_words = isinstance(error, (ValueError, RuntimeError, OSError))
     is_empty = 'need at least one array to concatenate' in str(error)
     if is_empty or not is_in_words or isinstance(error, json.JSONDecodeError):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from functools import wraps
 
-import torch
 from mmdet.structures.bbox import HorizontalBoxes
+from torch import Tensor
 
 from mmdist.teachers.stored import Frame
 
@@ -27,10 +27,6 @@ class TrackedBoxes(HorizontalBoxes):
 
     frames: tuple[Frame, ...] = ()
 
-    def __init__(self, *args, frames: Sequence[Frame] = (), **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.frames = tuple(frames)
-
     @classmethod
     def cat(cls, box_list: Sequence[TrackedBoxes], dim: int = 0) -> TrackedBoxes:
         """As in mmdet; the image shows the files of all."""
@@ -39,7 +35,7 @@ class TrackedBoxes(HorizontalBoxes):
         return boxes
 
     @staticmethod
-    def overlaps(boxes1, boxes2, *args, **kwargs) -> torch.Tensor:
+    def overlaps(boxes1, boxes2, *args, **kwargs) -> Tensor:
         """As in mmdet."""
         # MinIoURandomCrop crops an image without boxes to the patch that it asks about
         if isinstance(boxes2, TrackedBoxes) and not len(boxes2):
@@ -50,31 +46,21 @@ class TrackedBoxes(HorizontalBoxes):
         return HorizontalBoxes.overlaps(*plain, *args, **kwargs)
 
 
-def _moving(name: str):
-    move = getattr(HorizontalBoxes, name)
+def _tracking(name: str):
+    method = getattr(HorizontalBoxes, name)
 
-    @wraps(move)
-    def note(self, *args, **kwargs):
-        call = deepcopy((name, args, kwargs))
-        self.frames = tuple(Frame(s, (*moves, call)) for s, moves in self.frames)
-        return move(self, *args, **kwargs)
-
-    return note
-
-
-def _carrying(name: str):
-    give = getattr(HorizontalBoxes, name)
-
-    @wraps(give)
-    def carry(self, *args, **kwargs):
-        boxes = give(self, *args, **kwargs)
-        boxes.frames = self.frames
+    @wraps(method)
+    def track(self, *args, **kwargs):
+        frames = self.frames
+        if name in MOVES:
+            move = deepcopy((name, args, kwargs))
+            frames = tuple(Frame(file, (*moves, move)) for file, moves in frames)
+        boxes = method(self, *args, **kwargs)
+        (self if boxes is None else boxes).frames = frames
         return boxes
 
-    return carry
+    return track
 
 
-for _name in MOVES:
-    setattr(TrackedBoxes, _name, _moving(_name))
-for _name in SAME_IMAGE:
-    setattr(TrackedBoxes, _name, _carrying(_name))
+for _name in (*MOVES, *SAME_IMAGE):
+    setattr(TrackedBoxes, _name, _tracking(_name))

@@ -10,10 +10,12 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmdist.lookup import in_words
 from mmdist.registry import HOOKS
 
 
 @HOOKS.register_module()
+@in_words
 class IterSeedHook(Hook):
     """Seeds each iteration by the run's seed, the iteration and the rank.
 

@@ -21,31 +21,22 @@ class StoredTeacherHook(Hook):
 
     Before the first step it checks that all images have answers, and that the pipelines
     move pixels in ways that are known, those too that another hook switches to. Images
-    and labels stay what they are.
-
-    Example:
-        The line that a config with ``teacher=dict(stored=...)`` needs::
-
-            custom_hooks = [dict(type='mmdist.StoredTeacherHook')]
-
-        A list replaces that of the base. If that has some (RTMDet, YOLOX), write
-        ``[*_base_.custom_hooks, dict(type='mmdist.StoredTeacherHook')]``.
+    and labels stay what they are. A config with ``teacher=dict(stored=...)`` needs
+    ``custom_hooks = [dict(type='mmdist.StoredTeacherHook')]``; if its base has hooks
+    (RTMDet, YOLOX), ``[*_base_.custom_hooks, dict(type='mmdist.StoredTeacherHook')]``.
     """
 
     priority = 'LOWEST'  # after a hook that switches the pipeline
 
     def before_run(self, runner: Runner) -> None:
-        """Check the answers and the pipelines.
-
-        Raises:
-            ValueError: As of :func:`check_images` and :func:`join`.
-        """
+        """Check the answers and the pipelines; ValueError if they do not fit."""
         if teachers := self._teachers(runner):
+            dataset = runner.train_dataloader.dataset
             pipelines = (getattr(x, 'switch_pipeline', None) for x in runner.hooks)
             later = [[TRANSFORMS.build(t) for t in p] for p in pipelines if p]
             for teacher in teachers:
-                join(runner.train_dataloader.dataset, teacher.store.kind, later)
-                check_images(runner.train_dataloader.dataset, teacher.store)
+                join(dataset, teacher.store.kind, later)
+                check_images(dataset, teacher.store)
             _restart(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -61,13 +52,13 @@ class StoredTeacherHook(Hook):
 
 
 def _restart(runner: Runner) -> None:
-    """Let workers that loop by iterations has started see the pipeline as it is now."""
+    """Let workers that a loop by iterations has started see the changed pipeline."""
     loader = runner.train_dataloader
     iterator = getattr(runner.train_loop, 'dataloader_iterator', None)
     if iterator is None or not loader.num_workers:
         return
-    iterator._iterator = loader._iterator = None
+    loader._iterator = None
     if hasattr(loader.sampler, '_indices_of_rank'):  # they have taken some
         loader.sampler.indices = loader.sampler._indices_of_rank()
     with torch.random.fork_rng(devices=[]):
-        iterator._iterator = iter(loader)
+        runner.train_loop.dataloader_iterator = type(iterator)(loader)

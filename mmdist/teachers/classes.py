@@ -300,7 +300,11 @@ def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
 
 
 def class_names_of_config(config: Config) -> Sequence[str] | None:
-    """Names of the dataset that the config trains or tests on, through wrappers."""
+    """Names of the dataset that the config trains or tests on, through wrappers.
+
+    Raises:
+        ValueError: They are no list, so they have no order.
+    """
     scope = config.get('default_scope')
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         dataset = (config.get(loader) or {}).get('dataset')
@@ -313,6 +317,11 @@ def class_names_of_config(config: Config) -> Sequence[str] | None:
                     DATASETS.switch_scope_and_registry(own_scope) as registry,
                 ):
                     classes = getattr(registry.get(kind), 'METAINFO', {}).get('classes')
+            if classes is not None and not isinstance(classes, (str, list, tuple)):
+                raise ValueError(
+                    f'`{loader}`: the `classes` of a data set are a list of names, in '
+                    f'the order of the labels, got {classes!r:.200}.'
+                )
             if classes is not None:
                 return tuple(as_list(classes))
             inner = dataset.get('dataset') or dataset.get('datasets')

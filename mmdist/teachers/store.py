@@ -1,33 +1,32 @@
 """A teacher's answers on disk: asked once, read in every training.
 
-A store is a folder: ``manifest.json``; ``part-*.jsonl`` with a line for each image, one
-part for each process that wrote; and of segmentors ``maps/*.npy``. Nothing in it is
-code. A COCO results file is read as well.
+A store is a folder of ``manifest.json`` and, for each process of each run that wrote,
+``part-*.jsonl``, a line for each image, and ``part-*.bin``, their boxes or maps one
+after the other. Nothing in it is code. A COCO results file is read as well.
 """
 
 from __future__ import annotations
 
-import base64
+import fcntl
 import json
+import logging
+import math
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import print_log
 from torch import Tensor
 
-FORMAT = dict(format='mmdist stored teacher', version=1)
-KEYS = ('kind', 'class_names', 'teachers', 'images', 'complete')
+FORMAT = 'stored teacher of mmdist, version 2'
+DTYPES = dict(boxes=np.dtype('<f4'), maps=np.dtype('u1'))
 AGAIN = 'Run tools/store_teacher.py again: it goes on where it stopped.'
-WRONG = (
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)  # where it is not as it was
+WRONG = (AttributeError, LookupError, TypeError, ValueError)  # of unexpected JSON
 
 
 class Store:
@@ -38,259 +37,286 @@ class Store:
 
     Attributes:
         kind: ``'boxes'`` of a detector or ``'maps'`` of a segmentor.
-        class_names: The teacher's classes; None for a results file until
-            :meth:`name_classes`.
-        origin: Whose answers these are, in words.
-        is_by_id: Whether images are known by ``img_id``, not by their path. A results
-            file has no entry for an image in which nothing was found.
+        class_names: The teacher's; None for a results file until :meth:`name_classes`.
+        is_by_id: Whether it is a results file: images are known by ``img_id``, not by
+            their path, and there is no entry for one in which nothing was found.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
-        ValueError: It is incomplete, damaged, of another version or none at all, or has
-            numbers that are no boxes, scores or labels; with the first few names.
+        ValueError: It is damaged, of another version or none at all, or has numbers
+            that are no boxes, scores or labels; with the first few names.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self.kind = 'boxes'
+        self.kind, self.origin = 'boxes', f'the answers in {self.path}'
         self.class_names: tuple[str, ...] | None = None
-        self.origin = f'the answers in {self.path}'
         self.is_by_id = self.path.is_file()
-        self._of: dict[str | int, Any] = {}  # the rows of an image, or its map
         self._sizes: dict[str, tuple[int, int]] = {}
-        self._read_results() if self.is_by_id else self._read_folder()
+        found = self._read_results() if self.is_by_id else self._read_folder()
+        self._of: dict[str | int, np.ndarray] = found
 
     def name_classes(self, categories: Mapping[int, str]) -> None:
-        """Name the classes of a results file.
-
-        Args:
-            categories: The name of each ``category_id`` of the annotation file.
-
-        Raises:
-            ValueError: The results have ids that are not there.
-        """
-        if unknown := [i for i in self._ids if i not in categories]:
+        """Name each ``category_id`` of a results file; ValueError if it has others."""
+        if self.class_names is not None:
+            return
+        ids = np.unique(self._rows[:, 5]).astype(int).tolist()
+        if unknown := [i for i in ids if i not in categories]:
             raise ValueError(
-                f'{self.path} has boxes of the category ids {_some(unknown)}, but the '
-                f'annotation file knows {_some(categories)}. The results are of '
+                f'{self.path} has boxes of the category ids {some(unknown)}, but the '
+                f'annotation file knows {some(categories)}. The results are of '
                 'another data set, or number its classes in their own way.'
             )
-        columns = [list(categories).index(i) for i in self._ids]
-        self._labels = torch.tensor(columns, dtype=torch.long)[self._labels.long()]
-        self._ids, self.class_names = list(categories), tuple(categories.values())
+        columns = np.array([list(categories).index(i) for i in ids], int)
+        self._rows[:, 5] = columns[np.searchsorted(ids, self._rows[:, 5])]
+        self.class_names = tuple(categories.values())
 
-    def key(self, results: Mapping) -> str | int | None:
-        """The key of an image, by what its data set knows of it; None: no answer.
+    def key(self, image: Mapping) -> str | int | None:
+        """What an image is known by, of what its data set knows; None: no answer.
 
-        The path is looked up as it is. If the data were moved, it is known by the
-        folders and the name that it shares with one path of the store.
+        The data may have been moved: of the path counts what is below the last folder
+        that all images share.
         """
         if self.is_by_id:
-            image = results.get('img_id')
-            return image if image in self._of else None
-        path = full_path(results.get('img_path') or '')
-        if path in self._of:
-            return path
-        parts = path.split('/')
-        tails = ('/'.join(parts[start:]) for start in range(len(parts)))
-        return next((self._tails[tail] for tail in tails if tail in self._tails), None)
+            tails = [image.get('img_id')]
+        else:
+            parts = os.path.abspath(image.get('img_path') or '').split('/')
+            tails = ['/'.join(parts[start:]) for start in range(1, len(parts))]
+        return next((tail for tail in tails if tail in self._of), None)
 
-    def size(self, key: str | int) -> tuple[int, int] | None:
-        """Height and width of the file in pixels; None if they are not known."""
-        return self._sizes.get(key)
-
-    def boxes(self, key: str | int) -> tuple[Tensor, Tensor, Tensor]:
-        """What was found in an image.
+    def answer(self, image: Mapping) -> Tensor:
+        """What the teacher found in an image; errors as of :meth:`check`.
 
         Returns:
-            The boxes, (M, 4) float32, x1 y1 x2 y2 in pixels of the file; their scores,
-            (M,); their labels, (M,) long, indices of :attr:`class_names`.
+            Of a detector (M, 6) float32: x1 y1 x2 y2 in pixels of the file, score, and
+            label, an index of :attr:`class_names`. Of a segmentor the probabilities
+            times 255 over the whole image, (classes, h, w) uint8.
         """
-        rows = self._of[key]
-        return self._boxes[rows], self._scores[rows], self._labels[rows].long()
+        key = self.key(image)
+        if key is None and self.is_by_id:
+            return torch.zeros(0, 6)
+        self.check([image])
+        return torch.from_numpy(self._of[key])
 
-    def map(self, key: str) -> Tensor:
-        """The probabilities times 255 over the whole image, (classes, h, w) uint8.
+    def check(self, images: Iterable[Mapping]) -> None:
+        """Check that images have answers, for files of the same size if that is known.
 
         Raises:
-            ValueError: The file is damaged, or it is another map.
+            ValueError: It says of how many that is not so, and names the first few. In
+                a results file up to half of the images may be missing.
         """
-        try:
-            found = np.load(self._of[key], mmap_mode='c', allow_pickle=False)
-            if found.ndim != 3 or found.dtype != np.uint8:
-                raise ValueError(f'its shape is {found.shape}, its type {found.dtype}')
-            if len(found) != len(self.class_names):
-                raise ValueError(f'it has {len(found)} classes')
-        except (OSError, ValueError) as error:
+        missing, other, number = [], [], 0
+        for image in images:
+            number += 1
+            name, key = image.get('img_path') or image.get('img_id'), self.key(image)
+            now = image.get('height'), image.get('width')
+            then = self._sizes.get(key, now)
+            if key is None:
+                missing.append(name)
+            elif None not in now and now != then:
+                other.append('{} ({} x {}, was {} x {})'.format(name, *now, *then))
+        text = f'{self.origin}: {len(missing)} of {number} images of the training'
+        if self.is_by_id and 0 < len(missing) <= number / 2:
+            text += f' are not there, so nothing was found in them: {some(missing)}.'
+            print_log(f'mmdist: {text}', 'current', logging.WARNING)
+        elif missing:
             raise ValueError(
-                f'{self._of[key]} is not the map of {len(self.class_names)} classes '
-                f'that was stored: {error}'
-            ) from None
-        return torch.from_numpy(found)
+                f'{text} have no answer: {some(missing)}. Ask the teacher about all of '
+                f'them. {AGAIN}'
+            )
+        if other:
+            raise ValueError(
+                f'{self.origin}: images of the training have another height x width '
+                f'than those that the teacher saw: {some(other)}. Store its answers '
+                'for these images.'
+            )
 
-    def _read_folder(self) -> None:
+    def _read_folder(self) -> dict[str, np.ndarray]:
         manifest = read_manifest(self.path)
-        self.kind, number = manifest['kind'], manifest['images']
-        self.class_names = tuple(manifest['class_names'])
-        names = _some(teacher['checkpoint'] for teacher in manifest['teachers'])
+        self.kind, self.class_names = manifest['kind'], tuple(manifest['class_names'])
+        names = some(teacher['checkpoint'] for teacher in manifest['teachers'])
         self.origin += f', of {names}'
-        found, cut_off = {}, []
-        for file, line in read_parts(self.path):
-            try:
-                entry = json.loads(line)
-                name, (height, width) = entry['file'], entry['size']
-                self._sizes[name] = int(height), int(width)
-                if self.kind == 'boxes':
-                    data = base64.b64decode(entry['boxes'], validate=True)
-                    found[name] = np.frombuffer(data, '<f4').reshape(-1, 6)
-                    continue
-                map_file = self.path / 'maps' / Path(entry['map']).name  # never outside
-                found[name] = map_file
-                is_whole = map_file.is_file()
-                if not is_whole or map_file.stat().st_size != entry['bytes']:
-                    cut_off.append(map_file.name)
-            except WRONG:
-                raise ValueError(damaged(file, line)) from None
-        if not manifest['complete'] or len(found) != number:
-            raise ValueError(
-                f'{self.path} has answers for {len(found)} of {number} images: it is '
-                f'being written, was interrupted or was not copied whole. {AGAIN}'
-            )
-        if cut_off:
-            raise ValueError(
-                f'{self.path}/maps: {len(cut_off)} of {number} files are missing or '
-                f'cut off: {_some(cut_off)}. Copy the folder again.'
-            )
-        self._of = found
-        if self.kind == 'boxes':
-            ends = np.cumsum([len(rows) for rows in found.values()])
-            rows = np.concatenate([np.empty((0, 6), np.float32), *found.values()])
-            self._keep(list(found), ends, rows, len(self.class_names))
-        root = os.path.commonprefix([x.split('/')[:-1] for x in found])  # noqa: RUF071
-        start = max(len(root) - 1, 0)  # the last folder that they have in common
-        self._tails = {'/'.join(x.split('/')[start:]): x for x in found}
+        parts, found = list(read_parts(self.path, manifest)), {}
+        folders = {os.path.dirname(name) for name, *_ in parts}
+        shared = os.path.dirname(os.path.commonpath(folders)) if folders else ''
+        for name, size, answer in parts:
+            key = name.removeprefix(shared).lstrip('/')
+            self._sizes[key], found[key] = size, answer
+        is_map = self.kind == 'maps'
+        return found if is_map else self._checked(found, len(self.class_names))
 
-    def _read_results(self) -> None:
-        images, index, ids, rows = {}, array('q'), array('q'), array('d')
-        last: dict = {}
-
-        def keep(entry: dict) -> dict | None:  # so that not all of them are in memory
-            nonlocal last
-            if 'counts' in entry:  # a mask within an entry
-                return entry
-            last = entry
-            x, y, width, height = entry['bbox']
-            rows.extend((x, y, x + width, y + height, entry['score']))
-            ids.append(entry['category_id'])
-            index.append(images.setdefault(entry['image_id'], len(images)))
-            return None
-
+    def _read_results(self) -> dict[int, np.ndarray]:
+        found, entry = {}, None
         try:
-            entries = json.loads(self.path.read_bytes(), object_hook=keep)
-            if not isinstance(entries, list) or any(entries):
-                last = entries
-                raise TypeError
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f'{self.path} is no COCO results file, or is cut off: {error}.'
-            ) from None
-        except WRONG:
+            for entry in json.loads(self.path.read_bytes()):
+                x, y, width, height = entry['bbox']
+                row = x, y, x + width, y + height, entry['score'], entry['category_id']
+                found.setdefault(entry['image_id'], array('d')).extend(row)
+        except WRONG as error:
+            is_json = not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
             raise ValueError(
                 f'{self.path} is no COCO results file of boxes, a list of {{image_id, '
-                'category_id, bbox: [x, y, width, height], score}: it has '
-                f'{str(last)[:200]}.'
+                'category_id, bbox: [x, y, width, height], score}, or is cut off: '
+                + (f'it has {str(entry)[:200]}.' if is_json else f'{error}.')
             ) from None
-        order = np.argsort(index, kind='stable')
-        known, labels = np.unique(np.array(ids)[order], return_inverse=True)
-        boxes = np.array(rows).reshape(-1, 5)[order]
-        rows = np.concatenate([boxes, labels[:, None]], 1, dtype=np.float32)
-        ends = np.cumsum(np.bincount(index, minlength=len(images)))
-        self._ids = known.tolist()
-        self._keep(list(images), ends, rows, len(known))
+        found = {image: np.array(rows).reshape(-1, 6) for image, rows in found.items()}
+        return self._checked(found, math.inf)
 
-    def _keep(
-        self, images: Sequence, ends: np.ndarray, rows: np.ndarray, classes: int
-    ) -> None:
-        """Check the boxes of all images, and put them into one tensor."""
-        rows = torch.from_numpy(rows)
+    def _checked(
+        self, found: Mapping[Any, np.ndarray], classes: float
+    ) -> dict[Any, np.ndarray]:
+        """The rows of each image, as views of those of all."""
+        rows = np.concatenate([np.empty((0, 6)), *found.values()], dtype=np.float32)
+        ends = np.cumsum([len(of_image) for of_image in found.values()])
         boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5]
-        is_label = (labels >= 0) & (labels < classes) & (labels == labels.floor())
+        is_label = (labels >= 0) & (labels < classes) & (labels == np.floor(labels))
         for what, good in {
-            'boxes with NaN or infinite numbers': boxes.isfinite().all(1),
+            'boxes with NaN or infinite numbers': np.isfinite(boxes).all(1),
             'boxes of negative size': (boxes[:, 2:] >= boxes[:, :2]).all(1),
             'scores that are not between 0 and 1': (scores >= 0) & (scores <= 1),
             'labels that are no class': is_label,
         }.items():
             if not good.all():
-                bad = np.searchsorted(
-                    ends, (~good).nonzero()[:, 0].numpy(), side='right'
-                )
-                names = _some(dict.fromkeys(images[i] for i in bad))
+                bad = set(np.searchsorted(ends, np.flatnonzero(~good), side='right'))
+                names = some(x for i, x in enumerate(found) if i in bad)
                 raise ValueError(f'{self.path} has {what}, in {names}.')
-        self._boxes, self._scores = boxes.contiguous(), scores.contiguous()
-        self._labels = labels.to(torch.int32)
-        starts = [0, *ends.tolist()]
-        self._of = {x: slice(*starts[i : i + 2]) for i, x in enumerate(images)}
+        self._rows = rows
+        return dict(zip(found, np.split(rows, ends[:-1]), strict=False))
 
 
-def full_path(path: str) -> str:
-    """A path that does not depend on the working directory; a URL as it is."""
-    return path if '://' in path else os.path.abspath(path)
+class StoreWriter:
+    """Writes a store, and goes on with one that was interrupted.
+
+    Args:
+        path: The folder.
+        manifest: ``kind``, ``class_names``, ``teachers``, and what else the answers
+            depend on, as JSON.
+        process: The number of this process. 0 begins before the others, and keeps other
+            commands out while it lives.
+
+    Attributes:
+        done: Full paths of the images that had answers when it began.
+
+    Raises:
+        ValueError: Another command writes there, or has begun the store.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, manifest: dict, process: int = 0
+    ) -> None:
+        self.path, self.kind = Path(path), manifest['kind']
+        manifest = json.dumps(dict(manifest, format=FORMAT), default=str)
+        manifest = json.loads(manifest)
+        if process == 0:
+            self._begin(manifest)
+        there = read_manifest(self.path)
+        for key in sorted(there.keys() | manifest):
+            if there.get(key) != manifest.get(key):
+                raise ValueError(
+                    f'{self.path} was begun by another command. Its `{key}` is '
+                    f'{there.get(key)}, and now it is {manifest.get(key)}. Store into '
+                    'another folder, or remove this one.'
+                )
+        self.done = {name for name, _, _ in read_parts(self.path, manifest)}
+        parts = (self.path / f'part-{process}-{run}.jsonl' for run in count())
+        file = next(part for part in parts if not part.exists())
+        self._lines, self._data = file.open('xb'), file.with_suffix('.bin').open('wb')
+
+    def _begin(self, manifest: dict) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / 'lock').open('w')
+        try:  # of a process that was killed, the system gives it back
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f'Another command is writing {self.path}. Let it end, or store into '
+                'another folder.'
+            ) from None
+        if not (self.path / 'manifest.json').exists():
+            new = self.path / 'manifest.new'  # there as a whole, or not at all
+            new.write_text(json.dumps(manifest, indent=1))
+            new.replace(self.path / 'manifest.json')
+
+    def add(self, file: str, size: Sequence[int], answer: Tensor) -> None:
+        """Store the answer for an image; it is kept whatever happens afterwards.
+
+        Args:
+            file: The path of the image.
+            size: Height and width of the file in pixels.
+            answer: (M, 6), x1 y1 x2 y2 score label; or probabilities, (classes, h, w).
+
+        Raises:
+            ValueError: The answer has NaN.
+            OSError: The disk is full, or cannot be written.
+        """
+        if not answer.isfinite().all():
+            raise ValueError(f'The teacher answers {file} with NaN.')
+        answer = (answer * 255).round() if self.kind == 'maps' else answer
+        data = answer.cpu().numpy().astype(DTYPES[self.kind])
+        line = dict(file=os.path.abspath(file), size=list(size), shape=data.shape)
+        line['start'] = self._data.tell()
+        try:  # a line is of what lies on the disk
+            self._data.write(data.tobytes())
+            self._data.flush()
+            os.fsync(self._data.fileno())
+            self._lines.write(f'{json.dumps(line)}\n'.encode())
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(
+                f'{self.path} cannot be written: {error.strerror}. What is stored is '
+                f'kept. Make room. {AGAIN}'
+            ) from None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a store, checked.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: It is none of this version.
-    """
+    """The manifest of a store, checked; errors as of :class:`Store`."""
     file = path / 'manifest.json'
-    if not file.is_file():
-        why = 'has no manifest.json' if path.is_dir() else 'is not there'
-        raise FileNotFoundError(
-            f'{path} {why}. A stored teacher is a folder that tools/store_teacher.py '
-            'wrote, or a COCO results file.'
-        )
     try:
         manifest = json.loads(file.read_text())
-        found = {key: manifest[key] for key in FORMAT}
+        if manifest['format'] == FORMAT:
+            return manifest
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f'{path} has no manifest.json. A stored teacher is a folder that '
+            'tools/store_teacher.py wrote, or a COCO results file.'
+        ) from None
     except WRONG:
-        manifest, found = {}, 'damaged'
-    if found != FORMAT or not manifest.keys() >= {*KEYS}:
-        raise ValueError(f'{file} is {found}, not {FORMAT}: store the teacher again.')
-    return manifest
+        pass
+    raise ValueError(f'{file} is damaged, or not of {FORMAT!r}: store it again.')
 
 
-def read_parts(path: Path, repair: bool = False) -> Iterator[tuple[Path, bytes]]:
-    """The lines of all parts, with the file of each.
+def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
+    """The path, (height, width) and numbers of each answer that is wholly there.
 
-    Args:
-        path: The store.
-        repair: Cut off a last line that was not wholly written; else it is refused.
-
-    Raises:
-        ValueError: A part ends within a line.
+    One that is cut off at the end of a file, or being written, is none. ValueError: A
+    line is no answer.
     """
+    kind = manifest['kind']
+    axis, size = (1, 6) if kind == 'boxes' else (0, len(manifest['class_names']))
     for file in sorted(path.glob('part-*.jsonl')):
-        with file.open('r+b' if repair else 'rb') as lines:
-            for line in lines:
-                if line.endswith(b'\n'):
-                    yield file, line
-                elif repair:
-                    lines.truncate(lines.seek(0, os.SEEK_END) - len(line))
-                else:
-                    raise ValueError(f'{file} ends within a line. {AGAIN}')
+        data = file.with_suffix('.bin')
+        is_empty = not data.is_file() or not data.stat().st_size
+        numbers = np.empty(0, 'u1') if is_empty else np.memmap(data, 'u1', 'c')
+        for line in file.read_bytes().split(b'\n')[:-1]:
+            try:
+                entry = json.loads(line)
+                name, (height, width) = entry['file'], entry['size']
+                shape, start = entry['shape'], entry['start']
+                if len(shape) != 3 - axis or shape[axis] != size:
+                    raise ValueError
+                end = start + math.prod(shape) * DTYPES[kind].itemsize
+            except WRONG:
+                raise ValueError(
+                    f'{file} is damaged: {line[:60]!r}... is no answer. Remove it and '
+                    f'{data.name}, and run tools/store_teacher.py again.'
+                ) from None
+            if end <= len(numbers):
+                answer = np.asarray(numbers[start:end]).view(DTYPES[kind])
+                yield name, (height, width), answer.reshape(shape)
 
 
-def damaged(file: Path, line: bytes) -> str:
-    return (
-        f'{file} is damaged: {line[:60]!r}... is no answer. Remove this file, and run '
-        'tools/store_teacher.py again.'
-    )
-
-
-def _some(values: Iterable, most: int = 5) -> str:
+def some(values: Iterable, most: int = 5) -> str:
+    """The first few of them, and how many more there are."""
     values = list(map(str, values))
     rest = f' and {len(values) - most} more' if len(values) > most else ''
     return ', '.join(values[:most]) + rest

@@ -25,22 +25,12 @@ NO_HOOK = (
 )
 
 
-class Source(NamedTuple):
-    """The file of an image, as its data set knows it."""
-
-    img_path: str | None
-    img_id: str | int | None
-    size: tuple[int, int]  # height and width as it was loaded
-
-
 class Frame(NamedTuple):
-    """A file that an image shows, and how its pixels got where they are.
+    """A file that an image shows, and how its pixels got where they are."""
 
-    ``moves`` are calls of mmdet's box methods for a detector, (method, arguments,
-    keyword arguments); for a segmentor a :class:`View` from each transform.
-    """
-
-    source: Source
+    file: Mapping[str, Any]  # as its data set knows it, `height`, `width` as loaded
+    # of a detector calls of mmdet's box methods, (method, arguments, keyword
+    # arguments); of a segmentor a View from each transform
     moves: tuple
 
 
@@ -67,25 +57,19 @@ class StoredTeacher(Teacher):
     Args:
         stored: What ``tools/store_teacher.py`` wrote, or a COCO results file of the
             training images.
-        class_map: As of :class:`Teacher`.
-        class_match: As of :class:`Teacher`.
+        options: ``class_map`` and ``class_match`` of :class:`Teacher`.
 
     Raises:
-        ValueError: ``stored`` is no path, or ``class_map`` or ``class_match`` is none.
+        ValueError: ``stored`` is no path, or an option is none.
     """
 
-    def __init__(
-        self,
-        stored: str | os.PathLike,
-        class_map: Mapping[str, str | Sequence[str]] | None = None,
-        class_match: str = 'strict',
-    ) -> None:
+    def __init__(self, stored: str | os.PathLike, **options) -> None:
         if not isinstance(stored, (str, os.PathLike)):
             raise ValueError(
                 '`teacher.stored` is the path of a folder or of a COCO results file, '
                 f'got {stored!r}.'
             )
-        super().__init__(stored, class_map=class_map, class_match=class_match)
+        super().__init__(stored, **options)
         self._store: Store | None = None
 
     @property
@@ -95,7 +79,7 @@ class StoredTeacher(Teacher):
 
     @property
     def store(self) -> Store:
-        """The answers, read when they are first needed; its errors are those."""
+        """The answers, read when they are first needed."""
         if self._store is None:
             self._store = Store(self.config)
         return self._store
@@ -107,14 +91,9 @@ class StoredTeacher(Teacher):
         """There is nothing to move but the answers of a batch."""
 
     def load(self, student: nn.Module) -> None:
-        """Read the answers.
-
-        Raises:
-            ValueError: They are damaged, or the classes of a COCO results file have no
-                names yet, since the hook is missing.
-        """
+        """Read the answers; ValueError if they are damaged or the hook is missing."""
         self.class_names = self.store.class_names
-        if self.class_names is None:
+        if self.class_names is None:  # of a COCO results file the hook names them
             raise ValueError(NO_HOOK)
         self.model = StoredAnswers(self.store)
 
@@ -133,8 +112,7 @@ class StoredAnswers(ForeignTeacher):
     def __init__(self, store: Store) -> None:
         nn.Module.__init__(self)  # it sees no images, so it normalises none
         self.gives = 'detections' if store.kind == 'boxes' else 'maps'
-        self.class_names = store.class_names
-        self.store = store
+        self.class_names, self.store = store.class_names, store
 
     def answer(self, step: Any) -> list[InstanceData] | list[Placed]:
         """The answers for the batch of a step."""
@@ -150,82 +128,42 @@ class StoredAnswers(ForeignTeacher):
             samples: Its N data samples.
 
         Raises:
-            ValueError: How an image was augmented is not known, it has no answer, or
-                its file has another size than the one that the teacher saw.
+            ValueError: How an image was augmented is not known, or as of
+                :meth:`Store.check`.
         """
         if any(FRAMES not in sample.metainfo for sample in samples):
             raise ValueError(NO_HOOK)
-        give = self._detections if self.gives == 'detections' else self._map
-        return [give(sample, images.device) for sample in samples]
+        if self.gives == 'detections':
+            return [self._detections(sample).to(images.device) for sample in samples]
+        frames = [sample.metainfo[FRAMES][0] for sample in samples]
+        answers = (self.store.answer(file).to(images.device) for file, _ in frames)
+        return [Placed(x, views) for x, (_, views) in zip(answers, frames, strict=True)]
 
-    def _detections(self, sample: BaseDataElement, device: torch.device):
-        found = []
-        for source, moves in sample.metainfo[FRAMES]:
-            boxes, *rest = self._boxes(source)
-            boxes, seen = moved(boxes, moves)
-            found.append([x[seen] for x in (boxes, *rest)])
-        boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
+    def _detections(self, sample: BaseDataElement) -> InstanceData:
+        frames = sample.metainfo[FRAMES]
+        rows = [moved(self.store.answer(file), moves) for file, moves in frames]
+        rows = torch.cat(rows)
         # the whole batch may have been resized since
-        height, width = sample.metainfo['img_shape'][:2]
-        then_h, then_w = sample.metainfo[SIZE]
-        boxes = boxes * boxes.new_tensor([width / then_w, height / then_h]).repeat(2)
-        limits = boxes.new_tensor([width, height]).repeat(2)
-        boxes = boxes.clamp(min=0).minimum(limits)
-        seen = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
-        columns = dict(bboxes=boxes, scores=scores, labels=labels)
-        return InstanceData(**{k: x[seen].to(device) for k, x in columns.items()})
-
-    def _boxes(self, source: Source) -> tuple[Tensor, Tensor, Tensor]:
-        key = self.store.key(source._asdict())
-        if key is None and self.store.is_by_id:  # where nothing was found
-            return torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long)
-        return self.store.boxes(self._checked(key, source))
-
-    def _map(self, sample: BaseDataElement, device: torch.device) -> Placed:
-        ((source, views),) = sample.metainfo[FRAMES]
-        key = self._checked(self.store.key(source._asdict()), source)
-        return Placed(self.store.map(key).to(device), views)
-
-    def _checked(self, key: str | int | None, source: Source) -> str | int:
-        name = source.img_path or source.img_id
-        if key is None:
-            raise ValueError(f'{self.store.origin}: there is no answer for {name}.')
-        size = self.store.size(key)
-        if size is not None and tuple(size) != tuple(source.size):
-            raise ValueError(other_sizes(self.store, [(name, source.size, size)]))
-        return key
+        now, then = sample.metainfo['img_shape'][1::-1], sample.metainfo[SIZE][::-1]
+        limits = rows.new_tensor(now).repeat(2)
+        scale = limits / rows.new_tensor(then).repeat(2)
+        boxes = (rows[:, :4] * scale).clamp(min=0).minimum(limits)
+        found = InstanceData(bboxes=boxes, scores=rows[:, 4], labels=rows[:, 5].long())
+        return found[(boxes[:, 2:] - boxes[:, :2] >= 1).all(1)]
 
 
-def other_sizes(store: Store, found: Sequence[tuple]) -> str:
-    """Say of which images, (name, size now, size then), the size differs."""
-    images = [
-        f'{name} ({now[0]} x {now[1]}, was {then[0]} x {then[1]})'
-        for name, now, then in found[:3]
-    ]
-    more = f' and {len(found) - 3} more' if len(found) > 3 else ''
-    return (
-        f'{store.origin}: images of the training have another height x width than '
-        f'those that the teacher saw: {", ".join(images)}{more}. Store its answers for '
-        'these images.'
-    )
+def moved(rows: Tensor, moves: Sequence[tuple]) -> Tensor:
+    """Boxes after the calls that moved the labels of their image; see :class:`Frame`.
 
-
-def moved(boxes: Tensor, moves: Sequence[tuple]) -> tuple[Tensor, Tensor]:
-    """Boxes after the calls that moved the labels of their image.
-
-    Args:
-        boxes: (M, 4), x1 y1 x2 y2 in pixels of the file.
-        moves: (method of mmdet's ``HorizontalBoxes``, arguments, keyword arguments).
-
-    Returns:
-        The boxes, (M, 4), and which of them no call has clipped to nothing, (M,).
+    ``rows`` have x1 y1 x2 y2 in pixels of the file, and any columns after these.
+    Returned are those of the boxes that no call has clipped to nothing.
     """
     from mmdet.structures.bbox import HorizontalBoxes
 
-    found = HorizontalBoxes(boxes)
-    seen = torch.ones(len(boxes), dtype=torch.bool)
+    boxes = HorizontalBoxes(rows[:, :4])
+    seen = torch.ones(len(rows), dtype=torch.bool)
     for name, args, kwargs in moves:
-        getattr(found, name)(*args, **kwargs)
+        getattr(boxes, name)(*args, **kwargs)
         if name == 'clip_':  # what a shear would give an area again
-            seen &= (found.widths > 0) & (found.heights > 0)
-    return found.tensor, seen
+            seen &= (boxes.widths > 0) & (boxes.heights > 0)
+    return torch.cat([boxes.tensor, rows[:, 4:]], 1)[seen]

@@ -23,7 +23,7 @@ from torch import nn
 
 from mmdist.checkpoint import load_checkpoint, load_strictly
 from mmdist.lookup import check_arguments
-from mmdist.registry import MODELS
+from mmdist.registry import MODELS, no_such_type
 
 from .class_map import check_class_map
 from .classes import (
@@ -167,7 +167,8 @@ class Teacher:
         if self.model is not None:
             return
         config = self._load_config()
-        needs_weights = self.checkpoint is None and _foreign_class(config) is None
+        cls = _foreign_class(config, f'{self.name}.config')
+        needs_weights = self.checkpoint is None and cls is None
         if needs_weights and not self.allow_random:
             raise ValueError(
                 'The teacher has no checkpoint. Give `teacher.checkpoint`, a path or a '
@@ -213,9 +214,10 @@ class Teacher:
             yield
 
     def _load_config(self) -> Config:
-        config = load_config(self.config, f'{self.name}.config')
-        if (cls := _foreign_class(config)) is not None:
-            check_arguments(f'{self.name}.config', cls, config.model)
+        key = f'{self.name}.config'
+        config = load_config(self.config, key)
+        if (cls := _foreign_class(config, key)) is not None:
+            check_arguments(key, cls, config.model)
         return config
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
@@ -261,22 +263,21 @@ def load_config(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It has no model.
+        ValueError: It is none of these, cannot be read, or has no model.
     """
     if isinstance(config, (str, os.PathLike)):
-        config = os.fspath(config)
-        _check_path(config, key)
-        if '::' in config:
-            # Not mmengine.hub.get_config: it pip-installs what it does not find.
-            config = Config.fromstring(f'_base_ = {config!r}', '.py')
-        else:
-            config = Config.fromfile(config)
+        config = read_config(config, key)
+    elif not isinstance(config, (Mapping, Config)):
+        raise ValueError(
+            f"`{key}` is the path of a config, 'package::path' or a dict, got "
+            f'{config!r:.100}.'
+        )
     elif 'model' in config:
         config = Config(deepcopy(dict(config)))
     else:
         config = Config(dict(model=deepcopy(config)))
-    if not config.get('model'):
-        raise ValueError(f'`{key}` has no `model`, so it makes no teacher.')
+    if not isinstance(config.get('model'), Mapping) or not config.model:
+        raise ValueError(f'`{key}` has no `model`, a dict.')
     preprocessor = config.model.get(
         'data_preprocessor', config.get('data_preprocessor')
     )
@@ -285,6 +286,31 @@ def load_config(
     if preprocessor is not None:
         config.model.setdefault('data_preprocessor', preprocessor)
     return config
+
+
+def read_config(path: str | os.PathLike, key: str = 'config') -> Config:
+    """Read the config of a path or ``pkg::path``.
+
+    Args:
+        path: The path.
+        key: What the user calls it, for errors.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read.
+    """
+    path = os.fspath(path)
+    _check_path(path, key)
+    try:
+        if '::' in path:
+            # Not mmengine.hub.get_config: it pip-installs what it does not find.
+            return Config.fromstring(f'_base_ = {path!r}', '.py')
+        return Config.fromfile(path)
+    except Exception as error:  # it is Python: anything may be wrong with it
+        said = ' '.join(f'{type(error).__name__}: {error}'.split())
+        raise ValueError(
+            f'`{key}` is {path!r}, which cannot be read: {said:.300}'
+        ) from error
 
 
 def _check_path(config: str, key: str) -> None:
@@ -313,7 +339,7 @@ def _check_path(config: str, key: str) -> None:
     raise FileNotFoundError(text)
 
 
-def _foreign_class(config: Config) -> type[ForeignTeacher] | None:
+def _foreign_class(config: Config, key: str) -> type[ForeignTeacher] | None:
     """The class of a model that loads its weights itself; None for another."""
     scope = config.get('default_scope')
     with (
@@ -322,6 +348,8 @@ def _foreign_class(config: Config) -> type[ForeignTeacher] | None:
     ):
         kind = config.model.get('type')
         cls = registry.get(kind) if isinstance(kind, str) else kind
+        if cls is None:
+            raise ValueError(f'`{key}`: {no_such_type(kind, registry)}')
     return cls if inspect.isclass(cls) and issubclass(cls, ForeignTeacher) else None
 
 

@@ -132,7 +132,6 @@ def followed(data):
         follow([data.pipeline.transforms], 'boxes', 'here')
     else:
         follow([inner.pipeline.transforms, data.pipeline], 'boxes', 'here')
-        data.pipeline_types = [type(t).__name__ for t in data.pipeline]
     return data
 
 
@@ -148,12 +147,11 @@ def of_labels(root, sample):
     """The boxes of the annotation file, moved as answers would be."""
     entries = json.loads((root / 'train.json').read_text())['annotations']
     found = [torch.zeros(0, 4)]
-    for source, moves in sample.metainfo[FRAMES]:
-        boxes = [e['bbox'] for e in entries if e['image_id'] == source.img_id]
+    for file, moves in sample.metainfo[FRAMES]:
+        boxes = [e['bbox'] for e in entries if e['image_id'] == file['img_id']]
         boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        boxes, seen = moved(boxes, moves)
-        found.append(boxes[seen])
+        found.append(moved(boxes, moves))
     return torch.cat(found)
 
 
@@ -212,7 +210,7 @@ def test_an_image_without_boxes_moves_all_the_same(root, transform):
         ((_, moves),) = sample.metainfo[FRAMES]
         # of a pixel well inside, a box of that pixel
         marks = torch.tensor([[x, y, x + 1.0, y + 1.0] for x, y in MARKS])
-        boxes = moved(marks, [m for m in moves if m[0] != 'clip_'])[0]
+        boxes = moved(marks, [m for m in moves if m[0] != 'clip_'])
         for (x, y), box in zip(MARKS, boxes, strict=True):
             column, row = ((box[:2] + box[2:]) / 2 - 0.5).round().int().tolist()
             if 1 <= row < image.shape[1] - 1 and 1 <= column < image.shape[2] - 1:
@@ -236,7 +234,10 @@ def pipeline(transforms, scope='mmdet'):
     [
         ([dict(type='RandomErasing', n_patches=1, ratio=0.1)], 'RandomErasing'),
         ([dict(type='CopyPaste')], 'CopyPaste'),
-        ([dict(type='RandomCrop', crop_size=(9, 9), recompute_bbox=True)], 'of masks'),
+        (
+            [dict(type='RandomCrop', crop_size=(9, 9), recompute_bbox=True)],
+            'makes boxes',
+        ),
         (
             [dict(type='RandomApply', transforms=[dict(type='CopyPaste')])],
             'CopyPaste',
@@ -260,7 +261,7 @@ def test_other_pipelines_are_refused():
     for transforms, words in {
         'RandomAffine': no_boxes,
         'before it has loaded labels': late,
-        'loads boxes in another way': arrays,
+        'makes boxes': arrays,
         'packs it by `PackDetInputs`': LOAD,
     }.items():
         with pytest.raises(ValueError, match=transforms):
@@ -282,7 +283,7 @@ def test_images_without_annotations_are_followed_by_their_homography(root):
     for (image, _), (other, sample) in zip(plain, tracked, strict=True):
         assert torch.equal(image, other)
         ((_, moves),) = sample.metainfo[FRAMES]
-        pixel, _ = moved(torch.tensor([[60.0, 45.0, 61.0, 46.0]]), moves)
+        pixel = moved(torch.tensor([[60.0, 45.0, 61.0, 46.0]]), moves)
         column, row = ((pixel[0, :2] + pixel[0, 2:]) / 2 - 0.5).round().int().tolist()
         if 0 <= row < image.shape[1] and 0 <= column < image.shape[2]:
             assert (image[:2, row, column] - torch.tensor([60, 45])).abs().max() < 1.5
@@ -350,9 +351,9 @@ def test_a_matrix_says_where_each_pixel_was(root, name):
     for (image, wanted), (other, sample) in zip(plain, tracked, strict=True):
         assert torch.equal(image, other)
         assert torch.equal(wanted.gt_sem_seg.data, sample.gt_sem_seg.data)
-        ((source, views),) = sample.metainfo[FRAMES]
+        ((file, views),) = sample.metainfo[FRAMES]
         matrix = views[-1].matrix
-        assert source.size == (HEIGHT, WIDTH)
+        assert (file['height'], file['width']) == (HEIGHT, WIDTH)
         y, x = np.mgrid[: image.shape[1], : image.shape[2]] + 0.5
         points = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(matrix).T
         points = points[..., :2] - 0.5  # as the image counts

@@ -88,6 +88,18 @@ def test_label_maps(own_labels, tmp_path, change, says):
             r'Set `num_classes=3` in every head, or',
         ),
         ('seg', "('sky', 'road', 'tree')", "('sky',)", r'1 classes \(sky\),.*=3'),
+        # `('sky')`, without a comma, names three classes s, k and y
+        ('seg', "('sky', 'road', 'tree')", "('sky')", r'1 classes \(sky\),.*=3'),
+        (
+            'seg',
+            "('sky', 'road', 'tree')",
+            "{'a', 'b', 'c'}",
+            'a list of names, in the',
+        ),
+        (
+            *('seg', "dict(type='LoadAnnotations'),\n        dict(type='Ra"),
+            *("dict(type='Ra", r'images/\d\.png has no labels\. Add .*MarkUnlabelled'),
+        ),
         ('det', 'num_classes=3', 'num_classes=80', 'names 3 .*`bbox_head` .*=80'),
         ('det', "'car'", "'caar'", "train_dataloader's .* no class caar.*Correct"),
         ('det', "('person', 'car'", "('car', 'person'", 'in another order. mmdet'),

@@ -89,6 +89,16 @@ def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, capl
     assert all(name in text for name in names)
 
 
+def test_a_mistake_ends_in_a_sentence(folder):
+    with pytest.raises(ValueError, match=r"`ImageFolder`: .* 'data_root' is missing"):
+        ImageFolder(root=str(folder))
+    with (
+        DefaultScope.overwrite_default_scope('mmseg'),
+        pytest.raises(ValueError, match=r'no labels: remove .*mmdist\.MarkUnlabelled'),
+    ):
+        ImageFolder(str(folder), pipeline=[dict(type='LoadAnnotations')])
+
+
 def test_a_loop_of_links_is_read_once(folder):
     (folder / 'a' / 'loop').symlink_to(folder)
     (folder / 'b' / '.hidden.png').write_bytes((folder / '4.png').read_bytes())

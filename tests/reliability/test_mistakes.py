@@ -33,18 +33,19 @@ class Mistake(NamedTuple):
 DISTILL = "model['distill'] = dict(dist=dict(type='mmdist.SegLogits', loss=dict({})))"
 
 
-def teacher(config: str = 'teacher.py', **more: str) -> str:
+def teacher(config: str | dict = 'teacher.py', **more: str | dict) -> str:
     """The teacher's arguments."""
     return f"model['teacher'] = dict(config={config!r}, **{more})"
 
 
-def finished(more: str) -> str:
-    return f"""{more}
+def finished(config: str | None) -> str:
+    """A run of a config is in the work_dir."""
+    return f"""
 import torch
 from pathlib import Path
 Path('work').mkdir()
 torch.save(
-    dict(meta=dict(cfg='optim_wrapper = 1'), message_hub={{}}, state_dict={{}}),
+    dict(meta=dict(cfg={config!r}), message_hub={{}}, state_dict={{}}),
     'work/iter_4.pth')
 del torch, Path
 """
@@ -65,6 +66,21 @@ MISTAKES = [
         'A loss without its prefix',
         "`distill.dist.loss` ... no 'DISTLoss'. Did you mean 'mmdist.DISTLoss'?",
         DISTILL.format("type='DISTLoss'"),
+    ),
+    Mistake(
+        'A text where a number belongs',
+        "`distill.dist.loss`: 'beta' is a number, got '1'",
+        DISTILL.format("type='mmdist.DISTLoss', beta='1'"),
+    ),
+    Mistake(
+        '`Distiller` without its prefix',
+        "No model is called 'Distiller'. Did you mean 'mmdist.Distiller'?",
+        "model['type'] = 'Distiller'",
+    ),
+    Mistake(
+        "An argument of the student's own is misspelt",
+        "`PSPHead`: no argument 'chanels'. Did you mean 'channels'?",
+        "model['student']['decode_head']['chanels'] = 8",
     ),
     Mistake(
         'A comparison is misspelt',
@@ -88,6 +104,11 @@ MISTAKES = [
         "custom_hooks = [dict(type='mmdist.DistillScheduleHook', point=[(0, 1)])]",
     ),
     Mistake(
+        'A hook without its prefix',
+        "No hook is called 'IterSeedHook'. Did you mean 'mmdist.IterSeedHook'?",
+        "custom_hooks = [dict(type='IterSeedHook')]",
+    ),
+    Mistake(
         'A schedule that begins after the training has ended',
         'DistillScheduleHook leaves the weight of distillation at 0 for all of the ...',
         "custom_hooks = [dict(type='mmdist.DistillScheduleHook', points=[(9, 0.), "
@@ -97,6 +118,16 @@ MISTAKES = [
         "The teacher's config does not exist",
         "`teacher.config` is 'taecher.py', but ... similar: teacher.py",
         teacher('taecher.py'),
+    ),
+    Mistake(
+        "The teacher's config is no valid Python",
+        "`teacher.config` is 'broken.py', which cannot be read: SyntaxError",
+        teacher('broken.py'),
+    ),
+    Mistake(
+        'A teacher of another library is misspelt',
+        "No model is called 'mmdist.HFSegmenter'. Did you mean 'mmdist.HFSegmentor'?",
+        teacher(dict(type='mmdist.HFSegmenter', name='hub')),
     ),
     Mistake(
         'The teacher has no checkpoint',
@@ -122,6 +153,25 @@ MISTAKES = [
         'Student and teacher have other class names',
         'The classes of student and teacher cannot be matched by name',
         ("('sky', 'road', 'tree')", "('cat', 'dog', 'cow')"),
+    ),
+    Mistake(
+        '`class_map` names a class that is not there',
+        "`teacher.class_map` maps ... but the student has no class ['sly']",
+        teacher(allow_random='True', class_map=dict(sly='sky')),
+    ),
+    Mistake(
+        'Classes without an order',
+        'the `classes` of a data set are a list of names, in the order of the labels, '
+        "got {'sky'}",
+        ("('sky', 'road', 'tree')", "{'sky'}"),
+    ),
+    Mistake(
+        'The data set loads no labels',
+        'has no labels. Add LoadAnnotations to the `pipeline`',
+        (
+            "dict(type='LoadAnnotations'),\n        dict(type='RandomFlip'",
+            "dict(type='RandomFlip'",
+        ),
     ),
     Mistake(
         'Label maps of Cityscapes with its own ids (labelIds)',
@@ -170,10 +220,21 @@ MISTAKES = [
         "'road'))))",
     ),
     Mistake(
+        '`load_from` is no checkpoint',
+        "The checkpoint 'broken.py' cannot be read: it is damaged, cut off or no",
+        "load_from = 'broken.py'",
+    ),
+    Mistake(
         'The work_dir holds a run of another config',
         "'work/iter_4.pth' was trained with another config (these differ: ... and its "
         'run would be mixed with this one or overwritten',
-        finished(''),
+        finished('optim_wrapper = 1'),
+    ),
+    Mistake(
+        'The work_dir holds a run of this config, and `--resume` is missing',
+        "'work/iter_4.pth' was trained with this config, and its run would be mixed "
+        'with this one or overwritten',
+        finished(None),
     ),
     Mistake(
         'The training diverges',
@@ -189,6 +250,7 @@ def test_it_ends_in_a_sentence(mistake, request, tmp_path, monkeypatch):
     text = request.getfixturevalue(f'{mistake.family}_config')
     more, change = '', mistake.change
     (tmp_path / 'teacher.py').write_text(text)
+    (tmp_path / 'broken.py').write_text('model = dict(')
     torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / 'other.pth')
     if isinstance(change, str):
         more = change

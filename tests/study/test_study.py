@@ -35,16 +35,13 @@ def row(method: str, teacher: str, seed: int, score: float, **more) -> dict:
 
 
 def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
-    alone, dist, kl = (41.0, 42.0, 40.0), (43.0, 45.0, 41.0), (42.0, 41.5, 41.0)
+    alone, ours, theirs = (41.0, 42.0, 40.0), (43.0, 45.0, 41.0), (42.0, 41.5, 41.0)
     rows = [row('teacher', 'strong', 0, 48.0, test=45.0)]
     rows += [row('alone', '', 0, 1.0)]  # trained again below
     for seed in range(3):
         rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
-        rows.append(row('dist', 'strong', seed, dist[seed], test=dist[seed] - 4))
-        rows.append(row('kl-t1', 'strong', seed, kl[seed], teacher_score=48.0))
-        for method in ('kl-t1', 'kl-t4', 'dist'):
-            rows.append(row(method, 'weak', seed, dist[seed], teacher_score=47.5))
-        rows.append(row('kl-t4', 'strong', seed, kl[seed], teacher_score=47.5))
+        rows.append(row('default', 'strong', seed, ours[seed], test=ours[seed] - 4))
+        rows.append(row('published', 'strong', seed, theirs[seed]))
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     page = tmp_path / 'results.md'
     page.write_text(f'# By hand\n\n{report.BEGIN}old\n{report.END}\nmore by hand\n')
@@ -53,25 +50,22 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     assert text.startswith('# By hand\n')
     assert text.endswith('\nmore by hand\n')
     assert 'old' not in text
-    (line,) = (li for li in text.splitlines() if li.startswith('| dist | strong'))
-    found = [cell.strip() for cell in line.split('|')[1:-1]]
+
+    def cells(start: str) -> list[str]:
+        (line,) = (line for line in text.splitlines() if line.startswith(start))
+        return [cell.strip() for cell in line.split('|')[1:-1]]
 
     def expected(a, b) -> str:
         low, high = scipy.stats.ttest_rel(a, b).confidence_interval(0.95)
         return f'{np.mean(np.subtract(a, b)):+.2f} [{low:+.2f}, {high:+.2f}]'
 
-    assert found == [
-        'dist', 'strong', '3', '43.00 ± 2.00', expected(dist, alone),
-        expected(dist, kl), '39.00 ± 2.00',
-        expected(np.subtract(dist, 4), np.subtract(alone, 3)), '100',
+    assert cells('| default') == [
+        'default', '3', '43.00 ± 2.00', expected(ours, alone), expected(ours, theirs),
+        '2', '39.00 ± 2.00', expected(np.subtract(ours, 4), np.subtract(alone, 3)),
     ]  # fmt: skip
-    assert '| teacher, 2.00 M | strong | 1 | 48.00 |' in text
-    assert '\n| kl-t1 | strong | 3 |' in text
-    (line,) = (li for li in text.splitlines() if li.startswith('| kl-t4 | strong'))
-    assert line.startswith('| kl-t4 | strong, 47.50 | 3 |')  # had another one
-    assert line.split('|')[6].strip() == '-'  # than KL with T=1
-    (line,) = (li for li in text.splitlines() if li.startswith('| dist | weak, 47.50'))
-    assert line.split('|')[6].strip() != '-'  # both had that one
+    assert cells('| teacher') == ['teacher', '1', '48.00', '', '', '2', '45.00', '']
+    assert cells('| alone')[:5] == ['alone', '3', '41.00 ± 1.00', '', '']
+    assert cells('| published')[3:] == [expected(theirs, alone), '', '2', '-', '-']
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     report.write_up(tmp_path)
     assert page.read_text() == text
@@ -81,88 +75,48 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
 
 
 def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
-    methods, teachers = ['alone', 'dist'], ['strong', 'weak']
-    cells = dict.fromkeys(grid.grid('small', ['camvid-25'], methods, teachers, [0, 1]))
-    assert [str(cell.folder.relative_to('small')) for cell in cells] == [
-        'camvid-25/alone_seed0',
-        'camvid/teacher_strong_seed0',
-        'camvid-25/dist_strong_seed0',
-        'camvid-25/alone_seed1',
-        'camvid-25/dist_strong_seed1',
-        'camvid/teacher_weak_seed0',
-        'camvid-25/dist_weak_seed0',
-        'camvid-25/dist_weak_seed1',
+    methods, tasks = ['alone', 'default'], ['bccd-retinanet']
+    cells = grid.grid('small', tasks, methods, ['strong', 'other'], [0, 1])
+    assert [str(cell.folder.relative_to('small')) for cell in dict.fromkeys(cells)] == [
+        'bccd-retinanet/alone_seed0',
+        'bccd-retinanet/teacher_strong_seed0',
+        'bccd-retinanet/default_strong_seed0',
+        'bccd-retinanet/alone_seed1',
+        'bccd-retinanet/default_strong_seed1',
+        'bccd-faster-rcnn/teacher_strong_seed0',
+        'bccd-retinanet/default_other_seed0',
+        'bccd-retinanet/default_other_seed1',
     ]
 
 
-def test_a_method_that_no_task_has_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match=r"\['camvid'\] have no method of \['kl-bin"):
+def test_teachers_that_no_task_has_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"\['camvid'\] have no teacher of \['other'"):
         command.main(
-            f'--tasks camvid --methods kl-binary --data-root {tmp_path} '
+            f'--tasks camvid --teachers other --data-root {tmp_path} '
             f'--out {tmp_path}'.split()
         )
 
 
 @pytest.mark.parametrize('task', grid.TASKS)
-def test_settings_of_a_cell(task, tmp_path):
+def test_each_cell_has_settings_of_its_own(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
-    teachers = {'strong', 'quarter', 'other'}
-    if task not in ('digits', 'bccd-dino'):
-        teachers.add('weak')
-    cells = [
-        grid.Cell('small', task, 'alone', '', 0),
-        grid.Cell('small', task, 'alone', '', 1),
-        *dict.fromkeys(grid.grid('small', [task], grid.METHODS[1:], teachers, [0])),
-    ]
-    marks = {cell: study.fingerprint(cell) for cell in cells}
-    assert len(set(marks.values())) == len(cells)
-    is_quarter = task.endswith('-25')
-    if not is_quarter:
-        teachers.remove('quarter')
-    heads_of_sigmoids = 'retinanet' in task or 'dino' in task
-    if not heads_of_sigmoids:
-        teachers.remove('other')
-    assert {cell.teacher for cell in cells} == {'', *teachers}
-    methods = grid.TASKS[task].methods
-    assert ('kl-binary' in methods) == heads_of_sigmoids
-    whole = study.settings(grid.Cell('small', task.removesuffix('-25'), *cells[0][2:]))
-    scarce = study.settings(cells[0])
-    if is_quarter:
-        indices = scarce.train_dataloader.dataset.pop('indices')
-        assert len(indices) == -(-grid.TASKS[task].num_images // 4)
-    assert scarce._cfg_dict == whole._cfg_dict
-    for cell in cells:
-        if cell.method == 'teacher':
-            cfg = study.settings(cell)
-            has_all = 'indices' not in cfg.train_dataloader.dataset
-            assert has_all == (cell.teacher != 'quarter')
+    cells = dict.fromkeys(
+        grid.grid('small', [task], grid.METHODS, grid.TEACHERS, [0, 1])
+    )
+    assert len({study.fingerprint(cell) for cell in cells}) == len(cells)
 
 
-@pytest.mark.parametrize(
-    ('task', 'method'),
-    [
-        *((task, 'dist-no-labels') for task in ('camvid', 'bccd-retinanet')),
-        *((task, 'dist-unlabelled') for task in ('camvid-25', 'bccd-retinanet-25')),
-    ],
-)
-def test_students_read_no_label_of_unlabelled_images(task, method, tmp_path):
-    """Each image is labelled or unlabelled, and the batch as large as without them."""
+@pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet'])
+def test_students_without_labels_read_none(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     usual, loader = (
         Config(
             study.settings(grid.Cell('small', task, m, 'strong', 0)).to_dict()
         ).train_dataloader
-        for m in ('dist', method)
+        for m in ('default', 'no-labels')
     )
+    assert loader.sampler == usual.sampler
     bare = loader.dataset
-    if method == 'dist-unlabelled':
-        assert sum(loader.sampler.per_batch) == usual.batch_size
-        labelled, bare = loader.dataset.datasets
-        assert labelled == usual.dataset
-        shown = sorted([*labelled.indices, *bare.indices])
-        assert shown == list(range(grid.TASKS[task].num_images))
-    else:
-        assert loader.sampler == usual.sampler
     kinds = [transform.type for transform in bare.pipeline]
     assert 'LoadAnnotations' not in kinds and kinds[-1] == 'mmdist.MarkUnlabelled'
     assert 'cat_max_ratio' not in str(bare.pipeline)
@@ -170,17 +124,15 @@ def test_students_read_no_label_of_unlabelled_images(task, method, tmp_path):
 
 @pytest.mark.parametrize('scale', ['small', 'full'])
 @pytest.mark.parametrize('task', ['camvid', 'bccd-retinanet', 'bccd-faster-rcnn'])
-def test_student_is_a_quarter_of_its_teachers(task, scale):
-    def size(part: str) -> int:
-        cfg = Config.fromfile(grid.TASKS[task].config(part, scale))
+def test_student_is_smaller_than_its_teacher(task, scale):
+    def size(method: str) -> int:
+        cfg = Config.fromfile(grid.Cell(scale, task, method, '', 0).config)
         scope = DefaultScope.overwrite_default_scope(cfg.default_scope)
         with scope, torch.device('meta'):
             model = MODELS.build(deepcopy(cfg.model))
         return sum(p.numel() for p in model.parameters())
 
-    student, weak, strong = map(size, ('student', 'teacher-weak', 'teacher-strong'))
-    assert weak <= strong
-    assert student <= weak / (4 if scale == 'small' else 1)
+    assert size('alone') <= size('teacher') / (4 if scale == 'small' else 1)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +141,7 @@ def test_student_is_a_quarter_of_its_teachers(task, scale):
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for method in grid.TASKS[task].methods.keys() - {'alone', *grid.ACROSS[1:]}:
+    for method in set(grid.METHODS) - {'alone', 'stored'}:
         cell = grid.Cell('small', task, method, 'strong', 0)
         cfg = study.settings(cell)
         teacher = study.settings(cell.its_teacher)
@@ -206,7 +158,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
                 make_batch(11, size) if task == 'camvid' else batch(model, (size,) * 2)
             )
             losses = model.loss(**data)
-        kinds = ('kl', 'dist', 'mimic', 'box', 'pkd')
+        kinds = ('kl', 'dist', 'box')
         ours = {k: v for k, v in losses.items() if k.removeprefix('loss_') in kinds}
         added[method] = ' '.join(sorted(ours))
         total = sum(sum(v) if isinstance(v, list) else v for v in ours.values())
@@ -215,24 +167,12 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         # the head's for the logits, the backbone's for all
         gradient = model.backbone.conv1.conv.weight.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
-    more = {
-        'camvid': {'dist-no-labels': 'loss_dist'},
-        'bccd-retinanet': {
-            'kl-binary': 'loss_kl',
-            'dist-no-labels': 'loss_box loss_dist',
-        },
-        'bccd-dino': {'kl-binary': 'loss_kl'},
-    }.get(task, {})
     has_boxes = task in ('bccd-retinanet', 'bccd-faster-rcnn')
-    more['default'] = 'loss_box loss_dist' if has_boxes else 'loss_dist'
-    if task != 'camvid':
-        more['dist-box'] = more['intra-box'] = 'loss_box loss_dist'
-        more['intra-box-pkd'] = 'loss_box loss_dist loss_pkd'
-    assert added == more | {
-        **dict.fromkeys(('kl-t1', 'kl-t4'), 'loss_kl'),
-        **dict.fromkeys(('dist', 'dist-inter', 'dist-intra'), 'loss_dist'),
-        'dist-mimic': 'loss_dist loss_mimic',
-        'intra-pkd': 'loss_dist loss_pkd',
+    default = 'loss_box loss_dist' if has_boxes else 'loss_dist'
+    assert added == {
+        'kl': 'loss_kl',
+        **dict.fromkeys(('published', 'inter', 'intra'), 'loss_dist'),
+        **dict.fromkeys(('default', 'no-labels'), default),
     }
 
 
@@ -244,11 +184,10 @@ def tiny(tmp_path, monkeypatch, seg_config) -> Path:
     """A study of one tiny task, three classes and 4 steps; its folder of configs."""
     folder = tmp_path / 'configs' / 'tiny'
     folder.mkdir(parents=True)
-    for part in ('student', 'teacher-strong', 'teacher-weak'):
+    for part in ('student', 'teacher'):
         (folder / f'{part}.py').write_text(seg_config)
     monkeypatch.setattr(grid, 'CONFIGS', folder.parent)
-    task = grid.Task('tiny', 'mIoU', 'mIoU', 1, grid.SEG, 4, True)
-    monkeypatch.setitem(grid.TASKS, 'tiny', task)
+    monkeypatch.setitem(grid.TASKS, 'tiny', grid.TASKS['camvid'])
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -263,9 +202,9 @@ def main(*arguments: str) -> None:
 @pytest.mark.slow
 def test_whole_study_and_again(tiny, capsys, monkeypatch):
     """Trained once, tested, skipped, and trained anew when a setting is another."""
-    main('--methods', 'alone', 'dist', '--test')
+    main('--methods', 'alone', 'default', '--test')
     rows = [json.loads(li) for li in Path('out/results.jsonl').read_text().splitlines()]
-    assert [r['method'] for r in rows] == ['alone', 'teacher', 'dist']
+    assert [r['method'] for r in rows] == ['alone', 'teacher', 'default']
     assert all(0 <= r['score'] <= 100 and 0 <= r['test'] <= 100 for r in rows)
     # Val and test are the same images here, and mmseg rounds to two digits.
     assert all(abs(r['score'] - r['test']) < 0.011 for r in rows)
@@ -273,25 +212,25 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     assert -1 <= rows[2]['inter'] <= 1 and 'inter' not in rows[0]
     assert rows[2]['teacher_score'] == rows[1]['score']
     assert not any('teacher_score' in r for r in rows[:2])
-    made = Path('work/small/tiny/dist_strong_seed0')
+    made = Path('work/small/tiny/default_strong_seed0')
     assert Config.fromfile(made / 'config.py').model.teacher.checkpoint == str(
         Path('work/small/tiny/teacher_strong_seed0/iter_4.pth').resolve()
     )
     page = Path('out/results.md').read_text()
-    assert '| dist | strong | 1 |' in page
+    assert '| default | 1 |' in page
 
     calls = []
     monkeypatch.setattr(runs, 'run', lambda *a: calls.append(a))
-    main('--methods', 'alone', 'dist', '--test')
+    main('--methods', 'alone', 'default', '--test')
     assert calls == []
     assert len(Path('out/results.jsonl').read_text().splitlines()) == 3
     assert Path('out/results.md').read_text() == page
 
     # Another teacher: it and its student are out of date, the student alone is not.
-    with (tiny / 'teacher-strong.py').open('a') as file:
+    with (tiny / 'teacher.py').open('a') as file:
         file.write('optim_wrapper = dict(optimizer=dict(lr=0.001))\n')
     runs.read_config.cache_clear()  # as in another process
-    main('--methods', 'alone', 'dist')
+    main('--methods', 'alone', 'default')
     assert [Path(a[1][0]).parent.name for a in calls] == ['teacher_strong_seed0']
     assert not list(Path('work/small/tiny/teacher_strong_seed0').glob('*.pth'))
 
@@ -345,7 +284,7 @@ def test_cell_without_a_whole_checkpoint_starts_anew(tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_time_is_up(tiny, capsys):
-    main('--methods', 'alone', 'dist', '--budget', '0.02')
+    main('--methods', 'alone', 'default', '--budget', '0.02')
     assert 'alone_seed0: time is up' in capsys.readouterr().out
     assert not Path('out/results.jsonl').exists()
     assert not Path('work/small/tiny/teacher_strong_seed0').exists()

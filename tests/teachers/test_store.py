@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-import re
+import os
 import resource
 import time
 from pathlib import Path
@@ -14,12 +13,11 @@ import pytest
 import torch
 from processes import in_process, start
 
-from mmdist.teachers.store import Store
-from mmdist.teachers.store_writer import StoreWriter
+from mmdist.teachers.store import Store, StoreWriter
 
 CLASSES = ('cat', 'dog', 'cow')
 MANIFEST = dict(kind='boxes', class_names=CLASSES, teachers=[dict(checkpoint='a.pth')])
-ROOT = '/data/coco'
+NAN = float('nan')
 
 
 def some_boxes(seed: int, number: int = 5) -> torch.Tensor:
@@ -31,97 +29,93 @@ def some_boxes(seed: int, number: int = 5) -> torch.Tensor:
 
 
 def some_map(seed: int) -> torch.Tensor:
+    """Probabilities times 255."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (3, 4, 6), generator=generator, dtype=torch.uint8)
 
 
+def image(i: int, **more) -> dict:
+    return dict(img_path=f'/data/train/{i}.jpg', **more)
+
+
+def images(number: int) -> list[dict]:
+    return [image(i, height=480, width=640 + i) for i in range(number)]
+
+
+def add(writer: StoreWriter, i: int, kind: str = 'boxes') -> None:
+    # what is stored is rounded
+    scores = (some_map(i) - 0.4).clamp(min=0) / 255
+    answer = some_boxes(i) if kind == 'boxes' else scores
+    writer.add(image(i)['img_path'], (480, 640 + i), answer)
+
+
 def write(folder: Path, number: int = 4, kind: str = 'boxes') -> Path:
     """A store of so many images."""
-    answer = some_boxes if kind == 'boxes' else some_map
-    writer = StoreWriter(folder, dict(MANIFEST, kind=kind, images=number))
+    writer = StoreWriter(folder, dict(MANIFEST, kind=kind))
     for i in range(number):
-        writer.add(f'{ROOT}/train/{i}.jpg', (480, 640 + i), answer(i))
-    assert writer.complete() == number
+        add(writer, i, kind)
     return folder
 
 
-def key_of(store: Store, path: str) -> str | None:
-    return store.key(dict(img_path=path))
-
-
-def test_boxes_are_stored_to_the_bit(tmp_path):
-    store = Store(write(tmp_path / 'a'))
-    assert (store.kind, store.class_names, store.is_by_id) == ('boxes', CLASSES, False)
+@pytest.mark.parametrize(
+    ('kind', 'expected'), dict(boxes=some_boxes, maps=some_map).items()
+)
+def test_answers_are_stored_to_the_bit(tmp_path, kind, expected):
+    store = Store(write(tmp_path, kind=kind))
+    assert (store.kind, store.class_names, store.is_by_id) == (kind, CLASSES, False)
     assert 'a.pth' in store.origin
+    store.check(images(4))
     for i in range(4):
-        key = key_of(store, f'{ROOT}/train/{i}.jpg')
-        boxes, scores, labels = store.boxes(key)
-        rows = some_boxes(i)
-        assert torch.equal(boxes, rows[:, :4])
-        assert torch.equal(scores, rows[:, 4])
-        assert torch.equal(labels, rows[:, 5].long())
-        assert store.size(key) == (480, 640 + i)
-    assert key_of(store, f'{ROOT}/train/5.jpg') is None
+        assert torch.equal(store.answer(image(i)), expected(i))
+    assert store.key(image(5)) is None
 
 
 def test_images_without_boxes_have_an_answer(tmp_path):
-    writer = StoreWriter(tmp_path, dict(MANIFEST, images=2))
+    writer = StoreWriter(tmp_path, MANIFEST)
     writer.add('/a/1.jpg', (4, 6), torch.zeros(0, 6))
-    writer.add('/a/2.jpg', (4, 6), some_boxes(0))
-    writer.complete()
-    store = Store(tmp_path)
-    boxes, scores, labels = store.boxes(key_of(store, '/a/1.jpg'))
-    assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))
-    assert len(store.boxes(key_of(store, '/a/2.jpg'))[0]) == 5
-
-
-def test_maps_are_stored_to_the_bit(tmp_path):
-    store = Store(write(tmp_path, kind='maps'))
-    assert store.kind == 'maps'
-    for i in range(4):
-        assert torch.equal(
-            store.map(key_of(store, f'{ROOT}/train/{i}.jpg')), some_map(i)
-        )
+    for number in (0, 5):
+        store = Store(tmp_path)
+        assert store.answer(dict(img_path='/a/1.jpg')).shape == (0, 6)
+        writer.add('/a/2.jpg', (4, 6), some_boxes(0, number))
+    assert len(Store(tmp_path).answer(dict(img_path='/a/2.jpg'))) == 5
 
 
 def test_images_are_found_where_the_data_were_moved(tmp_path, monkeypatch):
-    writer = StoreWriter(tmp_path / 'a', dict(MANIFEST, images=3))
-    for name in ('train/a/1.jpg', 'train/b/1.jpg', 'extra/1.jpg'):
-        writer.add(f'{ROOT}/{name}', (4, 6), some_boxes(0))
-    writer.complete()
+    names = ('train/a/1.jpg', 'train/b/1.jpg', 'extra/1.jpg')
+    writer = StoreWriter(tmp_path / 'a', MANIFEST)
+    for i, name in enumerate(names):
+        writer.add(f'/data/coco/{name}', (4, 6), some_boxes(i))
     store = Store(tmp_path / 'a')
-    assert key_of(store, '/ssd/coco/train/b/1.jpg') == f'{ROOT}/train/b/1.jpg'
-    assert key_of(store, '/ssd/coco/extra/1.jpg') == f'{ROOT}/extra/1.jpg'
+    monkeypatch.chdir(tmp_path)  # a relative path counts from here
+    for root in ('/data/coco', '/ssd/coco', 'coco'):
+        for i, name in enumerate(names):
+            found = store.answer(dict(img_path=f'{root}/{name}'))
+            assert torch.equal(found, some_boxes(i))
     # another image may have the same name
     for other in ('val/1.jpg', 'train/c/1.jpg', 'b/1.jpg', '1.jpg'):
-        assert key_of(store, f'/ssd/coco/{other}') is None
-    monkeypatch.chdir(tmp_path)  # a relative path counts from here
-    assert key_of(store, 'coco/train/a/1.jpg') == f'{ROOT}/train/a/1.jpg'
+        assert store.key(dict(img_path=f'/ssd/coco/{other}')) is None
     assert store.key({}) is None
 
 
-def rewrite(file: Path, change) -> None:
-    file.write_bytes(change(file.read_bytes()))
+# ---- damage --------------------------------------------------------------------------
 
 
 def damage(part: str, change):
     """Change a file of a store."""
-    return lambda folder: rewrite(next(folder.glob(part)), change)
+
+    def harm(folder: Path) -> None:
+        (folder / part).write_bytes(change((folder / part).read_bytes()))
+
+    return harm
 
 
-def answer(row: list[float]):
-    """Another box in the second image."""
-    boxes = base64.b64encode(np.array([row], '<f4').tobytes())
-
-    def change(part: bytes) -> bytes:
-        first, second, *rest = part.splitlines(keepends=True)
-        second = re.sub(rb'"boxes": ".*"', b'"boxes": "%s"' % boxes, second)
-        return b''.join([first, second, *rest])
-
-    return damage('part-0.jsonl', change)
+def answer(*row: float):
+    """Another box, the first of the second image."""
+    row = np.array(row, '<f4').tobytes()
+    return damage('part-0-0.bin', lambda x: x[:120] + row + x[144:])
 
 
-NAN = float('nan')
+LINES = 'part-0-0.jsonl'
 
 
 @pytest.mark.parametrize(
@@ -129,29 +123,19 @@ NAN = float('nan')
     {
         'no manifest': (lambda x: (x / 'manifest.json').unlink(), 'has no manifest'),
         'version': (
-            damage('manifest.json', lambda x: x.replace(b'n": 1', b'n": 9')),
-            "'version': 9.*store the teacher again",
+            damage('manifest.json', lambda x: x.replace(b'version 2', b'version 9')),
+            "damaged, or not of .*version 2': store it again",
         ),
         'garbage': (damage('manifest.json', lambda x: x[:-9]), 'damaged'),
-        'incomplete': (
-            damage('manifest.json', lambda x: x.replace(b'true', b'false')),
-            'answers for 4 of 4 images: it is being written, was interrupted',
-        ),
-        'lost line': (
-            damage('part-0.jsonl', lambda x: x[x.index(b'\n') + 1 :]),
-            'answers for 3 of 4 images.*store_teacher.py again',
-        ),
-        'torn line': (damage('part-0.jsonl', lambda x: x[:-3]), 'ends within a line'),
-        'no JSON': (damage('part-0.jsonl', lambda x: x[5:]), 'part-0.jsonl is damaged'),
-        'cut boxes': (
-            damage('part-0.jsonl', lambda x: x.replace(b'"boxes": "', b'"boxes": "AA')),
-            'part-0.jsonl is damaged',
-        ),
-        'NaN': (answer([0, NAN, 1, 1, 0.5, 0]), 'NaN or infinite.*/train/1.jpg'),
-        'negative': (answer([5, 0, 1, 1, 0.5, 0]), 'negative size, in .*/train/1.jpg'),
-        'score': (answer([0, 0, 1, 1, 1.5, 0]), 'not between 0 and 1, in .*/1.jpg'),
-        'NaN score': (answer([0, 0, 1, 1, NAN, 0]), 'not between 0 and 1, in .*/1.jpg'),
-        'label': (answer([0, 0, 1, 1, 0.5, 3]), 'labels that are no class, in .*1.jpg'),
+        'no JSON': (damage(LINES, lambda x: x[5:]), '0.jsonl is damaged'),
+        'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is no"),
+        'shape': (damage(LINES, lambda x: x.replace(b'6]', b'5]')), 'jsonl is damaged'),
+        'NaN': (answer(0, NAN, 1, 1, 0.5, 0), 'NaN or infinite.*in .*train/1.jpg.$'),
+        'negative': (answer(5, 0, 1, 1, 0.5, 0), 'negative size, in .*train/1.jpg.$'),
+        'score': (answer(0, 0, 1, 1, 1.5, 0), 'not between 0 and 1, in .*/1.jpg.$'),
+        'NaN score': (answer(0, 0, 1, 1, NAN, 0), 'not between 0 and 1, in .*/1.jpg.$'),
+        'label': (answer(0, 0, 1, 1, 0.5, 3), 'labels that are no class, in .*1.jpg.$'),
+        'no index': (answer(0, 0, 1, 1, 0.5, 0.5), 'labels that are no class, in '),
     }.values(),
 )  # fmt: skip
 def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
@@ -160,120 +144,120 @@ def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
         Store(tmp_path)
 
 
-def test_a_map_is_never_read_from_outside(tmp_path):
-    part = write(tmp_path / 'store', kind='maps') / 'part-0.jsonl'
-    entries = [json.loads(line) for line in part.read_text().splitlines()]
-    inside = tmp_path / 'store/maps' / entries[0]['map']
-    inside.rename(tmp_path / 'store' / inside.name)
-    entries[0]['map'] = f'../{inside.name}'
-    part.write_text(''.join(f'{json.dumps(x)}\n' for x in entries))
-    with pytest.raises(ValueError, match='1 of 4 files are missing'):
-        Store(tmp_path / 'store')
-
-
-@pytest.mark.parametrize('harm', [Path.unlink, lambda x: rewrite(x, lambda y: y[:-1])])
-def test_maps_that_are_cut_off_are_named(tmp_path, harm):
-    files = sorted((write(tmp_path, kind='maps') / 'maps').iterdir())
-    for file in files[:2]:
-        harm(file)
-    with pytest.raises(
-        ValueError, match='2 of 4 files are missing or cut off'
-    ) as raised:
-        Store(tmp_path)
-    assert all(
-        (file.name in str(raised.value)) == (file in files[:2]) for file in files
+def test_a_map_of_other_classes_is_refused(tmp_path):
+    damage('manifest.json', lambda x: x.replace(b'"cow"', b'"cow", "bee"'))(
+        write(tmp_path, kind='maps')
     )
+    with pytest.raises(ValueError, match='is damaged'):
+        Store(tmp_path)
 
 
+@pytest.mark.parametrize('kind', ['boxes', 'maps'])
 @pytest.mark.parametrize(
-    ('other', 'words'),
+    ('harm', 'lost'),
     [
-        (np.zeros((2, 6, 6), np.uint8), '3 classes that was stored: it has 2 classes'),
-        (np.zeros((3, 4, 6), np.int8), 'its type int8'),
-        (np.zeros((12, 6), np.uint8), r'its shape is \(12, 6\)'),
-        (np.array([1, 'a'], object), 'was stored: .*Python objects'),
+        (damage(LINES, lambda x: x[:-3]), [3]),
+        (damage(LINES, lambda x: x[: -len(x) // 2]), [2, 3]),
+        (damage('part-0-0.bin', lambda x: x[:-1]), [3]),
+        (damage('part-0-0.bin', lambda x: x[: len(x) // 3]), [1, 2, 3]),
+        (lambda x: (x / 'part-0-0.bin').unlink(), [0, 1, 2, 3]),
+        (lambda x: (x / LINES).unlink(), [0, 1, 2, 3]),
     ],
 )
-def test_a_map_that_is_another_one_is_refused(tmp_path, other, words):
-    write(tmp_path, 1, kind='maps')
-    store = Store(tmp_path)
-    (file,) = (tmp_path / 'maps').iterdir()
-    np.save(file, other, allow_pickle=True)
+def test_what_is_cut_off_is_named_and_asked_again(tmp_path, kind, harm, lost):
+    harm(write(tmp_path, kind=kind))
+    names = ', '.join(f'/data/train/{i}.jpg' for i in lost)
+    words = f'{len(lost)} of 4 images of the training have no answer: {names}.*again'
     with pytest.raises(ValueError, match=words):
-        store.map(f'{ROOT}/train/0.jpg')
+        Store(tmp_path).check(images(4))
+    writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind))
+    left = [i for i in range(4) if image(i)['img_path'] not in writer.done]
+    assert left == lost
+    for i in left:
+        add(writer, i, kind)
+    store = Store(tmp_path)
+    for i in range(4):
+        expected = some_boxes(i) if kind == 'boxes' else some_map(i)
+        assert torch.equal(store.answer(image(i)), expected)
+
+
+def test_another_size_is_named(tmp_path):
+    store = Store(write(tmp_path))
+    other = [image(0, height=640, width=480), *images(4)[1:]]
+    words = r'height x width .*/train/0.jpg \(640 x 480, was 480 x 640\)\. Store'
+    with pytest.raises(ValueError, match=words):
+        store.check(other)
+    with pytest.raises(ValueError, match=words):
+        store.answer(other[0])
+    store.check([image(0), image(1, height=None, width=None)])  # not known
+    with pytest.raises(ValueError, match=r'/8\.jpg, .*/12\.jpg and 2 more\. Ask'):
+        store.check(images(15)[8:])
+
+
+# ---- writers -------------------------------------------------------------------------
 
 
 def test_another_command_is_refused(tmp_path):
     write(tmp_path)
-    other = dict(MANIFEST, images=4, teachers=[dict(checkpoint='b.pth')])
-    with pytest.raises(
-        ValueError, match=r'begun by another .*`teachers`.*a.pth.*b.pth'
-    ):
-        StoreWriter(tmp_path, other)
-    # more images are the same command
-    assert len(StoreWriter(tmp_path, dict(MANIFEST, images=9)).done) == 4
+    other = dict(MANIFEST, teachers=[dict(checkpoint='b.pth')])
+    for process in (0, 1):
+        with pytest.raises(
+            ValueError, match=r'begun by another .*`teachers`.*a.pth.*b.pth'
+        ):
+            StoreWriter(tmp_path, other, process)
 
 
 def test_a_second_writer_is_refused(tmp_path):
-    first = StoreWriter(tmp_path, dict(MANIFEST, images=4))
+    first = StoreWriter(tmp_path, MANIFEST)
     with pytest.raises(ValueError, match='Another command is writing'):
-        StoreWriter(tmp_path, dict(MANIFEST, images=4))
-    StoreWriter(tmp_path, dict(MANIFEST, images=4), process=1)  # of the same command
+        StoreWriter(tmp_path, MANIFEST)
+    StoreWriter(tmp_path, MANIFEST, process=1)  # of the same command
     first._lock.close()
-    StoreWriter(tmp_path, dict(MANIFEST, images=4))
+    StoreWriter(tmp_path, MANIFEST)
 
 
 def test_several_processes_write_one_store(tmp_path):
-    writers = [StoreWriter(tmp_path, dict(MANIFEST, images=4), i) for i in range(2)]
+    writers = [StoreWriter(tmp_path, MANIFEST, i) for i in range(2)]
     for i in range(4):
-        writers[i % 2].add(f'/a/{i}.jpg', (4, 6), some_boxes(i))
-    assert writers[0].complete() == 4
+        add(writers[i % 2], i)
     store = Store(tmp_path)
     for i in range(4):
-        assert torch.equal(store.boxes(f'/a/{i}.jpg')[0], some_boxes(i)[:, :4])
+        assert torch.equal(store.answer(image(i)), some_boxes(i))
 
 
 def write_for_ever(folder: Path) -> None:
-    writer = StoreWriter(folder, dict(MANIFEST, images=10**9))
+    writer = StoreWriter(folder, MANIFEST)
     for i in range(10**9):
-        writer.add(f'/a/{i}.jpg', (4, 6), some_boxes(i))
+        add(writer, i)
 
 
 def test_a_killed_writer_loses_nothing_and_blocks_nobody(tmp_path):
-    process, part = start(write_for_ever, tmp_path), tmp_path / 'part-0.jsonl'
+    process, part = start(write_for_ever, tmp_path), tmp_path / LINES
     while not (part.exists() and part.read_bytes().count(b'\n') > 20):
         assert process.is_alive()
         time.sleep(0.05)
     with pytest.raises(ValueError, match='Another command is writing'):
-        StoreWriter(tmp_path, dict(MANIFEST, images=1))
+        StoreWriter(tmp_path, MANIFEST)
     process.kill()
     process.join()
     with part.open('ab') as file:  # as if it had been killed within a line
-        file.write(b'{"file": "/a/')
-    with pytest.raises(ValueError, match='ends within a line'):
-        Store(tmp_path)
-    writer = StoreWriter(tmp_path, dict(MANIFEST, images=1))
+        file.write(b'{"file": "/data/')
+    writer = StoreWriter(tmp_path, MANIFEST)
     number = len(writer.done)
     assert number > 20
-    assert writer.done == {f'/a/{i}.jpg' for i in range(number)}
-    with pytest.raises(ValueError, match=f'answers for {number} of 1 images'):
-        Store(tmp_path)
-    writer.add(f'/a/{number}.jpg', (4, 6), some_boxes(number))
-    writer.complete()
+    assert writer.done == {image(i)['img_path'] for i in range(number)}
+    add(writer, number)
     store = Store(tmp_path)
     for i in range(number + 1):
-        assert torch.equal(store.boxes(f'/a/{i}.jpg')[0], some_boxes(i)[:, :4])
+        assert torch.equal(store.answer(image(i)), some_boxes(i))
 
 
 def write_until_it_is_full(folder: Path, kind: str) -> tuple[int, str]:
-    writer = StoreWriter(folder, dict(MANIFEST, kind=kind, images=1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    writer = StoreWriter(folder, dict(MANIFEST, kind=kind))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     for i in range(100):
-        large = torch.zeros(3, 30, 30 if i > 5 else 2, dtype=torch.uint8)
         try:
-            writer.add(
-                f'/a/{i}.jpg', (4, 6), some_boxes(i) if kind == 'boxes' else large
-            )
+            add(writer, i, kind)
         except OSError as error:
             return i, str(error)
     return 100, 'no error'
@@ -284,17 +268,31 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, kind):
     number, said = in_process(write_until_it_is_full, tmp_path, kind)
     assert 3 < number < 100
     assert 'File too large. What is stored is kept. Make room. Run' in said
-    writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind, images=1))
-    assert writer.done == {f'/a/{i}.jpg' for i in range(number)}
-    assert writer.complete() == number
-    assert set(Store(tmp_path)._of) == writer.done
+    writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind))
+    assert writer.done == {image(i)['img_path'] for i in range(number)}
+    Store(tmp_path).check(images(number))
+
+
+def test_a_writer_may_go_on_after_a_failure(tmp_path, monkeypatch):
+    writer = StoreWriter(tmp_path, MANIFEST)
+    add(writer, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda file: os.write(-1, b''))
+        with pytest.raises(OSError, match='cannot be written: Bad file descriptor'):
+            add(writer, 1)
+    add(writer, 2)
+    store = Store(tmp_path)
+    assert torch.equal(store.answer(image(0)), some_boxes(0))
+    assert torch.equal(store.answer(image(2)), some_boxes(2))
+    assert store.key(image(1)) is None
 
 
 def test_nan_is_not_stored(tmp_path):
-    writer = StoreWriter(tmp_path, dict(MANIFEST, images=1))
-    with pytest.raises(ValueError, match=r'/a/1\.jpg with NaN'):
-        writer.add('/a/1.jpg', (4, 6), torch.full((1, 6), NAN))
-    assert not (tmp_path / 'part-0.jsonl').read_bytes()
+    for kind, size in dict(boxes=(1, 6), maps=(3, 2, 2)).items():
+        writer = StoreWriter(tmp_path / kind, dict(MANIFEST, kind=kind))
+        with pytest.raises(ValueError, match=r'/a/1\.jpg with NaN'):
+            writer.add('/a/1.jpg', (4, 6), torch.full(size, NAN))
+        assert not (tmp_path / kind / LINES).read_bytes()
 
 
 # ---- COCO results files --------------------------------------------------------------
@@ -324,12 +322,18 @@ def test_a_coco_results_file(tmp_path):
     store.name_classes({1: 'cat', 2: 'dog', 3: 'cow'})
     store.name_classes({1: 'cat', 2: 'dog', 3: 'cow'})  # it may be told twice
     assert store.class_names == CLASSES
-    boxes, scores, labels = store.boxes(store.key(dict(img_id=7, img_path='x.jpg')))
-    assert boxes.tolist() == [[1, 2, 4, 6], [1, 2, 4, 6]]
-    assert (scores.tolist(), labels.tolist()) == ([0.25, 0.5], [2, 0])
-    assert store.boxes(5)[0].tolist() == [[0, 0, 2.5, 2]]
-    assert store.size(7) is None
+    found = store.answer(dict(img_id=7, img_path='x.jpg', height=4, width=6))
+    assert found.tolist() == [[1, 2, 4, 6, 0.25, 2], [1, 2, 4, 6, 0.5, 0]]
+    assert store.answer(dict(img_id=5)).tolist() == [[0, 0, 2.5, 2, 0.5, 0]]
     assert store.key(dict(img_id=6)) is None
+    assert store.answer(dict(img_id=6)).shape == (0, 6)
+
+
+def test_where_nothing_was_found_there_is_no_entry(tmp_path):
+    store = Store(results(tmp_path, [entry(i, 1) for i in range(2)]))
+    store.check(dict(img_id=i) for i in range(4))
+    with pytest.raises(ValueError, match='have no answer: 2, 3, 4'):
+        store.check(dict(img_id=i) for i in range(5))
 
 
 def test_an_empty_results_file(tmp_path):
@@ -348,13 +352,15 @@ def test_unknown_category_ids_are_named(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        ('', 'is no COCO results file, or is cut off'),
-        (json.dumps([entry(1, 1)] * 3)[:-20], 'is no COCO results file, or is cut off'),
-        (dict(images=[dict(id=3)]), "no COCO results file of boxes.*it has {'id': 3}"),
-        ([entry(1, 1), 5], 'is no COCO results file of boxes'),
+        ('', 'is no COCO results file .* or is cut off: Expecting value'),
+        (json.dumps([entry(1, 1)] * 3)[:-20], 'or is cut off: Expecting'),
+        (dict(images=[dict(id=3)]), 'no COCO results file of boxes.*it has images'),
+        ('5', 'is no COCO results file of boxes'),
+        ([entry(1, 1), 5], 'is no COCO results file of boxes.*it has 5'),
         ([entry(1, 1), dict(entry(1, 2), bbox=[1, 2, 3])], r'it has .*\[1, 2, 3\]'),
         ([dict(image_id=1, category_id=1, score=1, segmentation='a')], "it has .*'a'"),
         ([entry(1, 'cat')], "it has .*'cat'"),
+        ([entry([1], 1)], r"it has .*'image_id': \[1\]"),
         ([entry(1, 1, (1, 2, NAN, 1)), entry(8, 1)], 'NaN or infinite numbers, in 1'),
         ([entry(i, 1, (1, 2, -1, 1)) for i in range(9)], 'in 0, 1, 2, 3, 4 and 4 more'),
         ([entry(3, 1, score=7)], 'scores that are not between 0 and 1, in 3'),
@@ -366,25 +372,24 @@ def test_no_results_of_boxes_are_refused_in_words(tmp_path, content, words):
 
 
 def test_a_path_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match='nowhere is not there'):
+    with pytest.raises(FileNotFoundError, match='nowhere has no manifest'):
         Store('nowhere')
 
 
 def test_many_boxes_are_read_in_seconds(tmp_path):
     """20,000 images with 50 boxes; COCO has 118,000."""
-    folder = write(tmp_path, 1)
-    line = (folder / 'part-0.jsonl').read_text()
-    boxes = re.search('"boxes": "(.*)"', line)[1]
+    writer = StoreWriter(tmp_path, MANIFEST)
+    writer.add('/data/train/0.jpg', (4, 6), some_boxes(0, 50))
+    line, rows = ((tmp_path / f'part-0-0.{x}').read_bytes() for x in ('jsonl', 'bin'))
     lines = [
-        line.replace('train/0', f'train/{i}').replace(boxes, boxes[:160] * 10)
+        line.replace(b'train/0', b'train/%d' % i).replace(
+            b': 0}', b': %d}' % (i * 1200)
+        )
         for i in range(20_000)
     ]
-    (folder / 'part-0.jsonl').write_text(''.join(lines))
-    rewrite(
-        folder / 'manifest.json',
-        lambda x: x.replace(b'"images": 1', b'"images": 20000'),
-    )
+    (tmp_path / LINES).write_bytes(b''.join(lines))
+    (tmp_path / 'part-0-0.bin').write_bytes(rows * 20_000)
     before = time.process_time()
-    store = Store(folder)
+    store = Store(tmp_path)
     assert time.process_time() - before < 2
-    assert store._boxes.shape == (1_000_000, 4)
+    assert store._rows.shape == (1_000_000, 6)

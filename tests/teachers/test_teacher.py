@@ -9,6 +9,7 @@ import torch
 from builders import build_distiller, dataset_batch
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
+from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
@@ -131,6 +132,28 @@ def test_a_config_without_a_model_is_refused(tmp_path):
     (tmp_path / 'a.py').write_text('lr = 1')
     with pytest.raises(ValueError, match='has no `model`'):
         Teacher(str(tmp_path / 'a.py')).build()
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        (5, r'`teacher\.config` is the path of a config, .* got 5'),
+        (None, r'`teacher\.config` is the path of a config, .* got None'),
+        (dict(model='a.py'), r'`teacher\.config` has no `model`, a dict'),
+        ('hello.py', "is 'hello.py', which cannot be read: NameError: .*'hello'"),
+        (dict(type='mmdist.HFSegmenter'), "Did you mean 'mmdist.HFSegmentor'"),
+        (dict(type='mmdet.RetinaNett'), "Did you mean 'RetinaNet'"),
+        (dict(name='a'), 'No model is called None'),
+    ],
+)
+def test_what_is_no_config_is_refused(config, message, tmp_path, monkeypatch):
+    (tmp_path / 'hello.py').write_text('hello')
+    monkeypatch.chdir(tmp_path)
+    with (
+        DefaultScope.overwrite_default_scope('mmdet'),
+        pytest.raises(ValueError, match=message),
+    ):
+        Teacher(config, allow_random=True).load(nn.Linear(1, 1))
 
 
 def test_no_checkpoint_is_an_error_unless_random_is_meant():

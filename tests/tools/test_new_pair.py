@@ -181,8 +181,10 @@ def test_class_map_and_comparisons_are_checked_and_written(new_pair, tmp_path):
         ('five.py', 'three.py', "student's data set names 3 .*num_classes=5.*holds"),
         ('three.py', 'five.py', 'teacher has 3 class names .*, but its head has 5'),
         ('three.py', 'three.py', 'The pair works, but no published .* --checkpoint'),
-        ('hello.py', 'three.py', "hello.py is no config .* 'hello' is not defined"),
-        ('three.py', 'three', 'three is no config with a `model`: .*not exist'),
+        ('hello.py', 'three.py', "`--student` is 'hello.py', .* 'hello' is not def"),
+        ('three.py', 'thre.py', "`--teacher` is 'thre.py', but .* similar: three.py"),
+        ('three.py', 'empty.py', '`--teacher` has no `model`'),
+        ('typo.py', 'three.py', "`RetinaHead`: .* Did you mean 'num_classes'"),
         ('three.py', 'type=mmdist.HFSegmentor name=none', 'not work. .*none'),
     ],
 )  # fmt: skip
@@ -191,5 +193,8 @@ def test_refuses_with_a_sentence(new_pair, tmp_path, student, teacher, reason):
         text = own_classes('mmdet', ['a', 'b', 'c'], columns)
         (tmp_path / f'{name}.py').write_text(text)
     (tmp_path / 'hello.py').write_text('hello')
+    (tmp_path / 'empty.py').touch()
+    typo = text.replace('num_classes', 'num_clases')
+    (tmp_path / 'typo.py').write_text(typo)
     assert re.search(reason, new_pair(student, teacher, '--out', 'pair.py'))
     assert not (tmp_path / 'pair.py').exists()

@@ -294,6 +294,7 @@ def test_two_classes(preflight, tmp_path):
         SLOW('teacher.checkpoint=hello.pth', "'hello.pth' cannot be read"),
         SLOW('teacher.config=nowhere.py', 'nowhere.py'),
         ('student.decode_head.num_classes=2', 'set names 3 classes (sky, road, tre'),
+        ('student.decode_head.chanels=2', "'chanels'. Did you mean 'channels'?"),
     ],
 )
 def test_a_training_that_would_not_start(

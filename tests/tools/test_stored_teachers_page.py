@@ -11,7 +11,7 @@ import pytest
 from builders import distilled_text
 from docs_blocks import ROOT, blocks
 from processes import run_script
-from test_store_teacher import rows_of, write_teacher
+from test_store_teacher import write_teacher
 from tiny import DET_CLASSES, DET_CONFIG, TINY_RETINANET
 
 from mmdist.teachers.store import Store
@@ -60,9 +60,9 @@ def test_the_page_word_by_word(data):
     stored, results = Store(folder / 'teacher'), Store(folder / 'answers.bbox.json')
     results.name_classes(dict(enumerate(DET_CLASSES, 1)))
     for i in range(1, 5):
-        key = stored.key(dict(img_path=f'data/coco/train2017/{i}.png'))
-        found = rows_of(results, results.key(dict(img_id=i)))
-        np.testing.assert_allclose(found, rows_of(stored, key), rtol=1e-5, atol=1e-4)
+        expected = stored.answer(dict(img_path=f'data/coco/train2017/{i}.png'))
+        found = results.answer(dict(img_id=i))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
     logs = [read_log(folder / name) for name in ('stored', 'from_results')]
     intra = [
         [entry['dist_intra'] for entry in log if 'dist_intra' in entry] for log in logs

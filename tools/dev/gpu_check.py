@@ -69,7 +69,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     speed += ['--output', str(args.out.resolve() / 'loss.md')]
     step = ['-m', 'benchmarks.gpu_step']
     training = [*pytest, tests[1], '-k', 'training']
-    study = ['-m', 'study', '--scale', 'full', '--methods', 'alone', 'kl-t1', 'dist']
+    study = ['-m', 'study', '--scale', 'full', '--methods', 'alone', 'kl', 'default']
     study += ['--out', str(args.out.resolve() / 'study')]
     study += ['--data-root', str(args.data_root and args.data_root.resolve())]
     study += ['--weights', str(args.weights.resolve())] if args.weights else []

@@ -1,8 +1,0 @@
-_base_ = './student.py'
-model = dict(
-    backbone=dict(
-        depth=50,
-        init_cfg=dict(checkpoint='torchvision://resnet50'),
-    ),
-    neck=dict(in_channels=[256, 512, 1024, 2048]),
-)
