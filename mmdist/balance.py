@@ -56,8 +56,8 @@ class Balance:
         if not (is_number and 0 < ratio < float('inf')):
             raise ValueError(
                 '`balance` says how many times that of the labels the gradient of '
-                'distillation may be, a number above 0, or None for the published loss; '
-                f'got {ratio!r}.'
+                'distillation may be, a number above 0, or None for the published '
+                f'loss; got {ratio!r}.'
             )
         self.ratio = float(ratio)
         self._saved_before = _saved()

@@ -63,9 +63,9 @@ def build_distiller(
             dict of name -> weight; if omitted, it is the mean over all.
         teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
         balance: How many times that of the student's own losses the gradient of
-            distillation is, at each output that is compared; see :class:`Balance`. None
-            leaves it as it is, as published, and is DIST as published if ``distill`` is
-            omitted.
+            distillation is at the most, at each output that is compared; see
+            :class:`Balance`. None leaves it as it is, as published, and is DIST as
+            published if ``distill`` is omitted.
         student_overrides: Entries that replace those of ``student``. The APIs of mmseg
             set ``pretrained`` and ``train_cfg`` on whatever model they are given. A
             ``data_preprocessor``, which the Runner adds where the model has none, does

@@ -1,4 +1,4 @@
-"""The gradient of distillation is a fixed multiple of that of the labels."""
+"""The gradient of distillation is at most a multiple of that of the labels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mmengine.logging import MessageHub
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmdist.balance import KEY, MAX_SCALE, Balance
+from mmdist.balance import KEY, Balance
 from mmdist.record import Fork
 
-RATIO = 3.0
+RATIO = 0.3  # so small that it binds
 
 
 @pytest.fixture(autouse=True)
@@ -87,24 +87,26 @@ def norm(x: Tensor) -> float:
     return float(np.linalg.norm(x.double().numpy()))
 
 
-def test_at_each_output_the_ratio_is_that_of_the_norms(config):
+@pytest.mark.parametrize('ratio', [RATIO, 1e9])
+def test_at_each_output_the_ratio_of_the_norms_is_bounded(config, ratio):
     data = dataset_batch(config)
     plain = MODELS.build(config.model)
-    balanced, published = distilled(config, RATIO), distilled(config, None)
+    balanced, published = distilled(config, ratio), distilled(config, None)
     plain.load_state_dict(balanced.state_dict())
     _, own = step(plain.train(), data)
     values, both = step(published, data)
-    for expected, factor in ((own, 0.0), (both, RATIO)):
-        losses, found = step(balanced, data)
-        for a, b, total, result in zip(own, both, expected, found, strict=True):
-            dist = b - a
-            if factor:
-                scale = min(factor * norm(a) / norm(dist), MAX_SCALE)
-                total = a + scale * dist
-            torch.testing.assert_close(result, total, rtol=1e-3, atol=1e-3 * norm(a))
-        for key in values:  # the losses themselves are the published ones
-            assert losses[key] is not None
-            torch.testing.assert_close(losses[key], values[key])
+    _, first = step(balanced, data)
+    torch.testing.assert_close(first, own)  # nothing is known of the labels yet
+    losses, found = step(balanced, data)
+    scales: list[float] = []
+    for a, b, result in zip(own, both, found, strict=True):
+        dist = b - a
+        scales.append(scale := min(ratio * norm(a) / norm(dist), 1))
+        expected = a + scale * dist
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3 * norm(a))
+    assert min(scales) < 1 if ratio == RATIO else min(scales) == 1
+    for key in values:  # the losses themselves are the published ones
+        torch.testing.assert_close(losses[key], values[key])
     assert losses['dist_scale'] > 0
     assert 'dist_scale' not in values
 
@@ -204,6 +206,6 @@ def test_every_family_of_detectors(family):
         model.zero_grad()
         losses = model(**data, mode='loss')
         model.parse_losses(losses)[0].backward()
-    assert 0 < losses['dist_scale'] <= MAX_SCALE
+    assert 0 < losses['dist_scale'] <= 1
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients)
