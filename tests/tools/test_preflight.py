@@ -370,8 +370,8 @@ def test_wrong_usage(preflight, tmp_path, det_config, args, says):
         (2, '', True, 'GO ON', 'head starts at random'),
         (2, '', False, 'GO ON', '^GO ON$'),
         (0.001, 'schedule', False, 'GO ON', 'hardly counts'),
-        (0.001, 'balance', False, 'GO ON', '^GO ON$'),
-        (0.0001, 'balance', False, 'GO ON', 'hardly counts'),  # ten times that too
+        (0.02, 'balance', False, 'GO ON', '^GO ON$'),
+        (0.001, 'balance', False, 'GO ON', 'hardly counts'),
         (0, 'balance', True, 'DO NOT TRAIN', 'No gradient .* reaches'),
     ],
 )
