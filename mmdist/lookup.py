@@ -93,7 +93,7 @@ def _may_be(value: Any, annotation: Any) -> bool:
         return True
     if value is None:
         return 'None' in kinds
-    return not isinstance(value, (str, Sequence, Mapping))
+    return not isinstance(value, (Sequence, Mapping))
 
 
 def in_words(cls: type[T]) -> type[T]:

@@ -1,6 +1,6 @@
 """Train the grid of the study and write it up.
 
-    python -m study --tasks camvid --methods alone kl-t1 dist --budget 60
+    python -m study --tasks camvid --methods alone published default --budget 60
 
 A cell of the grid is a task, a method, a teacher and a seed. Each is trained by
 `tools/train.py` from the configs of `study/configs/<task>`, one process at a time. A

@@ -50,6 +50,11 @@ def test_every_type_is_found_in_a_fresh_process():
     assert found.split() == ['True'] * len(types)
 
 
+class Broken:
+    def __init__(self) -> None:
+        dict()['a key of its own']
+
+
 @pytest.mark.parametrize(
     ('registry', 'cfg', 'says'),
     [
@@ -58,6 +63,7 @@ def test_every_type_is_found_in_a_fresh_process():
         (OPTIM_WRAPPERS, dict(type='OptimWraper'), "Did you mean 'OptimWrapper'?"),
         (HOOKS, dict(kind='mmdist.DistillScheduleHook'), ''),  # mmengine says so
         (HOOKS, dict(type=3), ''),
+        (HOOKS, dict(type=Broken), ''),  # what is wrong is in the class
     ],
 )
 def test_a_misspelt_name_is_said_with_the_right_one(registry, cfg, says):

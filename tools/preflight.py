@@ -114,8 +114,8 @@ class Preflight(Hook):
         if balance:
             report.line(
                 'balance',
-                f'in training it has {balance.ratio:g} times their norm, at each '
-                'output that is compared',
+                f'in training it has at most {balance.ratio:g} times their norm, at '
+                'each output that is compared',
             )
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
             # the student's own mean is the student in the first step

@@ -57,6 +57,13 @@ def own_labels(tmp_path, seg_root, seg_config):
     return config
 
 
+def test_a_misspelt_type_is_the_reason_that_is_given(det_config):
+    cfg = Config.fromstring(det_config, '.py')
+    with pytest.raises(KeyError) as error:
+        DATASETS.build(dict(type='CocoDatset'))
+    assert "is called 'CocoDatset'" in explain(error.value, cfg)
+
+
 @pytest.mark.parametrize(
     ('change', 'says'),
     [

@@ -236,6 +236,32 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_students_of_stored_answers_and_without_labels(tiny):
+    main('--methods', 'stored', 'no-labels')
+    rows = [json.loads(li) for li in Path('out/results.jsonl').read_text().splitlines()]
+    assert [r['method'] for r in rows] == ['teacher', 'stored', 'no-labels']
+    assert all(-1 <= r['inter'] <= 1 for r in rows[1:])
+    made = Path('work/small/tiny')
+    config = Config.fromfile(made / 'stored_strong_seed0' / 'config.py')
+    assert set(config.model.teacher) == {'stored'}
+    manifest = json.loads(
+        (Path(config.model.teacher.stored) / 'manifest.json').read_text()
+    )
+    (asked,) = manifest['teachers']
+    assert asked['checkpoint'].endswith('teacher_strong_seed0/iter_4.pth')
+    assert sorted(map(tuple, asked['views'])) == [
+        (scale, flip) for scale in (0.75, 1.0, 1.25) for flip in (False, True)
+    ]
+    own = {
+        key
+        for entry in read_log(made / 'no-labels_strong_seed0')
+        for key in entry
+        if key.startswith('decode.loss') and entry[key]
+    }
+    assert own == set()
+
+
+@pytest.mark.slow
 def test_killed_cell_goes_on_where_it_was(tiny):
     for path in tiny.glob('*.py'):
         with path.open('a') as file:

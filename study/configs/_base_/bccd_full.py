@@ -18,3 +18,8 @@ default_hooks = dict(
     logger=dict(log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=1000, max_keep_ckpts=1),
 )
+
+resnet101 = dict(
+    backbone=dict(depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')),
+    neck=dict(in_channels=[256, 512, 1024, 2048]),
+)

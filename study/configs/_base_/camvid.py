@@ -73,3 +73,16 @@ imagenet = dict(
     # or a copy on disk: python -m study --weights
     checkpoint='https://download.pytorch.org/models/mobilenet_v2-b0353104.pth',
 )
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=data_preprocessor,
+    backbone=dict(type='mmdist.MobileNetV2', init_cfg=imagenet),
+    decode_head=dict(
+        dropout_ratio=0.1,
+        num_classes=11,
+        norm_cfg=dict(type='BN'),
+        loss_decode=dict(type='CrossEntropyLoss'),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)

@@ -1,14 +1,10 @@
 # FCN on the first four of the seven stages, 0.28 M parameters, logits at 1/8.
 _base_ = '../_base_/camvid.py'
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=_base_.data_preprocessor,
     backbone=dict(
-        type='mmdist.MobileNetV2',
         num_stages=4,
         strides=(1, 2, 2, 1, 1, 1, 1),
         dilations=(1, 1, 1, 2, 1, 1, 1),
-        init_cfg=_base_.imagenet,
     ),
     decode_head=dict(
         type='FCNHead',
@@ -16,13 +12,7 @@ model = dict(
         channels=64,
         num_convs=1,
         concat_input=False,
-        dropout_ratio=0.1,
-        num_classes=11,
-        norm_cfg=dict(type='BN'),
-        loss_decode=dict(type='CrossEntropyLoss'),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )
 # half a batch, for time; the teachers see 8
 train_dataloader = dict(batch_size=4)

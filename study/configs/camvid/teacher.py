@@ -1,14 +1,10 @@
 # DeepLabV3+ on all of MobileNetV2, 2.8 M parameters, logits at 1/4.
 _base_ = '../_base_/camvid.py'
 model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=_base_.data_preprocessor,
     backbone=dict(
-        type='mmdist.MobileNetV2',
         strides=(1, 2, 2, 2, 1, 1, 1),
         dilations=(1, 1, 1, 1, 1, 2, 2),
         out_indices=(1, 6),
-        init_cfg=_base_.imagenet,
     ),
     decode_head=dict(
         type='DepthwiseSeparableASPPHead',
@@ -18,13 +14,7 @@ model = dict(
         dilations=(1, 3, 6, 9),
         c1_in_channels=24,
         c1_channels=24,
-        dropout_ratio=0.1,
-        num_classes=11,
-        norm_cfg=dict(type='BN'),
-        loss_decode=dict(type='CrossEntropyLoss'),
     ),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'),
 )
 max_iters = 1600
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
