@@ -14,7 +14,9 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 ALONE = 'alone'
 STORED = 'stored'  # as `default`, from answers that several views were fused to
 NO_LABELS = 'no-labels'  # as `default`, and no label is read
-METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default', STORED, NO_LABELS)
+METHODS = (
+    ALONE, 'kl', 'published', 'inter', 'intra', 'default', 'shared', STORED, NO_LABELS
+)  # fmt: skip
 
 
 def kl_loss(classes: int) -> dict:
@@ -43,6 +45,8 @@ class Task:
         """What a method writes into the Distiller; in doubt, mmdist chooses."""
         kind = self.kind if teacher == 'strong' else 'mmdist.Detections'
         published = dict(balance=None)
+        if method == 'shared':
+            return dict(distill=dict(dist=dict(type=kind, shared=True)))
         if method == 'kl':
             return dict(distill=dict(kl=dict(type=kind, loss=self.kl)))
         if method in ('inter', 'intra'):  # a term alone
