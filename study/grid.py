@@ -14,9 +14,9 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 ALONE = 'alone'
 STORED = 'stored'  # as `default`, from answers that several views were fused to
 NO_LABELS = 'no-labels'  # as `default`, and no label is read
-METHODS = (
-    ALONE, 'kl', 'published', 'inter', 'intra', 'default', 'shared', STORED, NO_LABELS
-)  # fmt: skip
+SHARED = 'shared'  # of queries: the student answers the teacher's
+METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default', SHARED)
+METHODS += (STORED, NO_LABELS)
 
 
 def kl_loss(classes: int) -> dict:
@@ -45,7 +45,7 @@ class Task:
         """What a method writes into the Distiller; in doubt, mmdist chooses."""
         kind = self.kind if teacher == 'strong' else 'mmdist.Detections'
         published = dict(balance=None)
-        if method == 'shared':
+        if method == SHARED:
             return dict(distill=dict(dist=dict(type=kind, shared=True)))
         if method == 'kl':
             return dict(distill=dict(kl=dict(type=kind, loss=self.kl)))
@@ -120,6 +120,8 @@ def grid(
         if teacher == 'other' and not TASKS[task].other:
             continue
         for method in methods:
+            if method == SHARED and TASKS[task].kind != 'mmdist.QueryLogits':
+                continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == ALONE:
                 yield cell._replace(teacher='')
