@@ -7,7 +7,7 @@ from copy import deepcopy
 
 import torch
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import nn
 
 from mmdist.families import name_of, query
 from mmdist.families.probabilities import check_min_score, foreground
@@ -150,28 +150,22 @@ class QueryLogits(Comparison):
         """The student's matching queries, from its own loss pass."""
         return [] if self.shared else query.record(step)
 
-    def ask(self, step: Step, recorded: None) -> tuple[Queries, dict[str, Tensor]]:
-        """The teacher's queries, after its decoder and, if shared, before it."""
+    def ask(self, step: Step, recorded: None) -> Queries:
+        """The teacher's queries: its transformer and head on its features."""
         asked = query.ask(step)
-        return asked, query.ask_initial(step) if self.shared else {}
+        if self.shared:
+            query.ask_initial(step)  # for `pair`, before the teacher is forgotten
+        return asked
 
-    def pair(
-        self,
-        step: Step,
-        recorded: Queries,
-        asked: tuple[Queries, dict[str, Tensor]],
-    ) -> list[Pair]:
+    def pair(self, step: Step, recorded: Queries, asked: Queries) -> list[Pair]:
         """One pair per decoder layer; rows are the paired queries of all images."""
-        asked, initial = asked
         if self.shared:
             width = step.teacher_model.embed_dims
-            recorded = query.answer(
-                step,
-                {
-                    name: self.projection(x) if x.size(-1) == width else x
-                    for name, x in initial.items()
-                },
-            )
+            initial = {
+                name: self.projection(x) if x.size(-1) == width else x
+                for name, x in query.ask_initial(step).items()
+            }
+            recorded = query.answer(step, initial)
         depth = 1 if self.layers == 'last' else min(len(recorded), len(asked))
         pairs = []
         for layers in zip(recorded[-depth:], asked[-depth:], strict=True):

@@ -102,8 +102,12 @@ RENAMED = dict(
 
 def ask_initial(step: Step) -> dict[str, Tensor]:
     """What the teacher's decoder was given as queries when :func:`ask` ran."""
-    (call, *_) = step.teacher_calls(decoder_of(step.teacher_model))
-    return {name: call.kwargs[name] for name in INITIAL if name in call.kwargs}
+
+    def look() -> dict[str, Tensor]:
+        (call, *_) = step.teacher_calls(decoder_of(step.teacher_model))
+        return {name: call.kwargs[name] for name in INITIAL if name in call.kwargs}
+
+    return step.shared('initial queries', look)
 
 
 def answer(step: Step, initial: Mapping[str, Tensor]) -> Queries:
