@@ -51,11 +51,11 @@ class QueryLogits(Comparison):
         min_score: Queries whose best class the teacher gives a smaller probability
             are not compared, so that a few objects are not outvoted by hundreds of
             empty queries. 0 takes all.
-        shared: Whether the student answers the teacher's queries. Both need a decoder
-            of one class; DDQ and Sparse R-CNN are left out.
+        shared: Whether the student answers the teacher's queries. Both need
+            decoders of the same class; DDQ and Sparse R-CNN are refused.
         teacher_embed_dims: Width of the teacher's decoder, where it is not the
-            student's. A linear layer, which is a parameter of the student's, brings
-            shared queries to the student's width.
+            student's. A linear layer, which is trained with the student, brings shared
+            queries to the student's width.
 
     Raises:
         ValueError: An option is out of its range.
@@ -198,12 +198,11 @@ class QueryLogits(Comparison):
     def _compute(self, pair: Pair) -> Terms:
         if pair.name != 'box':
             return super()._compute(pair)
-        weight = pair.row_weight
-        options = dict(avg_factor=weight.sum().clamp(min=1e-6))
-        both = pair.student, pair.teacher
-        loss = self.box_losses['iou'](*both, weight=weight, **options)
         from mmdet.structures.bbox import bbox_xyxy_to_cxcywh
 
-        both = map(bbox_xyxy_to_cxcywh, both)
-        loss = loss + self.box_losses['l1'](*both, weight=weight[:, None], **options)
-        return Terms(loss, None, None)
+        corners, weight = (pair.student, pair.teacher), pair.row_weight
+        options = dict(avg_factor=weight.sum().clamp(min=1e-6))
+        iou = self.box_losses['iou'](*corners, weight=weight, **options)
+        centres = map(bbox_xyxy_to_cxcywh, corners)
+        l1 = self.box_losses['l1'](*centres, weight=weight[:, None], **options)
+        return Terms(iou + l1, None, None)

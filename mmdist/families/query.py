@@ -105,7 +105,9 @@ def ask_initial(step: Step) -> dict[str, Tensor]:
 
     def look() -> dict[str, Tensor]:
         (call, *_) = step.teacher_calls(decoder_of(step.teacher_model))
-        return {name: call.kwargs[name] for name in INITIAL if name in call.kwargs}
+        found = {name: call.kwargs.get(name) for name in INITIAL}
+        # a teacher in half precision has an autocast of its own, the student none
+        return {name: x.float() for name, x in found.items() if x is not None}
 
     return step.shared('initial queries', look)
 

@@ -99,6 +99,18 @@ def test_rows_are_the_teachers_queries_in_every_layer(family):
     assert all(p.grad is None for p in model.teacher.model.parameters())
 
 
+def test_a_teacher_in_half_precision():
+    model = build(tiny('dino'), tiny('dino', queries=7), shared())
+    expected = model(**batch(model), mode='loss')
+    model.teacher.dtype = torch.bfloat16
+    model.teacher.model.bfloat16()
+    losses = model(**batch(model), mode='loss')
+    for key in ('loss_q', 'loss_q_box'):
+        assert losses[key].dtype == torch.float32
+        assert losses[key].item() == pytest.approx(expected[key].item(), rel=0.1)
+    (losses['loss_q'] + losses['loss_q_box']).backward()
+
+
 def test_the_students_own_losses_are_those_without_distillation():
     model = build(tiny('dino'), tiny('dino', queries=7), shared())
     data = batch(model)
