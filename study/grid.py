@@ -14,9 +14,18 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 ALONE = 'alone'
 STORED = 'stored'  # as `default`, from answers that several views were fused to
 NO_LABELS = 'no-labels'  # as `default`, and no label is read
-SHARED = 'shared'  # of queries: the student answers the teacher's
-METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default', SHARED)
-METHODS += (STORED, NO_LABELS)
+SHARED = 'shared'  # of DETRs: the student answers the teacher's queries
+METHODS = (
+    ALONE,
+    'kl',
+    'published',
+    'inter',
+    'intra',
+    'default',
+    SHARED,
+    STORED,
+    NO_LABELS,
+)
 
 
 def kl_loss(classes: int) -> dict:

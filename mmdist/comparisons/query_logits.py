@@ -191,7 +191,7 @@ class QueryLogits(Comparison):
             for side in (recorded, asked)
         )
         return [
-            Pair(ours, theirs, counts),
+            Pair(ours, theirs, counts if self.match.min_score else None),
             Pair(*boxes, name='box', row_weight=best * counts),
         ]
 

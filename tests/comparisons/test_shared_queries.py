@@ -7,6 +7,8 @@ import pytest
 import torch
 from builders import slow
 from common import corners, correlations, overlaps
+from mmengine.config import Config
+from mmengine.logging import MessageHub
 from scipy.special import expit, softmax
 from test_query_logits import batch, build, det_scope, tiny
 
@@ -156,7 +158,14 @@ def test_a_teacher_of_another_width_is_projected():
     teacher['neck']['out_channels'] = 128
     with pytest.raises(ValueError, match='Set `teacher_embed_dims=128`'):
         build(tiny('detr'), teacher, shared())
+    torch.manual_seed(0)
     model = build(tiny('detr'), teacher, shared(teacher_embed_dims=128))
+    torch.manual_seed(0)
+    matched = build(tiny('detr'), teacher)
+    for (name, one), other in zip(
+        matched.named_parameters(), model.parameters(), strict=False
+    ):  # of the student, which come first
+        assert torch.equal(one, other), name
     data = batch(model)
     losses = model(**data, mode='loss')
     projection = model.distill['q'].projection
@@ -169,6 +178,28 @@ def test_a_teacher_of_another_width_is_projected():
     assert losses['loss_q_box'].item() == pytest.approx(boxes, rel=1e-4)
     sum(losses[key] for key in ('loss_q', 'loss_q_box')).backward()
     assert projection.weight.grad.abs().sum() > 0
+
+
+def test_classes_are_matched_by_name():
+    """A student of three classes learns from a teacher of five, in another order."""
+    data_of_teacher = dict(metainfo=dict(classes=('ant', 'bee', 'cow', 'dog', 'elk')))
+    teacher = Config(
+        dict(
+            model=tiny('dino', queries=7),
+            train_dataloader=dict(dataset=data_of_teacher),
+        )
+    )
+    model = build(tiny('dino', num_classes=3), teacher, shared(layers='last'))
+    MessageHub.get_current_instance().update_info(
+        'dataset_meta', dict(classes=('dog', 'ant', 'cow'))
+    )
+    data = batch(model)
+    losses = model(**data, mode='loss')
+    ours, (logits, boxes) = answers(model, data)
+    theirs = logits[..., [3, 0, 2]], boxes
+    relations, found = expected(*([x[-1] for x in s] for s in (ours, theirs)), True)
+    values = [losses[key].item() for key in ('q_inter', 'q_intra', 'loss_q_box')]
+    assert values == pytest.approx([*relations, found], abs=2e-4)
 
 
 @pytest.mark.parametrize(
