@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 
 import pytest
 from builders import distilled_text
@@ -40,6 +41,8 @@ def make_config(det_config, seg_config, tmp_path_factory):
     def make(family: str, work_dir, **options) -> Config:
         cfg = Config.fromfile(paths[family])
         cfg.work_dir = os.fspath(work_dir)
+        # else two runs that begin within a second share a message hub
+        cfg.experiment_name = uuid.uuid4().hex
         cfg.merge_from_dict(options)
         return cfg
 
