@@ -111,15 +111,9 @@ class Balance:
             ]
             if used:
                 means[name] = torch.stack(used).mean()
-        reached = [
-            any(part is not None for part in parts)
-            for parts in zip(*gradients.values(), strict=True)
-        ]
-        slots = {fork.slot for fork, here in zip(forks, reached, strict=True) if here}
-        for fork, here in zip(forks, reached, strict=True):
-            if fork.slot in slots:  # the labels may reach another call of the module
+        for fork, *parts in zip(forks, *gradients.values(), strict=True):
+            if any(part is not None for part in parts):
                 fork.own.register_hook(partial(_add, state, fork.slot))
-            if here:
                 fork.recorded.register_hook(partial(torch.mul, scales[fork.slot]))
         return means
 

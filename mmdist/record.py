@@ -86,14 +86,14 @@ class Recorder:
         forward = module.forward
 
         def record(*args, **kwargs):
-            own, recorded = self.fork(module, forward(*args, **kwargs))
+            own, recorded = self._fork(module, forward(*args, **kwargs))
             call = Call(args, kwargs, recorded, len(self._calls))
             self._calls.append((module, call))
             return own
 
         return record
 
-    def fork(self, module: nn.Module, output: Any) -> tuple[Any, Any]:
+    def _fork(self, module: nn.Module, output: Any) -> tuple[Any, Any]:
         """An output for the model to go on with, and the same to be recorded."""
         if self._forks is None:
             return output, output

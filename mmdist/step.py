@@ -37,7 +37,6 @@ class Step:
         student, classes, inputs, data_samples, labelled: As given.
         teacher_model: The teacher's own model, a plain detector or segmentor in eval.
         valid_sizes: Height and width in pixels of each image without its padding.
-        teacher_recorder: Records ``teacher_modules`` where it is entered.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Step:
         ]
         self._teacher = teacher
         self._student_recorder = recorder or Recorder()
-        self.teacher_recorder = Recorder(teacher_modules)
+        self._teacher_recorder = Recorder(teacher_modules)
         self._shared: dict[str, Any] = {}
 
     # ---- the student's side ------------------------------------------------------
@@ -94,13 +93,6 @@ class Step:
     def call_before(self, module: nn.Module, call: Call) -> Call:
         """The student's last call of ``module`` before another call."""
         return [c for c in self.calls(module) if c.index < call.index][-1]
-
-    def run_again(self, module: nn.Module, *args, **kwargs) -> Any:
-        """What a recorded module of the student returns for other arguments.
-
-        Its gradient is balanced together with that of the module's own calls.
-        """
-        return self._student_recorder.fork(module, module.forward(*args, **kwargs))[1]
 
     def has_run(self, module: nn.Module) -> bool:
         """Whether the student ran ``module`` in its own loss pass."""
@@ -140,7 +132,7 @@ class Step:
         return self.shared('teacher_features', self._extract)
 
     def _extract(self) -> Any:
-        with self.teacher_recorder:
+        with self._teacher_recorder:
             if isinstance(self.teacher_model, ForeignTeacher):
                 return self.teacher_model.answer(self)
             return self.teacher_model.extract_feat(self.teacher_inputs)
@@ -163,7 +155,7 @@ class Step:
         """Free the teacher's features, which nobody asks for any more."""
         for key in ('teacher_features', 'mirrored'):
             self._shared.pop(key, None)
-        self.teacher_recorder.forget()
+        self._teacher_recorder.forget()
 
     def teacher_calls(self, module: nn.Module) -> list[Call]:
         """The teacher's calls of ``module``, one of ``teacher_modules``.
@@ -173,12 +165,12 @@ class Step:
         """
         features = self.teacher_features
         is_foreign = isinstance(self.teacher_model, ForeignTeacher)
-        if not (is_foreign or self.teacher_recorder.calls(module)):
+        if not (is_foreign or self._teacher_recorder.calls(module)):
             self.shared('forward', lambda: self._teacher_forward(features))
-        return self.teacher_recorder.calls(module)
+        return self._teacher_recorder.calls(module)
 
     def _teacher_forward(self, features: Any) -> None:
-        with self.teacher_recorder:
+        with self._teacher_recorder:
             self._run_teacher(features, self.data_samples, mode='tensor')
 
     def _run_teacher(self, features: Any, data_samples: list, mode: str) -> Any:

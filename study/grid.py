@@ -14,18 +14,7 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 ALONE = 'alone'
 STORED = 'stored'  # as `default`, from answers that several views were fused to
 NO_LABELS = 'no-labels'  # as `default`, and no label is read
-SHARED = 'shared'  # of DETRs: the student answers the teacher's queries
-METHODS = (
-    ALONE,
-    'kl',
-    'published',
-    'inter',
-    'intra',
-    'default',
-    SHARED,
-    STORED,
-    NO_LABELS,
-)
+METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default', STORED, NO_LABELS)
 
 
 def kl_loss(classes: int) -> dict:
@@ -54,8 +43,6 @@ class Task:
         """What a method writes into the Distiller; in doubt, mmdist chooses."""
         kind = self.kind if teacher == 'strong' else 'mmdist.Detections'
         published = dict(balance=None)
-        if method == SHARED:
-            return dict(distill=dict(dist=dict(type=kind, shared=True)))
         if method == 'kl':
             return dict(distill=dict(kl=dict(type=kind, loss=self.kl)))
         if method in ('inter', 'intra'):  # a term alone
@@ -129,8 +116,6 @@ def grid(
         if teacher == 'other' and not TASKS[task].other:
             continue
         for method in methods:
-            if method == SHARED and TASKS[task].kind != 'mmdist.QueryLogits':
-                continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == ALONE:
                 yield cell._replace(teacher='')

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
@@ -39,16 +37,6 @@ def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
     return [module for stage in stages(model) for module in stage]
 
 
-def decoder_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
-    """The decoder, if it can be given the queries of another model."""
-    head_of(model, refuse)
-    if is_sparse(model):
-        raise refuse(model, 'its queries are proposals, without a decoder')
-    if hasattr(model, 'cache_dict'):
-        raise refuse(model, 'it chooses queries between its decoder layers')
-    return model.decoder
-
-
 def activation_of(model: nn.Module) -> str:
     """What turns the scores of the queries into probabilities."""
     return 'sigmoid' if head_of(model).loss_cls.use_sigmoid else 'softmax'
@@ -78,55 +66,13 @@ def ask(step: Step) -> Queries:
     """The teacher's queries: its transformer and head on its features, once a step."""
 
     def run() -> Queries:
-        teacher, features = step.teacher_model, step.teacher_features
+        teacher = step.teacher_model
         if is_sparse(teacher):
             return _ask_sparse(step)
-        with step.teacher_recorder:
-            inputs = teacher.forward_transformer(features, step.data_samples)
+        inputs = teacher.forward_transformer(step.teacher_features, step.data_samples)
         return _of_detr(teacher, teacher.bbox_head.forward(**inputs), step)
 
     return step.shared('queries', run)
-
-
-# What a decoder is told of its queries, by its arguments.
-INITIAL = ('query', 'query_pos', 'reference_points')
-# The other arguments of a decoder, by those of the model's `forward_decoder`.
-RENAMED = dict(
-    key='memory',
-    value='memory',
-    key_pos='memory_pos',
-    key_padding_mask='memory_mask',
-    self_attn_mask='dn_mask',
-)
-
-
-def ask_initial(step: Step) -> dict[str, Tensor]:
-    """What the teacher's decoder was given as queries when :func:`ask` ran."""
-
-    def look() -> dict[str, Tensor]:
-        (call, *_) = step.teacher_calls(decoder_of(step.teacher_model))
-        found = {name: call.kwargs.get(name) for name in INITIAL}
-        # a teacher in half precision has an autocast of its own, the student none
-        return {name: x.float() for name, x in found.items() if x is not None}
-
-    return step.shared('initial queries', look)
-
-
-def answer(step: Step, initial: Mapping[str, Tensor]) -> Queries:
-    """What the student makes of other queries, in a decoder pass of their own.
-
-    They see the image and one another but none of the student's queries, as groups of
-    denoising queries do.
-    """
-    student = step.student
-    (call, *_) = step.calls(decoder_of(student))
-    inputs = {RENAMED.get(name, name): x for name, x in call.kwargs.items()} | initial
-    inputs.pop('reg_branches', None)  # of the model itself
-    if 'dn_mask' in inputs:
-        inputs['dn_mask'] = None
-    outputs = student.forward_decoder(**inputs)
-    found = step.run_again(student.bbox_head, **outputs)
-    return _of_detr(student, found, step, slice(None))
 
 
 def places(step: Step) -> list[Places]:
@@ -139,13 +85,8 @@ def places(step: Step) -> list[Places]:
     return [Places(foreground(scores, activation), boxes, torch.cat(index))]
 
 
-def _of_detr(
-    model: nn.Module,
-    output: tuple[Tensor, Tensor],
-    step: Step,
-    kept: slice | None = None,
-) -> Queries:
-    """Keep the queries that the model is matched by and predicts with, or ``kept``.
+def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:
+    """Keep the queries that the model is matched by and predicts with.
 
     The model has just run, and its head returned class logits, (layers, N, queries,
     classes), and boxes, (layers, N, queries, 4), cx cy w h relative to the image.
@@ -159,7 +100,7 @@ def _of_detr(
     if model.training:
         end -= cache.get('num_dense_queries', 0)
     patterns = getattr(model, 'num_patterns', 0) or 1  # DAB-DETR: content queries
-    matching = kept or slice(end - model.num_queries * patterns, end)
+    matching = slice(end - model.num_queries * patterns, end)
     distinct = cache.get('distinct_query_mask', [])  # of DDQ, from its second layer on
     layers = []
     for layer in range(len(logits)):

@@ -141,9 +141,8 @@ def test_student_is_smaller_than_its_teacher(task, scale):
 def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
     study = runs.Study(tmp_path, tmp_path)
     added = {}
-    for cell in set(grid.grid('small', [task], grid.METHODS, ['strong'], [0])):
-        if cell.method in ('teacher', 'alone', 'stored'):
-            continue
+    for method in set(grid.METHODS) - {'alone', 'stored'}:
+        cell = grid.Cell('small', task, method, 'strong', 0)
         cfg = study.settings(cell)
         teacher = study.settings(cell.its_teacher)
         for side in (cfg.model.student, teacher.model):
@@ -161,7 +160,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
             losses = model.loss(**data)
         kinds = ('kl', 'dist', 'box')
         ours = {k: v for k, v in losses.items() if k.removeprefix('loss_') in kinds}
-        added[cell.method] = ' '.join(sorted(ours))
+        added[method] = ' '.join(sorted(ours))
         total = sum(sum(v) if isinstance(v, list) else v for v in ours.values())
         total.backward()
         assert 0 < total.item() < 1e4
@@ -174,7 +173,6 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         'kl': 'loss_kl',
         **dict.fromkeys(('published', 'inter', 'intra'), 'loss_dist'),
         **dict.fromkeys(('default', 'no-labels'), default),
-        **({'shared': 'loss_dist'} if task == 'bccd-dino' else {}),
     }
 
 
