@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         row = {**cell._asdict(), **result, 'command': cell.command}
         if cell.method not in SINGLE:
             # which one it had: another CPU model gives another with the same settings
-            row['teacher_score'] = study.finished(cell.its_teacher)['score']
+            scores = [study.finished(teacher)['score'] for teacher in cell.its_teachers]
+            row['teacher_score'] = max(scores)
         if read_results(file).get(cell) != row:
             with file.open('a') as lines:
                 lines.write(json.dumps(row) + '\n')

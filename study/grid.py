@@ -12,9 +12,20 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 
 
 ALONE = 'alone'
-STORED = 'stored'  # as `default`, from answers that several views were fused to
+STORED = 'stored'  # as `default`, from the fused answers of several teachers and views
+STORED_ONCE = 'stored-once'  # as `default`, from the answers of the one teacher
 NO_LABELS = 'no-labels'  # as `default`, and no label is read
-METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default', STORED, NO_LABELS)
+METHODS = (
+    ALONE,
+    'kl',
+    'published',
+    'inter',
+    'intra',
+    'default',
+    STORED,
+    STORED_ONCE,
+    NO_LABELS,
+)
 
 
 def kl_loss(classes: int) -> dict:
@@ -38,6 +49,7 @@ class Task:
     kl: dict  # the loss of KL
     has_test: bool  # images by which nothing was chosen
     other: str = ''  # the task whose teacher is the 'other' one
+    fused: tuple[str, ...] = ()  # the tasks whose teachers are fused, if several
 
     def changes(self, method: str, teacher: str) -> dict:
         """What a method writes into the Distiller; in doubt, mmdist chooses."""
@@ -52,7 +64,13 @@ class Task:
         return published if method == 'published' else {}
 
 
-BCCD = dict(metric='coco/bbox_mAP', label='AP', percent=100, has_test=False)
+BCCD = dict(
+    metric='coco/bbox_mAP',
+    label='AP',
+    percent=100,
+    has_test=False,
+    fused=('bccd-faster-rcnn', 'bccd-retinanet', 'bccd-dino'),
+)
 TASKS = {
     'camvid': Task('mIoU', 'mIoU', 1, 'mmdist.SegLogits', kl_loss(11), True),
     'bccd-retinanet': Task(
@@ -81,10 +99,13 @@ class Cell(NamedTuple):
         return Path(self.scale) / self.task / name
 
     @property
-    def its_teacher(self) -> Cell:
-        """The students of all seeds have the same."""
-        task = TASKS[self.task].other if self.teacher == 'other' else self.task
-        return Cell(self.scale, task, 'teacher', 'strong', 0)
+    def its_teachers(self) -> list[Cell]:
+        """One, or those whose answers are fused; the same for all seeds."""
+        tasks = [TASKS[self.task].other if self.teacher == 'other' else self.task]
+        if self.method == STORED and TASKS[self.task].fused:
+            tasks = TASKS[self.task].fused
+        cells = [Cell(self.scale, task, 'teacher', 'strong', 0) for task in tasks]
+        return [cell for cell in cells if len(cells) == 1 or cell.config.is_file()]
 
     @property
     def config(self) -> Path:
@@ -116,10 +137,12 @@ def grid(
         if teacher == 'other' and not TASKS[task].other:
             continue
         for method in methods:
+            if teacher == 'other' and method == STORED:  # all of them, as of 'strong'
+                continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == ALONE:
                 yield cell._replace(teacher='')
             else:
-                yield cell.its_teacher
+                yield from cell.its_teachers
                 if method != 'teacher':
                     yield cell

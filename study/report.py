@@ -50,7 +50,7 @@ def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> st
 
     def column(method: str, key: str) -> dict[int, float]:
         cell = Cell(scale, task, method, '' if method == ALONE else teacher, 0)
-        cell = cell.its_teacher if method == 'teacher' else cell
+        cell = cell.its_teachers[0] if method == 'teacher' else cell
         return by_seed(results, key, *cell[:4])
 
     def against(method: str, other: str, key: str = 'score') -> str:

@@ -20,10 +20,11 @@ from mmdist.work_dir import last_whole_checkpoint
 from tools.dev import runs
 from tools.logs import read_log
 
-from .grid import NO_LABELS, SINGLE, STORED, TASKS, Cell
+from .grid import NO_LABELS, SINGLE, STORED, STORED_ONCE, TASKS, Cell
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
-VIEWS = ['--flip', '--scales', 0.75, 1, 1.25]  # of the teacher that is stored
+# Of teachers that are stored.
+VIEWS = {STORED: ['--flip', '--scales', 0.75, 1, 1.25], STORED_ONCE: []}
 
 
 @functools.cache
@@ -78,8 +79,8 @@ class Study:
             loader = cfg.train_dataloader
             loader.dataset = without_labels(loader.dataset)
         teacher = dict(config='', checkpoint='')
-        if cell.method == STORED:
-            teacher = dict(stored=' '.join(map(str, VIEWS)))
+        if cell.method in VIEWS:
+            teacher = dict(stored=' '.join(map(str, VIEWS[cell.method])))
             cfg.custom_hooks = [dict(type='mmdist.StoredTeacherHook')]
         cfg.model = dict(
             type='mmdist.Distiller',
@@ -94,7 +95,7 @@ class Study:
         # not pretty_text, which takes seconds
         text = json.dumps(self.settings(cell)._cfg_dict.to_dict(), sort_keys=True)
         if cell.method not in SINGLE:
-            text += self.fingerprint(cell.its_teacher)
+            text += ''.join(map(self.fingerprint, cell.its_teachers))
         return runs.fingerprint(text)[:16]
 
     def folder(self, cell: Cell) -> Path:
@@ -112,25 +113,30 @@ class Study:
 
         cfg = self.settings(cell)
         cfg = Config(walk(cfg._cfg_dict.to_dict(), fill_in))
-        if cell.method == STORED:
+        if cell.method in VIEWS:
             cfg.model.teacher = dict(stored=str(self.store(cell)))
         elif 'teacher' in cfg.model:
-            folder = self.folder(cell.its_teacher)
-            checkpoint, _ = last_whole_checkpoint(folder)
-            cfg.model.teacher = dict(
-                config=str(folder / 'config.py'), checkpoint=checkpoint
-            )
+            cfg.model.teacher = self.trained(*cell.its_teachers)
         return cfg
+
+    def trained(self, teacher: Cell) -> dict:
+        """The arguments of a teacher that is trained."""
+        folder = self.folder(teacher)
+        checkpoint, _ = last_whole_checkpoint(folder)
+        return dict(config=str(folder / 'config.py'), checkpoint=checkpoint)
 
     def store(self, cell: Cell) -> Path:
         """Where the answers of a cell's teacher are stored; made if it is not there."""
-        folder = self.folder(cell.its_teacher) / f'for_{cell.task}'
+        teachers = {one.task: self.trained(one) for one in cell.its_teachers}
+        folder = self.work_dir / cell.scale / '_'.join([cell.method, *teachers])
         folder.mkdir(exist_ok=True)
-        pair = folder / 'pair.py'
-        self.config(cell._replace(method='default')).dump(pair)
-        arguments = [pair, '--out', folder / 'store', *VIEWS]
+        cfg = self.config(cell._replace(method='default'))
+        cfg.model.teachers, cfg.model.teacher = teachers, None
+        cfg.dump(folder / 'pair.py')
+        out = folder / 'store'
+        arguments = [folder / 'pair.py', '--out', out, *VIEWS[cell.method]]
         run('store_teacher.py', arguments, folder / 'store.log', math.inf)
-        return folder / 'store'
+        return out
 
     def finished(self, cell: Cell) -> dict | None:
         """What came out of a cell, if it is done with these very settings."""
