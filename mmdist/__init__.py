@@ -7,7 +7,7 @@ from .version import __version__
 check_versions()
 prepare_mmengine()
 
-# a broken environment is reported first
+# after the checks, so that they report a broken environment first
 from .comparisons import Comparison, Pair  # noqa: E402
 from .losses import DISTLoss  # noqa: E402
 from .registry import MODELS  # noqa: E402

@@ -1,4 +1,4 @@
-"""What mmdist asks of the libraries around it."""
+"""Checks of the libraries that mmdist needs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import importlib.util
 import mmengine
 from mmengine.utils import digit_version
 
-# Not ImportErrors: the registries of mmengine swallow those.
+# RuntimeErrors here, since mmengine's registries swallow ImportErrors.
 HINT = 'Run `python tools/check_env.py` of mmdist: it names the command that fixes it.'
 
 
 def check_versions() -> None:
-    """Stop with a sentence where mmengine is too old; at import.
+    """Raise an error if mmengine is too old; called at import.
 
     Raises:
         RuntimeError: mmengine is older than 0.10.
@@ -24,7 +24,7 @@ def check_versions() -> None:
 
 
 def check_ops() -> None:
-    """Stop with a sentence where mmcv or its ops are missing; before models are built.
+    """Raise an error if mmcv or its ops are missing; called before building models.
 
     Raises:
         RuntimeError: mmcv is not installed, or was built without its compiled ops.

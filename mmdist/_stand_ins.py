@@ -1,8 +1,8 @@
-"""Reads mmengine's checkpoints safely: their logs hold arrays of numpy.
+"""Safe loading of mmengine's checkpoints, whose logs contain NumPy arrays.
 
-Torch's safe loader with ``numpy.dtype`` or ``numpy.ndarray`` declared hands a file the
-means to read and to free memory. So a file gets plain Python objects under these names.
-They check what they are given, and are replaced once all is read.
+Declaring ``numpy.dtype`` or ``numpy.ndarray`` to torch's safe loader would let a file
+read and free memory. Instead, these names resolve to plain Python stand-ins. They check
+their input, and are replaced by the real objects once the whole file is read.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _History:
     real: HistoryBuffer | None = None
 
     def __setstate__(self, state: dict) -> None:
-        # not its `statistics_methods`, which would be those of the whole process
+        # `statistics_methods` is skipped: it would apply to the whole process
         _check(self.real is None, 'a history has two states')
         names = ('_log_history', '_count_history')
         logs, counts = (state[name].real if name in state else [] for name in names)
@@ -66,7 +66,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
 
 
 def _method(owner: type, name: str) -> None:
-    """Stands for ``getattr``: a history names its own methods, which are dropped."""
+    """Stand-in for ``getattr``: a history names its own methods, which are dropped."""
     good = owner is _History and name in ('min', 'max', 'current', 'mean')
     _check(good, f'getattr of {owner!r}, {name!r}')
 
@@ -79,28 +79,28 @@ _NAMES = {
     'numpy.dtype': _Dtype,
     'numpy.ndarray': _Array,
 }
-for _core in ('numpy.core', 'numpy._core'):  # of numpy 1 and 2
+for _core in ('numpy.core', 'numpy._core'):  # numpy 1 and 2
     _NAMES[f'{_core}.multiarray._reconstruct'] = lambda *_: _Array()
     _NAMES[f'{_core}.multiarray.scalar'] = _scalar
 
 
 def _versions(metadata: Any) -> dict[str, dict[str, int]]:
-    """Of the ``_metadata`` of a state dict what modules read: their versions."""
+    """The module versions in a state dict's ``_metadata``, all that modules read."""
     entries = dict.items(metadata) if isinstance(metadata, dict) else ()
     found = {key: dict.get(e, 'version') for key, e in entries if isinstance(e, dict)}
     return {key: dict(version=v) for key, v in found.items() if type(v) is int}
 
 
 def _replaced(value: Any, memo: dict[int, tuple]) -> Any:
-    """The value, in which what stand-ins stand for has taken their place."""
+    """The value, with each stand-in replaced by the object that it stands for."""
     if isinstance(value, (_Array, _History)):
         return value.real
     if type(value) not in (dict, OrderedDict, list, tuple):
         return value
     if id(value) not in memo:
-        memo[id(value)] = value, value  # the first keeps it alive, and its id unique
+        memo[id(value)] = value, value  # the first keeps it alive, so its id is unique
         if type(value) is OrderedDict:
-            # attributes of the file's choice would hide its methods
+            # attributes chosen by the file would shadow its methods
             versions = _versions(vars(value).get('_metadata'))
             vars(value).clear()
             value._metadata = versions
@@ -120,12 +120,12 @@ def _allowed() -> dict[str, Any]:
     return {**_declared(), **getattr(_thread, 'names', {})}
 
 
-# within `safely` alone: a list that was declared to torch holds in all threads
+# only within `safely`: names declared to torch would apply to all threads
 unpickler._get_user_allowed_globals = _allowed
 
 
 def safely(load: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call one of torch's functions that load a file, with its safe loader."""
+    """Call one of torch's load functions with its safe loader and the stand-ins."""
     _thread.names = _NAMES
     try:
         return _replaced(load(*args, **kwargs, weights_only=True), {})

@@ -1,16 +1,16 @@
-"""What mmengine and mmdet lack, put in place when their modules are imported.
+"""Patches for mmengine and mmdet, applied when their modules are imported.
 
 The wheel also installs this file as the top-level module ``_mmdist_startup``, and
-``mmdist.pth`` imports it at each start of the interpreter: before a training script of
-mmdet or mmseg reads ``_base_ = 'mmdist::det/...'``, nothing has imported mmdist. It
-must therefore cost next to nothing (no import but ``sys``) and never raise.
+``mmdist.pth`` imports it whenever the interpreter starts: a training script of mmdet or
+mmseg reads ``_base_ = 'mmdist::det/...'`` before anything has imported mmdist. So it
+must cost next to nothing (it imports only ``sys``) and never raise.
 """
 
 import sys
 
 
 def prepare_mmengine() -> None:
-    """Complete each module, at once or when it is imported; again is harmless."""
+    """Patch each module, now or when it is imported; repeated calls are harmless."""
     if not any(getattr(f, 'is_of_mmdist', False) for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
         for name, complete in _COMPLETIONS.items():
@@ -19,9 +19,9 @@ def prepare_mmengine() -> None:
 
 
 class _Finder:
-    """A meta path finder that waits for the modules to complete."""
+    """A meta path finder that patches the modules when they are imported."""
 
-    is_of_mmdist = True  # this file is imported under two names, with a class each
+    is_of_mmdist = True  # not `isinstance`: this file has two names, so two classes
 
     def find_spec(self, name, path=None, target=None):
         if name not in _COMPLETIONS or name in sys.modules:
@@ -44,10 +44,10 @@ class _Finder:
 
 
 def _complete_packages(utils) -> None:
-    """Add mmdist to the table, and fix entries that another distribution provides."""
+    """Add mmdist to the table, and fix packages that another distribution provides."""
     table = utils.MODULE2PACKAGE
-    # No distribution is called 'mmdist.version', so mmengine takes the directory of
-    # that module, where `.mim` lies, in an editable install too.
+    # No distribution is called 'mmdist.version', so mmengine uses the directory of
+    # that module, which contains `.mim`, even in an editable install.
     table['mmdist'] = 'mmdist.version'
     for module, package in table.items():
         # The onedl fork and bare checkouts provide `mmseg` without a distribution
@@ -56,7 +56,7 @@ def _complete_packages(utils) -> None:
         try:
             if '.' not in package and _exists(module) and not _is_known(package):
                 table[module] = f'{module}.version'
-        except Exception:  # an oddly installed package is none of our business
+        except Exception:  # an oddly installed package is not our concern
             continue
 
 
@@ -77,13 +77,13 @@ def _is_known(package: str) -> bool:
 
 
 def _read_own_checkpoints(checkpoint) -> None:
-    """Let mmengine's loader read what mmengine's own checkpoints hold.
+    """Let mmengine's loader read mmengine's own checkpoints.
 
-    torch >= 2.6 reads only classes that are declared harmless, and mmengine 0.10 does
-    not declare its own. A student's checkpoint must load in ``init_detector`` or
-    mmdet's ``tools/test.py``, which never import mmdist. So a file that torch refuses
-    is read by mmdist, as safely; what mmdist refuses too stays refused by torch's
-    error. The onedl fork reads these checkpoints and is left alone.
+    torch >= 2.6 loads only classes that are declared safe, and mmengine 0.10 does not
+    declare its own. A student's checkpoint must load in ``init_detector`` and mmdet's
+    ``tools/test.py``, which never import mmdist. So mmdist reads a file that torch
+    refuses, just as safely; if mmdist refuses it too, torch's error is raised. The
+    onedl fork can read these checkpoints and is left alone.
     """
     if hasattr(checkpoint, 'get_torch_safe_globals'):
         return
@@ -108,7 +108,7 @@ def _read_own_checkpoints(checkpoint) -> None:
 
 
 def _take_the_student(inference) -> None:
-    """Let ``init_detector`` read a distillation config: it asks for its backbone."""
+    """Let ``init_detector``, which reads the backbone, take a distillation config."""
     from copy import deepcopy
     from functools import wraps
 

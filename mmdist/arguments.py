@@ -1,4 +1,4 @@
-"""The arguments of the Distiller: what a user may give, and sentences for the rest."""
+"""The arguments of the Distiller: parsing, checks and error messages."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class DistillTerm(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in ``model.distill``."""
+        """The term's name in ``model.distill``."""
         return '_'.join(filter(None, (self.name, self.teacher)))
 
 
 def student_config(student: Any) -> dict:
-    """The config of the student, from it, a path, or a model that distils already."""
+    """The student's config, given as is, as a path, or within a Distiller's config."""
     if isinstance(student, (str, os.PathLike)):
         student = load_config(student, 'student').model
     names = ('mmdist.Distiller', 'Distiller')
@@ -50,10 +50,10 @@ def student_config(student: Any) -> dict:
 
 
 def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> None:
-    """Stop at an argument that neither the student nor ``own``, a function, takes."""
+    """Raise ValueError for an override that neither student nor ``own`` takes."""
     cls = class_of(student)
     if not inspect.isclass(cls):
-        return  # building it says why
+        return  # building it raises the right error
     ours = list(inspect.signature(own).parameters)[:-1]
     inits = [inspect.signature(c.__init__).parameters for c in cls.__mro__[:-1]]
     takes = set().union(*inits)
@@ -68,7 +68,7 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
 
 
 def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
-    """The arguments of each teacher by its name, which is '' for the only one."""
+    """The arguments of each teacher by name; a single teacher has the name ''."""
     if (teacher is None) == (teachers is None):
         raise ValueError(
             'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
@@ -81,11 +81,11 @@ def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
 
 
 def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
-    """Each entry of ``distill`` with each of its teachers, by key.
+    """The terms of ``distill`` by key: each entry with each of its teachers.
 
     Raises:
-        ValueError: ``distill`` is malformed, or ``from_teacher`` is: it names a teacher
-            that is not there, or its weights are negative or sum to 0.
+        ValueError: ``distill`` is malformed, or a ``from_teacher`` is: it names an
+            unknown teacher, or its weights are negative or sum to 0.
     """
     _check_names('distill', distill, "type='mmdist.SegLogits'")
     terms: dict[str, DistillTerm] = {}

@@ -1,4 +1,4 @@
-"""How much the teacher counts beside the labels."""
+"""The balance between the teacher and the labels."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import Tensor
 
 from .record import SLOTS, Fork
 
-# Of the running mean of the labels' squared norms: one batch with few objects, or
-# none, must not decide.
+# Momentum of the running mean of the labels' squared gradient norms: a single batch
+# with few or no objects must not decide.
 MOMENTUM = 0.9
 KEY = 'mmdist_balance'  # in the message hub
 
 
 class Balance:
-    """Bounds the gradient of distillation by a multiple of that of the labels.
+    """Bounds the distillation gradient by a multiple of the labels' gradient.
 
-    A correlation is scale-invariant, so the smaller the student's logits are, the
-    larger is its gradient: hundreds of times that of the labels while a head is fresh,
-    and ten thousand times on RetinaNet's coarse levels even later. So at each output of
-    the student that is compared, the gradient of distillation gets a factor, with which
+    A correlation is scale-invariant, so its gradient grows as the student's logits
+    shrink: to hundreds of times the labels' gradient while a head is fresh, and to ten
+    thousand times on RetinaNet's coarse levels even later. So at each student output
+    that is compared, the distillation gradient is multiplied by a factor such that
 
         its norm <= ratio * norm of the gradient of the student's own losses.
 
-    A smaller gradient stays as published: one that is made larger can be too much for a
+    A smaller gradient stays as published: an enlarged one can be too much for a
     learning rate that suits the student alone.
 
-    The norm of distillation is that of this step, by a backward pass through its losses
-    alone. That of the student's own losses is a running mean over the backward passes
-    before, which cost nothing more, so that images without labels are weighed as those
-    with labels were. All processes have the same factors: both sides are added up over
-    them, before the backward pass.
+    The distillation norm is measured in this step, by a backward pass through the
+    distillation losses alone. The norm of the student's own losses is a running mean
+    over previous backward passes, at no extra cost; images without labels are therefore
+    weighted like earlier ones with labels. All processes use the same factors: both
+    norms are summed over processes before the backward pass.
 
-    In the first step no mean is known, and the factor is 0. Where the student's own
-    losses never arrive, as in a training without labels, it is 1 from the second step
-    on.
+    In the first step no mean is known, and the factor is 0. Where no gradient of the
+    student's own losses ever arrives, as in training without labels, the factor is 1
+    from the second step on.
 
-    The means are kept in mmengine's ``MessageHub``, and with it in checkpoints, so that
-    a resumed run goes on with them.
+    The means are kept in mmengine's ``MessageHub``, and so in checkpoints; a resumed
+    run continues with them.
 
     Args:
-        ratio: The largest ratio, above 0.
+        ratio: The largest allowed ratio, above 0.
 
     Raises:
-        ValueError: The ratio is not above 0.
+        ValueError: The ratio is not a finite number above 0.
     """
 
     def __init__(self, ratio: float) -> None:
@@ -69,15 +69,15 @@ class Balance:
         forks: Sequence[Fork],
         factor: float = 1.0,
     ) -> dict[str, Tensor]:
-        """Scale the gradients of the coming backward pass; losses keep their values.
+        """Scale the gradients of the next backward pass; losses keep their values.
 
         Args:
             entries: The losses of each entry of ``distill``.
             forks: The student's recorded outputs of this step.
-            factor: Factor of the ratio in this step.
+            factor: Multiplies the ratio in this step.
 
         Returns:
-            For each entry the mean factor at the outputs that it compares.
+            For each entry, the mean factor at the outputs that it compares.
         """
         if not (torch.is_grad_enabled() and entries):
             return {}
@@ -92,7 +92,7 @@ class Balance:
                 distill[fork.slot] += _square(sum(parts))
 
         state = self._prepared(distill)
-        # a GradScaler and gradient accumulation multiply all gradients by the unit
+        # `unit`: what a GradScaler and gradient accumulation multiply gradients by
         squares = torch.stack([state['own'] / state['unit'].square(), distill])
         state['own'], state['unit'] = torch.zeros_like(distill), distill.new_ones(())
         all_reduce(squares)
@@ -118,7 +118,7 @@ class Balance:
         return means
 
     def _prepared(self, like: Tensor) -> dict[str, Tensor]:
-        """What is known, in the first step that of a run which is resumed."""
+        """The running state; the first step restores it from a resumed run."""
         if self._state is None:
             saved = _saved()
             if saved is None or saved is self._saved_before:
@@ -135,10 +135,10 @@ class Balance:
     def _scales(
         state: dict[str, Tensor], own: Tensor, distill: Tensor, ratio: float
     ) -> Tensor:
-        """The factor at each output, by squared norms; the mean takes in the new."""
+        """The factor at each output, from squared norms; also updates the mean."""
         mean = state['mean']
         known = torch.where(mean > 0, mean.lerp(own, 1 - MOMENTUM), own)
-        # infinite in a step that a GradScaler skips
+        # `own` is infinite in a step that a GradScaler skips
         mean = torch.where((own > 0) & own.isfinite(), known, mean)
         state['mean'] = mean.clamp(min=0)
         scales = (ratio * (mean / distill).sqrt()).clamp(max=1)

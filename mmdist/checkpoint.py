@@ -17,10 +17,10 @@ from ._stand_ins import safely
 
 
 def read(path: str, map_location: Any = 'cpu', weights_only: bool = True) -> Any:
-    """Read what mmengine's ``CheckpointLoader`` reads; the caller decides how safely.
+    """Read a file as mmengine's ``CheckpointLoader`` does; by default, safely.
 
-    mmengine's functions do not pass ``weights_only``, and those of the onedl fork read
-    unsafely what is not safe. So they are run with other functions of torch.
+    mmengine's functions do not pass ``weights_only``, and the onedl fork's fall back to
+    unsafe loading. So they are run with replacements for torch's functions.
     """
     how = [safely] if weights_only else []
     kwargs = {} if weights_only else dict(weights_only=False)
@@ -40,16 +40,16 @@ def read(path: str, map_location: Any = 'cpu', weights_only: bool = True) -> Any
 
 
 def load_checkpoint(path: str, weights_only: bool = True) -> dict:
-    """Read a checkpoint with torch's safe loader, and check what it is.
+    """Read a checkpoint with torch's safe loader, and check its content.
 
     Args:
-        path: Path or URL, whatever mmengine's ``CheckpointLoader`` reads.
+        path: Path or URL, anything that mmengine's ``CheckpointLoader`` reads.
         weights_only: False lets the file run code.
 
     Raises:
         FileNotFoundError: There is no such file.
         RuntimeError: The file is damaged, or cannot be read safely.
-        ValueError: It holds no weights by name, or no list of class names.
+        ValueError: It is not a dict of weights, or its class names are not a list.
     """
     try:
         checkpoint = read(path, weights_only=weights_only)
@@ -63,7 +63,7 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
     except (OSError, ImportError) as error:
         text = f'The checkpoint {path!r} cannot be read: {error}'
         raise RuntimeError(text) from error
-    except Exception as error:  # torch's reader raises any, if the file is a text
+    except Exception as error:  # torch's reader can raise anything on a text file
         cause = error.__context__ or error  # without torch's advice
         said = ' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]
         text = (
@@ -133,13 +133,13 @@ def load_strictly(
     Args:
         model: The model to fill.
         checkpoint: A checkpoint with a ``state_dict``, or a state dict.
-        path: Where it came from, for the message.
+        path: Where it came from, for the error message.
         model_name: What the weights should fit, for the message.
         advice: What to do if they do not, for the message.
 
     Raises:
-        RuntimeError: It lists up to ten keys of each sort. Or a weight is no dense
-            tensor of floating-point numbers, or not finite.
+        RuntimeError: Keys do not fit (it lists up to ten of each sort), or a weight is
+            not finite or not a dense tensor of floating-point numbers.
     """
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'module.'  # saved from within DistributedDataParallel
@@ -161,8 +161,8 @@ def load_strictly(
     ]
 
     def load(module: nn.Module, prefix: str = '') -> None:
-        # As torch's load_state_dict, which lists no keys once a shape is wrong. It runs
-        # the models' own conversions of older checkpoints.
+        # Like torch's load_state_dict, which returns no keys if a shape is wrong. This
+        # runs the models' own conversions of older checkpoints.
         local = metadata.get(prefix[:-1], {})
         module._load_from_state_dict(
             state, prefix, local, True, missing, unexpected, errors

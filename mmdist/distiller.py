@@ -1,4 +1,4 @@
-"""The distiller: the student's own class, with a loss that sees the teacher too."""
+"""The distiller: the student's own class, with a loss that also sees the teacher."""
 
 from __future__ import annotations
 
@@ -48,29 +48,28 @@ def build_distiller(
 
     The result *is* the student: an instance of a subclass of its class, with its
     parameter names, state dict, ``predict`` and data_preprocessor. Only ``loss`` and
-    ``init_weights`` know the teacher, so testing and export need neither its config nor
+    ``init_weights`` use the teacher, so testing and export need neither its config nor
     its weights.
 
     Args:
-        student: Config of the student model, or the path of a config with a ``model``.
+        student: Config of the student model, or the path to a config with a ``model``.
         teacher: Arguments of :class:`Teacher`: ``config``, ``checkpoint``, ...; or
-            ``ema``, the arguments of :class:`MeanTeacher`; or ``stored``, a path of
-            answers, see :class:`StoredTeacher`.
-        distill: What to compare, a dict of name -> config of a comparison. If omitted,
-            it is chosen for the pair once the teacher is loaded: ``dist``, and ``box``
-            where the teacher's boxes gained.
+            ``ema``, the arguments of :class:`MeanTeacher`; or ``stored``, the path to
+            stored answers, see :class:`StoredTeacher`.
+        distill: What to compare: a dict of name -> config of a comparison. If omitted,
+            it is chosen for the pair once the teacher is loaded: ``dist``, plus ``box``
+            where the teacher's boxes improved accuracy.
             With several teachers, ``from_teacher`` in a config is the name of one, or a
-            dict of name -> weight; if omitted, it is the mean over all.
-        teachers: Several teachers, a dict of name -> arguments as of ``teacher``.
-        balance: How many times that of the student's own losses the gradient of
-            distillation is at the most, at each output that is compared; see
-            :class:`Balance`. None leaves it as it is, as published, and is DIST as
-            published if ``distill`` is omitted.
-        student_overrides: Entries that replace those of ``student``. The APIs of mmseg
-            set ``pretrained`` and ``train_cfg`` on whatever model they are given. A
-            ``data_preprocessor``, which the Runner adds where the model has none, does
-            not replace that of ``student``, nor does ``train_cfg`` or ``test_cfg`` of
-            None, mmseg's default.
+            dict of name -> weight; if omitted, the loss is the mean over all.
+        teachers: Several teachers: a dict of name -> arguments as for ``teacher``.
+        balance: Upper bound of the distillation gradient at each output that is
+            compared, as a multiple of the gradient of the student's own losses; see
+            :class:`Balance`. None sets no bound, as published; if ``distill`` is
+            omitted too, that is DIST as published.
+        student_overrides: Entries that replace those of ``student``, for mmseg's APIs,
+            which set ``pretrained`` and ``train_cfg`` on any model. The student's own
+            ``data_preprocessor`` stays: the Runner adds one where the model has none.
+            A ``train_cfg`` or ``test_cfg`` of None, mmseg's default, is ignored.
 
     Returns:
         The student.
@@ -100,7 +99,7 @@ def build_distiller(
     model = MODELS.build(deepcopy({**student, **student_overrides}))
     teacher_args = named_teachers(teacher, teachers)
     if distill is None:
-        default_for(model)  # stops here at a family that is not known
+        default_for(model)  # raises for an unknown family
     entries = dict(dist={}) if distill is None else distill
     terms = distill_terms(entries, list(teacher_args))
 
@@ -121,7 +120,7 @@ def build_distiller(
 
 
 class DistilledMixin:
-    """What a student's class gains by being distilled."""
+    """What distillation adds to the student's class."""
 
     student_class: type[nn.Module]
     teachers: dict[str, Teacher]
@@ -133,7 +132,7 @@ class DistilledMixin:
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, where there is one."""
+        """The teacher, if there is only one."""
         if len(self.teachers) > 1:
             raise ValueError(f'There are several: `teachers` {list(self.teachers)}.')
         return next(iter(self.teachers.values()))
@@ -141,7 +140,7 @@ class DistilledMixin:
     def init_weights(self) -> None:
         """Initialise the student as usual, then load its teachers.
 
-        The Runner calls this to train, not to test.
+        The Runner calls this for training, not for testing.
         """
         super().init_weights()
         self._load_teachers()
@@ -151,19 +150,19 @@ class DistilledMixin:
     def loss(
         self, inputs: Tensor | None = None, data_samples: list | None = None, **kwargs
     ) -> dict:
-        """The student's losses, and those of each comparison.
+        """Compute the student's losses and those of each comparison.
 
         Args:
-            inputs: The batch, (N, C, H, W), after the data_preprocessor. The name that
-                the student's own ``loss`` has for it is taken too.
-            data_samples: The N data samples, likewise.
+            inputs: The batch, (N, C, H, W), after the data_preprocessor. The student's
+                own ``loss`` can name it differently; that name works too.
+            data_samples: The N data samples; the student's name for them works too.
 
         Returns:
             The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
-            ``<name>_intra`` of each entry of ``distill`` added. Of several teachers
+            ``<name>_intra`` added for each entry of ``distill``. With several teachers,
             ``loss_<name>`` is the weighted mean over those that give it, and the
             correlations are ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
-            ``<name>_scale`` is what :class:`Balance` multiplied its gradient by.
+            ``<name>_scale`` is the factor that :class:`Balance` gives its gradient.
 
         Raises:
             RuntimeError: A loss is NaN or infinite.
@@ -194,21 +193,21 @@ class DistilledMixin:
             return losses
 
     def _own_losses(self, part: Part, **kwargs) -> tuple[dict, dict]:
-        """The student's own losses of a batch, without anything to compare."""
+        """The student's own losses for a batch, with nothing to compare."""
         with part.recording(self):
             return super().loss(part.inputs, part.data_samples, **kwargs), {}
 
     def _learn(self, part: Part, **kwargs) -> tuple[dict, dict[str, list[Pair]]]:
-        """The student's own losses of a batch, and what each comparison compares.
+        """The student's own losses for a batch, and what each comparison compares.
 
         Args:
-            part: The batch, or the labelled or the unlabelled images of it.
+            part: The batch, or only its labelled or unlabelled images.
         """
         steps = {name: self._step(name, part) for name in self.teachers}
         terms = self.distill_terms
 
-        # The teacher goes first where it can: its activations are freed before those
-        # of the student, which the backward pass needs, take memory.
+        # The teacher runs first where possible: its activations are freed before the
+        # student's, which the backward pass needs, take memory.
         asked = {
             key: self._ask(key, steps[term.teacher], None)
             for key, term in terms.items()
@@ -230,7 +229,7 @@ class DistilledMixin:
         return own, pairs
 
     def _step(self, name: str, part: Part) -> Step:
-        """The batch, as it is for one of the teachers."""
+        """The step of a batch with one of the teachers."""
         teacher = self.teachers[name]
         teacher.move_to(part.inputs.device)
         keys = [key for key, term in self.distill_terms.items() if term.teacher == name]
@@ -246,7 +245,7 @@ class DistilledMixin:
         )
 
     def _ask(self, key: str, step: Step, recorded: Any) -> Any:
-        """The teacher's answer to a comparison; of several views the mean."""
+        """The teacher's answer for a comparison; with several views, their mean."""
         comparison, teacher = (
             self.distill[key],
             self.teachers[self.distill_terms[key].teacher],
@@ -261,12 +260,12 @@ class DistilledMixin:
     def _distill_losses(
         self, own: dict, pairs: dict[str, list[Pair]], forks: list[Fork] | None
     ) -> dict:
-        """The losses of distillation, after weights and schedule, and correlations.
+        """The distillation losses, weighted and scheduled, and the correlations.
 
         Args:
             own: The student's own losses.
             pairs: What each comparison compares.
-            forks: The student's recorded outputs, to balance gradients at.
+            forks: The student's recorded outputs, where gradients are balanced.
         """
         values, logged = defaultdict(list), {}
         for key, term in self.distill_terms.items():
@@ -288,9 +287,9 @@ class DistilledMixin:
         return losses | logged
 
     def _zero_losses(self, own: dict) -> dict[str, Tensor]:
-        """Losses of 0 of the comparisons with parameters, while the teacher is paused.
+        """Zero losses of comparisons with parameters, while the teacher is paused.
 
-        DDP stops at parameters that take no part in a step.
+        DDP fails if parameters take no part in a step.
         """
         losses: dict[str, Tensor] = {}
         for key, comparison in self.distill.items():
@@ -304,7 +303,7 @@ class DistilledMixin:
     # ---- before the first step ---------------------------------------------------
 
     def _load_teachers(self) -> None:
-        """Load the teachers, and check them against what is compared."""
+        """Load the teachers, and check that the comparisons can use them."""
         if self._is_checked:
             return
         for teacher in self.teachers.values():
@@ -320,7 +319,7 @@ class DistilledMixin:
         self._is_checked = True
 
     def _choose_defaults(self) -> None:
-        """Choose what is compared with each teacher, where `distill` is omitted."""
+        """Choose what to compare with each teacher, if `distill` is omitted."""
         terms, self.distill_terms = self.distill_terms.values(), {}
         for term in terms:
             teacher = self.teachers[term.teacher]
@@ -331,7 +330,7 @@ class DistilledMixin:
                 self.distill[named.key], self.why_default[named.key] = entry
 
     def _in_words(self, key: str) -> str:
-        """What is distilled from which teacher into what, and why."""
+        """A log line: what is distilled from which teacher into what, and why."""
         term, comparison = self.distill_terms[key], self.distill[key]
         teacher = self.teachers[term.teacher]
         name = ' '.join(filter(None, (type(teacher.model).__name__, term.teacher)))
@@ -344,11 +343,11 @@ class DistilledMixin:
         )
 
     def _class_names(self) -> Sequence[str] | None:
-        """Those of the data set, when the Runner has said which it trains on."""
+        """Class names of the dataset, once the Runner has set it; else None."""
         return (told('dataset_meta') or {}).get('classes') if self._is_run() else None
 
     def _is_run(self) -> bool:
-        # What was there when the model was built belongs to another run.
+        # What was set before the model was built belongs to another run.
         return told('dataset_meta') is not self._meta_before
 
     def _match_classes(self) -> None:
@@ -367,8 +366,8 @@ class DistilledMixin:
         return super()._apply(fn, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # The class is made at run time, so pickle does not find it by name. A copy
-        # loads the teacher again, which a file does not hold.
+        # The class is made at run time, so pickle cannot find it by name. A file does
+        # not contain the teacher, so a copy loads it again.
         state = {**self.__dict__, '_is_checked': False, '_watch': Watch()}
         state.pop('_turn', None)
         return _new, (self.student_class,), state

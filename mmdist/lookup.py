@@ -1,6 +1,6 @@
-"""Find what belongs to a name: of a class, of an argument, of a misspelt one.
+"""Lookup by name: of classes, of arguments, and of the word a typo was meant to be.
 
-Names of classes, so that neither mmdet nor mmseg has to be installed.
+Classes are found by name, so that neither mmdet nor mmseg has to be installed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar('T')
 
 
 def by_class_name(module: object, table: Mapping[str, T]) -> T | None:
-    """The entry of the first of a module's classes, its own before its bases.
+    """The entry for a module's class, or else for the nearest of its base classes.
 
     Args:
         module: Any object.
@@ -34,15 +34,15 @@ def is_a(module: object, *names: str) -> bool:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """A question that names the known word nearest to a wrong one.
+    """Suggest the known word that is nearest to a wrong one.
 
     Args:
-        word: The wrong word. Upper case and what stands before its last dot are
-            ignored, so 'distloss' finds 'mmdist.DISTLoss'.
+        word: The wrong word. Case and everything before the last dot are ignored, so
+            'distloss' finds 'mmdist.DISTLoss'.
         known: The words that exist.
 
     Returns:
-        " Did you mean 'checkpoint'?", to follow a sentence; '' if none is near.
+        " Did you mean 'checkpoint'?", to append to a sentence; '' if no word is near.
     """
     bare = {name.rsplit('.', 1)[-1].lower(): name for name in known}
     close = difflib.get_close_matches(str(word).rsplit('.', 1)[-1].lower(), bare, n=1)
@@ -52,17 +52,17 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
 def check_arguments(
     name: str, function: Callable, cfg: Mapping[str, Any], given: Sequence[str] = ()
 ) -> None:
-    """Stop at an argument that a function or class does not take, or that it lacks.
+    """Raise an error if arguments are unknown to a function or class, or missing.
 
     Args:
         name: Where the arguments stand in the user's config, such as 'teacher'.
-        function: What is to be called with them.
-        cfg: The arguments. ``type``, which names the function, is none of them.
+        function: The function or class to be called with them.
+        cfg: The arguments. ``type``, which names the function, is ignored.
         given: Arguments that the caller adds, so the user does not give them.
 
     Raises:
-        ValueError: It says which argument, the nearest that exists, and all of them; or
-            that one that is annotated as a number is none.
+        ValueError: An argument is unknown (it names the nearest and all known ones),
+            missing, or annotated as a number and not one.
     """
     parameters = inspect.signature(function).parameters.values()
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -87,7 +87,7 @@ def check_arguments(
 
 
 def _may_be(value: Any, annotation: Any) -> bool:
-    """Whether an argument can have a value; False where it has to be a number."""
+    """Whether a value fits an annotation; only annotations of numbers are checked."""
     kinds = set(getattr(annotation, '__name__', str(annotation)).split(' | '))
     if not kinds <= {'float', 'int', 'None'}:
         return True
@@ -97,9 +97,9 @@ def _may_be(value: Any, annotation: Any) -> bool:
 
 
 def in_words(cls: type[T]) -> type[T]:
-    """Decorate a class so that a misspelt argument is said by `check_arguments`."""
+    """Decorate a class so that `check_arguments` reports a misspelt argument."""
     init = cls.__init__
-    # object's takes anything, and complains later
+    # object.__init__ accepts anything and complains later
     takes = (lambda self: None) if init is object.__init__ else init
 
     @functools.wraps(init)

@@ -1,4 +1,4 @@
-"""See what a module was called with and what it returned."""
+"""Recording of what a module was called with and what it returned."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class Call(NamedTuple):
-    """One call of a module's ``forward``; ``index`` is its place among all recorded."""
+    """One call of a module's ``forward``; ``index`` is its place among all calls."""
 
     args: tuple
     kwargs: dict
@@ -21,28 +21,28 @@ class Call(NamedTuple):
 
 
 class Fork(NamedTuple):
-    """An output of a module as the model goes on with it, and as it is recorded."""
+    """An output of a module, as the model uses it and as it is recorded."""
 
     own: Tensor
     recorded: Tensor  # in fp32 at least
     slot: int  # its place among all outputs of all modules
 
 
-# Places for outputs, and how many a module has; those beyond share the last.
+# Slots for outputs, in all and per module; outputs beyond that share the last.
 SLOTS, OF_MODULE = 1024, 32
 
 
 class Recorder:
     """Records the calls of some modules inside a ``with`` block.
 
-    The instance's ``forward`` is swapped, because forward hooks do not fire where a
-    model calls ``head.forward(...)`` itself, as mmseg does.
+    The instance's ``forward`` is swapped, because forward hooks do not fire if a model
+    calls ``head.forward(...)`` directly, as mmseg does.
 
     Args:
         modules: The modules to watch.
-        forks: A list that gets the outputs in which a gradient flows, each as two views
-            that can be told apart in a backward pass. If omitted, outputs are recorded
-            as they are.
+        forks: A list that receives the outputs with a gradient, each as two views that
+            a backward pass can tell apart. If omitted, outputs are recorded as they
+            are.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Recorder:
         self._calls.clear()
 
     def changed(self, change: Callable[[Any], Any]) -> Recorder:
-        """A recorder with the same calls, their arguments and outputs changed."""
+        """A copy with ``change`` applied to the arguments and output of each call."""
         other = Recorder(self._modules, self._forks)
         for module, call in self._calls:
             other._calls.append((module, Call(*map(change, call[:3]), call.index)))
         return other
 
     def __enter__(self) -> Recorder:
-        # A forward of the instance's own (activation checkpointing sets one) is
-        # wrapped and put back, not lost.
+        # An instance's own forward (activation checkpointing sets one) is wrapped and
+        # later restored.
         self._own = [vars(module).get('forward') for module in self._modules]
         for module in self._modules:
             module.forward = self._recording(module)
@@ -94,7 +94,7 @@ class Recorder:
         return record
 
     def _fork(self, module: nn.Module, output: Any) -> tuple[Any, Any]:
-        """An output for the model to go on with, and the same to be recorded."""
+        """An output for the model to use, and the same output to record."""
         if self._forks is None:
             return output, output
         leaves, structure = tree_flatten(output)
@@ -112,7 +112,7 @@ class Recorder:
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an instance or a module of Python another attribute for a while."""
+    """Temporarily replace an attribute of an instance or a Python module."""
     own = vars(owner).get(name)
     setattr(owner, name, value)
     try:

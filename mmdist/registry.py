@@ -1,6 +1,6 @@
-"""Child registries of mmdist, scope ``mmdist``.
+"""Child registries of mmdist, with scope ``mmdist``.
 
-mmengine imports this module by itself when a config names a type ``mmdist.*``.
+mmengine imports this module itself when a config names a type ``mmdist.*``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ HOOKS = _child(mmengine_registry.HOOKS, 'hooks')
 
 
 def class_of(cfg: Any) -> Any:
-    """What the ``type`` of a model's or a loss's config names; None if nothing."""
+    """What the ``type`` in a config of a model or loss names; None if unknown."""
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     with MODELS.switch_scope_and_registry(None) as registry:
         return registry.get(kind) if isinstance(kind, str) else kind
 
 
 def no_such_type(kind: Any, registry: Registry) -> str:
-    """A sentence for a ``type`` that a registry does not know."""
+    """The error message for a ``type`` that a registry does not know."""
     known = list(registry.module_dict)
     while registry.parent is not None:
         registry = registry.parent
@@ -56,7 +56,7 @@ def no_such_type(kind: Any, registry: Registry) -> str:
 
 
 def why_not_built(error: Exception) -> str:
-    """A sentence for a misspelt name in a config, of a type or an argument; else ''."""
+    """The error message for a misspelt type or argument in a config; else ''."""
     calls = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     found = [f for f in calls if f.f_code is build_from_cfg.__code__]
     if not found:

@@ -1,4 +1,4 @@
-"""What the Runner says of a training, and what is watched while it goes on."""
+"""What the Runner knows about a training run, and what is watched during it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ NEVER = torch.iinfo(torch.long).max
 
 
 def told(key: str, default: Any = None) -> Any:
-    """What the Runner has told mmengine's message hub."""
+    """A value that the Runner has put into mmengine's message hub."""
     return MessageHub.get_current_instance().get_info(key, default)
 
 
 def refuse_untried_strategies() -> None:
-    """Stop where FlexibleRunner hands the model to an engine of another library.
+    """Raise an error if FlexibleRunner hands the model to another library's engine.
 
-    These engines leave no mark on the model that they wrap; the text of the Runner's
-    config, which is known once training has begun, names them.
+    These engines leave no mark on the model that they wrap, but the Runner's config
+    names them; its text is known once training has begun.
 
     Raises:
         NotImplementedError: The config names such a strategy.
@@ -43,10 +43,10 @@ def refuse_untried_strategies() -> None:
 
 
 class Watch:
-    """Stops a training that is lost, and warns of a comparison that teaches nothing.
+    """Stops a diverged training, and warns of a comparison that teaches nothing.
 
-    Both are noted on the device and read every 50 steps, since whoever reads waits for
-    it. On a CPU there is nothing to wait for, so losses are read in each step.
+    Both are tracked on the device and read every 50 steps, because reading waits for
+    it. A single CPU process has nothing to wait for, so it reads losses in each step.
     """
 
     every = 50
@@ -54,18 +54,18 @@ class Watch:
     def __init__(self) -> None:
         self._steps = 0
         self._terms: list[str] = []
-        self._lost_at: Tensor | None = None  # for each term, counted from 1; or NEVER
+        self._lost_at: Tensor | None = None  # iteration of each term, from 1, or NEVER
         self._compared = 0
-        self._counts: dict[str, Tensor | bool] = {}  # whether a row did, lately
+        self._counts: dict[str, Tensor | bool] = {}  # whether a row counted
         self._warned: set[str] = set()
 
     def losses(self, losses: Mapping[str, Any]) -> None:
-        """See the losses of a step; raise RuntimeError if some have become non-finite.
+        """Check the losses of a step; raise RuntimeError if some became non-finite.
 
-        One that is finite again, as mixed precision may have it, does not count.
+        One that is finite again, as can happen in mixed precision, does not count.
         """
         if not torch.is_grad_enabled():
-            return  # losses of a validation
+            return  # validation losses
         self._steps += 1
         iteration = told('iter', self._steps - 1) + 1
         terms, finite = [], []
@@ -103,7 +103,7 @@ class Watch:
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
-        """See what is compared in a step; warn once for each where no row counts."""
+        """Check what a step compares; warn once per comparison where no row counts."""
         self._compared += 1
         for key, terms in pairs.items():
             for pair in terms:
@@ -130,7 +130,7 @@ class Watch:
 
 
 def last_checkpoint_before(iteration: int) -> str | None:
-    """The run's last checkpoint before an iteration, whose weights were used since."""
+    """The run's last checkpoint that an iteration before the given one used."""
     if told('last_ckpt') is None:
         return None
     per_epoch = told('max_iters', 0) // (told('max_epochs') or 1)

@@ -1,4 +1,4 @@
-"""The batch of one training step, and what is shared in it."""
+"""One training step: its batch, and results that comparisons share."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .teachers import ClassMatch, ForeignTeacher, Teacher
 class Step:
     """The batch, the student's recorded calls and one of its teachers, for one step.
 
-    What the teacher computes is computed at most once, however many comparisons ask
-    for it. Nothing is kept after the step.
+    The teacher computes each result at most once, however many comparisons ask for it.
+    Nothing is kept after the step.
 
     Args:
         student: The distilled model.
         teacher: The teacher, loaded.
-        classes: Which columns of the two are the same class.
+        classes: Which columns of student and teacher are the same class.
         inputs: The student's batch after its data_preprocessor, (N, C, H, W).
         data_samples: The N data samples of the batch.
-        recorder: What the student does while it computes its own loss.
+        recorder: Records the student while it computes its own loss.
         teacher_modules: Modules of the teacher to record in :attr:`teacher_features`.
-        labelled: For each image whether it has labels; None if all have. The student's
-            own losses of the others do not count.
+        labelled: Whether each image has labels; None if all do. The student's own
+            losses on the others do not count.
 
     Attributes:
         student, classes, inputs, data_samples, labelled: As given.
         teacher_model: The teacher's own model, a plain detector or segmentor in eval.
-        valid_sizes: Height and width in pixels of each image without its padding.
+        valid_sizes: Height and width in pixels of each image, without its padding.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Step:
         return calls
 
     def call_before(self, module: nn.Module, call: Call) -> Call:
-        """The student's last call of ``module`` before another call."""
+        """The student's last call of ``module`` before ``call``."""
         return [c for c in self.calls(module) if c.index < call.index][-1]
 
     def has_run(self, module: nn.Module) -> bool:
@@ -104,11 +104,11 @@ class Step:
     # ---- the teacher's side ------------------------------------------------------
 
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Compute something of the teacher for whoever asks first, and keep it.
+        """Compute a result of the teacher when first asked for, and keep it.
 
         Args:
-            key: Name of the result; the same for all that mean the same.
-            compute: Gives the result.
+            key: Name of the result; whoever shares a result uses the same name.
+            compute: Computes the result.
         """
         if key not in self._shared:
             with self._teacher.running():
@@ -117,7 +117,7 @@ class Step:
 
     @property
     def teacher_inputs(self) -> Tensor:
-        """The batch as the teacher's own data_preprocessor would have given it."""
+        """The batch as the teacher's own data_preprocessor would have produced it."""
         return self.shared(
             'teacher_inputs',
             lambda: self._teacher.renormalize(self.inputs, self.valid_sizes),
@@ -125,9 +125,9 @@ class Step:
 
     @property
     def teacher_features(self) -> Any:
-        """The teacher's ``extract_feat``, backbone and neck.
+        """What the teacher's ``extract_feat``, backbone and neck, returns.
 
-        Of a :class:`ForeignTeacher` it is what its forward returns.
+        For a :class:`ForeignTeacher`, what its forward returns.
         """
         return self.shared('teacher_features', self._extract)
 
@@ -139,20 +139,20 @@ class Step:
 
     @property
     def mirrored(self) -> Step:
-        """The same batch, which the teacher sees mirrored, left to right."""
+        """The same batch, but the teacher sees it mirrored, left to right."""
         return self.shared('mirrored', self._mirror)
 
     def _mirror(self) -> Step:
         step = Step(
             self.student, self._teacher, self.classes, self.inputs, self.data_samples
         )
-        # the padding lies on the left, so the whole width is an image
+        # padding is now on the left, so all of a map counts as image
         step.valid_sizes = [tuple(self.inputs.shape[-2:])] * len(self.inputs)
         step._shared['teacher_inputs'] = self.teacher_inputs.flip(-1)
         return step
 
     def forget_teacher_features(self) -> None:
-        """Free the teacher's features, which nobody asks for any more."""
+        """Free the teacher's features, which nothing needs any more."""
         for key in ('teacher_features', 'mirrored'):
             self._shared.pop(key, None)
         self._teacher_recorder.forget()
@@ -160,8 +160,8 @@ class Step:
     def teacher_calls(self, module: nn.Module) -> list[Call]:
         """The teacher's calls of ``module``, one of ``teacher_modules``.
 
-        It is called while the teacher's features are computed, or else is in the
-        rest of the teacher's forward pass, which then runs on these features.
+        It runs either while the teacher's features are computed, or in the rest of the
+        teacher's forward pass, which is then run on these features.
         """
         features = self.teacher_features
         is_foreign = isinstance(self.teacher_model, ForeignTeacher)
@@ -174,33 +174,33 @@ class Step:
             self._run_teacher(features, self.data_samples, mode='tensor')
 
     def _run_teacher(self, features: Any, data_samples: list, mode: str) -> Any:
-        """The teacher's forward pass on its features, which are not computed again."""
+        """Run the teacher's forward pass on features that are computed already."""
         model = self.teacher_model
         with swapped(model, 'extract_feat', lambda *args, **kwargs: features):
             return model(self.teacher_inputs, data_samples, mode=mode)
 
     @property
     def teacher_predictions(self) -> list[BaseDataElement]:
-        """What the teacher predicts in a test, in the geometry of the batch.
+        """The teacher's test-time predictions, in the geometry of the batch.
 
-        Of a two-stage detector it is the boxes alone, without masks.
+        For a two-stage detector they are boxes only, without masks.
         """
         return self.shared('teacher_predictions', self._predict)
 
     def _predict(self) -> list[BaseDataElement]:
         from mmcv.ops.nms import NMSop
 
-        suppress = NMSop.apply  # on a CPU it takes float32 alone
+        suppress = NMSop.apply  # on a CPU it takes only float32
         samples = []
         for sample in self.data_samples:
-            # the size of the batch, and not of the file
+            # the image's size in the batch, not in the file
             metainfo = {
                 **sample.metainfo,
                 'ori_shape': sample.metainfo['img_shape'],
                 'scale_factor': (1.0, 1.0),
             }
             samples.append(type(sample)(metainfo=metainfo))
-            if 'proposals' in sample:  # of a detector without RPN
+            if 'proposals' in sample:  # for a detector without RPN
                 samples[-1].proposals = sample.proposals
         roi_head = getattr(self.teacher_model, 'roi_head', None)
         with (
@@ -212,15 +212,15 @@ class Step:
     # ---- the batch ---------------------------------------------------------------
 
     def valid_mask(self, height: int, width: int) -> Tensor | None:
-        """Where a map of the whole batch shows an image, not its padding.
+        """The cells of a map of the whole batch that show an image, not its padding.
 
         Args:
             height: Height of the map.
             width: Width of the map.
 
         Returns:
-            (N, height, width), True where the centre of a cell lies in the image; None
-            if no image is padded.
+            (N, height, width), True where the centre of a cell is in the image; None if
+            no image is padded.
         """
         full_h, full_w = self.inputs.shape[-2:]
         if all(size == (full_h, full_w) for size in self.valid_sizes):
@@ -241,7 +241,7 @@ def _in_float32(x: Any) -> Any:
 
 
 def _lost_gradient(module: nn.Module, calls: list[Call]) -> bool:
-    """Whether a module that is trained returned tensors that cannot train it."""
+    """Whether a trainable module returned only tensors without a gradient."""
     if not any(p.requires_grad for p in module.parameters()):
         return False
     outputs = [

@@ -1,4 +1,4 @@
-"""What an earlier run left in a work_dir: resumed if whole, not mixed with another."""
+"""What an earlier run left in a work_dir: resume it if intact, never mix two runs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _OF_THE_RUN = (
 def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
     """Find the last checkpoint that a run can be resumed from.
 
-    mmengine does not write checkpoints atomically: a run that is killed, or a disk that
-    is full, leaves a file that is cut off. What cannot be read is named in a warning
-    and passed over. The order is that of mmengine, the one that ``last_checkpoint``
-    names, and then the others, the newest first.
+    mmengine does not write checkpoints atomically: a killed run or a full disk leaves a
+    truncated file. A file that cannot be read is skipped with a warning that names it.
+    As in mmengine, the one that ``last_checkpoint`` names comes first; then come the
+    others, newest first.
 
     Args:
         work_dir: Where an earlier run saved its checkpoints.
 
     Returns:
-        Path and content of the checkpoint; None if there is none in ``work_dir``.
+        Path and content of the checkpoint; None if ``work_dir`` has none.
 
     Raises:
         RuntimeError: There are checkpoints, but none can be read.
@@ -49,11 +49,11 @@ def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
             checkpoint = load_checkpoint(str(path))
         except (RuntimeError, ValueError, FileNotFoundError) as error:
             print_log(f'Passed over: {error}', level=logging.WARNING)
-            # not of a text, a folder, a dangling link or something that is no run's
+            # texts, folders, dangling links and files that no run wrote do not count
             if isinstance(error, RuntimeError) and _began_as_one(path):
                 damaged.append(str(path))
             continue
-        # others are weights alone, an exported student for instance
+        # others hold only weights, for instance an exported student
         if checkpoint.get('meta') and {'message_hub', 'state_dict'} <= {*checkpoint}:
             return str(path), checkpoint
     if damaged:
@@ -72,16 +72,16 @@ def _began_as_one(path: Path) -> bool:
 def refuse_other_config(
     cfg: Config, checkpoint: dict, path: str, or_same: bool = False
 ) -> None:
-    """Stop before a run is mixed with another one in its work_dir, or overwritten.
+    """Raise an error before a run overwrites or mixes with another in its work_dir.
 
     Args:
         cfg: The config to train.
         checkpoint: A checkpoint of the earlier run.
-        path: Where it lies.
+        path: Its path.
         or_same: Refuse the same config as well.
 
     Raises:
-        RuntimeError: It names what differs.
+        RuntimeError: The configs differ (it says where), or ``or_same`` is set.
     """
     theirs, ours = (
         _settings(text) for text in (checkpoint['meta'].get('cfg'), cfg.pretty_text)
@@ -101,7 +101,7 @@ def refuse_other_config(
 
 
 def _settings(text: str | None) -> dict[str, str]:
-    """The text of each setting; mmengine sorts them, and only line breaks may vary."""
+    """The text of each setting; mmengine sorts them, so only line breaks can vary."""
     _, *parts = re.split(
         r'^(\w+) ?= ?', text if isinstance(text, str) else '', flags=re.M
     )
@@ -110,13 +110,13 @@ def _settings(text: str | None) -> dict[str, str]:
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str) -> None:
-    """Stop before a run is resumed with the weights of another model, or broken ones.
+    """Raise an error before a run resumes with another model's or broken weights.
 
-    mmengine resumes leniently: what does not fit keeps its random values. The weights
-    are loaded, as they will be.
+    mmengine resumes leniently: weights that do not fit keep their random values. The
+    check loads the weights into the model, as resuming will.
 
     Raises:
-        RuntimeError: Keys or shapes differ; it lists up to ten of each sort.
+        RuntimeError: Keys, shapes or values are wrong, see :func:`load_strictly`.
     """
     advice = (
         'The run cannot be resumed with this model. Resume with the config that it was '

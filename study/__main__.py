@@ -4,9 +4,9 @@
 
 A cell of the grid is a task, a method, a teacher and a seed. Each is trained by
 `tools/train.py` from the configs of `study/configs/<task>`, one process at a time. A
-finished cell is skipped as long as its settings and its teacher are the same; one that
-was stopped goes on from its last checkpoint. Each finished cell is a line of
-`results.jsonl`; tables and a plot of all of them go into `results.md`, `results.png`.
+finished cell is skipped as long as its settings and its teacher are the same; a stopped
+one continues from its last checkpoint. Each finished cell is a line of `results.jsonl`;
+tables and a plot of all cells go into `results.md` and `results.png`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what it runs
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running tool
     start = time.time()
     deadline = start + 60 * args.budget if args.budget else float('inf')
     study = Study(
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f'{title}: {label} {result["score"]:.2f}', flush=True)
         row = {**cell._asdict(), **result, 'command': cell.command}
         if cell.method not in SINGLE:
-            # which one it had: another CPU model gives another with the same settings
+            # tells which teacher: on another CPU model the same settings give another
             scores = [study.finished(teacher)['score'] for teacher in cell.its_teachers]
             row['teacher_score'] = max(scores)
         if read_results(file).get(cell) != row:

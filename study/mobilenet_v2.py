@@ -1,4 +1,4 @@
-"""MobileNetV2 with torchvision's ImageNet weights, whole or its first stages.
+"""MobileNetV2 with torchvision's ImageNet weights, whole or only its first stages.
 
 Configs import it by ``custom_imports = dict(imports=['study.mobilenet_v2'])``.
 """
@@ -19,18 +19,18 @@ from mmdist.registry import MODELS
 class MobileNetV2(MMSegMobileNetV2):
     """mmseg's MobileNetV2, cut off after a stage, for mmseg and mmdet.
 
-    The first stages alone are a small backbone that starts from ImageNet weights,
-    where there are none of a narrow one: four of the seven have 0.25 of the 1.8
-    million parameters. With ``init_cfg=dict(type='Pretrained', checkpoint=...)`` the
-    file is torchvision's (``mobilenet_v2-b0353104.pth``), and it is loaded strictly.
+    The first stages alone are a small backbone that starts from ImageNet weights; a
+    narrow MobileNetV2 has none. Four of the seven stages have 0.24 of its 1.8 million
+    parameters. With ``init_cfg=dict(type='Pretrained', checkpoint=...)`` torchvision's
+    file (``mobilenet_v2-b0353104.pth``) is loaded strictly.
 
     Args:
-        num_stages: How many of the seven stages there are.
+        num_stages: Number of stages to keep, of seven.
         out_indices: Stages whose maps are returned, from 0; the last one if omitted.
         kwargs: As for mmseg's ``MobileNetV2``.
 
     Raises:
-        ValueError: ``num_stages`` or ``out_indices`` name stages that are not there.
+        ValueError: ``num_stages`` or ``out_indices`` name stages that do not exist.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MobileNetV2(MMSegMobileNetV2):
             'MobileNetV2',
             "Give torchvision's mobilenet_v2-b0353104.pth, and `widen_factor=1.0`.",
         )
-        self._is_init = True  # as mmengine marks a module that is done
+        self._is_init = True  # as mmengine marks an initialised module
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Maps of the stages ``out_indices``, (N, C, h, w), always in a tuple."""
@@ -75,7 +75,7 @@ class MobileNetV2(MMSegMobileNetV2):
 
 
 def rename_torchvision_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of torchvision's ``mobilenet_v2`` to those of mmseg.
+    """Rename the weights of torchvision's ``mobilenet_v2`` as mmseg names them.
 
     Args:
         state_dict: Keys ``features.<block>...`` and ``classifier...``. The classifier
@@ -103,8 +103,8 @@ def rename_torchvision_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tenso
             block, layer, part, name = match.groups()
             stage, i = stage_of_block[int(block) - 1]
             if part is None:
-                # the last convolution and its BN stand side by side in torchvision's,
-                # after two ConvBNs, or one where the first stage does not expand
+                # torchvision has the last convolution and its BN side by side, after
+                # two ConvBNs, or one in the first stage, which does not expand
                 last = 1 if stage == 1 else 2
                 part, layer = int(layer) - last, last
             prefix = f'layer{stage}.{i}.conv.{layer}'

@@ -1,4 +1,4 @@
-"""What comes out: tables of scores and paired differences, and a plot."""
+"""Results of the study: tables of scores and paired differences, and a plot."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ END = '<!-- End of what is made. -->\n'
 
 
 def read_results(file: Path) -> dict[Cell, dict]:
-    """The results by cell; of a cell that was trained again, the last."""
+    """The results by cell; the last one of a cell that was trained again."""
     lines = file.read_text().splitlines() if file.is_file() else []
     rows = [json.loads(line) for line in lines]
     return {Cell(*(row[key] for key in Cell._fields)): row for row in rows}
 
 
 def by_seed(results: dict[Cell, dict], key: str, *cell: str) -> dict[int, float]:
-    """Scores by seed of a method: scale, task, method, teacher."""
+    """Values of ``key`` by seed; ``cell`` is scale, task, method, teacher."""
     return {
         c.seed: row[key] for c, row in results.items() if c[:4] == cell and key in row
     }
@@ -79,7 +79,7 @@ def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> st
 
 
 def draw(results: dict[Cell, dict], file: Path) -> None:
-    """Each seed's difference to the student alone, with means and 95 % intervals."""
+    """Plot each seed's difference to the student alone, means and 95 % intervals."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -87,7 +87,7 @@ def draw(results: dict[Cell, dict], file: Path) -> None:
 
     cells = {cell[:4] for cell in results if cell.method not in SINGLE}
     panels = sorted({cell[:2] for cell in cells})
-    # a line for each method, and its axis
+    # a line for each method, plus the axis
     heights = [0.8 + 0.2 * sum(c[:2] == panel for c in cells) for panel in panels]
     figure, rows = plt.subplots(
         len(panels), 1, figsize=(8, 0.6 + sum(heights)), squeeze=False,

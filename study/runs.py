@@ -127,8 +127,9 @@ class Study:
 
     def store(self, cell: Cell) -> Path:
         """Where the answers of a cell's teacher are stored; made if it is not there."""
-        teachers = {one.task: self.trained(one) for one in cell.its_teachers}
-        folder = self.work_dir / cell.scale / '_'.join([cell.method, *teachers])
+        names = [one.task.replace('-', '_') for one in cell.its_teachers]
+        teachers = dict(zip(names, map(self.trained, cell.its_teachers), strict=True))
+        folder = self.work_dir / cell.scale / '-'.join([cell.method, *names])
         folder.mkdir(exist_ok=True)
         cfg = self.config(cell._replace(method='default'))
         cfg.model.teachers, cfg.model.teacher = teachers, None

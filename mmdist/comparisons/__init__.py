@@ -1,4 +1,4 @@
-"""What can be compared between a student and its teacher, one kind a file."""
+"""The kinds of comparison between a student and its teacher, one per file."""
 
 from .base import Comparison, Pair
 from .box_distributions import BoxDistributions

@@ -1,4 +1,4 @@
-"""The base of everything that can be compared between a student and its teacher."""
+"""The base class of all comparisons between a student and its teacher."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Pair:
         teacher: Logits of the same shape.
         mask: True where a row counts, (rows,) or (N, *spatial); None counts all.
         weight: Factor of this term.
-        name: The terms of one name are added up, and logged as one.
+        name: Terms with the same name are summed and logged as one.
         row_weight: Weight of each row, (rows,), for a loss that weights rows.
-        activation: What turns these logits into probabilities, if it is not the
-            activation of the student's head; 'identity' for probabilities.
+        activation: What turns these logits into probabilities, if not the activation
+            of the student's head; 'identity' if they already are probabilities.
     """
 
     student: Tensor
@@ -44,7 +44,7 @@ class Pair:
     row_weight: Tensor | None = None
 
 
-# Why the shapes of a pair differ.
+# Advice for a pair whose shapes differ.
 OTHER_CLASSES = (
     'The rows are the same, so the two have other classes. Classes are matched by name '
     'if the names of both sides are known; the log says whose are not. Take a teacher '
@@ -54,8 +54,8 @@ OTHER_CLASSES = (
 OTHER_ROWS = 'Use a teacher with the same strides and the same anchors per location.'
 
 
-# Losses that turn logits into probabilities themselves: what gives them back, from
-# sigmoids the log-odds, from a softmax the logarithms.
+# Losses that take logits, and how to recover these from probabilities: log-odds for a
+# sigmoid, logarithms for a softmax.
 LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
     'BinaryKLDivLoss': partial(torch.logit, eps=1e-6),
     'KnowledgeDistillationKLDivLoss': lambda p: p.clamp(min=1e-6).log(),
@@ -63,31 +63,30 @@ LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Comparison(BaseModule):
-    """Selects outputs of student and teacher and yields aligned pairs, in three steps.
+    """Select outputs of student and teacher and yield aligned pairs, in three steps.
 
-    A subclass says which modules it needs (:meth:`student_modules`), and how to
+    A subclass names the modules it needs (:meth:`student_modules`), and defines how to
     :meth:`record` the student's logits, :meth:`ask` the teacher for the counterpart
-    and :meth:`pair` the two. docs/own_comparison.md has an example. One that compares
-    locations may have a ``mean_of_views(step, asked, mirrored)``, the mean of what
-    :meth:`ask` gave for a batch and for its mirror images, left to right; it takes
-    teachers with ``views``.
+    and :meth:`pair` the two. docs/own_comparison.md has an example. To support teachers
+    with ``views``, a comparison of locations defines ``mean_of_views(step, asked,
+    mirrored)``: the mean of what :meth:`ask` returned for a batch and for the batch
+    mirrored left to right.
 
     Args:
-        loss: Config of the loss, any module with a forward of (student logits, teacher
-            logits) or (student logits, teacher logits, mask). If it has no ``mask``, it
-            is called with the rows that count. If omitted, it is ``mmdist.DISTLoss``.
-            Where probabilities are compared, ``mmdist.BinaryKLDivLoss`` and mmdet's KL
-            get their log-odds or logarithms, and any other loss gets them as they are.
-            Without an ``activation`` of its own that loss gets :meth:`activation`.
+        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted. Any module whose
+            forward takes (student logits, teacher logits), and optionally ``mask``;
+            without ``mask`` it gets only the rows that count. A DISTLoss without an
+            ``activation`` gets :meth:`activation`. Where probabilities are compared,
+            ``mmdist.BinaryKLDivLoss`` gets their log-odds, mmdet's KL their logarithms,
+            and any other loss the probabilities.
 
     Attributes:
-        families: The models that the comparison supports, for its messages.
-        asks_first: Whether :meth:`ask` needs nothing of the student. It is then called
-            before the student runs, with None for ``recorded``, which takes less
-            memory.
-        learns_from_answers: Whether it learns from a :class:`StoredTeacher`, which has
-            no modules: from ``step.teacher_features``, its answers.
-        loss: The loss. It is complete after :meth:`bind`.
+        families: The models that the comparison supports, for error messages.
+        asks_first: Whether :meth:`ask` needs nothing from the student. It is then
+            called before the student runs, with ``recorded=None``, to save memory.
+        learns_from_answers: Whether it can learn from a :class:`StoredTeacher`, which
+            has no modules, only the answers in ``step.teacher_features``.
+        loss: The loss, complete after :meth:`bind`.
     """
 
     families = 'models that its docstring names'
@@ -106,7 +105,7 @@ class Comparison(BaseModule):
     # ---- what a subclass fills in ------------------------------------------------
 
     def activation(self, student: nn.Module) -> str:
-        """The default activation of DISTLoss, as the student's head has it."""
+        """The default activation of DISTLoss: that of the student's head."""
         return 'softmax'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
@@ -125,7 +124,7 @@ class Comparison(BaseModule):
         """Stop before the first step if the two cannot be compared.
 
         Raises:
-            ValueError: It says what the teacher lacks.
+            ValueError: They cannot be compared; the message says why.
         """
 
     def record(self, step: Step):
@@ -133,21 +132,21 @@ class Comparison(BaseModule):
         raise NotImplementedError
 
     def ask(self, step: Step, recorded: Any):
-        """The teacher's side, by the cheapest forward that gives the counterpart."""
+        """The teacher's side, from the cheapest forward that gives the counterpart."""
         raise NotImplementedError
 
     def pair(self, step: Step, recorded, asked) -> Iterable[Pair]:
-        """Logits of both sides, rows in the same order, with the rows that count."""
+        """Logits of both sides, rows in the same order, and which rows count."""
         raise NotImplementedError
 
-    # ---- the same for all --------------------------------------------------------
+    # ---- shared by all -----------------------------------------------------------
 
     def unsupported(self, model: nn.Module, reason: str) -> ValueError:
         """The error for a model that has nothing to compare here.
 
         Args:
             model: The model.
-            reason: What is wrong with it, a clause such as 'it has no ``neck``'.
+            reason: The reason, a clause such as 'it has no ``neck``'.
         """
         name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
@@ -159,15 +158,15 @@ class Comparison(BaseModule):
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
         """Check the student and complete the loss, when the model is built.
 
-        Modules that a subclass makes here are parameters of the student.
+        Modules that a subclass creates here become part of the student.
 
         Args:
             student: The student, just built.
-            teacher: The teacher, neither built nor loaded.
+            teacher: The teacher, not yet built or loaded.
 
         Raises:
-            ValueError: The student has nothing to compare, or the comparison asks
-                modules of the teacher and this one is stored.
+            ValueError: The student has nothing to compare, or the teacher is stored
+                and the comparison needs its modules.
         """
         if isinstance(teacher, StoredTeacher) and not self.learns_from_answers:
             raise ValueError(
@@ -199,11 +198,11 @@ class Comparison(BaseModule):
 
         Args:
             name: The entry's name in ``distill``.
-            pairs: What :meth:`pair` gave.
+            pairs: The result of :meth:`pair`.
 
         Returns:
-            ``loss_<name>`` and, where the loss knows them, the mean correlations
-            ``<name>_inter`` and ``<name>_intra``, which mmengine logs and does not add.
+            ``loss_<name>`` and, if the loss computes them, the mean correlations
+            ``<name>_inter`` and ``<name>_intra``, which mmengine logs but does not add.
         """
         terms: dict[str, list[Tensor]] = {}
         for pair in pairs:
@@ -212,7 +211,7 @@ class Comparison(BaseModule):
             terms.setdefault(f'loss_{key}', []).append(pair.weight * found.loss)
             for relation in ('inter', 'intra'):
                 correlation = getattr(found, relation)
-                if correlation is not None:  # of a term that is not left out
+                if correlation is not None:  # None: the term is left out
                     terms.setdefault(f'{key}_{relation}', []).append(correlation)
         return {
             key: sum(values) if key.startswith('loss_') else sum(values) / len(values)
@@ -241,7 +240,7 @@ class Comparison(BaseModule):
         return Terms(self._plain_loss(pair), None, None)
 
     def _plain_loss(self, pair: Pair) -> Tensor:
-        """The loss of a pair, by a loss that knows no correlations."""
+        """The loss of a pair, for a loss without correlations."""
         student, teacher = pair.student, pair.teacher
         to_logits = by_class_name(self.loss, LOSSES_OF_LOGITS)
         if to_logits is not None and pair.activation == 'identity':
@@ -270,18 +269,18 @@ class Comparison(BaseModule):
         self._has_warned = True
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # The checkpoint of a plain student knows nothing of distillation: what is
-        # learned here (Features has convolutions) starts as it is.
+        # A plain student's checkpoint has no parameters of distillation: those here
+        # (the convolutions of Features) keep their initial values.
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# Kinds and arguments that there were, and what to take instead.
+# Removed kinds and arguments, and what to take instead.
 REMOVED = {
-    'mmdist.BoxLogits': 'mmdist.BoxLogits is no more: it lost accuracy. Take '
+    'mmdist.BoxLogits': 'mmdist.BoxLogits was removed: it lost accuracy. Take '
     'mmdist.Detections, which compares what any detector detects.',
-    'DISTLoss.damping': '`damping` of DISTLoss is no more: leave it out. '
+    'DISTLoss.damping': '`damping` of DISTLoss was removed: leave it out. '
     '`model.balance`, which is on by default, does better what it did.',
 }
 
@@ -294,7 +293,7 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
         cfg: Its config, with a ``type``.
 
     Raises:
-        ValueError: There is no such kind or no such loss, or it has no such argument.
+        ValueError: The kind, the loss or an argument does not exist.
     """
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     if isinstance(kind, str) and kind in REMOVED:

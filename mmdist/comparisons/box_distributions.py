@@ -20,20 +20,20 @@ class BoxDistributions(Comparison):
 
     GFL predicts each edge as a distribution over ``reg_max + 1`` distances.
     Localization distillation (Zheng et al., CVPR 2022, arXiv 2102.12252) teaches the
-    student those of its teacher. A row is an edge of the box at a location.
+    student its teacher's distributions. A row is an edge of the box at a location.
 
     Args:
         loss: Config of the loss; if omitted, the KL divergence with the temperature 10
-            and the ``loss_weight`` 0.25 of mmdet's LD configs, but of another scale:
-            the mean over the edges that count. mmdet's ``LDHead`` adds up over the
+            and the ``loss_weight`` 0.25 of mmdet's LD configs, but on another scale:
+            it is the mean over the edges that count. mmdet's ``LDHead`` sums over the
             positive locations, weighted by the student's class scores, and divides by
-            4. Where these weights add up to 15, that is 15 times as much; raise
+            4. If these weights sum to 15, its loss is 15 times as large; raise
             ``loss_weight`` accordingly.
-        min_score: Locations where the teacher gives no class at least this probability
-            do not count.
+        min_score: Locations count where the teacher's best class has at least this
+            probability.
 
     Raises:
-        ValueError: ``min_score`` is no probability.
+        ValueError: ``min_score`` is not a probability.
     """
 
     families = 'GFL and the detectors whose head is derived from its head'
@@ -50,7 +50,7 @@ class BoxDistributions(Comparison):
         return [self._head(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Both have distributions over as many distances."""
+        """Both must have distributions over the same number of distances."""
         ours, theirs = self._head(student).reg_max, self._head(teacher).reg_max
         if ours != theirs:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The boxes that two detectors predict: what class scores do not say."""
+"""The boxes that two detectors predict."""
 
 from __future__ import annotations
 
@@ -32,41 +32,42 @@ from .base import Comparison, Pair
 from .detections import assign, check_detects, common, detected
 from .matching import Matching
 
-MIN_IOU = 0.5  # of a detection with an anchor or proposal
+MIN_IOU = 0.5  # between a detection and an anchor or proposal
 
 
 @MODELS.register_module()
 class Boxes(Comparison):
-    """Teach the boxes that the teacher predicts, row by row.
+    """Teach the student the boxes that the teacher predicts, row by row.
 
     Class scores do not say where a box ends. This complements ``RoILogits``,
     ``DenseLogits`` and ``QueryLogits``, with the same rows and the teacher's boxes as
     targets:
 
     - **two-stage**: a row is a proposal that the student sampled. The teacher regresses
-      it for its own best class, and the student's box is that of the same class.
-    - **dense**: a row is an anchor or point of a location. Both must have the same.
+      it for its own best class, and the student's box of the same class is compared.
+    - **dense**: a row is an anchor or point of a location. Both models must have the
+      same, but the shape of a location's single anchor or point can differ.
     - **queries**: a row is a pair that :class:`QueryLogits` matches.
 
-    A teacher of another family, of another library or stored teaches what it detects:
-    at an anchor or proposal the detection that overlaps it most, with an IoU of 0.5 or
-    as :class:`Detections` has it, and queries are matched one to one.
+    A teacher that is stored, or of another family or library, teaches its detections.
+    An anchor or proposal gets the detection that overlaps it most, assigned as in
+    :class:`Detections` with ``min_iou=0.5``. Queries are matched one to one.
 
     The weight of a row is the teacher's probability of its best class, or 0 if that is
     below ``min_score``. The loss is the weighted mean over the rows.
 
     Args:
-        loss: Config of a loss of mmdet for boxes. If omitted, it is that of the
-            student's head. A loss of IoU type gets boxes in pixels, any other (L1,
-            smooth L1) gets them as the student's head encodes them, relative to anchors
-            or proposals. Of queries it is of IoU type.
-        min_score: The least probability of the teacher's best class. Where a dense head
-            ranks by class times centerness, objectness or IoU, it is that product.
+        loss: Config of one of mmdet's box losses; if omitted, that of the student's
+            head. An IoU loss gets boxes in pixels, any other (L1, smooth L1) gets them
+            as the student's head encodes them, relative to anchors or proposals.
+            Queries need an IoU loss.
+        min_score: Minimum probability of the teacher's best class; for a dense head
+            that ranks by class times centerness, objectness or IoU, that product.
         stage: The stage of a cascade teacher, as in :class:`RoILogits`.
         weight: Factor of the loss.
 
     Raises:
-        ValueError: ``min_score`` is no probability.
+        ValueError: ``min_score`` is not a probability.
     """
 
     families = (
@@ -93,11 +94,11 @@ class Boxes(Comparison):
 
     @property
     def in_pixels(self) -> bool:
-        """Whether the loss is of IoU type, for boxes in pixels."""
+        """Whether the loss is an IoU loss, which takes boxes in pixels."""
         return 'IoU' in type(self.loss).__name__
 
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
-        """Check the student, and take the loss of its head."""
+        """Check the student, and use its head's loss if none is given."""
         super().bind(student, teacher)
         is_queries = family_of(student) == QUERY
         head = _heads(student)[0]
@@ -111,7 +112,7 @@ class Boxes(Comparison):
             )
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
-        """Those of the class comparison of its family."""
+        """The modules to record for the student's family."""
         if family_of(student) not in (DENSE, ROI, QUERY):
             raise self.unsupported(student, 'it is of none of these families')
         modules = reader_of(student).modules(student, self.unsupported)
@@ -124,7 +125,7 @@ class Boxes(Comparison):
         return modules
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Of one family both have boxes that are known here; any other detects."""
+        """A teacher of the same family needs known boxes; any other must detect."""
         if family_of(student) != family_of(teacher):
             check_detects(teacher, self.unsupported)
             return
@@ -137,13 +138,13 @@ class Boxes(Comparison):
             query.check_same_activation('Boxes', student, teacher)
 
     def record(self, step: Step) -> list[Any]:
-        """Proposals of all stages, or queries, or the output of a dense head."""
+        """The proposals of all stages, the queries, or the output of a dense head."""
         if family_of(step.student) != DENSE:
             return reader_of(step.student).record(step)
         return [step.calls(dense.head_of(step.student))[-1].output]
 
     def ask(self, step: Step, recorded: list[Any]) -> list[Any]:
-        """What the teacher says of the same proposals, or its queries or output."""
+        """The teacher's outputs for the same proposals, its queries or dense output."""
         family = family_of(step.student)
         if family != family_of(step.teacher_model):
             return [common(step, one) for one in detected(step)]
@@ -181,7 +182,7 @@ class Boxes(Comparison):
         target: Tensor,
         scores: Tensor,
     ) -> Pair:
-        """The boxes of a two-stage student, for targets, (rows, 4), in pixels."""
+        """A two-stage student's boxes, for targets given in pixels, (rows, 4)."""
         _, head = roi.stages(step.student)[proposals.stage]
         code, priors = _of_class(head, proposals.deltas, classes), proposals.rois[:, 1:]
         if self.in_pixels:
@@ -210,7 +211,7 @@ class Boxes(Comparison):
     def _dense(
         self, head: nn.Module, recorded: tuple, target: Tensor, scores: Tensor
     ) -> Pair:
-        """The boxes of a dense student, for targets, (N, rows, 4), in pixels."""
+        """A dense student's boxes, for targets given in pixels, (N, rows, 4)."""
         code = encoded(head, recorded)
         if self.in_pixels:
             code = Code(decode(head, code), code.priors)
@@ -224,7 +225,7 @@ class Boxes(Comparison):
     def _of_detections(
         self, step: Step, recorded: list[Any], asked: list[InstanceData]
     ) -> list[Pair]:
-        """Boxes of the student where the teacher's detections are."""
+        """The student's boxes, with the teacher's detections as targets."""
         family = family_of(step.student)
         if family == QUERY:
             return [self._of_matched(step, recorded[-1], asked)]
@@ -298,7 +299,7 @@ class Boxes(Comparison):
     ) -> Pair:
         row_weight = scores * (scores >= self.min_score)
         if self.in_pixels:
-            # RTMDet's distances may be negative: no box, and no IoU
+            # RTMDet's distances can be negative: not a box, so no IoU
             sizes = torch.cat([x[:, 2:] - x[:, :2] for x in (code, target)], 1)
             row_weight = row_weight * (sizes > 0).all(1)
         weight = self.weight * weight
@@ -308,11 +309,11 @@ class Boxes(Comparison):
 
     def _plain_loss(self, pair: Pair) -> Tensor:
         counts = pair.row_weight[:, None] > 0
-        # where no row counts a box may be of any size, and its loss NaN
+        # a row that does not count can have any box, and a NaN loss
         target = torch.where(counts, pair.teacher, 0)
         code = torch.where(counts, pair.student, target)
         values = self.loss(code, target, reduction_override='none')
-        # (rows,) of an IoU, (rows, 4) of L1; there may be no row, which reshape refuses
+        # IoU gives (rows,), L1 (rows, 4); reshape would fail without rows
         values = torch.where(counts, values[..., None].flatten(1), 0).sum(1)
         total = pair.row_weight.sum()
         return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
@@ -321,10 +322,7 @@ class Boxes(Comparison):
 def _nearest(
     places: Tensor, found: InstanceData, assigned: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The detection at each place: its box, (places, 4), its score and its label.
-
-    The score is 0 where there is none.
-    """
+    """The detection at each place: box, (places, 4), score (0 if none) and label."""
     if not len(found):
         nothing = torch.zeros_like(places[:, 0])
         return torch.zeros_like(places), nothing, nothing.long()
@@ -335,7 +333,7 @@ def _nearest(
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module]:
-    """The heads that regress boxes, one for each stage of a two-stage detector."""
+    """The heads that regress boxes; one per stage for a two-stage detector."""
     if family_of(model) == ROI:
         return [head for _, head in roi.stages(model)]
     return [dense.head_of(model) if family_of(model) == DENSE else query.head_of(model)]
@@ -346,13 +344,13 @@ def _is_known(head: nn.Module, family: str) -> bool:
         return encodes(head)
     if family == QUERY:
         return True
-    # CrowdDet regresses several boxes of a proposal, SABL the sides of one
+    # CrowdDet regresses several boxes per proposal, SABL the sides of one
     coder = getattr(head, 'bbox_coder', None)
     return not hasattr(head, 'num_instance') and not is_a(head, 'SABLHead') and coder
 
 
 def _of_class(head: nn.Module, deltas: Tensor, classes: Tensor) -> Tensor:
-    """The four numbers of one class of each row."""
+    """The four deltas of each row's class, (rows, 4)."""
     if head.reg_class_agnostic:
         return deltas
     index = classes[:, None, None].expand(-1, 1, 4)

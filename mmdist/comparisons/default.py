@@ -1,4 +1,4 @@
-"""What is compared if `distill` is omitted."""
+"""The default comparisons, for a config without `distill`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mmdist.teachers import Teacher
 from .base import Comparison
 
 DETECTIONS = 'mmdist.Detections'
-# The comparison of each family; that of any other is Detections.
+# The comparison of each family; any other family gets Detections.
 KINDS: dict[str, str] = {
     SEG: 'mmdist.SegLogits',
     DENSE: 'mmdist.DenseLogits',
     ROI: 'mmdist.RoILogits',
     QUERY: 'mmdist.QueryLogits',
 }
-# Families that gained by the teacher's boxes too, and what changes beside them; the
-# evidence is in docs/which_comparison.md.
+# Families that also gained from the teacher's boxes, and what the class comparison
+# changes with them; the evidence is in docs/which_comparison.md.
 WITH_BOXES: dict[str, dict] = {
     DENSE: {},
     ROI: dict(loss=dict(type='mmdist.DISTLoss', beta=0.0)),
@@ -29,17 +29,17 @@ WITH_BOXES: dict[str, dict] = {
 
 
 class Chosen(NamedTuple):
-    """An entry of ``distill`` that was chosen, and why, a clause."""
+    """A comparison chosen for ``distill``, and the reason as a clause."""
 
     comparison: Comparison
     why: str
 
 
 def default_for(student: nn.Module) -> dict:
-    """Config of the comparison for a student and a teacher of its family.
+    """Config of the comparison for a student and a teacher of the same family.
 
     Raises:
-        ValueError: The family is not known.
+        ValueError: The family is unknown.
     """
     family = family_of(student)
     if family is None:
@@ -56,22 +56,22 @@ def default_for(student: nn.Module) -> dict:
 def default_for_pair(
     student: nn.Module, teacher: Teacher, published: bool = False
 ) -> dict[str, Chosen]:
-    """What is compared for a student and its teacher: the recipe that gained most.
+    """Choose the comparisons for a student and its teacher, by what gained most.
 
-    ``dist`` is the comparison of the student's family, and if the teacher is no match,
-    what the teacher detects (``Detections``). ``box`` are the teacher's boxes, where
-    the family gained by them and the pair can.
+    ``dist`` is the comparison of the student's family or, if the teacher does not fit,
+    ``Detections``. ``box`` compares boxes, if the family gained from that and the pair
+    supports it.
 
     Args:
         student: The student.
         teacher: The teacher, loaded.
-        published: Choose what DIST was published with: no boxes, both of its terms.
+        published: Choose DIST as published: no boxes, both of its terms.
 
     Returns:
         The entries of ``distill`` by name.
 
     Raises:
-        ValueError: None works; it says why.
+        ValueError: No comparison works; the message says why.
     """
     family = family_of(student)
     own = default_for(student)
@@ -109,7 +109,7 @@ def default_for_pair(
 
 
 def _built(cfg: dict, student: nn.Module, teacher: Teacher) -> Comparison:
-    """A comparison that is checked against a pair.
+    """Build a comparison and check it against a pair.
 
     Raises:
         ValueError: It cannot compare the two.

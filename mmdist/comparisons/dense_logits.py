@@ -22,40 +22,39 @@ class DenseLogits(Comparison):
 
     Student and teacher must have the same levels, strides and anchors per location.
 
-    Logits are compared where both heads have the same activation. Where they differ (a
+    Logits are compared if both heads have the same activation. If they differ (a
     softmax with background, a sigmoid per class, the probabilities that TOOD returns),
-    it is the probabilities of the classes without background.
+    the probabilities of the classes without background are compared.
 
-    Class scores are not of one meaning. Those of YOLOX and YOLOv3 are trained at
-    objects alone: elsewhere they say nothing, and objectness tells where. FCOS, ATSS
-    and their kin leave to centerness or IoU how good a box is, whereas GFL, VFNet, TOOD
-    and RTMDet have that in the class score. With ``score='joint'`` each side is
-    compared by what its own ``predict`` ranks by, which means the same for all: the
-    probability of the class times the second score, where there is one. Take it for
-    heads of different meaning, and for YOLOX and YOLOv3.
+    The meaning of a class score depends on the head. YOLOX and YOLOv3 train it only at
+    objects: elsewhere it means nothing, and objectness says where they are. FCOS, ATSS
+    and their kin leave the quality of a box to centerness or IoU, whereas in GFL,
+    VFNet, TOOD and RTMDet the class score includes it. With ``score='joint'`` each side
+    is compared by what its own ``predict`` ranks by, which means the same for all: the
+    class probability times the second score, if there is one. Use it for heads whose
+    scores differ in meaning, and for YOLOX and YOLOv3.
 
     Args:
-        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted, with sigmoid or
-            softmax as the head has it, or ``'identity'`` where probabilities are
-            compared.
+        loss: Config of the loss; ``mmdist.DISTLoss`` if omitted, with the head's
+            sigmoid or softmax, or ``'identity'`` if probabilities are compared.
         student: Path of the student's head, such as ``'rpn_head'`` for the objectness
-            of a two-stage detector. If omitted, it is ``'bbox_head'``, or
-            ``'mask_head'`` where there is no bbox head (SOLO).
-        teacher: Path of the teacher's head; that of the student if omitted.
-        anchors: ``'joint'``, all anchors and classes of a location are one row
-            (published for RetinaNet, 9 * 80 = 720 columns), or ``'separate'``, a row
-            per anchor.
-        levels: ``'sum'``, a loss per level, summed (published), or ``'concat'``, one
-            loss over the rows of all levels.
+            of a two-stage detector; ``'bbox_head'`` if omitted, or ``'mask_head'`` for
+            a model without a bbox head (SOLO).
+        teacher: Path of the teacher's head; the student's if omitted.
+        anchors: ``'joint'``: all anchors and classes of a location are one row
+            (published for RetinaNet, 9 * 80 = 720 columns). ``'separate'``: a row per
+            anchor.
+        levels: ``'sum'``: a loss per level, summed (published). ``'concat'``: one loss
+            over the rows of all levels.
         ignore_mask: Ignore locations in the padding of the batch. The published code
-            does not; False restores it.
-        score: ``'class'``, the class scores alone (published), or ``'joint'``, the
-            probabilities that ``predict`` ranks by: class times objectness, centerness
-            or IoU, without background. Heads with one
-            anchor or point per location are then compared whatever it is.
+            does not; False restores that.
+        score: ``'class'``: the class scores alone (published). ``'joint'``: the
+            probabilities that ``predict`` ranks by, class times objectness, centerness
+            or IoU, without background. If each location has a single anchor or point,
+            its shape can then differ.
 
     Raises:
-        ValueError: An option is none of these.
+        ValueError: An option has an unknown value.
     """
 
     families = (
@@ -77,7 +76,7 @@ class DenseLogits(Comparison):
         super().__init__(loss)
         if anchors == 'best':
             raise ValueError(
-                "`anchors='best'` of DenseLogits is no more. Take mmdist.Detections, "
+                "`anchors='best'` of DenseLogits was removed. Take mmdist.Detections, "
                 'which compares heads with any anchors and levels.'
             )
         for name, value, known in (
@@ -97,7 +96,7 @@ class DenseLogits(Comparison):
         self.score = score
 
     def activation(self, student: nn.Module) -> str:
-        """As the head's own classification loss; 'identity' for probabilities."""
+        """That of the head's classification loss; 'identity' for probabilities."""
         if self.score == 'joint':
             return 'identity'
         return dense.activation_of(dense.head_of(student, self.student_path))
@@ -136,7 +135,7 @@ class DenseLogits(Comparison):
     def pair(
         self, step: Step, recorded: Sequence[Tensor], asked: Sequence[Tensor]
     ) -> list[Pair]:
-        """One pair per level, or one of all levels' rows."""
+        """One pair per level, or one with the rows of all levels."""
         ours, theirs = (
             [(x.shape[1], *x.shape[-2:]) for x in side] for side in (recorded, asked)
         )
@@ -155,11 +154,11 @@ class DenseLogits(Comparison):
         if self.score == 'joint' or kinds[0] != kinds[1]:
             activation = 'identity'
         sides = [recorded, asked]
-        # two RPNs know no classes to match
+        # two RPNs have no classes to match
         if not heads[0].num_classes == heads[1].num_classes == 1:
             selects = step.classes.select_student, step.classes.select_teacher
             for i, (select, kind) in enumerate(zip(selects, kinds, strict=True)):
-                # joint scores of sigmoids are independent of each other, as these are
+                # joint scores of sigmoids stay independent of each other
                 if self.score == 'joint' and kind == 'softmax':
                     kind = 'identity'
                 sides[i] = [select(x, 2, kind) for x in sides[i]]
@@ -182,15 +181,15 @@ class DenseLogits(Comparison):
                 mask = mask[:, None].expand(-1, student.shape[2], -1, -1)
         else:
             if activation == 'softmax' and student.shape[1] > 1:
-                # Softmax is over the classes of an anchor: of log-probabilities of
-                # several anchors it is their probabilities, but for a factor.
+                # Softmax is over the classes of one anchor. A softmax of several
+                # anchors' log-probabilities is their probabilities, up to a factor.
                 student, teacher = student.log_softmax(2), teacher.log_softmax(2)
             student, teacher = student.flatten(1, 2), teacher.flatten(1, 2)
         return Pair(student, teacher, mask, activation=activation)
 
 
 def _concatenate(pairs: Sequence[Pair]) -> Pair:
-    """One pair of the rows of several."""
+    """Merge the rows of several pairs into one pair."""
     widths = {pair.student.shape[1] for pair in pairs}
     if len(widths) > 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What a teacher detects, at the student's anchors, proposals or queries."""
+"""A teacher's detections at the student's anchors, proposals or queries."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from mmdist.teachers import ForeignTeacher
 from .base import Comparison, Pair
 from .matching import Matching
 
-# Of teachers of other libraries; those of mmdet have their own.
+# For teachers of other libraries; mmdet's detectors have their own settings.
 MIN_SCORE, NMS, MAX_PER_IMAGE = 0.05, dict(type='nms', iou_threshold=0.5), 100
-# of places at once, in the cache; all of them take 1 GB beside 300 boxes at 800x1333
+# Places at once, to fit the cache; all, with 300 boxes, take 1 GB at 800x1333.
 CHUNK = 4096
 
 
 @MODELS.register_module()
 class Detections(Comparison):
-    """Compare the student's scores with what any detector detects at the same places.
+    """Compare the student's scores with any detector's detections at the same places.
 
-    The teacher predicts as it does in a test, NMS included. A row is an anchor of the
-    dense student, a proposal that the two-stage student sampled, or a query. The
-    teacher's probability of a class there is the score of its best detection of that
-    class which overlaps the anchor or proposal, and 0 where none does; both sides are
-    probabilities without background. So all that is asked of the teacher is
-    ``predict``: it may be of any architecture, and its own anchors, strides and queries
-    do not matter.
+    The teacher predicts as in a test, NMS included. A row is an anchor of a dense
+    student, a proposal that a two-stage student sampled, or a query. The teacher's
+    probability of a class there is the score of its best detection of that class that
+    overlaps the anchor or proposal, or 0 if none does. Both sides are probabilities
+    without background. The teacher only has to ``predict``, so it can be of any
+    architecture: its anchors, strides and queries do not matter.
 
-    An anchor is overlapped as mmdet's ``MaxIoUAssigner`` has it: with an IoU of
-    ``min_iou``, or if it is the one that overlaps the detection most. Anchors in the
-    padding do not count. Queries are to find each object once: they are assigned to the
-    detections one to one, as :class:`QueryLogits` does it, whatever the IoU.
+    An anchor overlaps a detection as in mmdet's ``MaxIoUAssigner``: with an IoU of at
+    least ``min_iou``, or as the anchor that overlaps the detection most. A proposal
+    needs ``min_iou``. Anchors in the padding do not count. Queries should find each
+    object once, so they are assigned to the detections one to one, as in
+    :class:`QueryLogits`, whatever the IoU.
 
     Args:
         loss: Config of the loss; if omitted, ``mmdist.DISTLoss`` with ``beta=0``. Most
-            rows are of background, 0 for all classes, and have no inter-class relation.
-        min_iou: The least IoU of a detection with an anchor or proposal.
+            rows are background, 0 for all classes, and have no inter-class relation.
+        min_iou: Minimum IoU of a detection with an anchor or proposal.
 
     Raises:
-        ValueError: ``min_iou`` is out of its range.
+        ValueError: ``min_iou`` is out of range.
     """
 
     families = (
@@ -117,16 +117,16 @@ class Detections(Comparison):
         ]
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
-        """As in the base; DIST compares the classes that are there."""
+        """As in the base class, but DIST compares only detected classes."""
         if isinstance(self.loss, DISTLoss):
             pairs = [self._of_classes_that_are_there(pair) for pair in pairs]
         return super().forward(name, pairs)
 
     def _of_classes_that_are_there(self, pair: Pair) -> Pair:
-        """Without the classes of which nothing is detected.
+        """Drop the classes without a detection.
 
-        They have no relation, and would only divide the mean over all classes: of
-        COCO's 80 a batch shows a few.
+        They have no relation and would only dilute the mean over classes: a batch
+        contains only a few of COCO's 80.
         """
         there = pair.teacher.float().sum(0)
         if self.loss.sync:  # the same columns in all processes
@@ -146,7 +146,7 @@ class Detections(Comparison):
         found: InstanceData,
         assigned: str,
     ) -> Tensor:
-        """The best score of what overlaps each place of an image, (rows, classes)."""
+        """The best overlapping detection's score per place and class of an image."""
         boxes = [place.boxes[rows] for place, rows in zip(places, here, strict=True)]
         overlaps = assign(torch.cat(boxes), found.bboxes, self.min_iou, assigned)
         return best_scores(overlaps > 0, found, places[0].scores.shape[1])
@@ -154,7 +154,7 @@ class Detections(Comparison):
     def _of_queries(
         self, queries: Places, here: Tensor, found: InstanceData, img_meta: dict
     ) -> Tensor:
-        """The score of the detection of each query of an image, (rows, classes)."""
+        """The score of the detection matched to each query, (rows, classes)."""
         student = queries.scores[here].detach()
         of_student, of_teacher = self.match.detections(
             student, queries.boxes[here], found, img_meta
@@ -166,13 +166,13 @@ class Detections(Comparison):
 
 
 def _reader_of(model: nn.Module) -> ModuleType | None:
-    """How a detector is read; None for any other model."""
+    """The module that reads a detector; None for any other model."""
     reader = reader_of(model)
     return reader if hasattr(reader, 'places') else None
 
 
 def best_scores(matched: Tensor, detections: InstanceData, classes: int) -> Tensor:
-    """For each place and class the best score of the detections there, else 0.
+    """The best score of the detections at each place, per class; 0 if there is none.
 
     ``matched`` is (places, detections), the result (places, classes).
     """
@@ -184,9 +184,9 @@ def best_scores(matched: Tensor, detections: InstanceData, classes: int) -> Tens
 
 
 def assign(places: Tensor, boxes: Tensor, min_iou: float, assigned: str) -> Tensor:
-    """IoU of each place with each box that it is assigned to, else 0.
+    """IoU of each place with each box it is assigned to, 0 elsewhere: (places, boxes).
 
-    ``assigned`` is ``'overlap'`` or ``'overlap or best'``, as a family has it.
+    ``assigned`` is ``'overlap'`` or ``'overlap or best'``, the family's ``ASSIGNED``.
     """
     from mmdet.structures.bbox import bbox_overlaps
 
@@ -210,7 +210,7 @@ def check_detects(teacher: nn.Module, refuse: Refuse) -> None:
 
 
 def detected(step: Step) -> list[InstanceData]:
-    """What the teacher detects in each image: boxes, scores and labels."""
+    """The teacher's detections in each image: boxes, scores and labels."""
     model = step.teacher_model
     if not isinstance(model, ForeignTeacher):
         return [sample.pred_instances for sample in step.teacher_predictions]
@@ -220,7 +220,7 @@ def detected(step: Step) -> list[InstanceData]:
 
 
 def common(step: Step, detections: InstanceData) -> InstanceData:
-    """Detections of classes that the student knows, with common labels."""
+    """The detections of classes that the student knows, with common labels."""
     labels = detections.labels.long()  # CrowdDet's are floats
     labels = step.classes.common_labels(labels)
     columns = dict(bboxes=detections.bboxes, scores=detections.scores, labels=labels)
@@ -228,10 +228,10 @@ def common(step: Step, detections: InstanceData) -> InstanceData:
 
 
 def after_nms(model: ForeignTeacher, boxes: Tensor, scores: Tensor) -> InstanceData:
-    """The detections in an image by a model that gives all its boxes.
+    """The detections in an image by a model that returns all its boxes.
 
-    These are (M, 4), x1 y1 x2 y2 in pixels, and their scores (M, classes), as the
-    model's ``activation`` says.
+    The boxes are (M, 4), x1 y1 x2 y2 in pixels, the scores (M, classes), with one more
+    column, the background, if the model's ``activation`` is ``'softmax'``.
     """
     from mmdet.models.layers import multiclass_nms
 

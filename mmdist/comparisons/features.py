@@ -24,41 +24,41 @@ from .base import Comparison, Pair
 
 @MODELS.register_module()
 class Features(Comparison):
-    """Compare the maps that a module of either side returns, level by level.
+    """Compare the maps that a module of each side returns, level by level.
 
-    As published for "DIST + mimic" (Huang et al., NeurIPS 2022, section 4.2): the mean
-    squared error on each level of the FPN, the student's maps going through 1x1
-    convolutions, ``dict(type='mmdist.Features', adapt=True)``. The terms of the levels
-    are summed.
+    As published for "DIST + mimic" (Huang et al., NeurIPS 2022, section 4.2),
+    ``dict(type='mmdist.Features', adapt=True)`` takes the mean squared error on each
+    level of the FPN, after 1x1 convolutions on the student's maps. The terms of the
+    levels are summed.
 
     With ``loss=dict(type='mmdist.DISTLoss', beta=0)`` and ``adapt=False`` it is PKD
     (Cao et al., NeurIPS 2022, arXiv 2207.02039, equation 6): Pearson's correlation of
-    each channel over all locations of the batch, which takes a teacher of another
-    architecture, since neither scale nor offset of its features matter.
+    each channel over all locations of the batch. Neither scale nor offset of the
+    teacher's features matter, so it suits a teacher of another architecture.
 
     The 1x1 convolutions are parameters of the student, ``distill.<name>.adapters``:
     trained, saved and resumed with it. ``tools/export_student.py`` leaves them out.
-    They are made with the model, so the channels must be known by then: the student,
-    and the teacher as its config has it, without its weights, are run once on zeros,
-    unless ``student_channels`` and ``teacher_channels`` are given. A config that cannot
-    be built stops the training, not a test.
+    They are made with the model, which requires the channels: unless
+    ``student_channels`` and ``teacher_channels`` are given, the student, and the
+    teacher built from its config without weights, are run once on zeros. A config that
+    cannot be built stops training, but not a test.
 
     Args:
         student: Path of the student's module, as in ``named_modules()``. It returns a
             map, (N, C, h, w), or several in a tuple, list or dict.
         teacher: Path of the teacher's module; the student's if omitted.
         loss: Config of the loss; ``torch.nn.MSELoss`` if omitted. It is called with
-            two maps, (N, C, h, w) in fp32, and with the mask of the locations that are
-            not padding if it takes one.
-        adapt: A 1x1 convolution on the student's maps of the levels whose channels
-            differ (None), of every level (True), or of none (False).
+            two maps, (N, C, h, w) in fp32, and, if it takes a mask, with the mask of
+            the locations that are not padding.
+        adapt: Which of the student's maps get a 1x1 convolution: the levels whose
+            channels differ (None), every level (True), or none (False).
         levels: Indices of the student's maps to compare; all if omitted. ``'stride'``
-            pairs the maps of the same stride and ignores the others: an FPN for
-            RetinaNet has the strides 8 to 128, one for Faster R-CNN 4 to 64.
+            pairs the maps of the same stride and ignores the others: RetinaNet's FPN
+            has the strides 8 to 128, Faster R-CNN's 4 to 64.
         teacher_levels: Indices of the teacher's maps; ``levels`` if omitted.
-        student_channels: Channels of the student's maps that are compared, per level.
-        teacher_channels: Channels of the teacher's maps that are compared, per level,
-            or one number for all.
+        student_channels: Channels of the student's compared maps, per level.
+        teacher_channels: Channels of the teacher's compared maps, per level, or one
+            number for all.
         weight: Factor of the loss.
     """
 
@@ -94,10 +94,10 @@ class Features(Comparison):
         self.teacher_channels = teacher_channels
         self.weight = weight
         self.adapters: nn.ModuleList | None = None
-        self._not_adapted = ''  # why there are no adapters, if nobody knows
+        self._not_adapted = ''  # why the adapters could not be made
 
     def activation(self, student: nn.Module) -> str:
-        """Features are no logits."""
+        """Features are not logits."""
         return 'identity'
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
@@ -116,7 +116,7 @@ class Features(Comparison):
                 self._pair_by_stride(student, _built(teacher))
             if self.adapt is not False:
                 self._make_adapters(student, teacher)
-        except _NotRun as error:  # a test must not need the teacher
+        except _NotRun as error:  # a test must work without the teacher
             self._not_adapted = str(error)
 
     def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
@@ -130,7 +130,7 @@ class Features(Comparison):
             theirs = [theirs] * len(ours)
         self._check_number(len(ours), len(theirs))
         if self.adapt or list(ours) != list(theirs):
-            # Forked: the student's own weights are those it has without distillation.
+            # Forked, so the student's initial weights are as without distillation.
             with torch.random.fork_rng(devices=[]):
                 self.adapters = nn.ModuleList(
                     nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
@@ -138,7 +138,7 @@ class Features(Comparison):
                 )
 
     def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Replace ``levels`` by the indices of the maps that both have."""
+        """Set ``levels`` to the maps whose strides both models have."""
         ours, theirs = (
             [round(512 / x.size(3)) for x in self._dry_maps(*side, None, (512,))]
             for side in ((student, 'student'), (teacher, 'teacher'))
@@ -166,7 +166,7 @@ class Features(Comparison):
         levels: Sequence[int] | None,
         sizes: Sequence[int] = (128, 512),
     ) -> list[Tensor]:
-        """The maps of a batch of zeros.
+        """Run the model on a batch of zeros and return its maps.
 
         Raises:
             _NotRun: The model cannot be run.
@@ -183,7 +183,7 @@ class Features(Comparison):
         return self._maps(calls, path, levels)
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must have the module, and its channels be known."""
+        """The teacher must have the module, and its channels must be known."""
         self._module(teacher, self.teacher_path, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
@@ -217,7 +217,7 @@ class Features(Comparison):
     def pair(
         self, step: Step, recorded: list[Tensor], asked: list[Tensor]
     ) -> list[Pair]:
-        """One pair per level, of the student's size, the teacher's maps resized."""
+        """One pair per level, with the teacher's map resized to the student's."""
         self._check_number(len(recorded), len(asked))
         pairs = []
         for level, (student, teacher) in enumerate(zip(recorded, asked, strict=True)):
@@ -233,13 +233,13 @@ class Features(Comparison):
             student, teacher = fp32(student), fp32(teacher)
             size = student.shape[-2:]
             if teacher.shape[-2:] != size:
-                # The teacher's, so that the gradient is that of the student's own map.
+                # Not the student's: the gradient should be that of its own map.
                 teacher = F.interpolate(teacher, size, mode='bilinear')
             pairs.append(Pair(student, teacher, step.valid_mask(*size), self.weight))
         return pairs
 
     def _plain_loss(self, pair: Pair) -> Tensor:
-        # Maps, not rows: a loss may depend on where they are.
+        # Maps, not rows: a loss may depend on locations.
         mask = dict(mask=pair.mask) if self._loss_takes_mask else {}
         with torch.autocast(pair.student.device.type, enabled=False):
             return self.loss(pair.student, pair.teacher, **mask)
@@ -294,21 +294,21 @@ class Features(Comparison):
 
 
 class _NotRun(Exception):
-    """A model could not be built or run to see its maps."""
+    """A model could not be built or run to find its maps."""
 
 
 def _built(teacher: Teacher) -> nn.Module:
     """The teacher without its weights."""
     try:
         return teacher.build()
-    except Exception as error:  # of any kind
+    except Exception as error:  # any kind
         raise _NotRun(f'{type(error).__name__}: {error}') from error
 
 
 def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
     """The calls of ``module`` when ``model`` runs on a batch of zeros.
 
-    The first of the sizes that the model takes; some, as SSD, do without small images.
+    The sizes are tried in order: some models, such as SSD, refuse small images.
     """
     reference = next(model.parameters())
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)

@@ -22,25 +22,25 @@ class Masks(Comparison):
     """Compare the masks of the same proposals, for instance segmentors.
 
     This complements ``RoILogits``. A row is a positive proposal of the student's own
-    loss, its columns are the pixels of the mask. The teacher's RoI head classifies and
-    segments the same proposal; of both sides the mask of the teacher's best class is
+    loss; its columns are the pixels of the mask. The teacher's RoI head classifies and
+    segments the same proposal, and both sides' masks of the teacher's best class are
     compared. A row counts if the teacher is sure of that class.
 
-    By default each mask is compared by its correlation: ``mmdist.DISTLoss`` with
-    ``gamma=0`` over the pixels, so large and small objects count alike. The log's
-    ``<name>_inter`` is the mean correlation of a mask. ``<name>_intra``, of a pixel
-    over all masks, means little. ``mmdist.BinaryKLDivLoss`` compares pixel by pixel,
-    summed over a mask.
+    By default masks are compared by their correlation: ``mmdist.DISTLoss`` with
+    ``gamma=0`` over the pixels, so large and small objects count alike. The logged
+    ``<name>_inter`` is the mean correlation of the masks. With ``gamma``,
+    ``<name>_intra`` is that of a pixel over all masks, and means little.
+    ``mmdist.BinaryKLDivLoss`` compares pixel by pixel, summed over a mask.
 
     Images without labels have no positive proposals, and so no rows.
 
     Args:
-        loss: Config of the loss.
-        min_score: The least probability of the teacher's best class.
+        loss: Config of the loss; ``mmdist.DISTLoss`` with ``gamma=0`` if omitted.
+        min_score: Minimum probability of the teacher's best class.
         stage: The stage of a cascade teacher, as in :class:`RoILogits`.
 
     Raises:
-        ValueError: ``min_score`` is no probability.
+        ValueError: ``min_score`` is not a probability.
     """
 
     families = (
@@ -68,7 +68,7 @@ class Masks(Comparison):
         return roi.modules(student, self.unsupported, 'mask')
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must predict masks of proposals, too."""
+        """The teacher must predict masks of proposals too."""
         roi.check(teacher, self.unsupported)
         roi.check_masks(teacher, self.unsupported)
         roi.check_stage('Masks', teacher, self.stage)
@@ -78,7 +78,7 @@ class Masks(Comparison):
         return roi.record(step, 'mask')
 
     def ask(self, step: Step, recorded: list[Proposals]) -> list[tuple[Judged, Tensor]]:
-        """What the teacher says of the same proposals, and its masks."""
+        """The teacher's class scores and masks of the same proposals."""
         judged = [x[-1] for x in roi.judge(step, recorded, self.stage)]
         return [
             (one, roi.judge_masks(step, proposals, one.stage))
@@ -91,7 +91,7 @@ class Masks(Comparison):
         recorded: list[Proposals],
         asked: list[tuple[Judged, Tensor]],
     ) -> list[Pair]:
-        """A pair for each stage of the student, (proposals, pixels)."""
+        """One pair per stage of the student, (proposals, pixels)."""
         pairs = []
         for ours, (judged, masks) in zip(recorded, asked, strict=True):
             scores = roi.per_class(step.teacher_model, judged.stage, judged.logits)
@@ -111,7 +111,7 @@ class Masks(Comparison):
 
 
 def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """The mask of one class of each row, (rows, height, width)."""
+    """The mask of each row's class, (rows, height, width)."""
     if logits.shape[1] == 1:  # class-agnostic
         return logits[:, 0]
     return logits[torch.arange(len(logits), device=logits.device), classes]

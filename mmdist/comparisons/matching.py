@@ -13,7 +13,7 @@ from mmdist.families import query
 from mmdist.registry import TASK_UTILS
 from mmdist.step import Step
 
-# The weights are those with which mmdet trains its DETRs.
+# The weights in mmdet's configs of DETRs with focal loss.
 MATCH_COSTS = (
     dict(type='mmdist.ClassProbabilityCost', weight=2.0),
     dict(type='mmdet.BBoxL1Cost', weight=5.0, box_format='xywh'),
@@ -25,11 +25,10 @@ MATCH_COSTS = (
 class ClassProbabilityCost:
     """L1 distance between the class probabilities of two sets of queries.
 
-    mmdet's class costs ask for the one class of a ground truth, so a query that is sure
-    of its class is cheap for every target of that class. A teacher's query is mostly
-    unsure, and should get a query that is as unsure: its own copy above all. For a
-    softmax and a teacher that is certain, half of this is mmdet's ClassificationCost
-    plus 1.
+    mmdet's class costs look only at the ground truth's class, so a query that is sure
+    of its class is cheap for every target of that class. Most of a teacher's queries
+    are unsure, and should get an equally unsure query: a copy of itself above all. For
+    a softmax and a certain teacher, half of this is mmdet's ClassificationCost plus 1.
 
     Args:
         weight: Weight of the cost.
@@ -45,7 +44,7 @@ class ClassProbabilityCost:
         img_meta: dict | None = None,
         **kwargs,
     ) -> Tensor:
-        """The costs, (n, m), of ``probs`` (n, classes) and (m, classes)."""
+        """The costs, (n, m), between ``probs`` (n, classes) and (m, classes)."""
         return self.weight * torch.cdist(pred_instances.probs, gt_instances.probs, p=1)
 
 
@@ -54,8 +53,8 @@ class Matching:
 
     Args:
         costs: Configs of the costs to match by; ``MATCH_COSTS`` if omitted.
-        min_score: Queries whose best class the teacher gives a smaller probability are
-            left out.
+        min_score: Teacher queries whose best class has a smaller probability are left
+            out.
     """
 
     def __init__(
@@ -67,18 +66,18 @@ class Matching:
     def __call__(
         self, student: InstanceData, teacher: InstanceData, img_meta: dict
     ) -> tuple[Tensor, Tensor]:
-        """Indices of the paired queries of an image, the student's and the teacher's.
+        """Indices of an image's paired queries, the student's and the teacher's.
 
-        Both have what the costs look at, ``probs`` and ``bboxes``, the teacher's also
-        ``best``, the probability of the best class.
+        Both have ``probs`` and ``bboxes``, the inputs of the costs; the teacher's also
+        have ``best``, the probability of the best class.
         """
-        # mmdet brings scipy; the loss alone, which imports this file too, needs neither
+        # scipy comes with mmdet; the loss alone imports this file, but needs neither
         from scipy.optimize import linear_sum_assignment
 
         kept = (teacher.best >= self.min_score).nonzero().squeeze(1)
-        # The matching would choose what costs least: of too many queries of the
-        # teacher those as unsure as the student's, and none that has found an object.
-        # The student's need no choice: each of the teacher's gets the one like it.
+        # With too many teacher queries, the cheapest matching would take those as
+        # unsure as the student's, and none that has found an object. The student's need
+        # no choice: each of the teacher's gets the one most like it.
         if len(kept) > len(student):
             kept = kept[teacher.best[kept].topk(len(student)).indices]
         cost = sum(
@@ -96,10 +95,10 @@ class Matching:
     def detections(
         self, probs: Tensor, boxes: Tensor, found: InstanceData, img_meta: dict
     ) -> tuple[Tensor, Tensor]:
-        """As of a call, for queries of an image and what is detected in it.
+        """Match an image's queries with detections in it; returns as ``__call__``.
 
-        The queries have ``probs`` of the common classes, (n, classes), and boxes,
-        (n, 4); ``found`` has boxes, scores and common labels.
+        The queries are given by ``probs`` of the common classes, (n, classes), and
+        ``boxes``, (n, 4); ``found`` has boxes, scores and common labels.
         """
         best = found.scores.to(probs)
         scores = best[:, None] * F.one_hot(found.labels, probs.shape[1])
@@ -111,7 +110,7 @@ class Matching:
     def queries(
         self, step: Step, student: list[InstanceData], teacher: list[InstanceData]
     ) -> tuple[list[InstanceData], list[InstanceData]]:
-        """The queries of a layer, per image, paired, with the common classes."""
+        """The paired queries of a layer, per image, with the common classes."""
         activation = query.activation_of(step.student)
         ours, theirs = [], []
         for s, t, sample in zip(student, teacher, step.data_samples, strict=True):
@@ -129,8 +128,8 @@ class Matching:
 
 
 def _candidates(queries: InstanceData, activation: str) -> InstanceData:
-    """What the match costs look at."""
-    # Half precision would round the costs, and the matching with them.
+    """The inputs of the match costs."""
+    # Half precision would round the costs, and so change the matching.
     logits, bboxes = queries.scores.detach().float(), queries.bboxes.detach().float()
     if activation == 'sigmoid':
         probs = foreground = logits.sigmoid()

@@ -21,29 +21,28 @@ from .matching import Matching
 class QueryLogits(Comparison):
     """Compare the class logits of the queries of two DETRs, paired one to one.
 
-    The queries of two DETRs stand in no common order, nor need they be of one number.
-    So, per image, they are assigned to one another by Hungarian matching on class and
-    box, as a DETR is matched with the ground truth (Carion et al., ECCV 2020, equation
-    1). A row is such a pair. Of a teacher with more queries than the student, those
-    with the best scores are matched. Denoising queries, auxiliary dense queries and,
-    for DDQ, those that are not distinct are left out. The proposals of Sparse R-CNN and
-    QueryInst are queries as well, and each stage of their cascade is a decoder layer.
+    The queries of two DETRs have no common order and can differ in number. So, per
+    image, they are paired by Hungarian matching on class and box, as a DETR is matched
+    with the ground truth (Carion et al., ECCV 2020, equation 1). A row is such a pair.
+    If the teacher has more queries than the student, those with the best scores are
+    matched. Denoising queries, auxiliary dense queries and, for DDQ, queries that are
+    not distinct are left out. The proposals of Sparse R-CNN and QueryInst are queries
+    as well, and each stage of their cascade is a decoder layer.
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
-        layers: 'last', the last decoder layer, or 'all', every layer that both have,
-            counted from the last, each with a matching of its own; their terms are
-            summed.
-        match_costs: Configs of the costs to match by: :class:`ClassProbabilityCost` and
-            any of mmdet's match costs of classes and boxes, which get the teacher's
-            queries as ground truth, labelled with their best class;
-            ``MATCH_COSTS`` if omitted.
-        min_score: Queries whose best class the teacher gives a smaller probability
-            are not matched, so that a few objects are not outvoted by hundreds of
-            empty queries. 0 takes all.
+        layers: ``'last'``: the last decoder layer. ``'all'``: every layer that both
+            have, counted from the last, each matched separately; the terms are summed.
+        match_costs: Configs of the costs to match by; ``MATCH_COSTS`` if omitted. Takes
+            :class:`ClassProbabilityCost` and mmdet's match costs of classes and boxes,
+            which get the teacher's queries as ground truth, labelled with their best
+            class.
+        min_score: Teacher queries whose best class has a smaller probability are not
+            matched, so that hundreds of empty queries do not outvote a few objects. 0
+            takes all.
 
     Raises:
-        ValueError: An option is out of its range.
+        ValueError: An option is out of range.
     """
 
     families = (
@@ -67,15 +66,15 @@ class QueryLogits(Comparison):
         self.match = Matching(match_costs, min_score)
 
     def activation(self, student: nn.Module) -> str:
-        """As the head's own classification loss."""
+        """The activation of the head's classification loss."""
         return query.activation_of(student)
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
-        """The head on the decoder."""
+        """The head of the decoder, or the extractors and heads of all stages."""
         return query.modules(student, self.unsupported)
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
-        """The teacher must be a DETR whose head has the student's activation."""
+        """The teacher must have queries, and a head with the student's activation."""
         query.head_of(teacher, self.unsupported)
         query.check_same_activation('QueryLogits', student, teacher)
 

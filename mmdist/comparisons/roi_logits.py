@@ -19,21 +19,21 @@ from .base import Comparison, Pair
 class RoILogits(Comparison):
     """Compare the class logits of the same proposals, background last.
 
-    The proposals are the student's, the very ones that it sampled for its own loss
-    (ground truth added included). They go through the teacher's extractor and bbox
-    head; neither its RPN nor any other part of its RoI head runs, but for the semantic
-    and the global context features that HTC and SCNet feed to their bbox heads.
+    The proposals are those that the student sampled for its own loss, including added
+    ground truth. They go through the teacher's extractor and bbox head. The teacher's
+    RPN and the rest of its RoI head do not run, except for the semantic and global
+    context features that HTC and SCNet feed to their bbox heads.
 
-    A student that is a cascade gives one term per stage, ``loss_<name>_s0`` and so on,
-    with the weights of its own stages (``stage_loss_weights``).
+    A cascade student gives one term per stage, ``loss_<name>_s0`` and so on, with the
+    weights of its own stages (``stage_loss_weights``).
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` with softmax if omitted.
-        stage: The stage of a cascade teacher to ask, an int (0 is published), or
+        stage: The stage of a cascade teacher to ask, an int (0 is published).
             ``'mean'``: the mean of the logits of all stages, as at inference, except
-            that each stage sees the same, unrefined proposals. If omitted, it is the
-            stage with the number of the student's, so 0 for a student of one stage.
-        background: False leaves the background's column out; softmax is then over the
+            that all stages see the same, unrefined proposals. If omitted, the same
+            stage as the student's, or the teacher's last if it has fewer.
+        background: False leaves out the background's column; softmax is then over the
             classes alone.
 
     Raises:

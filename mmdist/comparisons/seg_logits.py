@@ -20,29 +20,29 @@ from .base import Comparison, Pair
 
 @MODELS.register_module()
 class SegLogits(Comparison):
-    """Compare the class logits of the head that predicts, and of auxiliary heads.
+    """Compare the class logits of the predicting head, and of auxiliary heads.
 
-    A row is a pixel of the unresized logits (1/8 of the image, say), as published.
+    A row is a pixel of the logits before upsampling (1/8 of the image, say), as
+    published.
 
-    The head that predicts is the decode head; of a cascade the last one that gives a
-    map. PointRend's point head gives none: it trains on points that the student draws
-    for itself, so its coarse head is compared. Mask classification (MaskFormer,
-    Mask2Former, SAN) is compared by its class scores per pixel, those of inference;
-    with it, also a per-pixel head is compared by its probabilities, and
+    The predicting head is the decode head; for a cascade, the last one that returns a
+    map. PointRend's point head trains only on points that the student draws for itself,
+    so its coarse head is compared. Mask classification (MaskFormer, Mask2Former, SAN)
+    is compared by its per-pixel class scores, as at inference. If one side does it, a
+    per-pixel head on the other is compared by its probabilities, and
     ``mmdist.DISTLoss`` gets ``activation='identity'`` unless it has one.
 
-    Where the teacher gives most of the probability to classes that the student does not
-    know, a pixel does not count.
+    A pixel does not count if the teacher gives most of its probability to classes that
+    the student does not know.
 
     Args:
         loss: Config of the loss; ``mmdist.DISTLoss`` if omitted.
-        aux_weight: Weight of the auxiliary heads, which are compared where both sides
-            have them, the deepest with the deepest; 0 omits them. The published
-            code has 0.4.
+        aux_weight: Weight of the auxiliary heads (published: 0.4; 0 omits them). They
+            are compared if both sides have them, the deepest with the deepest.
         ignore_mask: Exclude pixels whose label is the head's ``ignore_index`` and
-            padded pixels. The published code does not; False restores it.
-        resize: Whose size both maps are compared at: that of the 'smaller' one, of the
-            'student', the 'teacher' or the 'label'.
+            padded pixels. The published code does not; False restores that.
+        resize: The size at which maps are compared: that of the ``'smaller'`` map, the
+            ``'student'``, the ``'teacher'`` or the ``'label'``.
 
     Raises:
         ValueError: ``resize`` is none of these.
@@ -73,11 +73,11 @@ class SegLogits(Comparison):
         self.resize = resize
 
     def activation(self, student: nn.Module) -> str:
-        """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
+        """The head's own: 'identity' for masks, 'sigmoid' for one channel."""
         return seg.activation_of(student)
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
-        """The head that predicts and the auxiliary heads."""
+        """The predicting head and the auxiliary heads."""
         return [seg.head_of(student, self.unsupported), *self._auxiliary_heads(student)]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -88,7 +88,7 @@ class SegLogits(Comparison):
             raise self.unsupported(teacher, f'it gives {teacher.gives}')
 
     def record(self, step: Step) -> list[SegMap]:
-        """The map of each head, as it computed it for its own loss."""
+        """The map of each head, as computed for its own loss."""
         as_scores = self._as_scores(step)
         heads = self.student_modules(step.student)
         return [seg.record(step, head, as_scores) for head in heads]
@@ -112,7 +112,7 @@ class SegLogits(Comparison):
     def pair(
         self, step: Step, recorded: list[SegMap], asked: list[SegMap]
     ) -> list[Pair]:
-        """Logits or scores at the same pixels, with those that count."""
+        """Logits or scores at the same pixels, and which pixels count."""
         heads = self.student_modules(step.student)
         used = [heads[0], *(head for head, _ in self._auxiliary_pairs(step))]
         as_scores = self._as_scores(step)
@@ -143,7 +143,7 @@ class SegLogits(Comparison):
         return pairs
 
     def _as_scores(self, step: Step) -> bool:
-        """Whether scores are compared, not logits: DISTLoss does, where masks are."""
+        """Whether to compare scores: for DISTLoss, if either side predicts masks."""
         return (
             any(map(_predicts_masks, (step.student, step.teacher_model)))
             and hasattr(self.loss, 'activation')
@@ -171,7 +171,7 @@ class SegLogits(Comparison):
     def _mask(step: Step, head: nn.Module, size: tuple[int, int]) -> Tensor | None:
         """(N, height, width), True where a pixel is labelled and not padding."""
         valid = step.valid_mask(*size)
-        if not hasattr(head, 'ignore_index'):  # of mmdet, which labels no pixels
+        if not hasattr(head, 'ignore_index'):  # mmdet's heads have no pixel labels
             return valid
         labels = torch.stack([s.gt_sem_seg.data for s in step.data_samples])
         labels = F.interpolate(labels.float(), size=size, mode='nearest').squeeze(1)
@@ -179,7 +179,7 @@ class SegLogits(Comparison):
         ignore = -1 if head.ignore_index is None else head.ignore_index
         mask = labels != ignore
         for pixels, labelled in zip(mask, step.labelled, strict=True):
-            if not labelled:  # void, and they count
+            if not labelled:  # its pixels are void, but count
                 pixels.fill_(True)
         return mask if valid is None else mask & valid
 
@@ -191,7 +191,7 @@ def _predicts_masks(model: nn.Module) -> bool:
 
 
 def _two_classes(scores: Tensor, classes: int | None, as_scores: bool) -> Tensor:
-    """A binary segmentor's one channel, (N, 1, h, w), as those of its two classes."""
+    """A binary segmentor's one channel, (N, 1, h, w), as two, one per class."""
     if scores.shape[1] > 1 or classes == 1:
         return scores
     background = 1 - scores if as_scores else torch.zeros_like(scores)
@@ -199,7 +199,7 @@ def _two_classes(scores: Tensor, classes: int | None, as_scores: bool) -> Tensor
 
 
 def _foreground(scores: Tensor, as_scores: bool) -> Tensor:
-    """Two channels as the one of a binary segmentor."""
+    """Two channels as the single channel of a binary segmentor."""
     if scores.shape[1] != 2:
         raise ValueError(
             'A binary student learns which of its two classes a pixel is, so the '

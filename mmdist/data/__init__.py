@@ -1,4 +1,4 @@
-"""Images without labels: how they are loaded, marked and mixed, and what they teach."""
+"""Images without labels: load, mark and mix them, and learn from them."""
 
 from .image_folder import ImageFolder
 from .mark_unlabelled import MarkUnlabelled

@@ -1,4 +1,4 @@
-"""The stored answers of a teacher and the images of a training, checked and joined."""
+"""Check a teacher's stored answers, and join them with the training images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .geometry import follow
 
 
 def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
-    """Make the pipelines of a training note where pixels come from, if they do not yet.
+    """Make the training pipelines record where pixels come from, if they do not yet.
 
     Args:
-        dataset: The training's data set, with or without wrappers.
-        kind: Of the stored answers, ``'boxes'`` or ``'maps'``.
-        later: Pipelines that it gets later, lists of transforms; they are checked.
+        dataset: The training data set, with or without wrappers.
+        kind: Kind of the stored answers, ``'boxes'`` or ``'maps'``.
+        later: Pipelines that it gets later, lists of transforms; they are only checked.
 
     Raises:
-        ValueError: A transform moves pixels and is not known, or the samples are not
-            those of a detector or a segmentor, as the answers are.
+        ValueError: A transform moves pixels in an unknown way, or the samples are of
+            another kind (detector or segmentor) than the answers.
     """
     for base, around in bases_of(dataset):
         pipeline = [base.pipeline.transforms, *(x.pipeline for x in around)]
@@ -34,7 +34,7 @@ def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
 
 
 def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
-    """Each data set within wrappers, and those that mix its images, outermost last."""
+    """Yield each inner data set, and the wrappers mixing its images, outermost last."""
     if is_a(dataset, 'MultiImageMixDataset'):
         around = (dataset, *around)
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
@@ -46,17 +46,17 @@ def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
 
 
 def infos_of(dataset: Any) -> Iterator[dict]:
-    """What the data sets within wrappers know of each of their images."""
+    """Yield the info of each image of the data sets inside wrappers."""
     for base, _ in bases_of(dataset):
         base.full_init()
         yield from map(base.get_data_info, range(len(base)))
 
 
 def check_images(dataset: Any, store: Store) -> None:
-    """Check that all images of a training have answers, as :meth:`Store.check` does.
+    """Check that all training images have answers, as :meth:`Store.check` does.
 
-    Classes of a COCO results file get their names. ValueError: It has others, or the
-    training is not that of one annotation file.
+    Also names the classes of a COCO results file; ValueError if it has unknown ones, or
+    if the training does not use a single annotation file.
     """
     if store.is_by_id:
         bases = [base for base, _ in bases_of(dataset)]
@@ -69,12 +69,12 @@ def check_images(dataset: Any, store: Store) -> None:
             )
         (base,) = bases
         base.full_init()
-        # a category is the label that the data set gives it, whatever its own name
+        # a category is what the data set labels it as, whatever its own name
         classes = base.metainfo['classes']
         names = {i: classes[label] for i, label in base.cat2label.items()}
         try:
             store.name_classes(names)
-        except ValueError:  # of classes that the training leaves out
+        except ValueError:  # boxes of classes that the training leaves out
             text = json.loads(get_text(base.ann_file))
             store.name_classes({x['id']: x['name'] for x in text['categories']} | names)
     store.check(infos_of(dataset))

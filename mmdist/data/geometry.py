@@ -1,8 +1,8 @@
-"""Where the pixels of a training image come from, through the transforms of a pipeline.
+"""Record where the pixels of a training image come from, through its pipeline.
 
-Transforms of mmdet move the boxes of the labels, which note how
-(:class:`TrackedBoxes`). Those of mmseg have no boxes; of each one that moves pixels a
-matrix is found. Neither changes an image, a label or a random number.
+mmdet's transforms move the boxes of the labels, which record how
+(:class:`TrackedBoxes`). mmseg has no boxes, so a matrix is computed for each transform
+that moves pixels. Neither changes images, labels or random numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def _names(text: str) -> set[str]:
 
 
 PACKS = dict(boxes='PackDetInputs', maps='PackSegInputs')
-# Transforms by the name of their class. They move no pixel, or only add some below and
-# on the right; or they hold others, and run some of them.
+# Class names of transforms that move no pixels or only pad at the bottom and right, or
+# that contain other transforms and run some of them.
 STILL = _names("""
     LoadImageFromFile LoadAnnotations LoadPanopticAnnotations LoadProposals
     PackDetInputs PackSegInputs MarkUnlabelled FilterAnnotations GenerateEdge SegRescale
@@ -33,18 +33,18 @@ STILL = _names("""
     RandomGrayscale RGB2Gray AdjustGamma CLAHE Rerange ColorTransform Color Brightness
     Contrast Sharpness Solarize SolarizeAdd Posterize Equalize AutoContrast Invert
     Compose RandomChoice RandomApply RandomOrder AutoAugment RandAugment""")
-# Of mmdet: they record a homography.
+# mmdet transforms that record a homography.
 HOMOGRAPHY = _names("""
     Resize FixScaleResize FixShapeResize ResizeShortestEdge RandomResize
     RandomChoiceResize RandomFlip RandomCrop ShearX ShearY Rotate TranslateX
     TranslateY""")
-# Of mmdet: they move boxes by methods of boxes.
+# mmdet transforms that move boxes by calling methods of the boxes.
 BOXES = HOMOGRAPHY | _names("""
     RandomShift Expand MinIoURandomCrop RandomAffine Mosaic CachedMosaic MixUp
     CachedMixUp""")
 
 
-# How transforms of mmseg move pixels
+# How mmseg transforms move pixels
 
 
 def _shift(x: float, y: float) -> np.ndarray:
@@ -68,9 +68,9 @@ def _cropped(before: Sequence[int], results: dict, how: Any) -> np.ndarray:
 
 
 def _rotated(before: Sequence[int], results: dict, how: Any) -> np.ndarray:
-    if how is None:  # not this time
+    if how is None:  # not rotated this time
         return np.eye(3)
-    # to OpenCV the centre of the first pixel is 0
+    # in OpenCV the centre of the first pixel is 0
     return _shift(0.5, 0.5) @ np.vstack([how, [0, 0, 1]]) @ _shift(-0.5, -0.5)
 
 
@@ -81,7 +81,7 @@ MAPS: dict[str, Callable] = {
     'RandomCrop': _cropped,
     'RandomRotate': _rotated,
 }
-# What a transform calls when it moves pixels, of itself or of OpenCV; the second
+# The function, its own or OpenCV's, that a transform calls to move pixels; the second
 # argument of the last call says how.
 CALLS = {
     'RandomCrop': 'crop',
@@ -90,11 +90,11 @@ CALLS = {
 }
 
 
-# What stands in the place of a transform
+# Replacements for transforms
 
 
 def _load(transform: Callable, kind: str, results: dict) -> dict | None:
-    """The last one that loads something: then the file is known."""
+    """Run the last transform that loads something, and record the file."""
     results = transform(results)
     if results is None:
         return None
@@ -113,7 +113,7 @@ def _load(transform: Callable, kind: str, results: dict) -> dict | None:
 
 
 def _move(transform: Callable, results: dict) -> dict | None:
-    """One of mmseg that moves pixels, or mmdet's RandomAffine."""
+    """Run an mmseg transform that moves pixels, or mmdet's RandomAffine."""
     name, before = type(transform).__name__, results['img'].shape[:2]
     boxes, how, called = results.get('gt_bboxes'), None, nullcontext()
     if call := CALLS.get(name):
@@ -128,14 +128,14 @@ def _move(transform: Callable, results: dict) -> dict | None:
         matrix = MAPS[name](before, results, how) @ views[-1].matrix
         view = View(matrix, results['img'].shape[:2])
         results[FRAMES] = (Frame(file, (*views, view)),)
-    elif boxes is not None and not len(boxes):  # RandomAffine leaves out to move
+    elif boxes is not None and not len(boxes):  # RandomAffine skips these
         boxes.project_(how)
         boxes.clip_(results['img_shape'])
     return results
 
 
 def _pack(transform: Callable, results: dict) -> dict:
-    """What was noted goes into the sample, and its boxes are mmdet's own again."""
+    """Pack the record into the sample, and turn its boxes back into mmdet's own."""
     frames, boxes = results[FRAMES], results.get('gt_bboxes')
     if boxes is not None:
         from mmdet.structures.bbox import HorizontalBoxes
@@ -152,16 +152,16 @@ def _pack(transform: Callable, results: dict) -> dict:
 
 
 def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
-    """Make a pipeline note where pixels come from, if it does not yet.
+    """Make a pipeline record where pixels come from, if it does not yet.
 
     Args:
-        pipeline: Its transforms, which are replaced; in several lists where a wrapper
-            has some of its own.
+        pipeline: Lists of transforms, which are replaced in place; more than one list
+            if wrappers have transforms of their own.
         kind: ``'boxes'`` for mmdet, ``'maps'`` for mmseg.
-        where: Which pipeline it is, for errors.
+        where: Name of the pipeline, for errors.
 
     Raises:
-        ValueError: A transform moves pixels and is not known.
+        ValueError: Loading or packing is missing, or a transform's moves are unknown.
     """
     every = [t for transforms in pipeline for t in transforms]
     if any(isinstance(t, partial) and t.func is _load for t in every):
@@ -188,11 +188,11 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
 
 
 def _lists(transforms: list[Callable]) -> Iterator[list[Callable]]:
-    """A list of transforms, and those within."""
+    """Yield a list of transforms, and the lists nested in it."""
     yield transforms
     for transform in transforms:
         held = getattr(transform, 'transforms', None)
-        if held is not None:  # several, or a Compose of them
+        if held is not None:  # a list, or a Compose of one
             yield from _lists(held if isinstance(held, list) else [held])
 
 

@@ -1,4 +1,4 @@
-"""Images of a folder, without labels."""
+"""A data set of the images in a folder, without labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from mmdist.lookup import in_words
 from mmdist.registry import DATASETS
 
-ORIENTATION = 274  # in EXIF data; above 4 width and height are exchanged
+ORIENTATION = 274  # EXIF tag; values above 4 swap width and height
 MAX_ASPECT = 100
 ENDS = dict(JPEG=b'\xff\xd9', PNG=b'IEND\xaeB`\x82')
 
@@ -24,16 +24,16 @@ ENDS = dict(JPEG=b'\xff\xd9', PNG=b'IEND\xaeB`\x82')
 class ImageFolder(BaseDataset):
     """All images of a folder and its subfolders, for mmdet's and mmseg's pipelines.
 
-    Its pipeline loads no annotations and ends with :class:`MarkUnlabelled`. Files that
-    are damaged, or longer than 100 times their width, are left out with a warning.
+    Its pipeline loads no annotations and ends with :class:`MarkUnlabelled`. Damaged
+    files, and images with an aspect ratio above 100, are left out with a warning.
 
     Args:
         data_root: The folder.
-        suffixes: Suffixes of the images.
-        kwargs: As for mmengine's ``BaseDataset``: ``pipeline``, ``metainfo``, ...
+        suffixes: File suffixes of images.
+        kwargs: Arguments of mmengine's ``BaseDataset``: ``pipeline``, ``metainfo``, ...
 
     Raises:
-        FileNotFoundError: It holds no image that can be used.
+        FileNotFoundError: The folder contains no usable image.
         ValueError: The pipeline loads label maps.
     """
 
@@ -45,7 +45,7 @@ class ImageFolder(BaseDataset):
     ) -> None:
         self.suffixes = tuple(suffixes)
         super().__init__(ann_file='', data_root=data_root, **kwargs)
-        # mmdet's load what is there, which is nothing
+        # mmdet's LoadAnnotations loads what is there, which is nothing
         steps = {type(step) for step in self.pipeline.transforms}
         if any(x.__name__ == 'LoadAnnotations' and 'mmseg' in str(x) for x in steps):
             raise ValueError(
@@ -55,12 +55,12 @@ class ImageFolder(BaseDataset):
             )
 
     def load_data_list(self) -> list[dict]:
-        """The path and the size in pixels of each image, sorted by path."""
+        """Find the path and the size in pixels of each image, sorted by path."""
         data, left_out = [], []
         for path in sorted(self._paths()):
             try:
                 width, height = self._size(path)
-            except Exception as error:  # PIL raises any
+            except Exception as error:  # PIL raises any kind
                 left_out.append(f'{path} ({error})')
                 continue
             data.append(
@@ -69,7 +69,7 @@ class ImageFolder(BaseDataset):
                     img_id=len(data),
                     width=width,
                     height=height,
-                    seg_fields=[],  # mmseg's transforms look for it
+                    seg_fields=[],  # mmseg's transforms expect it
                     reduce_zero_label=False,
                 )
             )
@@ -89,9 +89,9 @@ class ImageFolder(BaseDataset):
         return data
 
     def _size(self, path: str) -> tuple[int, int]:
-        """Width and height of an image as it will be loaded; raises if it cannot be.
+        """Return width and height of an image as loaded; raise if it cannot be used.
 
-        Only the header is read, unless the end is not that of a JPEG or PNG file.
+        Only the header is read, unless a JPEG or PNG file lacks its end marker.
         """
         with Image.open(path) as image:
             width, height = image.size
@@ -104,7 +104,7 @@ class ImageFolder(BaseDataset):
         return (height, width) if exif.get(ORIENTATION, 1) > 4 else (width, height)
 
     def _paths(self) -> Iterator[str]:
-        seen = set()  # a link may lead back to a folder around it
+        seen = set()  # a link can lead back to a parent folder
         for folder, subfolders, names in os.walk(self.data_root, followlinks=True):
             if osp.realpath(folder) in seen:
                 subfolders.clear()
@@ -117,7 +117,7 @@ class ImageFolder(BaseDataset):
                     yield path
 
     def _loads_upright(self) -> bool:
-        """Whether the pipeline turns images as their EXIF data says; mmcv's default."""
+        """Whether the pipeline rotates images by their EXIF data, mmcv's default."""
         flags = [getattr(t, 'color_type', None) for t in self.pipeline.transforms]
         flag = next(filter(None, flags), 'color')
         return flag != 'unchanged' and not flag.endswith('ignore_orientation')

@@ -1,7 +1,7 @@
-"""Labels against classes: what the data set names, the head has, the labels hold.
+"""Check that the data set's class names, the head and the labels fit together.
 
-Where these differ, a loss stops with an IndexError, a GPU with an assertion, or the
-training runs and learns something else.
+If they do not, a loss stops with an IndexError, a GPU with an assertion, or training
+runs but learns something else.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mmdist.run import told
 from mmdist.teachers.class_map import as_list
 from mmdist.teachers.classes import class_names_of_config
 
-# Heads whose columns are the classes of the data set.
+# Heads with one column for each class of the data set.
 HEADS = (
     *('decode_head', 'auxiliary_head', 'bbox_head', 'mask_head', 'panoptic_head'),
     'roi_head.bbox_head',
 )
-OTHER_HEADS = 'STDCHead', 'VPDDepthHead'  # of edges, of depth
+OTHER_HEADS = 'STDCHead', 'VPDDepthHead'  # for edges, for depth
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def checked_labels(
         classes: Class names of its data set; None if unknown.
 
     Raises:
-        ValueError: The labels, or the class lists of the run, do not fit.
+        ValueError: The labels, or the class lists of the run, do not match.
     """
     if not getattr(student, '_labels_are_checked', False):
         if classes is not None:
@@ -64,10 +64,10 @@ def checked_labels(
 
 
 def _config_of_run() -> Config:
-    """The config that the Runner trains; an empty one if it cannot be read again."""
+    """Return the Runner's config; an empty one if its dump cannot be parsed."""
     try:
         return Config.fromstring(told('cfg', ''), '.py')
-    except Exception:  # it is Python, and may hold what its dump does not
+    except Exception:  # it is Python, and its dump can be incomplete
         return Config()
 
 
@@ -80,12 +80,12 @@ def check_labels(
 
     Args:
         student: A detector or a segmentor.
-        data_samples: The data samples of a batch; those marked unlabelled pass.
+        data_samples: The data samples of a batch; those marked unlabelled are skipped.
         classes: Class names of the data set; None if unknown.
 
     Raises:
-        ValueError: It says how many classes the data set names, the head has and the
-            labels hold, and what to do. Or an image has no labels.
+        ValueError: They do not fit; the message compares the classes of data set, head
+            and labels, and says what to do. Or an image has no labels.
     """
     heads = _heads(student)
     if not heads:
@@ -93,7 +93,7 @@ def check_labels(
     head = next(iter(heads.values()))
     size, void = head.num_classes, getattr(head, 'ignore_index', None)
     classes = None if classes is None else as_list(classes)
-    held: dict[int, str] = {}  # a file for each label
+    held: dict[int, str] = {}  # label -> a file with it
     for sample in data_samples:
         if sample.metainfo.get('unlabelled'):
             continue
@@ -146,10 +146,10 @@ def check_heads(
         model: A detector or a segmentor.
         classes: The names; None if unknown.
         whose: Whose model it is, for the message.
-        labels: Those of a batch, for the message.
+        labels: Labels of a batch, for the message.
 
     Raises:
-        ValueError: A head has another number.
+        ValueError: A head has a different number of classes.
     """
     if classes is None:
         return
@@ -167,11 +167,11 @@ def check_heads(
 
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads with a column for each class, by their paths."""
-    # things in one head, stuff in another; classes that are words in a prompt
+    """Return the heads with one column per class, by path."""
+    # things and stuff in separate heads, or classes given as a prompt
     if hasattr(model, 'semantic_head') or hasattr(model, 'language_model'):
         return {}
-    if is_a(model, 'RPN'):  # it takes all labels for 0
+    if is_a(model, 'RPN'):  # it treats all labels as 0
         return {}
     return {
         name: module
@@ -192,11 +192,11 @@ def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
 
     Args:
         cfg: A whole config.
-        whole_files: Read a COCO file to its end, not only what names its classes.
+        whole_files: Read COCO files completely, not only their categories.
 
     Raises:
-        ValueError: A COCO file is none, lacks a class that its data set names, or has
-            the classes in another order; or validation has another order than training.
+        ValueError: A COCO file is invalid, lacks a class that its data set names, or
+            has another class order; or the orders of training and validation differ.
     """
     scope = cfg.get('default_scope')
     lists = {}
@@ -217,7 +217,7 @@ def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
 
 
 def inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
-    """A data set without its wrappers; of a concatenation each part."""
+    """Yield a data set's config without wrappers; for a concatenation, each part."""
     if not isinstance(dataset, Mapping):
         return
     parts = [dataset.get('dataset'), *(dataset.get('datasets') or ())]
@@ -230,7 +230,7 @@ def inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
 def _check_coco_file(
     loader: str, dataset: Mapping, scope: str | None, whole: bool
 ) -> None:
-    """Compare the names of a data set with those of its file, whose order counts."""
+    """Compare a data set's class names and their order with those in its file."""
     kind = dataset.get('type')
     with (
         DefaultScope.overwrite_default_scope(dataset.get('_scope_', scope)),
@@ -248,7 +248,7 @@ def _check_coco_file(
     try:
         text = get_text(file, backend_args=dataset.get('backend_args'))
     except OSError:
-        return  # the data set says so
+        return  # the data set reports it
     try:
         if whole:
             content = json.loads(text)
@@ -282,7 +282,7 @@ def _check_coco_file(
 
 @contextmanager
 def data_sets_in_words(cfg: Config) -> Iterator[None]:
-    """Raise ValueError, in words, where a Runner cannot use a data set of ``cfg``."""
+    """Raise a clear ValueError if a Runner cannot use a data set of ``cfg``."""
     try:
         yield
     except Exception as error:
@@ -293,7 +293,7 @@ def data_sets_in_words(cfg: Config) -> Iterator[None]:
 
 
 def explain(error: Exception, cfg: Config) -> str:
-    """The message of what stopped a Runner; in words if its config says why."""
+    """Return the message of a Runner's error; a clear one if its config says why."""
     if said := why_not_built(error):
         return said
     is_in_words = isinstance(error, (ValueError, RuntimeError, OSError))

@@ -1,4 +1,4 @@
-"""Mark an image as one without labels."""
+"""Mark an image as unlabelled."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mmdist.registry import TRANSFORMS
 @TRANSFORMS.register_module()
 @in_words
 class MarkUnlabelled:
-    """Set ``metainfo['unlabelled']``: the image is distilled, its labels do not count.
+    """Set ``metainfo['unlabelled']``: the image is distilled, its labels are ignored.
 
-    It comes last, after ``PackDetInputs`` or ``PackSegInputs``. Labels that the sample
-    has are dropped.
+    Put it last, after ``PackDetInputs`` or ``PackSegInputs``. Labels that the sample
+    already has are dropped.
 
     Args:
         with_mask: Whether the labelled images of the batch have instance masks.

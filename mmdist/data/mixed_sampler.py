@@ -1,4 +1,4 @@
-"""Batches of images of several data sets in fixed shares."""
+"""Mix several data sets in each batch, in fixed shares."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from mmdist.registry import DATA_SAMPLERS
 @DATA_SAMPLERS.register_module()
 @in_words
 class MixedSampler(Sampler):
-    """Takes fixed numbers of images of each data set into every batch.
+    """Puts a fixed number of images from each data set into every batch.
 
-    An epoch shows the first data set once; of the others the next images follow, and
-    each of theirs is shown once before any is repeated. Which images a batch holds
-    depends on seed and epoch alone, so it works with loops by epochs and by iterations,
-    with DDP, and when training is resumed. (mmdet's ``MultiSourceSampler`` has no end,
-    so a loop by epochs never comes to one.)
+    An epoch shows the first data set once. The others continue where the last epoch
+    ended, and show each image once before repeating any. Batches depend only on seed
+    and epoch, so epoch-based and iteration-based loops, DDP and resuming all work.
+    (mmdet's ``MultiSourceSampler`` is infinite, so an epoch never ends.)
 
-    The data loader has ``batch_size=sum(per_batch)`` and ``batch_sampler=None``.
+    The data loader needs ``batch_size=sum(per_batch)`` and ``batch_sampler=None``.
 
     Args:
         dataset: A ``ConcatDataset``.
-        per_batch: Images of each data set in the batch of one process.
-        seed: Seed of the order; the same for all processes if omitted.
+        per_batch: Number of images from each data set in the batch of one process.
+        seed: Seed of the order; if omitted, a random one shared by all processes.
 
     Raises:
-        ValueError: The data set is not a ``ConcatDataset`` of as many.
+        ValueError: ``dataset`` is not a ``ConcatDataset`` of ``len(per_batch)`` data
+            sets, one is empty, a number is negative, or the first is 0.
     """
 
     def __init__(
         self, dataset: ConcatDataset, per_batch: Sequence[int], seed: int | None = None
     ) -> None:
         sizes = [len(d) for d in getattr(dataset, 'datasets', ())]
-        if len(sizes) != len(per_batch) or min(per_batch) < 0 or not per_batch[0]:
+        fits = 0 < len(sizes) == len(per_batch) and per_batch[0] > 0 <= min(per_batch)
+        if not fits or 0 in sizes:
             raise ValueError(
                 '`mmdist.MixedSampler` takes a `ConcatDataset` and `per_batch`, how '
                 'many images of each of its data sets are in a batch, at least one of '
-                f'the first. It got {len(sizes)} data sets and {list(per_batch)}.'
+                f'the first; none is empty. It got sizes {sizes} and {list(per_batch)}.'
             )
         self.sizes = sizes
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
@@ -69,7 +70,7 @@ class MixedSampler(Sampler):
                     yield next(stream)
 
     def _stream(self, source: int) -> Iterator[int]:
-        """Indices of a data set for this process, from the epoch's first on."""
+        """Yield a data set's indices for this process, from the start of the epoch."""
         size, number = self.sizes[source], self.per_batch[source]
         place = self.epoch * self.batches * number * self.world_size
         turn, order = -1, []
@@ -83,7 +84,7 @@ class MixedSampler(Sampler):
             place += self.world_size * number
 
     def _order(self, source: int, turn: int) -> list[int]:
-        """A data set in random order, another one each time that it is shown."""
+        """Return the random order of a data set, a new one for each pass through it."""
         seed = hash((self.seed, source, turn)) % 2**63
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.sizes[source], generator=generator).tolist()

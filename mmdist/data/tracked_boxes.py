@@ -1,4 +1,4 @@
-"""Boxes of labels that remember how transforms of mmdet moved them."""
+"""Boxes of labels that record how mmdet's transforms moved them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SAME_IMAGE = ('__getitem__', '__deepcopy__', 'clone', 'to', 'cpu', 'detach')
 
 
 class TrackedBoxes(HorizontalBoxes):
-    """The boxes that a transform of mmdet moves, with what it calls to do so.
+    """Boxes that record which methods mmdet's transforms call to move them.
 
-    Every method does what mmdet's does. Which boxes are left does not matter, and there
-    may be none: a frame is of an image.
+    Every method behaves as in mmdet. It does not matter which boxes are left, or
+    whether any are: a frame belongs to the image.
 
     Attributes:
         frames: The files that the image shows, each with the calls so far.
@@ -29,7 +29,7 @@ class TrackedBoxes(HorizontalBoxes):
 
     @classmethod
     def cat(cls, box_list: Sequence[TrackedBoxes], dim: int = 0) -> TrackedBoxes:
-        """As in mmdet; the image shows the files of all."""
+        """As in mmdet; the result has the frames of all."""
         boxes = super().cat(box_list, dim)
         boxes.frames = sum((x.frames for x in box_list), ())
         return boxes
@@ -37,7 +37,7 @@ class TrackedBoxes(HorizontalBoxes):
     @staticmethod
     def overlaps(boxes1, boxes2, *args, **kwargs) -> Tensor:
         """As in mmdet."""
-        # MinIoURandomCrop crops an image without boxes to the patch that it asks about
+        # MinIoURandomCrop crops an image without boxes to the patch that it passes here
         if isinstance(boxes2, TrackedBoxes) and not len(boxes2):
             left, top, right, bottom = boxes1.tensor[0].tolist()
             boxes2.translate_([-left, -top])

@@ -1,4 +1,4 @@
-"""Images without labels: the student's own losses do not see them.
+"""Keep images without labels out of the student's own losses.
 
 A sample with ``metainfo['unlabelled'] = True`` counts in every comparison and in none
 of the student's own losses.
@@ -30,13 +30,13 @@ class Part(NamedTuple):
     inputs: Tensor  # (N, C, H, W)
     data_samples: list[BaseDataElement]
     labelled: tuple[bool, ...]  # for each image
-    is_unlabelled: bool = False  # all of it, beside a part with labels
-    recorder: Recorder | None = None  # of these images, with what ran before
-    features: Any = None  # of these images, if the whole batch has been extracted
+    is_unlabelled: bool = False  # all of it, while another part has labels
+    recorder: Recorder | None = None  # of these images, with earlier calls
+    features: Any = None  # of these images, if already extracted
 
     @contextmanager
     def recording(self, student: nn.Module) -> Iterator[None]:
-        """The student computes its own losses within, and is recorded."""
+        """Context in which the student computes its own losses and is recorded."""
         with self.recorder or ExitStack(), labelled_losses_only(student, self):
             yield
 
@@ -50,20 +50,20 @@ def by_parts(
     forks: list[Fork] | None = None,
     paused: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
-    """Learn from a batch, at once but for one that :func:`split` splits.
+    """Learn from a batch, in one pass unless :func:`split` splits it.
 
     Args:
         student: The student.
         modules: Modules of the student to record.
         inputs: The batch, (N, C, H, W).
         data_samples: The N data samples.
-        learn: Gives, for a part, the student's own losses and the pairs of each
-            comparison.
-        forks: As of :class:`Recorder`.
-        paused: Nothing is distilled, so unlabelled images beside others are left out.
+        learn: Returns the student's own losses and the pairs of each comparison for a
+            part.
+        forks: As in :class:`Recorder`.
+        paused: Nothing is distilled, so the unlabelled part of a split is skipped.
 
     Returns:
-        Both for the whole batch.
+        The losses and pairs of the whole batch.
     """
     losses, pairs = {}, []
     for part in split(student, Recorder(modules, forks), inputs, data_samples):
@@ -83,16 +83,16 @@ def split(
     inputs: Tensor,
     data_samples: Sequence[BaseDataElement],
 ) -> list[Part]:
-    """Split a batch with unlabelled images as the student can take it.
+    """Split a batch with unlabelled images into parts that the student can take.
 
     The arguments are those of :func:`by_parts`.
 
     Returns:
-        The batch itself if all images are labelled. Else unlabelled images have samples
-        of their own, without labels. It is one part if the student's losses can be told
-        which images count (:func:`labelled_losses_only`), or if no image is labelled;
-        else two, the labelled images first, with the features of one pass of the whole
-        batch.
+        The batch itself if all images are labelled. Otherwise, unlabelled images get
+        new samples without labels. The batch stays one part if the student's losses can
+        be limited to some images (:func:`labelled_losses_only`), or if no image is
+        labelled. Else there are two parts, the labelled images first, with the features
+        of one pass over the whole batch.
     """
     labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
     if all(labelled):
@@ -133,22 +133,22 @@ def split(
 
 @contextmanager
 def labelled_losses_only(student: nn.Module, part: Part) -> Iterator[None]:
-    """Let the student's own losses see the labelled images of a part alone.
+    """Limit the student's own losses to the labelled images of a part.
 
-    In a part with both, its heads run on all images, so that batch norm sees one batch,
-    and their ``loss_by_feat`` gets what belongs to the labelled ones. A part of a batch
-    that is split takes its features from the pass of the whole batch.
+    In a mixed part, the heads run on all images, so that batch norm sees one batch, and
+    their ``loss_by_feat`` gets only what belongs to the labelled images. A part of a
+    split batch takes its features from the pass over the whole batch.
     """
     with ExitStack() as stack:
         swaps = []
         if part.features is not None:
             swaps.append((student, 'extract_feat', lambda *_, **__: part.features))
         if part.is_unlabelled:
-            # Another process may have no such part, so this one must not wait for it:
-            # in losses that are dropped, or in batch norm.
+            # Another process may have no such part, so this one must not wait for it,
+            # neither in its losses, which are dropped, nor in batch norm.
             swaps.append((torch.distributed, 'is_initialized', lambda: False))
             norms = [m for m in student.modules() if is_a(m, 'SyncBatchNorm')]
-            swaps += [(m, 'group_size', 1) for m in norms]  # mmcv's does not ask
+            swaps += [(m, 'group_size', 1) for m in norms]  # mmcv's ignores that
         if len(set(part.labelled)) > 1:
             index = [i for i, mark in enumerate(part.labelled) if mark]
             for head in _heads(student):
@@ -160,10 +160,10 @@ def labelled_losses_only(student: nn.Module, part: Part) -> Iterator[None]:
 
 
 def _heads(student: nn.Module) -> list[nn.Module]:
-    """Heads whose forward is one step and whose ``loss_by_feat`` the next.
+    """Return the heads that run forward first, and then ``loss_by_feat``.
 
-    Those of all segmentors and of most one-stage detectors. A two-stage detector or a
-    DETR reads labels before, to sample proposals or to denoise.
+    All segmentors and most one-stage detectors have such heads. Two-stage detectors and
+    DETRs read labels earlier, to sample proposals or to denoise.
     """
     family = family_of(student)
     heads = []
@@ -171,7 +171,7 @@ def _heads(student: nn.Module) -> list[nn.Module]:
         heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
     elif family == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
         others = (getattr(student, name, None) for name in ('mask_head', 'segm_head'))
-        # of a class with a `loss` of its own nothing is known
+        # nothing is known about a class with its own `loss`
         own = type(student.bbox_head).loss.__qualname__ != 'BaseDenseHead.loss'
         if not own and all(other is None for other in others):
             heads = [student.bbox_head]
@@ -180,10 +180,10 @@ def _heads(student: nn.Module) -> list[nn.Module]:
 
 
 def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
-    """A head's loss, given what belongs to some of the images.
+    """Limit a head's loss to what belongs to some of the images.
 
     Raises:
-        RuntimeError: It is given a tensor without a row per image.
+        RuntimeError: The loss gets a tensor without a row per image.
     """
     signature = inspect.signature(loss_by_feat)
 
@@ -221,24 +221,24 @@ def without_labels(
     inputs: Tensor,
     ignore_index: int = 255,
 ) -> BaseDataElement:
-    """A sample of the same image without labels: no boxes, and void pixels.
+    """Make a sample of the same image without labels: no boxes, and void pixels.
 
     Args:
         sample: A data sample of mmdet or mmseg, with labels, with garbage or without.
-        like: A sample of the batch, labelled if one is, with all that the student
-            expects.
+        like: A sample of the batch, a labelled one if there is any, with all fields
+            that the student expects.
         inputs: The batch, (N, C, H, W).
         ignore_index: The label of void pixels.
     """
     blank = type(sample)(metainfo=sample.metainfo)
-    if 'proposals' in sample:  # of a detector without RPN
+    if 'proposals' in sample:  # for a detector without RPN
         blank.proposals = sample.proposals
     size, device = tuple(inputs.shape[-2:]), inputs.device
     if is_a(sample, 'DetDataSample'):
         blank.gt_instances = (
             no_instances(size, device)
             if like.metainfo.get('unlabelled')
-            else like.gt_instances[:0]  # with all that the student expects
+            else like.gt_instances[:0]  # with all expected fields
         )
         blank.ignored_instances = no_instances(size, device)
         maps = dict(gt_sem_seg='sem_seg')
@@ -259,7 +259,7 @@ def no_instances(
     device: torch.device | str = 'cpu',
     masks: bool = True,
 ) -> InstanceData:
-    """Instances of an image of a size, (height, width), that has none."""
+    """Make empty instances for an image of a size, (height, width)."""
     from mmdet.structures.mask import BitmapMasks
 
     instances = InstanceData(
@@ -281,15 +281,15 @@ def _void_label(student: nn.Module) -> int:
     if isinstance(head, nn.ModuleList):
         head = head[-1]
     index = getattr(head, 'ignore_index', 255)
-    return 0 if index is None else index  # it ignores nothing, and is dropped anyway
+    return 0 if index is None else index  # no void; the loss is dropped anyway
 
 
 def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
-    """The student's own losses of a part, as they count.
+    """Drop the student's own losses that do not count.
 
-    Those of a part with labels do, and nothing of an unlabelled one beside it. For a
-    batch without any labels they are zeros that keep all parameters in the graph, since
-    DDP waits for those that take no part.
+    The losses of a part with labels count, those of the unlabelled part of a split do
+    not. Without any labels in the batch, they become zeros that keep all parameters in
+    the graph, since DDP waits for unused ones.
     """
     if any(part.labelled):
         return own
@@ -303,7 +303,7 @@ def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
 
 
 def joined(parts: Sequence[Sequence[Pair]]) -> Sequence[Pair]:
-    """The pairs of all parts of a batch, with their rows in one."""
+    """Concatenate the rows of the pairs of all parts of a batch."""
     if len(parts) == 1:
         return parts[0]
     names = ('student', 'teacher', 'mask', 'row_weight')
@@ -317,7 +317,7 @@ def _rows(pairs: Sequence[Pair], name: str) -> Tensor | None:
     found = [getattr(pair, name) for pair in pairs]
     if all(rows is None for rows in found):
         return None
-    # a mask that one part lacks counts all of its rows
+    # all rows of a part without a mask count
     return torch.cat(
         [
             torch.ones_like(pair.student[:, 0], dtype=torch.bool) if x is None else x

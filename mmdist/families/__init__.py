@@ -1,7 +1,7 @@
-"""How to read a model: one file for each family.
+"""Read models: one file per family.
 
-A family's file knows its heads, activations, anchors, proposals or queries, and nothing
-of losses. A detector's file also has what ``mmdist.Detections`` reads of any student:
+A family's file knows its heads, activations, anchors, proposals or queries, but nothing
+of losses. A detector family's file also has what ``mmdist.Detections`` needs:
 
 - ``modules(model, refuse)``: the modules of a student to record.
 - ``places(step)``: where the student scored the classes, and how; see :class:`Places`.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mmdist.lookup import by_class_name
 
 SEG, DENSE, ROI, QUERY = 'seg', 'dense', 'roi', 'query'
-# The file of this folder that reads a model, by the class of the model.
+# The file in this folder that reads a model, by the model's class.
 FAMILIES: dict[str, str] = {
     'EncoderDecoder': SEG,
     'MultimodalEncoderDecoder': SEG,
@@ -33,14 +33,14 @@ FAMILIES: dict[str, str] = {
     'DetectionTransformer': QUERY,
 }
 
-# Gives the error for a model that cannot be read, and why.
+# Builds the error for a model that cannot be read, from the model and the reason.
 Refuse = Callable[[nn.Module, str], Exception]
 
 
 class Places(NamedTuple):
     """Where a detector scores the classes: anchors, proposals or queries.
 
-    They are the rows of one term of a loss.
+    Each place is a row of one term of a loss.
     """
 
     scores: Tensor  # (rows, common classes), probabilities without background
@@ -57,16 +57,16 @@ def family_of(model: nn.Module) -> str | None:
 
 
 def reader_of(model: nn.Module) -> ModuleType | None:
-    """The file of this folder that reads a model; None for an unknown family."""
+    """The file in this folder that reads a model; None for an unknown family."""
     family = family_of(model)
     return None if family is None else import_module(f'{__name__}.{family}')
 
 
 def name_of(model: nn.Module) -> str:
-    """The name of a model's class, of a distilled student that of the plain one."""
+    """The name of a model's class; for a distilled student, of the plain class."""
     return type(model).__name__.removeprefix('Distilled')
 
 
 def unreadable(model: nn.Module, reason: str) -> ValueError:
-    """The error for a model that cannot be read, where no comparison words it."""
+    """The error for a model that cannot be read, outside of any comparison."""
     return ValueError(f'mmdist cannot read a {name_of(model)}: {reason}.')

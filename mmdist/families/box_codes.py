@@ -1,4 +1,4 @@
-"""The boxes of a dense head as it encodes them, and what they are in pixels."""
+"""The boxes of a dense head as it encodes them, and their decoding to pixels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mmdist.lookup import by_class_name
 
 
 class Code(NamedTuple):
-    """The boxes of a dense head as it learns them; rows are levels, y, x, anchors."""
+    """The encoded boxes of a dense head; rows are ordered by level, y, x, anchor."""
 
     code: Tensor  # (N, rows, 4)
-    priors: Tensor  # (rows, k), what they are relative to
+    priors: Tensor  # (rows, k), the anchors or points they refer to
 
 
 def _fcos(head: nn.Module, output: tuple) -> tuple:
@@ -25,14 +25,14 @@ def _fcos(head: nn.Module, output: tuple) -> tuple:
     return (output[0], boxes, *output[2:])
 
 
-# Heads whose forward returns other boxes in training than at inference, and how to get
-# from the former to the latter.
+# Heads whose forward returns other boxes in training than at inference, and how to
+# convert the former to the latter.
 OUTPUT_AT_INFERENCE: dict[str, Callable[[nn.Module, tuple], tuple]] = {
     'VFNetHead': lambda head, output: (output[0], output[2]),  # the refined boxes
     'FCOSHead': _fcos,
 }
-# Heads whose boxes :func:`encoded` reads, and how; the first of a head's classes in the
-# table counts. 'coder' is the rule: priors of the generator, and a bbox coder.
+# Heads whose boxes :func:`encoded` reads, and how; the first match in a head's MRO
+# counts. 'coder' is the usual kind: priors of the generator, and a bbox coder.
 ENCODED: dict[str, str | None] = {
     'AnchorHead': 'coder',
     'FCOSHead': 'coder',
@@ -41,14 +41,14 @@ ENCODED: dict[str, str | None] = {
     'GFLHead': 'distributions',
     'TOODHead': 'boxes',
     'YOLOXHead': 'cxcywh',
-    # Derived from those, with boxes or outputs of another kind.
+    # Derived from the heads above, but with other boxes or outputs.
     **dict.fromkeys(('PAAHead', 'GuidedAnchorHead', 'YOLACTHead')),
     **dict.fromkeys(('CondInstBboxHead', 'RTMDetInsHead')),
 }
 
 
 def encodes(head: nn.Module) -> bool:
-    """Whether :func:`encoded` knows the boxes of a dense head."""
+    """Whether :func:`encoded` supports the boxes of a dense head."""
     known = by_class_name(head, ENCODED) is not None
     return known and hasattr(head, 'prior_generator')
 
@@ -56,8 +56,8 @@ def encodes(head: nn.Module) -> bool:
 def encoded(head: nn.Module, output: tuple) -> Code:
     """The boxes of all locations and anchors as the head encodes them, with gradient.
 
-    The head is one that :func:`encodes` knows, and its ``forward`` has just returned
-    the output.
+    ``head`` must be one that :func:`encodes` accepts; ``output`` is what its
+    ``forward`` just returned.
     """
     if head.training:
         convert = by_class_name(head, OUTPUT_AT_INFERENCE)
@@ -84,7 +84,7 @@ def encoded(head: nn.Module, output: tuple) -> Code:
 
 
 def decode(head: nn.Module, code: Code) -> Tensor:
-    """The boxes of a code, (N, rows, 4), x1 y1 x2 y2 in pixels, with gradient."""
+    """Decode boxes: (N, rows, 4), x1 y1 x2 y2 in pixels, with gradient."""
     kind = by_class_name(head, ENCODED)
     if kind == 'boxes':
         return code.code

@@ -18,7 +18,7 @@ from mmdist.losses import as_rows
 from mmdist.step import Step
 
 ASSIGNED = 'overlap or best'
-# A point stands for a square of so many strides, the anchor of ATSS, which does as well
+# A point stands for a square of this many strides: ATSS's anchor, which does as well
 # as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
 POINT_SIZE = 8
 SAME_LOCATIONS = (
@@ -29,14 +29,14 @@ SAME_LOCATIONS = (
 
 
 class ClassMaps(NamedTuple):
-    """Where a head's forward returns its class scores, and as what."""
+    """Where a head's forward returns its class scores, and in which form."""
 
     maps: Callable[[nn.Module, tuple], Sequence[Tensor]] = lambda head, out: out[0]
-    activation: str | None = None  # None: as the head's `use_sigmoid_cls` says
+    activation: str | None = None  # None: from the head's `use_sigmoid_cls`
     # Outside training the head skips locations or suppresses neighbours.
     ask_as_in_training: bool = False
-    # The second score that the head's `predict` multiplies the class score by: its
-    # log-probabilities per level, (N, anchors, h, w).
+    # Gives the second score that the head's `predict` multiplies the class score by,
+    # as log-probabilities per level, (N, anchors, h, w).
     factor: Callable[[nn.Module, tuple], Sequence[Tensor]] | None = None
     takes_root: bool = False  # `predict` takes the root of that product
 
@@ -52,7 +52,7 @@ def _third_output(head: nn.Module, out: tuple) -> list[Tensor]:
 
 
 def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
-    """How sure SABL is of its buckets; the sides of a box, whatever the box is."""
+    """SABL's confidence in its buckets; it does not depend on the box, here zeros."""
     confidences = []
     for buckets, offsets in out[1]:
         n, _, h, w = buckets.shape
@@ -63,12 +63,12 @@ def _sabl_confidence(head: nn.Module, out: tuple) -> list[Tensor]:
     return confidences
 
 
-# Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first of a head's
-# classes in the table counts. Names, so that mmdet does not have to be installed.
+# Heads that differ from `forward()[0]` with `use_sigmoid_cls`; the first match in a
+# head's MRO counts. Names, so that mmdet need not be installed.
 HEADS: dict[str, ClassMaps] = {
     'TOODHead': ClassMaps(activation='identity'),  # it returns probabilities
-    'CenterNetHead': ClassMaps(activation='identity'),  # the same
-    # Top-left and bottom-right heatmaps, of every stack of the hourglass.
+    'CenterNetHead': ClassMaps(activation='identity'),  # so does this one
+    # Top-left and bottom-right heatmaps of every stack of the hourglass.
     'CornerHead': ClassMaps(lambda head, out: [*out[0], *out[1]], 'sigmoid'),
     'YOLOV3Head': ClassMaps(
         lambda head, out: [x[:, :, 5:].flatten(1, 2) for x in _yolov3(head, out)],
@@ -76,11 +76,11 @@ HEADS: dict[str, ClassMaps] = {
         factor=lambda *args: [F.logsigmoid(fp32(x[:, :, 4])) for x in _yolov3(*args)],
     ),
     'YOLOXHead': ClassMaps(factor=_third_output),  # objectness
-    'FCOSHead': ClassMaps(factor=_third_output),  # centerness; of AutoAssign too
+    'FCOSHead': ClassMaps(factor=_third_output),  # centerness; AutoAssign too
     'ATSSHead': ClassMaps(factor=_third_output),  # centerness
     'DDODHead': ClassMaps(factor=_third_output),  # IoU
-    'PAAHead': ClassMaps(factor=_third_output, takes_root=True),  # IoU; of LAD too
-    # Derived from ATSS, but with no second score: VFNet's third output are boxes.
+    'PAAHead': ClassMaps(factor=_third_output, takes_root=True),  # IoU; LAD too
+    # Derived from ATSS, but without a second score: VFNet's third output is boxes.
     'RTMDetHead': ClassMaps(),
     'VFNetHead': ClassMaps(),
     'SABLRetinaHead': ClassMaps(factor=_sabl_confidence),
@@ -88,7 +88,7 @@ HEADS: dict[str, ClassMaps] = {
     'DecoupledSOLOHead': ClassMaps(lambda head, out: out[2], 'sigmoid', True),
     'SOLOHead': ClassMaps(lambda head, out: out[1], 'sigmoid', True),
 }
-# Heads with class scores that cannot be compared, and why.
+# Heads whose class scores cannot be compared, and why.
 REFUSED: dict[str, str] = {
     'ATSSVLFusionHead': 'whose classes are the words of a prompt',
     'CascadeRPNHead': 'whose stages need the anchors that each model refined itself',
@@ -98,13 +98,13 @@ REFUSED: dict[str, str] = {
 def head_of(
     model: nn.Module, path: str | None = None, refuse: Refuse = unreadable
 ) -> nn.Module:
-    """The dense head, one with class scores that are known here.
+    """The dense head at ``path``; it must have class scores that are known here.
 
-    If no path is given, it is ``'bbox_head'``, or ``'mask_head'`` where there is no
-    bbox head (SOLO).
+    Without a path, it is ``'bbox_head'``, or ``'mask_head'`` for a model without a bbox
+    head (SOLO).
     """
     paths = [path] if path else ['bbox_head', 'mask_head']
-    for name in paths:  # an instance may have None in place
+    for name in paths:  # a model may have None there
         head = reduce(lambda m, n: getattr(m, n, None), name.split('.'), model)
         if head is not None:
             break
@@ -134,7 +134,7 @@ def _class_maps(head: nn.Module) -> ClassMaps:
 
 
 def activation_of(head: nn.Module) -> str | None:
-    """What turns the head's scores into probabilities; None if it does not say."""
+    """What turns the head's scores into probabilities; None if unknown."""
     known = _class_maps(head).activation
     if known or not hasattr(head, 'use_sigmoid_cls'):
         return known
@@ -142,11 +142,11 @@ def activation_of(head: nn.Module) -> str | None:
 
 
 def ask(step: Step, path: str | None = None) -> tuple:
-    """The output of the teacher's head, on its features, once a step."""
+    """The output of the teacher's head on its features, computed once per step."""
     head = head_of(step.teacher_model, path)
 
     def run() -> tuple:
-        # The flag of the head alone: its layers, Dropout or BN, stay in eval.
+        # Only the head's own flag: its layers, such as Dropout and BN, stay in eval.
         head.training = _class_maps(head).ask_as_in_training
         try:
             return head(step.teacher_features)
@@ -169,7 +169,7 @@ def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tens
         return logits
     if class_maps.factor is None and not class_maps.takes_root:
         return [foreground(x, activation, dim=2) for x in logits]
-    # The logarithm of a product does not underflow, nor has its half, the root, an
+    # The logarithm of a product does not underflow, and half of it, the root, has no
     # infinite gradient at 0.
     if activation == 'sigmoid':
         joint = [F.logsigmoid(fp32(x)) for x in logits]
@@ -187,18 +187,18 @@ def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tens
 
 
 def prior_generator(head: nn.Module):
-    """What places the head's anchors or points, of mmdet; None if there is none."""
-    of_sabl = getattr(head, 'square_anchor_generator', None)  # and of guided anchors
+    """mmdet's generator of the head's anchors or points; None if there is none."""
+    of_sabl = getattr(head, 'square_anchor_generator', None)  # and guided anchors
     return getattr(head, 'prior_generator', of_sabl)
 
 
 def check_same_priors(
     who: str, student: nn.Module, teacher: nn.Module, any_shape: bool
 ) -> None:
-    """Raise ValueError where two heads have other levels, strides or anchors.
+    """Raise ValueError if two heads differ in levels, strides or anchors.
 
-    ``any_shape`` lets the single anchor or point of a location be any. Anchors that are
-    shifted are a warning.
+    With ``any_shape``, the shape of a location's single anchor or point can differ.
+    Shifted anchors only give a warning.
     """
     student, teacher = map(prior_generator, (student, teacher))
     if student is None or teacher is None:
@@ -222,7 +222,7 @@ def check_same_priors(
 
 
 def _difference(student, teacher, any_shape: bool) -> str | None:
-    """How two generators differ, in words; points have neither width nor height."""
+    """How two generators differ, in words; points have no width or height."""
     if student.strides != teacher.strides:
         return (
             f'the strides of the student are {student.strides}, those of the teacher '
@@ -250,7 +250,7 @@ def _difference(student, teacher, any_shape: bool) -> str | None:
 
 
 def _centres(generator) -> Tensor:
-    """Where in a location its first anchor or point lies, (levels, 2), in strides."""
+    """Position of a location's first anchor or point, (levels, 2), in strides."""
     if not hasattr(generator, 'base_anchors'):
         return torch.full((generator.num_levels, 2), float(generator.offset))
     first = torch.stack([anchors[0] for anchors in generator.base_anchors])
@@ -260,7 +260,7 @@ def _centres(generator) -> Tensor:
 def places(step: Step) -> list[Places]:
     """The student's anchors, or squares around its points, level by level.
 
-    The rows of a level are image, y, x, anchor; those in the padding do not count.
+    The rows of a level are ordered by image, y, x, anchor; padding does not count.
     """
     head = head_of(step.student)
     levels = scores_of(head, step.calls(head)[-1].output, 'joint')

@@ -1,4 +1,4 @@
-"""Scores of a head as probabilities."""
+"""Convert the scores of a head to probabilities."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def fp32(x: Tensor) -> Tensor:
-    """In fp32 at least: half precision rounds small probabilities away."""
+    """Cast to at least fp32: half precision rounds small probabilities away."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -23,11 +23,11 @@ def check_min_score(min_score: float) -> None:
 
 
 def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
-    """Probabilities of the classes without background, in fp32 at least.
+    """Probabilities of the classes without background, in at least fp32.
 
     Args:
         scores: Scores, with the classes along ``dim``.
-        activation: What turns them into probabilities; of a ``'softmax'`` the last
+        activation: What turns them into probabilities. For ``'softmax'``, the last
             column is the background.
         dim: The dimension of the classes.
     """
@@ -38,7 +38,7 @@ def foreground(scores: Tensor, activation: str, dim: int = 1) -> Tensor:
 
 
 def mean_probability(a: Tensor, b: Tensor, activation: str, dim: int = 1) -> Tensor:
-    """Scores whose probabilities are the mean of those of two, in fp32 at least.
+    """Scores whose probabilities are the mean of those of two, in at least fp32.
 
     All have the same shape and activation, and the classes along ``dim``.
     """
@@ -48,7 +48,7 @@ def mean_probability(a: Tensor, b: Tensor, activation: str, dim: int = 1) -> Ten
     if activation == 'softmax':
         both = torch.logaddexp(a.log_softmax(dim), b.log_softmax(dim))
         return both - math.log(2)
-    # log-odds, which neither overflow nor round where a probability is almost 0 or 1
+    # log-odds, which neither overflow nor round if a probability is almost 0 or 1
     yes, no = (
         torch.logaddexp(F.logsigmoid(sign * a), F.logsigmoid(sign * b))
         for sign in (1, -1)

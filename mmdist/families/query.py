@@ -19,7 +19,7 @@ Queries = list[list[InstanceData]]
 
 
 def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
-    """The head on the last decoder layer or stage; it scores a list of classes."""
+    """The head of the last decoder layer or stage; its classes are a fixed list."""
     if is_sparse(model):
         return model.roi_head.bbox_head[-1]
     if not hasattr(model, 'forward_transformer'):
@@ -43,7 +43,7 @@ def activation_of(model: nn.Module) -> str:
 
 
 def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
-    """Raise ValueError where the scores of two models are of other kinds."""
+    """Raise ValueError if the scores of two models are of different kinds."""
     kinds = {'sigmoid': 'sigmoid, no background', 'softmax': 'softmax with background'}
     ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
     if ours != theirs:
@@ -63,7 +63,7 @@ def record(step: Step) -> Queries:
 
 
 def ask(step: Step) -> Queries:
-    """The teacher's queries: its transformer and head on its features, once a step."""
+    """The teacher's queries, from transformer and head on its features, once a step."""
 
     def run() -> Queries:
         teacher = step.teacher_model
@@ -86,7 +86,7 @@ def places(step: Step) -> list[Places]:
 
 
 def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Queries:
-    """Keep the queries that the model is matched by and predicts with.
+    """Keep the queries that the model matches in training and predicts with.
 
     The model has just run, and its head returned class logits, (layers, N, queries,
     classes), and boxes, (layers, N, queries, 4), cx cy w h relative to the image.
@@ -94,14 +94,14 @@ def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Que
     from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 
     logits, boxes = output
-    # In training, the queries are [denoising | matching | dense (of DDQ alone)].
+    # In training, the queries are [denoising | matching | dense (DDQ only)].
     cache = getattr(model, 'cache_dict', {})
     end = logits.size(2)
     if model.training:
         end -= cache.get('num_dense_queries', 0)
     patterns = getattr(model, 'num_patterns', 0) or 1  # DAB-DETR: content queries
     matching = slice(end - model.num_queries * patterns, end)
-    distinct = cache.get('distinct_query_mask', [])  # of DDQ, from its second layer on
+    distinct = cache.get('distinct_query_mask', [])  # DDQ, from its second layer on
     layers = []
     for layer in range(len(logits)):
         images = []
@@ -121,7 +121,7 @@ def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Que
 
 
 def _record_sparse(step: Step) -> Queries:
-    """The student's proposals, as each stage has refined them."""
+    """The student's proposals as refined by each stage."""
     recorded = []
     for extractor, head in stages(step.student):
         call = step.calls(head)[-1]
@@ -142,7 +142,7 @@ def _record_sparse(step: Step) -> Queries:
 
 
 def _ask_sparse(step: Step) -> Queries:
-    """The teacher's proposals, as :func:`_record_sparse` has them, without masks."""
+    """The teacher's proposals, as in :func:`_record_sparse`, without masks."""
     from mmdet.structures.bbox import bbox2roi
 
     features, roi_head = step.teacher_features, step.teacher_model.roi_head

@@ -1,4 +1,4 @@
-"""Two-stage detectors: proposals, and heads that judge them, in one stage or more."""
+"""Two-stage detectors: proposals, and heads that score them in one or more stages."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from mmdist.record import Call
 from mmdist.step import Step
 
 ASSIGNED = 'overlap'
-# Those that take nothing but features and proposals.
+# The mask forwards that need only features and proposals.
 MASK_FORWARDS = ('StandardRoIHead._mask_forward', 'CascadeRoIHead._mask_forward')
 
 
 class Proposals(NamedTuple):
-    """What one stage of the student's RoI head was given and what it returned."""
+    """Input and output of one stage of the student's RoI head."""
 
     stage: int
     rois: Tensor  # (rois, 5), the image's index in the batch and the box
-    # (rois, classes + background) of the bbox head, (rois, classes or 1, height, width)
-    # of the mask head
+    # (rois, classes + background) from the bbox head; (rois, classes or 1, height,
+    # width) from the mask head
     logits: Tensor
-    deltas: Tensor | None = None  # (rois, 4) or (rois, 4 * classes) of the bbox head
+    deltas: Tensor | None = None  # (rois, 4) or (rois, 4 * classes), bbox head only
 
 
 class Judged(NamedTuple):
-    """What one stage of the teacher's bbox head says of proposals."""
+    """Output of one stage of the teacher's bbox head for proposals."""
 
     stage: int
     logits: Tensor  # (rois, classes + background)
@@ -44,7 +44,7 @@ def is_sparse(model: nn.Module) -> bool:
 
 
 def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's bbox head can be asked about any proposals."""
+    """Raise unless the model's bbox head can score any proposals."""
     roi_head = getattr(model, 'roi_head', None)
     for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
         if not hasattr(roi_head, part):
@@ -59,7 +59,7 @@ def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
 
 
 def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's mask head can be asked about any proposals."""
+    """Raise unless the model's mask head can segment any proposals."""
     roi_head = getattr(model, 'roi_head', None)
     if getattr(roi_head, 'mask_head', None) is None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
@@ -71,14 +71,14 @@ def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
 
 
 def stages(model: nn.Module, part: str = 'bbox') -> list[tuple[nn.Module, nn.Module]]:
-    """The extractor and the head of each stage, ``'bbox'`` or ``'mask'``."""
+    """The extractor and the ``'bbox'`` or ``'mask'`` head of each stage."""
     sides = (getattr(model.roi_head, f'{part}_{x}') for x in ('roi_extractor', 'head'))
     sides = (x if isinstance(x, nn.ModuleList) else [x] for x in sides)
     return list(zip(*sides, strict=True))
 
 
 def is_cascade(model: nn.Module) -> bool:
-    """Whether the RoI head has stages, be it one."""
+    """Whether the RoI head has a list of stages, even of one."""
     return isinstance(model.roi_head.bbox_head, nn.ModuleList)
 
 
@@ -92,7 +92,7 @@ def modules(
 
 
 def term_of(model: nn.Module, stage: int) -> dict:
-    """``weight`` and ``name`` of the term of a stage, as in the model's own loss."""
+    """``weight`` and ``name`` of a stage's term, as in the model's own loss."""
     if not is_cascade(model):
         return dict(weight=1.0, name='')
     return dict(weight=model.roi_head.stage_loss_weights[stage], name=f's{stage}')
@@ -102,7 +102,7 @@ def term_of(model: nn.Module, stage: int) -> dict:
 
 
 def sampled_rois(call: Call) -> Tensor:
-    """The boxes that a RoI extractor was called with, (rois, 5), image index first."""
+    """The boxes passed to a RoI extractor, (rois, 5), image index first."""
     return call.args[1] if len(call.args) > 1 else call.kwargs['rois']
 
 
@@ -111,8 +111,8 @@ def record(step: Step, part: str = 'bbox') -> list[Proposals]:
     recorded = []
     for stage, (extractor, head) in enumerate(stages(step.student, part)):
         if stage > 0 and not step.has_run(head):
-            # A cascade stops where no proposal is left. All processes must call
-            # the loss equally often (`sync`), so here with no rows.
+            # A cascade stops when no proposal is left. All processes must call the
+            # loss equally often (`sync`), so call it here with no rows.
             none = (None if x is None else x[:0] for x in recorded[-1][1:])
             recorded.append(Proposals(stage, *none))
             continue
@@ -130,7 +130,7 @@ def places(step: Step) -> list[Places]:
     for stage, rois, logits, _ in record(step):
         logits = per_class(step.student, stage, logits)
         scores = foreground(step.classes.select_student(logits), 'softmax')
-        # CrowdDet predicts several times for a proposal, TridentNet in several branches
+        # CrowdDet predicts several times per proposal, TridentNet in several branches
         rois = rois.repeat_interleave(len(scores) // max(len(rois), 1), 0)
         images = rois[:, 0] % len(step.data_samples)
         boxes, term = rois[:, 1:], term_of(step.student, stage)
@@ -141,39 +141,39 @@ def places(step: Step) -> list[Places]:
 def per_class(model: nn.Module, stage: int, logits: Tensor) -> Tensor:
     """Logits whose softmax is the probabilities of the classes and the background.
 
-    Those of a stage of a model's bbox head, (rois, columns), as it returned them.
+    ``logits`` are what a stage of the model's bbox head returned, (rois, columns).
     """
     _, head = stages(model)[stage]
     if hasattr(head, 'num_instance'):  # CrowdDet: several predictions per proposal
         logits = logits.unflatten(1, (head.num_instance, -1)).flatten(0, 1)
     if getattr(head, 'custom_activation', False):
-        # Seesaw loss: objectness comes apart. Log-probabilities are logits as well.
+        # Seesaw loss has a separate objectness. Log-probabilities are logits as well.
         scores = head.loss_cls.get_activation(logits.float())
         return scores.clamp(min=torch.finfo(scores.dtype).tiny).log()
     return logits
 
 
-# ---- what the teacher says of them -----------------------------------------------
+# ---- the teacher's outputs for them ----------------------------------------------
 
 
 def check_stage(who: str, teacher: nn.Module, stage: int | str | None) -> None:
-    """Raise ValueError unless the teacher has the stage that a comparison asks for."""
+    """Raise ValueError unless the teacher has the stage that a comparison wants."""
     number = len(stages(teacher))
     if isinstance(stage, int) and not -number <= stage < number:
         raise ValueError(
             f'{who} asks for stage={stage} of the teacher, but its '
-            f'{type(teacher).__name__} has {number} stage(s). Give one of 0, 1, ..., '
-            "or 'mean'."
+            f'{type(teacher).__name__} has {number} stage(s). Give one of 0 to '
+            f'{number - 1}, or leave it out.'
         )
 
 
 def judge(
     step: Step, recorded: Sequence[Proposals], stage: int | str | None
 ) -> list[list[Judged]]:
-    """What the teacher's bbox head says of any proposals, of each stage that is asked.
+    """The outputs of the teacher's bbox head for any proposals, for each stage asked.
 
-    Of a cascade that is one ``stage``, all with ``'mean'``, or with None the one with
-    the number of the student's stage.
+    A cascade is asked one ``stage``, all for ``'mean'``, or for None the student's
+    stage, or the last one if the teacher has fewer.
     """
     roi_head, features = step.teacher_model.roi_head, step.teacher_features
     context = {}
@@ -190,7 +190,7 @@ def judge(
             asked = range(number)
         else:
             asked = [min(proposals.stage, number - 1) if stage is None else stage]
-        # TridentNet trains on one copy of the batch per branch, and tests on one copy
+        # TridentNet trains on a copy of the batch per branch, but tests on one copy
         rois = proposals.rois.clone()
         rois[:, 0] %= len(features[0])
         outputs = []
@@ -205,13 +205,13 @@ def judge(
 def judge_once(
     step: Step, recorded: Sequence[Proposals], stage: int | str | None
 ) -> list[list[Judged]]:
-    """As :func:`judge`, of the student's own proposals, once a step."""
+    """Like :func:`judge`, for the student's own proposals, once a step."""
     key = f'proposals, stage {stage}'
     return step.shared(key, lambda: judge(step, recorded, stage))
 
 
 def judge_masks(step: Step, proposals: Proposals, stage: int) -> Tensor:
-    """The masks of proposals by a stage of the teacher, as its mask head gives them."""
+    """The mask logits of proposals from a stage of the teacher's mask head."""
     roi_head = step.teacher_model.roi_head
     which = [stage] if isinstance(roi_head.mask_head, nn.ModuleList) else []
     masks = roi_head._mask_forward(*which, step.teacher_features, proposals.rois)

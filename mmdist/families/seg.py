@@ -19,10 +19,10 @@ from mmdist.step import Step
 from mmdist.teachers.stored import Placed
 
 # Which of several outputs of a head's forward predicts at inference. Names, so that
-# mmseg does not have to be installed.
+# mmseg need not be installed.
 PREDICTING_OUTPUT: dict[str, int] = {
     'DAHead': 0,  # position and channel attention together | each alone
-    'EncHead': 0,  # | the classes of the whole image
+    'EncHead': 0,  # map | classes of the whole image
     'DDRHead': 0,  # context | spatial branch
     'PIDHead': 1,  # proportional | integral | derivative branch
     'IterativeDecodeHead': -1,  # one per stage of K-Net
@@ -36,23 +36,23 @@ SAN_HEAD = 'SideAdapterCLIPHead'
 
 @dataclass
 class SegMap:
-    """Per-pixel class logits, or masks and the classes that they stand for.
+    """Per-pixel class logits, or masks and their class probabilities.
 
-    Resizing is bilinear and done on logits: of the classes, or of the masks before
-    they are combined to class scores, as at inference (Cheng et al., MaskFormer,
+    Logits are resized bilinearly: those of the classes, or those of the masks before
+    they are combined into class scores, as at inference (Cheng et al., MaskFormer,
     NeurIPS 2021, section 3.4).
 
     Attributes:
         maps: Logits of K classes or of K masks, (N, K, h, w).
         queries: Class probabilities of the K masks without "no object", (N, K, C);
-            None where ``maps`` are the class logits.
-        as_scores: Read probabilities (per-pixel classes) and class scores (masks), not
-            logits. Of masks the logits are the logarithm of the scores: their softmax
-            is the scores normalised to 1.
+            None if ``maps`` are class logits.
+        as_scores: Read probabilities (per-pixel classes) or class scores (masks), not
+            logits. The logits of masks are the logarithm of the scores, so their
+            softmax is the scores normalised to sum 1.
         align_corners: As in ``F.interpolate``.
-        mirrored: The map of the image mirrored, left to right. If there is one, the
-            mean is read, that of probabilities: read as logits, its softmax (its
-            sigmoid, with one channel) is this mean.
+        mirrored: The map of the image mirrored left to right. If given, the mean of
+            the probabilities is read; for logits, their softmax (sigmoid for one
+            channel) is that mean.
     """
 
     maps: Tensor
@@ -63,11 +63,11 @@ class SegMap:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width that the head computes."""
+        """Height and width of the head's output."""
         return tuple(self.maps.shape[-2:])
 
     def read(self, size: tuple[int, int]) -> Tensor:
-        """The map, (N, C, height, width), resized to a height and a width."""
+        """The map resized to ``size`` (height, width), (N, C, height, width)."""
         scores = self._read(size)
         if self.mirrored is None:
             return scores
@@ -77,7 +77,7 @@ class SegMap:
         return mean_probability(scores, self.mirrored.read(size).flip(-1), activation)
 
     def shown(self, size: tuple[int, int]) -> Tensor | None:
-        """Where it says something, (N, height, width); None if it does everywhere."""
+        """Where the map has values, (N, height, width); None if everywhere."""
         return None
 
     def _read(self, size: tuple[int, int]) -> Tensor:
@@ -103,8 +103,8 @@ class StoredMap(SegMap):
     """Stored probabilities of whole files, read where the batch shows them.
 
     Attributes:
-        maps: Any tensor of the height and width of the batch, (N, K, H, W).
-        placed: A map for each image, and where it is in the batch.
+        maps: Any tensor with the batch's height and width, (N, K, H, W).
+        placed: A stored map for each image, and its place in the batch.
     """
 
     placed: Sequence[Placed] = ()
@@ -129,7 +129,7 @@ class StoredMap(SegMap):
         return probabilities.clamp_min(1e-4).log()
 
     def shown(self, size: tuple[int, int]) -> Tensor:
-        """Where the centre of a cell shows a point of the file."""
+        """Where the centre of a cell shows a point of the file, (N, height, width)."""
         found = []
         for placed in self.placed:
             points, inside = self._points(placed, size), True
@@ -140,7 +140,7 @@ class StoredMap(SegMap):
         return torch.stack(found)
 
     def _points(self, placed: Placed, size: tuple[int, int]) -> np.ndarray:
-        """The centre of each cell in pixels of its file, (height, width, x and y)."""
+        """The centre of each cell in pixels of its file, (height, width, 2) as x, y."""
         y, x = (self._centres(*both) for both in zip(size, self.size, strict=True))
         points, matrix = np.stack(np.meshgrid(x, y), -1), placed.views[-1].matrix
         return (points - matrix[:2, 2]) @ np.linalg.inv(matrix[:2, :2]).T
@@ -159,7 +159,7 @@ class StoredMap(SegMap):
 
 
 def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
-    """The head that predicts: of a cascade the last that gives a map."""
+    """The predicting head; for a cascade, the last one that returns a map."""
     if hasattr(model, 'panoptic_head') and is_mask_head(model.panoptic_head):
         return model.panoptic_head  # mmdet's MaskFormer and Mask2Former
     if not hasattr(model, 'decode_head'):
@@ -178,7 +178,7 @@ def is_mask_head(head: nn.Module) -> bool:
 
 
 def activation_of(model: nn.Module) -> str:
-    """As the head predicts: 'identity' for masks, 'sigmoid' for one channel."""
+    """The head's own: 'identity' for masks, 'sigmoid' for one channel."""
     head = head_of(model)
     if is_mask_head(head):
         return 'identity'
@@ -208,13 +208,13 @@ def _depth(head: nn.Module) -> float:
 
 
 def record(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
-    """What a head of the student predicts, as computed for its own loss."""
-    # A cascade runs a head once more for the next one; the first run is its own.
+    """The prediction of a student's head, as computed for its own loss."""
+    # A cascade runs a head again to feed the next one; the first run is its own.
     return _map(step, head, step.calls(head)[0].output, as_scores)
 
 
 def ask(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
-    """What a head of the teacher predicts, from its features."""
+    """The prediction of a teacher's head, from the teacher's features."""
     if head is head_of(step.teacher_model):
         output = _decode(step, head)
     else:
@@ -223,7 +223,7 @@ def ask(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
 
 
 def ask_foreign(step: Step, as_scores: bool) -> SegMap:
-    """What a :class:`ForeignTeacher` of pixels, masks or stored maps predicts."""
+    """The prediction of a :class:`ForeignTeacher` of pixels, masks or stored maps."""
     output = step.teacher_features
     if step.teacher_model.gives == 'maps':
         full = step.inputs[:, :1]
@@ -237,7 +237,7 @@ def _align_corners(step: Step) -> bool:
 
 
 def _map(step: Step, head: nn.Module, output: Any, as_scores: bool) -> SegMap:
-    """What the head predicts, from the output of its forward."""
+    """The head's prediction, from the output of its forward."""
     queries = None
     if is_a(head, *MASK_HEADS):
         classes, masks = output[0][-1], output[1][-1]
@@ -266,7 +266,7 @@ def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
 
 
 def _decode(step: Step, head: nn.Module) -> Any:
-    """Output of the teacher's head, run as the model runs it at inference."""
+    """The output of the teacher's head, run as at inference."""
     model = step.teacher_model
     if is_a(head, SAN_HEAD):
         inputs = images = step.teacher_inputs

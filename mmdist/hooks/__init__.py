@@ -1,4 +1,4 @@
-"""Hooks of the Runner."""
+"""Hooks for the Runner."""
 
 from .distill_schedule_hook import DistillScheduleHook
 from .iter_seed_hook import IterSeedHook

@@ -1,4 +1,4 @@
-"""The weight of distillation over the course of training."""
+"""Schedule the weight of distillation over the course of training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmdist.lookup import in_words
 from mmdist.registry import HOOKS
 
-# In the message hub: what was logged by an iteration that distilled.
+# Message hub key: the names logged by the last iteration that distilled.
 LOGGED = 'mmdist_logged'
 
 
@@ -21,24 +21,24 @@ LOGGED = 'mmdist_logged'
 class DistillScheduleHook(Hook):
     """Ramps the weight of all distillation losses, or stops them.
 
-    The weight is a function of the time alone, so a resumed run goes on where it was.
-    While it is 0 the teacher does not run at all.
+    The weight depends only on the time, so a resumed run continues where it stopped.
+    While it is 0, the teacher does not run at all.
 
     Example:
-        Up over the first 1,000 iterations, and no distillation from 30,000 on::
+        Ramp up over the first 1,000 iterations, and stop distilling at 30,000::
 
             custom_hooks = [dict(type='mmdist.DistillScheduleHook',
                                  points=[(0, 0.0), (1000, 1.0)], stop=30000)]
 
-        A list replaces that of the base. If that has some (RTMDet, YOLOX), write
+        The list replaces the hooks of the base. If there are any (RTMDet, YOLOX), write
         ``[*_base_.custom_hooks, dict(type='mmdist.DistillScheduleHook', ...)]``.
 
     Args:
-        points: (time, factor) pairs in the order of time; linear between them, constant
-            before the first and after the last. The factor multiplies each comparison's
-            own weight.
-        stop: The time from which on the factor is 0; None never stops.
-        by_epoch: Times are epochs, fractions of one included; else iterations.
+        points: (time, factor) pairs in order of time. The factor is linear between
+            them, and constant before the first and after the last. It multiplies each
+            comparison's own weight.
+        stop: Time from which the factor is 0; None never stops.
+        by_epoch: Whether times are epochs, fractions included; else iterations.
 
     Raises:
         ValueError: Times are not in order, or a factor is negative.
@@ -71,13 +71,13 @@ class DistillScheduleHook(Hook):
         return float(np.interp(time, self.times, self.factors))
 
     def before_train(self, runner: Runner) -> None:
-        """Stop before a training that the schedule leaves without distillation.
+        """Stop before a training in which the schedule never distils.
 
         Raises:
             ValueError: The factor is 0 from the first iteration to the last.
         """
         times = (self._time(runner, i) for i in range(runner.max_iters))
-        if not any(map(self.factor_at, times)):  # mostly the first few tell
+        if not any(map(self.factor_at, times)):  # usually the first few decide
             end = self._time(runner, runner.max_iters)
             unit = 'epochs' if self.by_epoch else 'iterations'
             raise ValueError(
@@ -113,5 +113,5 @@ class DistillScheduleHook(Hook):
             hub.log_scalars.pop(f'train/{name}', None)
 
     def _time(self, runner: Runner, iteration: int) -> float:
-        """An iteration in the unit of the schedule."""
+        """Convert an iteration to the unit of the schedule."""
         return iteration / len(runner.train_dataloader) if self.by_epoch else iteration

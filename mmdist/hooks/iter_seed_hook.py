@@ -1,4 +1,4 @@
-"""Random numbers that a resumed run draws alike."""
+"""Make a resumed run draw the same random numbers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ from mmdist.registry import HOOKS
 @HOOKS.register_module()
 @in_words
 class IterSeedHook(Hook):
-    """Seeds each iteration by the run's seed, the iteration and the rank.
+    """Seeds each iteration from the run's seed, the iteration and the rank.
 
-    mmengine's checkpoints hold no state of the random number generators. With this
-    hook a run that is resumed draws the same numbers (dropout, sampled proposals) as
-    one that was never interrupted: they depend on the iteration, not on what was drawn
-    before.
+    mmengine's checkpoints do not store the state of random number generators. With this
+    hook, a resumed run draws the same numbers (dropout, sampled proposals) as an
+    uninterrupted one: they depend on the iteration, not on earlier draws.
 
-    Augmentation in worker processes has generators of its own: docs/reliability.md says
-    when those are repeated too.
+    Augmentation in worker processes has its own generators; docs/reliability.md says
+    when these repeat too.
     """
 
-    priority = 'VERY_HIGH'  # before a hook that draws
+    priority = 'VERY_HIGH'  # before hooks that draw
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Seed what is drawn before the epoch's first iteration, to load its data."""
+        """Seed the draws before the epoch's first iteration, which load its data."""
         self._seed(runner, 1)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Seed what the iteration draws, and the loading of the next one's data."""
+        """Seed the draws of the iteration, and of loading the next one's data."""
         self._seed(runner, 0)
 
     def _seed(self, runner: Runner, purpose: int) -> None:

@@ -1,4 +1,4 @@
-"""What a stored teacher has to know of the images of a training."""
+"""Give a stored teacher what it has to know about the training images."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mmdist.teachers import StoredTeacher
 @HOOKS.register_module()
 @in_words
 class StoredTeacherHook(Hook):
-    """Lets a stored teacher know which files an image shows, and where.
+    """Tells a stored teacher which files an image shows, and where.
 
-    Before the first step it checks that all images have answers, and that the pipelines
-    move pixels in ways that are known, those too that another hook switches to. Images
-    and labels stay what they are. A config with ``teacher=dict(stored=...)`` needs
+    Before the first step it checks that all images have answers, and that all pipelines
+    move pixels in known ways, including those that another hook switches to. Images and
+    labels do not change. A config with ``teacher=dict(stored=...)`` needs
     ``custom_hooks = [dict(type='mmdist.StoredTeacherHook')]``; if its base has hooks
     (RTMDet, YOLOX), ``[*_base_.custom_hooks, dict(type='mmdist.StoredTeacherHook')]``.
     """
 
-    priority = 'LOWEST'  # after a hook that switches the pipeline
+    priority = 'LOWEST'  # after hooks that switch the pipeline
 
     def before_run(self, runner: Runner) -> None:
         """Check the answers and the pipelines; ValueError if they do not fit."""
@@ -40,7 +40,7 @@ class StoredTeacherHook(Hook):
             _restart(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """See a pipeline that another hook has switched to."""
+        """Follow a pipeline that another hook has switched to."""
         for teacher in self._teachers(runner):
             join(runner.train_dataloader.dataset, teacher.store.kind)
 
@@ -52,13 +52,13 @@ class StoredTeacherHook(Hook):
 
 
 def _restart(runner: Runner) -> None:
-    """Let workers that a loop by iterations has started see the changed pipeline."""
+    """Restart the workers of an iteration-based loop to use the changed pipeline."""
     loader = runner.train_dataloader
     iterator = getattr(runner.train_loop, 'dataloader_iterator', None)
     if iterator is None or not loader.num_workers:
         return
     loader._iterator = None
-    if hasattr(loader.sampler, '_indices_of_rank'):  # they have taken some
+    if hasattr(loader.sampler, '_indices_of_rank'):  # the old workers took some
         loader.sampler.indices = loader.sampler._indices_of_rank()
     with torch.random.fork_rng(devices=[]):
         runner.train_loop.dataloader_iterator = type(iterator)(loader)

@@ -23,12 +23,12 @@ class BinaryKLDivLoss(nn.Module):
             + (1 - p^t) \log \frac{1 - p^t}{1 - p^s} \right]
 
     Source: Hinton et al., arXiv 1503.02531, section 2; Yang et al., ICCV 2023 (arXiv
-    2308.14286), for dense detectors that are distilled by one sigmoid per class.
+    2308.14286), for dense detectors distilled with one sigmoid per class.
 
     Args:
         tau: Temperature that divides the logits.
-        loss_weight: Weight of the loss. The mean is over all rows, of which few hold an
-            object in a dense detector: it wants a large weight.
+        loss_weight: Weight of the loss. A dense detector needs a large one: the mean is
+            over all rows, and few of them contain an object.
 
     Raises:
         ValueError: ``tau`` is not positive.
@@ -44,7 +44,7 @@ class BinaryKLDivLoss(nn.Module):
         self.loss_weight = loss_weight
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Compute the loss, in fp32 (float64 logits in float64).
+        """Compute the loss, in fp32 (float64 for float64 logits).
 
         Args:
             student_logits: Shape (rows, classes).
@@ -61,7 +61,7 @@ class BinaryKLDivLoss(nn.Module):
         teacher = teacher_logits.detach().to(dtype) / self.tau
         check_teacher(teacher)
         target = teacher.sigmoid()
-        # cross entropy less the teacher's own entropy, both safe for large logits
+        # cross entropy minus the teacher's own entropy, both safe for large logits
         cross, own = (
             F.binary_cross_entropy_with_logits(logits, target, reduction='none')
             for logits in (student, teacher)

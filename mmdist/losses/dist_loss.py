@@ -1,4 +1,4 @@
-"""The loss of DIST: keep the teacher's relations, not its exact probabilities."""
+"""The DIST loss: keep the teacher's relations, not its exact probabilities."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .correlations.plain import ACTIVATIONS
 
 
 class Terms(NamedTuple):
-    """The loss, and the detached mean correlations, None for a term of weight 0."""
+    """The loss, and the detached mean correlations (None for a term of weight 0)."""
 
     loss: Tensor
     inter: Tensor | None
@@ -44,40 +44,40 @@ class DISTLoss(nn.Module):
     where :math:`\rho` is Pearson's correlation. A row is one instance: a pixel,
     an anchor location, a proposal or a query.
 
-    **Scale.** A correlation is scale-invariant: the same logits give a loss of 0
-    however small their probabilities are, and smaller logits of the student get larger
-    gradients. In the first steps of a head that starts from scratch these outweigh the
-    student's own losses by far; the Distiller's ``balance`` holds the two at a ratio.
-    The ``eps=1e-8`` of the published code changes a correlation of a trained model by
-    1e-4 or less, but it exceeds the product of the norms for the scores of a head just
-    initialised, and for classes whose probabilities are below about 1e-6 in all rows.
+    **Scale.** A correlation is scale-invariant: equal logits give a loss of 0 however
+    small their probabilities are, and smaller student logits get larger gradients. In
+    the first steps of a head trained from scratch, these far outweigh the student's own
+    losses; the Distiller's ``balance`` limits their ratio. The ``eps=1e-8`` of the
+    published code changes a trained model's correlations by 1e-4 or less, but it
+    exceeds the product of the norms for the scores of a newly initialised head, and for
+    classes whose probabilities are below about 1e-6 in all rows.
 
-    **Constant scores.** A row or class whose scores are constant has no relation: its
-    correlation is 0 and gives no gradient. Constant are scores whose spread is at most
-    1e-6 of their mean, which is what rounding leaves in fp32, or 1e-18. Of
-    probabilities near 1 the distance to 1 counts instead of the mean, while logits are
-    within 27 of 0. Two scores that differ correlate at 1 or -1, without gradient.
+    **Constant scores.** A row or class with constant scores has no relation: its
+    correlation is 0, without gradient. Scores are constant if their spread is at most
+    1e-6 of their mean, which is what rounding leaves in fp32, or at most 1e-18. For
+    probabilities near 1, the distance to 1 replaces the mean, as long as logits are
+    within 27 of 0. Without ``eps``, two different scores give 1 or -1 and no gradient.
 
-    The loss is computed in fp32 (float64 logits in float64, and on the fast paths all
-    scores of which fp32 would keep too few digits), also under autocast.
+    The loss is computed in fp32, also under autocast. Float64 is used for float64
+    logits and, on the fast paths, for scores of which fp32 keeps too few digits.
 
     Args:
         beta: Weight of the inter-class term. 0 leaves it out.
         gamma: Weight of the intra-class term. 0 leaves it out.
         tau: Temperature that divides the logits.
         activation: How logits become probabilities: ``'softmax'`` over the classes,
-            ``'sigmoid'``, or ``'identity'`` for scores that are to be compared as they
-            are.
-        scale_by_tau: Multiply by ``tau ** 2``: the published code does, not the paper.
+            ``'sigmoid'``, or ``'identity'`` to compare the scores as they are.
+        scale_by_tau: Multiply by ``tau ** 2``, as the published code does but not the
+            paper.
         loss_weight: Weight of the loss.
-        sync: Correlate over the rows of all processes; the gradient is right for DDP,
+        sync: Correlate over the rows of all processes; the gradient is correct for DDP,
             which averages over processes. Every process must call the loss equally
-            often, if need be with no rows.
+            often, with no rows if need be.
         eps: Added to the product of the norms in a correlation, see above.
 
     Attributes:
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
-            tensor; 0 where no row counted, and known for a term of weight 0 too.
+            tensor; 0 if no row counted. A term of weight 0 has it too.
         intra_corr: The same for the intra-class correlation.
         path: How the correlations are computed, see
             :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
@@ -142,18 +142,18 @@ class DISTLoss(nn.Module):
                 (N, classes, *spatial); in the latter every position is a row.
             teacher_logits: The same shape.
             mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). Other
-                rows change nothing, whatever they hold. ``None`` where all count.
-            activation: Instead of the loss's own, for this call.
-            beta: Instead of the loss's own, for this call.
+                rows change nothing, whatever they hold. ``None`` if all count.
+            activation: Replaces the loss's own for this call.
+            beta: Replaces the loss's own for this call.
 
         Returns:
-            The loss in fp32 (float64 for float64 logits), 0 with gradient 0 where no
-            row counts, and the correlations, None for a term of weight 0.
+            The loss in fp32 (float64 for float64 logits), 0 with gradient 0 if no row
+            counts, and the correlations (None for a term of weight 0).
 
         Raises:
             TypeError: Logits are not floating point or the mask is not bool.
-            ValueError: Shapes do not fit, or the teacher's logits hold NaN or inf in
-                rows that count (on a GPU an error, at a later operation).
+            ValueError: Shapes do not fit, or the teacher's logits contain NaN or inf in
+                rows that count (on a GPU a later operation raises the error).
         """
         activation = check_activation(activation or self.activation)
         beta = self.beta if beta is None else beta
@@ -172,7 +172,7 @@ class DISTLoss(nn.Module):
             scale = self.loss_weight * (self.tau**2 if self.scale_by_tau else 1.0)
             scale = scale * any_row(student_logits, mask, group)
             terms = ((beta, inter_corr), (self.gamma, intra_corr))
-            # with both terms left out the loss is 0, and still in the graph
+            # with both terms left out, the loss is 0 but still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
             losses = [weight * scale * (1 - corr) for weight, corr in terms]
             return Terms(
@@ -185,7 +185,7 @@ class DISTLoss(nn.Module):
 def any_row(
     logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor | bool:
-    """Whether any row counts; a tensor where only the device knows."""
+    """Whether any row counts; a tensor if only the device knows."""
     rows = logits.numel() // max(logits.shape[1], 1) if mask is None else mask.sum()
     if mask is None and group is not None:
         rows = torch.full((), rows, device=logits.device)
@@ -193,7 +193,7 @@ def any_row(
 
 
 def check_activation(activation: str) -> str:
-    """Raise unless an activation is known; returns it."""
+    """Raise ValueError unless an activation is known; return it."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f'DISTLoss does not know activation={activation!r}; choose one of '

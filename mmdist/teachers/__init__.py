@@ -1,4 +1,4 @@
-"""The teacher: found, loaded, frozen, and shown images and classes as it knows them."""
+"""Teachers: load and freeze them, and map images and classes to their conventions."""
 
 from collections.abc import Mapping
 
@@ -33,14 +33,14 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
     """Build a teacher from its arguments.
 
     Args:
-        cfg: Arguments of :class:`Teacher`; or ``ema``, those of :class:`MeanTeacher`;
-            or those of :class:`StoredTeacher`.
+        cfg: Arguments of :class:`Teacher` or :class:`StoredTeacher`; or ``ema``, a dict
+            of arguments of :class:`MeanTeacher`.
         student: Config of the student.
-        name: Its name in ``teachers``; '' for the only one.
+        name: Key of the teacher in ``teachers``; '' for a single teacher.
 
     Raises:
-        ValueError: It is no dict, an argument is unknown or missing, or ``ema`` or
-            ``stored`` stands beside arguments of another teacher.
+        ValueError: ``cfg`` is not a dict, an argument is unknown or missing, or ``ema``
+            or ``stored`` is combined with arguments of another kind of teacher.
     """
     name = f'teachers.{name}' if name else 'teacher'
     _check_dict(name, cfg)
@@ -68,7 +68,7 @@ def _check_dict(name: str, cfg: object) -> None:
 
 
 def _check_others(key: str, why: str, cfg: Mapping, *allowed: str) -> None:
-    """Stop at arguments that another kind of teacher takes."""
+    """Raise ValueError for arguments that belong to another kind of teacher."""
     others = sorted(set(cfg) - {key.rpartition('.')[2], *allowed})
     if others:
         raise ValueError(

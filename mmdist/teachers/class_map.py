@@ -1,4 +1,4 @@
-"""What users say of class names, checked, and what they can do where none match."""
+"""Check ``class_map``, and explain what to do if class names do not match."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ READY_MAPS = Path(__file__).parents[1] / '.mim/configs/_base_/class_maps'
 
 
 def as_list(classes: Sequence[str]) -> list[str]:
-    """The names as a list; the name of a single class may stand alone."""
+    """Return the names as a list; a single class can be given as a string."""
     return [classes] if isinstance(classes, str) else list(classes)
 
 
 def first_few(names: Sequence[str], most: int | None = 8) -> str:
-    """The first names in words, and how many more there are."""
+    """Join the first ``most`` names, and say how many more there are."""
     more = 0 if most is None else len(names) - most
     return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
 
 
 def check_class_map(class_map: Any) -> dict[str, list[str]]:
-    """A ``class_map`` with a list for each of the student's names.
+    """Check a ``class_map``, and make each of its values a list.
 
     Raises:
-        ValueError: It does not map names to names, or a list has one of them twice.
+        ValueError: It does not map names to names, or a list contains a name twice.
     """
     class_map = {} if class_map is None else class_map
     is_right = isinstance(class_map, Mapping)
@@ -47,7 +47,7 @@ def check_class_map(class_map: Any) -> dict[str, list[str]]:
 def check_names(
     student: list[str], teacher: list[str], class_map: Mapping[str, list[str]]
 ) -> None:
-    """Raise ValueError where a name is not there, or stands for two columns."""
+    """Raise ValueError if a name is unknown, not a string or stands for two columns."""
     for whose, names in (('student', student), ('teacher', teacher)):
         if odd := [name for name in names if not isinstance(name, str)]:
             raise ValueError(
@@ -81,10 +81,10 @@ def check_names(
 
 
 def unknown_names(student: Any, teacher: Any) -> str:
-    """Why a class map cannot be used where one side is None."""
+    """Say why classes cannot be matched if one side's names are None."""
     whose = 'the teacher' if student is not None else 'the student'
     return (
-        '`teacher.class_map` translates class names, but the class names of '
+        '`class_map` and `class_match` match classes by name, but the class names of '
         f'{"both" if student is teacher is None else whose} are unknown. Those of the '
         'student are the `metainfo` of the dataset that the Runner trains on, those of '
         'the teacher are in its checkpoint, or else in the whole config, as '
@@ -99,7 +99,7 @@ def no_match(
     only_teacher: list[str],
     has_map: bool,
 ) -> str:
-    """What differs, and each way to go on that there is."""
+    """Say how the class lists differ, and what the user can do about it."""
     close = dict(_close_names(only_student, only_teacher))
     ready = None if has_map else _ready_map(student, teacher)
     text = (
@@ -126,7 +126,7 @@ def _both(student: list[str], teacher: list[str], only: str = '') -> str:
 
 
 def _close_names(student: list[str], teacher: list[str]) -> Iterator[tuple[str, str]]:
-    """Pairs of names that may mean the same."""
+    """Yield pairs of similar names that may mean the same class."""
     bare = {name.strip().casefold().replace('_', ' '): name for name in teacher}
     for name in student:
         key = name.strip().casefold().replace('_', ' ')
@@ -135,7 +135,7 @@ def _close_names(student: list[str], teacher: list[str]) -> Iterator[tuple[str, 
 
 
 def _ready_map(student: list[str], teacher: list[str]) -> str | None:
-    """The class map that mmdist has for these two data sets."""
+    """Return the class map that mmdist ships for these two data sets, if any."""
     for path in sorted(READY_MAPS.glob('*.py')):
         names = Config.fromfile(path).class_map
         mapped = itertools.chain(*map(as_list, names.values()))

@@ -1,4 +1,4 @@
-"""Classes of student and teacher, matched by name."""
+"""Match the classes of student and teacher by name."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ Group = tuple[int, ...]
 
 @dataclass
 class ClassMatch:
-    """Which columns of the two sides are the same class.
+    """Which columns of student and teacher are the same class.
 
-    Each class that is compared has a group of columns on either side: one column, or
-    several where ``class_map`` names several classes of the teacher for one of the
-    student's.
+    Each compared class has a group of columns on either side. A group is one column, or
+    several if ``class_map`` maps several teacher classes to one student class.
 
     Attributes:
-        student: The student's groups; None for all its columns in their order.
+        student: The student's groups; None for all columns in order.
         teacher: The teacher's groups of the same classes; None for all in order.
-        num_student: Number of the student's classes.
-        num_teacher: Number of the teacher's classes.
+        num_student: Number of student classes.
+        num_teacher: Number of teacher classes.
     """
 
     student: list[Group] | None = None
@@ -52,27 +51,28 @@ class ClassMatch:
         dim: int = 1,
         activation: str = 'softmax',
     ) -> tuple[Tensor, Tensor]:
-        """Take the common classes of both, in the same order, along ``dim``.
+        """Select the common classes of both sides, in the same order, along ``dim``.
 
-        A column after the named classes is the background, and is kept. What only one
-        side knows is background to the other, so there its probability is added to the
-        background of its own side. Without a background it is left out: scores of a
-        sigmoid are independent of it, and a softmax is then over the common classes
-        alone (see :meth:`mostly_known`).
+        A column after the named classes is the background, and is kept. A class that
+        only one side knows is background to the other, so its probability is added to
+        the background of its own side. Without a background, or with a sigmoid, it is
+        dropped: sigmoid scores are independent of it, and a softmax then covers only
+        the common classes (see :meth:`mostly_known`).
 
-        A group of several columns becomes one: the sum of their probabilities, or of
-        sigmoids the largest.
+        A group of several columns becomes one column: the sum of their probabilities,
+        or for sigmoids the largest.
 
         Args:
             student: The student's scores, with its classes along ``dim``.
             teacher: The teacher's scores, with its classes along ``dim``.
             dim: The dimension of the classes.
-            activation: What turns the scores into probabilities: ``'softmax'``,
-                ``'sigmoid'``, or ``'identity'`` where they are probabilities of one
-                distribution. Sides with different ones are selected one by one.
+            activation: What turns scores into probabilities, ``'softmax'`` or
+                ``'sigmoid'``; ``'identity'`` if they are probabilities of one
+                distribution. If the sides differ, call :meth:`select_student` and
+                :meth:`select_teacher`.
 
         Returns:
-            The scores of both, with equally many columns.
+            The scores of both sides, with the same number of columns.
         """
         return (
             self.select_student(student, dim, activation),
@@ -92,14 +92,14 @@ class ClassMatch:
         return _select(scores, self.teacher, self.num_teacher, dim, activation)
 
     def common_labels(self, labels: Tensor) -> Tensor:
-        """Among the common classes, those that the teacher's labels are.
+        """Map the teacher's labels to indices of the common classes.
 
         Args:
             labels: Indices of the teacher's classes.
 
         Returns:
-            Indices of the columns that :meth:`select` gives, -1 where the student does
-            not know the class; of the same shape.
+            Indices of the columns that :meth:`select` returns, in the same shape; -1
+            if the student does not know the class.
         """
         if self.teacher is None:
             return labels
@@ -110,15 +110,15 @@ class ClassMatch:
         return _on_device(tuple(columns), labels.device)[labels]
 
     def best(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The common class of which the teacher is surest.
+        """Find the common class with the highest teacher probability.
 
         Args:
-            teacher: Its probabilities of all its classes, without background,
+            teacher: Probabilities of all teacher classes, without background,
                 (rows, classes).
 
         Returns:
-            The probability, and the index of the class for the student and for the
-            teacher, each (rows,).
+            The probability, the student's index of the class and the teacher's index
+            of it, each (rows,).
         """
         if self.teacher is None:
             probability, theirs = teacher.max(1)
@@ -139,7 +139,7 @@ class ClassMatch:
         Args:
             student: The student's class names.
             teacher: The teacher's class names.
-            most: Name at most so many of each kind, and count the rest.
+            most: Name at most this many of each kind, and count the rest; None for all.
         """
         student, teacher = as_list(student), as_list(teacher)
         ours = self.student or [(i,) for i in range(len(student))]
@@ -163,10 +163,10 @@ class ClassMatch:
     def mostly_known(
         self, teacher: Tensor, dim: int = 1, activation: str = 'softmax'
     ) -> Tensor | None:
-        """Where the student knows what the teacher sees, for scores without background.
+        """Find where the student knows most of what the teacher sees.
 
-        Elsewhere a softmax over the common classes would tell apart the remainders of a
-        probability that is on other classes.
+        This is for scores without background. Elsewhere most of the probability is on
+        other classes, and a softmax over the common ones would only see its remainders.
 
         Args:
             teacher: All the teacher's scores, with its classes along ``dim``.
@@ -174,9 +174,9 @@ class ClassMatch:
             activation: As in :meth:`select`.
 
         Returns:
-            The shape of ``teacher`` without ``dim``, True where the common classes have
-            at least half of the probability; None if the student knows all classes, or
-            if they are those of a sigmoid, which are independent.
+            A mask of ``teacher``'s shape without ``dim``, True where the common classes
+            have at least half of the probability. None if the student knows all
+            classes, or for a sigmoid, whose classes are independent.
         """
         left_out = _others(self.teacher, range(self.num_teacher or 0))
         if not left_out or activation == 'sigmoid':
@@ -195,7 +195,7 @@ def _select(
     dim: int,
     activation: str,
 ) -> Tensor:
-    """One column for each group, along ``dim``, and one for the background, if any."""
+    """Return a column per group along ``dim``, and one for the background, if any."""
     if groups is None:
         return scores
     background = range(num_classes, scores.size(dim))
@@ -205,7 +205,7 @@ def _select(
         groups = [*groups, tuple(background)]
     columns = []
     for are_single, some in groupby(groups, lambda group: len(group) == 1):
-        if are_single:  # neighbours are taken together
+        if are_single:  # take neighbours in one call
             columns.append(_take(scores, tuple(chain(*some)), dim))
         else:
             columns += [_as_one(scores, group, dim, activation) for group in some]
@@ -213,20 +213,20 @@ def _select(
 
 
 def _others(groups: list[Group] | None, of_classes: Sequence) -> list:
-    """Those of a side's classes, in their order, that the other side does not know."""
+    """Return the classes of one side that the other does not know, in order."""
     known = range(len(of_classes)) if groups is None else set(chain(*groups))
     return [x for i, x in enumerate(of_classes) if i not in known]
 
 
 def _as_one(scores: Tensor, columns: Group, dim: int, activation: str) -> Tensor:
-    """One column for several: the sum of their probabilities, as a score.
+    """Merge several columns into one: the sum of their probabilities, as a score.
 
-    Probabilities of a sigmoid are independent: there it is the largest.
+    Sigmoid probabilities are independent, so the largest is taken.
     """
     taken = _take(scores, columns, dim)
     if activation == 'sigmoid':
         return taken.amax(dim, keepdim=True)
-    # half precision would round the sum of many
+    # half precision would round a sum of many
     taken = taken.to(torch.promote_types(taken.dtype, torch.float32))
     if activation == 'identity':
         return taken.sum(dim, keepdim=True)
@@ -239,7 +239,7 @@ def _take(scores: Tensor, columns: Group, dim: int) -> Tensor:
 
 @lru_cache
 def _on_device(columns: Group, device: torch.device) -> Tensor:
-    """Copied once: a GPU is waited for while numbers are copied to it."""
+    """Cache the index tensor, since copying numbers to a GPU makes the CPU wait."""
     return torch.tensor(columns, device=device)
 
 
@@ -251,20 +251,20 @@ def match_classes(
 ) -> ClassMatch:
     """Match classes by name.
 
-    Equal lists need no mapping; another order, or one list within the other, is mapped.
+    Equal lists need no mapping. Another order, or one list within the other, is mapped.
 
     Args:
         student: The student's class names; None if unknown.
         teacher: The teacher's class names; None if unknown.
-        class_map: The teacher's name for each name of the student's that differs, or
-            its several names for what is one class to the student; no name, ``[]``,
-            if it does not know that class.
+        class_map: For each student class that the teacher names differently, the
+            teacher's name, a list of names that are one class to the student, or
+            ``[]`` if the teacher does not know the class.
         class_match: ``'strict'``: one side must know all classes of the other.
-            ``'shared'``: what both know is compared.
+            ``'shared'``: only the classes that both know are compared.
 
     Raises:
-        ValueError: Neither list holds the other; it prints the first of both. Or a
-            class is named twice, or ``class_map`` has names that are not there.
+        ValueError: Neither list contains the other (the message shows the first names
+            of both), a class is named twice, or ``class_map`` has unknown names.
     """
     class_map = check_class_map(class_map)
     if student is None or teacher is None:
@@ -292,7 +292,7 @@ def match_classes(
 
 
 def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
-    """The names in a checkpoint that ``load_checkpoint`` read; None if it has none."""
+    """Class names in a checkpoint read by ``load_checkpoint``; None if it has none."""
     meta = checkpoint.get('meta') or {}
     of_data = {k.lower(): v for k, v in (meta.get('dataset_meta') or {}).items()}
     # 'CLASSES': mmdet 2.x and mmseg 0.x.
@@ -300,10 +300,10 @@ def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
 
 
 def class_names_of_config(config: Config) -> Sequence[str] | None:
-    """Names of the dataset that the config trains or tests on, through wrappers.
+    """Class names of the dataset that a config trains or tests on, inside wrappers.
 
     Raises:
-        ValueError: They are no list, so they have no order.
+        ValueError: They are not a list, so they have no order.
     """
     scope = config.get('default_scope')
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
@@ -332,14 +332,14 @@ def class_names_of_config(config: Config) -> Sequence[str] | None:
 def check_number(names: Sequence[str], model: nn.Module) -> None:
     """Raise ValueError unless a head of the model has as many classes as names.
 
-    Columns without a name would pass for the background.
+    Columns without a name would be taken for the background.
     """
     heads = {
         module.num_classes
         for path, module in model.named_modules()
         if isinstance(getattr(module, 'num_classes', None), int) and 'rpn' not in path
     }
-    # a panoptic detector has its things in one head and its stuff in another
+    # a panoptic detector has things in one head and stuff in another
     if heads and len(names) not in heads and not hasattr(model, 'semantic_head'):
         raise ValueError(
             f'The teacher has {len(names)} class names ({first_few(names)}), but its '

@@ -1,4 +1,4 @@
-"""What a model of another library must offer to be a teacher."""
+"""The interface through which a model of another library becomes a teacher."""
 
 from __future__ import annotations
 
@@ -15,33 +15,32 @@ GIVES = ('pixels', 'masks', 'boxes', 'features')
 class ForeignTeacher(nn.Module, ABC):
     """A model of any library as a teacher.
 
-    A subclass builds the model, loads its weights itself, and runs it in
-    :meth:`forward`. Register it with ``mmdist.MODELS`` and name it in
-    ``teacher.config``.
+    A subclass builds the model, loads its weights, and runs it in :meth:`forward`.
+    Register it with ``mmdist.MODELS`` and name it in ``teacher.config``.
 
     Args:
-        class_names: The names of its classes, in the order of its columns.
-        mean: Mean of each channel of its images, in units of 0 to 255.
+        class_names: Class names, in the order of the score columns.
+        mean: Mean of each input channel, in units of 0 to 255.
         std: Standard deviation of each channel, in the same units; 255 for a model
             that takes values from 0 to 1.
-        rgb: Whether its channels are RGB; False for BGR.
+        rgb: Whether the model takes RGB; False for BGR.
 
     Attributes:
-        gives: What :meth:`forward` returns. ``'pixels'``: logits of the classes,
-            (N, classes, h, w) at any size. ``'masks'``: logits of K masks,
+        gives: What :meth:`forward` returns. ``'pixels'``: class logits,
+            (N, classes, h, w), at any size. ``'masks'``: logits of K masks,
             (N, K, h, w), and the class probabilities of each without "no object",
             (N, K, classes). ``'boxes'``: for each image all boxes before NMS, (M, 4) as
             x1 y1 x2 y2 in pixels of the batch, and their scores, (M, classes).
-            ``'features'``: anything, for ``mmdist.Features`` alone.
-        activation: What turns scores of boxes into probabilities: ``'sigmoid'``;
-            ``'softmax'``, with one more column for the background, the last; or
-            ``'identity'`` for probabilities without background.
+            ``'features'``: anything; only ``mmdist.Features`` can use it.
+        activation: How box scores become probabilities: ``'sigmoid'``; ``'softmax'``,
+            with the background as an extra last column; or ``'identity'`` if they
+            already are probabilities, without background.
 
     Raises:
-        ValueError: ``gives`` or ``activation`` is none of these.
+        ValueError: ``gives`` or ``activation`` is not one of these.
 
     Example:
-        A segmentor of torchvision::
+        A torchvision segmentor::
 
             @MODELS.register_module()
             class LRASPP(ForeignTeacher):
@@ -84,7 +83,7 @@ class ForeignTeacher(nn.Module, ABC):
         self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
 
     def answer(self, step: Any) -> Any:
-        """What :meth:`forward` returns for the batch of a ``Step``."""
+        """Run :meth:`forward` on the batch of a ``Step``."""
         return self(step.teacher_inputs, step.valid_sizes)
 
     @abstractmethod
@@ -93,9 +92,9 @@ class ForeignTeacher(nn.Module, ABC):
 
         Args:
             images: The batch in the teacher's own normalisation, (N, 3, H, W).
-            sizes: Height and width of each image in pixels, without its padding at the
-                bottom and on the right.
+            sizes: Height and width of each image in pixels, without the padding at its
+                bottom and right.
 
         Returns:
-            What :attr:`gives` says.
+            The output that :attr:`gives` describes.
         """

@@ -1,4 +1,4 @@
-"""Foundation models of Hugging Face transformers as teachers of feature maps."""
+"""Foundation models from Hugging Face transformers as teachers of feature maps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mmdist.registry import MODELS
 
 from .huggingface import HFTeacher, config_of
 
-# The kinds that are read, by `model_type`; the first ones interpolate their position
-# embeddings only if they are told to.
+# Supported values of `model_type`. Those in INTERPOLATED interpolate their position
+# embeddings only on request.
 INTERPOLATED = ('clip', 'siglip', 'vit')
 BACKBONES = (
     *INTERPOLATED,
@@ -22,20 +22,20 @@ BACKBONES = (
 
 @MODELS.register_module()
 class HFBackbone(HFTeacher):
-    """An image encoder of transformers, for ``mmdist.Features`` alone.
+    """An image encoder from transformers, for ``mmdist.Features`` only.
 
-    DINOv2 (with registers or without), DINOv3 (ViT, ConvNeXt), SigLIP, CLIP, ViT and
-    SAM. Its last hidden state is returned as one map by its module ``maps``, without
-    the class token and the registers.
+    DINOv2 (with or without registers), DINOv3 (ViT, ConvNeXt), SigLIP, CLIP, ViT and
+    SAM. The module ``maps`` returns the last hidden state as one feature map, without
+    class token and registers.
 
     Args:
-        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
+        name: Name on the hub, or a folder written by ``save_pretrained``.
 
     Raises:
-        ValueError: The model is not known here.
+        ValueError: This kind of model is not supported.
 
     Example:
-        The student's last stage learns how the teacher's features relate::
+        The student's last stage learns the relations in the teacher's features::
 
             teacher=dict(
                 config=dict(type='mmdist.HFBackbone', name='facebook/dinov2-base'))
@@ -51,11 +51,11 @@ class HFBackbone(HFTeacher):
         kind = config.model_type
         super().__init__(name, 'AutoModel', config)
         self.class_names = ()
-        for tower in ('vision_model', 'vision_encoder'):  # beside a text model, prompts
+        for tower in ('vision_model', 'vision_encoder'):  # drop text and prompts
             self.model = getattr(self.model, tower, self.model)
         config = getattr(config, 'vision_config', config)
-        self.stride = getattr(config, 'patch_size', 32)  # 32 of a ConvNeXt
-        # SAM takes one size: images are resized to it, long side first, and padded
+        self.stride = getattr(config, 'patch_size', 32)  # 32 for a ConvNeXt
+        # SAM takes one size: the long side is resized to it, the short side padded
         self.side = config.image_size if kind == 'sam' else None
         self.options = {}
         if kind in INTERPOLATED:
@@ -63,7 +63,7 @@ class HFBackbone(HFTeacher):
         self.maps = TokensToMaps()
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """The map of a batch, (N, C, h, w), h and w its size / ``stride``, rounded."""
+        """The map of a batch, (N, C, h, w); h, w are its size / ``stride``, rounded."""
         full = images.shape[-2:]
         factor = self.side / max(full) if self.side else 1.0
         h, w = (max(1, round(x * factor / self.stride)) for x in full)
@@ -77,10 +77,10 @@ class HFBackbone(HFTeacher):
 
 
 class TokensToMaps(nn.Module):
-    """The last hidden state as a map; a module, so that its output has a path."""
+    """Turn the last hidden state into a map; a module gives its output a path."""
 
     def forward(self, hidden: Tensor, h: int, w: int) -> Tensor:
-        """(N, tokens, C), or (N, C, H, W) with the grid at the top left, as a map."""
+        """Turn (N, tokens, C), or (N, C, H, W) with the map top left, into a map."""
         if hidden.ndim == 4:
             return hidden[..., :h, :w]
         patches = hidden[:, hidden.size(1) - h * w :]  # class token and registers first

@@ -1,6 +1,6 @@
-"""Segmentors and detectors of Hugging Face transformers as teachers.
+"""Segmentors and detectors from Hugging Face transformers as teachers.
 
-transformers is imported when such a teacher is built: ``pip install mmdist[hf]``.
+transformers is only imported when such a teacher is built: ``pip install mmdist[hf]``.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from mmdist.registry import MODELS
 
 from .foreign import ForeignTeacher
 
-# The class of transformers that loads each kind of model, by its `model_type`.
+# Segmentors by `model_type`: they score pixels, or classify masks.
 PER_PIXEL = (
     *('beit', 'data2vec-vision', 'dpt', 'mobilenet_v2', 'mobilevit', 'mobilevitv2'),
     *('segformer', 'upernet'),
 )
 MASKS = ('eomt', 'mask2former', 'maskformer', 'oneformer')
-# Their position embeddings are of one size.
+# Their position embeddings have one fixed size.
 FIXED_SIZE = ('beit', 'data2vec-vision', 'dpt', 'eomt')
-# What a checkpoint may hold and no prediction needs: counters of BN, a buffer of Swin
-# that transformers computes, and OneFormer's text encoder, which is for training.
+# Checkpoint keys that no prediction needs: counters of BN, a buffer of Swin that
+# transformers computes, and OneFormer's text encoder, which is used only in training.
 UNUSED = re.compile(
     r'\.(num_batches_tracked|relative_position_index)$|^model\.text_mapper\.'
 )
 
 
 class Detector(NamedTuple):
-    """How a detector of transformers is read."""
+    """How to read a detector from transformers."""
 
     activation: str  # of its class logits
-    # It ignores padding, and its boxes are relative to the image without.
+    # If True, it ignores padding, and boxes are relative to the image without padding.
     takes_mask: bool
     is_prompted: bool = False
 
@@ -59,20 +59,20 @@ DETECTORS = {
 
 
 class HFTeacher(ForeignTeacher):
-    """What segmentors and detectors have in common.
+    """Common base of teachers from transformers.
 
     Args:
         name: Name on the hub, or a folder.
-        auto: Name of the class of transformers that loads it.
-        config: Its config.
-        class_names: The names of its classes; of the config if omitted.
+        auto: Name of the transformers class that loads the model.
+        config: The model's config.
+        class_names: The class names; those in the config if omitted.
         resize: Resize each batch to the fixed size of the image processor.
 
     Raises:
         ImportError: transformers is not installed.
         FileNotFoundError: There is no such model, or the hub cannot be reached.
-        RuntimeError: Weights are missing, unexpected or of another shape.
-        ValueError: The model is not known here.
+        RuntimeError: Weights are missing, unexpected or have another shape.
+        ValueError: This kind of model is not supported, or has no size to resize to.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class HFTeacher(ForeignTeacher):
     ) -> None:
         options = {}
         if config.model_type == 'oneformer':
-            # else names for its own post-processing are fetched from another repository
+            # else it fetches names for its own post-processing from another repository
             options['class_info_file'] = None
         processor = _load(name, 'AutoImageProcessor', **options)
         scale = processor.rescale_factor if processor.do_rescale else 1.0
@@ -98,7 +98,7 @@ class HFTeacher(ForeignTeacher):
         self.model = _load_model(name, auto)
 
     def resized(self, images: Tensor) -> Tensor:
-        """The batch at the size that the model takes.
+        """Resize a batch to the size that the model takes, if that is fixed.
 
         Args:
             images: (N, 3, H, W).
@@ -110,16 +110,16 @@ class HFTeacher(ForeignTeacher):
 
 @MODELS.register_module()
 class HFSegmentor(HFTeacher):
-    """A semantic segmentor of transformers.
+    """A semantic segmentor from transformers.
 
     SegFormer, DPT, UPerNet, BEiT and others score the classes of each pixel;
     MaskFormer, Mask2Former, OneFormer and EoMT classify masks.
 
     Args:
-        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
-        resize: Resize each batch to the fixed size of the image processor. It is always
-            done for BEiT, DPT and EoMT, which take one size only. If omitted, the
-            others see the images as the student does.
+        name: Name on the hub, or a folder written by ``save_pretrained``.
+        resize: Resize each batch to the fixed size of the image processor. This is
+            always done for BEiT, Data2Vec, DPT and EoMT, which take one size only. By
+            default, the others see the images as the student does.
     """
 
     def __init__(self, name: str, resize: bool = False) -> None:
@@ -130,7 +130,7 @@ class HFSegmentor(HFTeacher):
             auto, self.gives = 'AutoModelForUniversalSegmentation', 'masks'
         super().__init__(name, auto, config, resize=resize or kind in FIXED_SIZE)
         self.task = None
-        if kind == 'oneformer':  # it is told its task in words
+        if kind == 'oneformer':  # it takes its task as text
             self.task = _load(name, 'AutoTokenizer')(
                 'the task is semantic',
                 padding='max_length',
@@ -140,7 +140,7 @@ class HFSegmentor(HFTeacher):
             ).input_ids
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
-        """Logits of the classes, or of the masks with their class probabilities."""
+        """Return class logits, or mask logits and the class probabilities of masks."""
         images = self.resized(images)
         if self.gives == 'pixels':
             return self.model(pixel_values=images).logits
@@ -154,17 +154,17 @@ class HFSegmentor(HFTeacher):
 
 @MODELS.register_module()
 class HFDetector(HFTeacher):
-    """A detector of transformers: DETRs, YOLOS, or Grounding DINO with prompts.
+    """A detector from transformers: DETRs, YOLOS, or Grounding DINO with prompts.
 
     Args:
-        name: Name on the hub, or a folder that ``save_pretrained`` wrote.
-        prompts: Of Grounding DINO, what it is to detect: these are the names of its
-            classes. The score of one is that of its best token.
-        resize: Resize each batch to the fixed size of the image processor. If omitted,
+        name: Name on the hub, or a folder written by ``save_pretrained``.
+        prompts: For Grounding DINO, the things to detect, which are its class names. A
+            class gets the score of its best token.
+        resize: Resize each batch to the fixed size of the image processor. By default,
             the teacher sees the images as the student does.
 
     Raises:
-        ValueError: ``prompts`` are missing, not taken, or too many.
+        ValueError: ``prompts`` are missing, not supported, or too long together.
     """
 
     gives = 'boxes'
@@ -197,7 +197,7 @@ class HFDetector(HFTeacher):
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """The boxes of all queries, and their class logits."""
+        """Return the boxes of all queries and their class logits."""
         full = tuple(images.shape[-2:])
         images = self.resized(images)
         more = {}
@@ -224,7 +224,7 @@ class HFDetector(HFTeacher):
 def _mask(
     images: Tensor, sizes: Sequence[tuple[int, int]], full: tuple[int, int]
 ) -> Tensor:
-    """(N, h, w), 1 where an image is and not its padding."""
+    """A mask, (N, h, w): 1 on the image, 0 on its padding."""
     mask = torch.zeros_like(images[:, 0], dtype=torch.long)
     height, width = mask.shape[1:]
     for cells, (h, w) in zip(mask, sizes, strict=True):
@@ -235,7 +235,7 @@ def _mask(
 def _as_tokens(
     tokenizer: Any, prompts: Sequence[str]
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The ids of 'a . b .', (1, tokens), and where in it each prompt is."""
+    """Return the ids of 'a . b .', (1, tokens), and the span of each prompt in it."""
     dot = tokenizer.convert_tokens_to_ids('.')
     ids, spans = [tokenizer.cls_token_id], []
     for prompt in prompts:
@@ -246,10 +246,9 @@ def _as_tokens(
 
 
 def _names_of_columns(config: Any) -> list[str]:
-    """The name of each class; if several columns have the same, with its number.
+    """Return the name of each class, plus its column number if the name repeats.
 
-    COCO's unused ids are all called 'N/A'. A class is found by its name, which has to
-    be that of one column.
+    COCO's unused ids are all called 'N/A', but a name must identify a single column.
     """
     names = [config.id2label[i] for i in range(len(config.id2label))]
     count = Counter(names)
@@ -257,7 +256,7 @@ def _names_of_columns(config: Any) -> list[str]:
 
 
 def _load(name: str, auto: str, **options) -> Any:
-    """Something of a model, by a class of transformers."""
+    """Load a config, processor, tokenizer or model by a class of transformers."""
     try:
         import transformers
     except ImportError as error:
@@ -276,7 +275,7 @@ def _load(name: str, auto: str, **options) -> Any:
 
 
 def config_of(name: str, known: Iterable[str]) -> Any:
-    """The model's config; raises ValueError where its ``model_type`` is not known."""
+    """Load a model's config; raise ValueError if its ``model_type`` is not known."""
     config = _load(name, 'AutoConfig')
     if config.model_type not in known:
         raise ValueError(
@@ -288,10 +287,10 @@ def config_of(name: str, known: Iterable[str]) -> Any:
 
 
 def _load_model(name: str, auto: str) -> nn.Module:
-    """The model with all its weights, in float32.
+    """Load a model with all its weights, in float32.
 
     Raises:
-        RuntimeError: transformers would initialise some of them at random, or leave out
+        RuntimeError: transformers would initialise some weights at random, or skip
             some that predictions need.
     """
     model, info = _load(
@@ -299,7 +298,7 @@ def _load_model(name: str, auto: str) -> nn.Module:
         auto,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        # not that of the file; `teacher.dtype` says if it is to be half precision
+        # not the dtype of the file; `teacher.dtype` selects half precision
         dtype=torch.float32,
     )
     info['unexpected_keys'] = filterfalse(UNUSED.search, info['unexpected_keys'])
@@ -314,7 +313,7 @@ def _load_model(name: str, auto: str) -> nn.Module:
 
 
 def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
-    """Height and width that the model was trained at."""
+    """Return the height and width that the model was trained at."""
     if config.model_type in FIXED_SIZE and getattr(config, 'image_size', None):
         size = config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,4 +1,4 @@
-"""The student's own mean over time as its teacher."""
+"""The moving average of the student as its teacher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .classes import ClassMatch
 from .renormalize import Renormalize
 from .teacher import Teacher, build_model, load_config
 
-# What the Runner saves in each checkpoint beside the model, and loads to resume.
+# Message hub key; the Runner saves the hub in each checkpoint and loads it to resume.
 SAVED = 'mmdist_mean_teacher'
 _WRITERS: weakref.WeakSet[MeanTeacher] = weakref.WeakSet()
 
@@ -25,17 +25,17 @@ class MeanTeacher(Teacher):
     """An exponential moving average of the student's parameters.
 
     A mean teacher (Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780) needs no
-    weights to begin with: in the first step it is a copy of the student. After each
-    step of an optimizer, teacher = momentum * teacher + (1 - momentum) * student.
-    Buffers, such as the statistics of batch norm, are the student's.
+    initial weights: in the first step it is a copy of the student. After each
+    optimizer step, teacher = momentum * teacher + (1 - momentum) * student. Buffers,
+    such as batch norm statistics, are copied from the student.
 
     A checkpoint holds the mean in its message hub, not in the student's state dict, and
-    a resumed run goes on with it. A copy of the model begins a mean of its own.
+    a resumed run continues with it. A copy of the model starts its own mean.
 
     Args:
         student: Config of the student.
-        momentum: As above, between 0 and 1; 0.999 remembers about 1,000 steps.
-        views: As of :class:`Teacher`.
+        momentum: As above, between 0 and 1; 0.999 averages about 1,000 steps.
+        views: As in :class:`Teacher`.
 
     Raises:
         ValueError: ``momentum`` is not between 0 and 1.
@@ -55,7 +55,7 @@ class MeanTeacher(Teacher):
 
     @property
     def origin(self) -> str:
-        """Where its weights are from, in words."""
+        """A description of where the weights come from."""
         return "the mean of the student's weights"
 
     def __getstate__(self) -> dict:
@@ -64,22 +64,22 @@ class MeanTeacher(Teacher):
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self.average: ExponentialMovingAverage | None = None
-        # Whether the student has moved on since; a tensor, so that what is saved is
-        # what it is then.
+        # Whether the student has changed since the last update; a tensor, so that a
+        # checkpoint saves its value at that time.
         self._is_behind = torch.tensor(True)
-        # What is there already belongs to another run.
+        # A mean that is already in the hub belongs to another run.
         self._saved = MessageHub.get_current_instance().get_info(SAVED)
 
     def load(self, student: nn.Module) -> None:
         """Build the teacher; :meth:`follow` gives it the student's weights.
 
         Args:
-            student: Gives the device, the type of the weights and the normalisation.
+            student: Provides the device, the weights' dtype and the normalisation.
         """
         if self.model is not None:
             return
         model = build_model(load_config(self.config))
-        # the Runner may have given it to the student
+        # the student's can come from the Runner, not from the config
         model.data_preprocessor = deepcopy(student.data_preprocessor)
         model.requires_grad_(False).eval()
         self.average = ExponentialMovingAverage(model, momentum=1 - self.momentum)
@@ -90,9 +90,9 @@ class MeanTeacher(Teacher):
         self._watch(student)
 
     def _watch(self, student: nn.Module) -> None:
-        """Take note of each step of an optimizer that has parameters of the student.
+        """Note each step of an optimizer that holds parameters of the student.
 
-        Not every forward has one: gradients are accumulated, and may overflow.
+        Not every forward leads to a step: gradients can accumulate or overflow.
         """
         student, is_behind = weakref.ref(student), self._is_behind
 
@@ -108,13 +108,13 @@ class MeanTeacher(Teacher):
         weakref.finalize(self, handle.remove)
 
     def follow(self, student: nn.Module) -> None:
-        """Move on from the last mean, or from that of a resumed checkpoint.
+        """Update the mean, after restoring it if the run was resumed.
 
         Raises:
-            RuntimeError: The student's parameters are sharded.
+            RuntimeError: The student's parameters are sharded or renamed.
         """
         if not torch.is_grad_enabled():
-            return  # losses of a validation
+            return  # validation losses
         self.load(student)
         self.move_to(next(student.parameters()).device)
         names = dict(student.named_parameters())
@@ -134,11 +134,11 @@ class MeanTeacher(Teacher):
         if self._is_behind:
             self.average.update_parameters(student)
             self._is_behind.fill_(False)
-        # The tensors themselves: what is saved is what they are then.
+        # No copies: a checkpoint saves the values of these tensors at that time.
         self._saved = {**self.average.state_dict(), 'is_behind': self._is_behind}
         hub.update_info(SAVED, self._saved)
         _WRITERS.add(self)
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
-        """The student's own classes."""
+        """Match all columns: the classes are the student's own."""
         return ClassMatch()

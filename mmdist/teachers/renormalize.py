@@ -1,4 +1,4 @@
-"""Images from the student's normalisation to the teacher's."""
+"""Map images from the student's normalisation to the teacher's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 class Renormalize:
     """Maps a batch from the student's normalisation to the teacher's.
 
-    Both are affine per channel, so the map is one affine step (after a swap of the
-    channels where one wants RGB and the other BGR); the padding is filled again with
-    the teacher's value.
+    Both are affine per channel, so the map is one affine step, after swapping the
+    channels if one is RGB and the other BGR. The padding is refilled with the teacher's
+    value.
 
     Args:
         student: The student's data_preprocessor.
@@ -40,12 +40,12 @@ class Renormalize:
         """Map a batch.
 
         Args:
-            inputs: (N, C, H, W), normalised and padded as the student's.
+            inputs: (N, C, H, W), normalised and padded for the student.
             valid_sizes: Height and width of each image without padding.
 
         Returns:
-            (N, C, H, W), as the teacher's data_preprocessor would have given it;
-            ``inputs`` itself where the two agree.
+            (N, C, H, W), as the teacher's data_preprocessor would return it;
+            ``inputs`` itself if the two agree.
         """
         outputs = inputs.flip(1) if self.flip else inputs
         if self.rescale:
@@ -63,14 +63,14 @@ class Renormalize:
 
 
 def _mean_std(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, each (C, 1, 1), in float64 on the CPU."""
+    """Return mean and standard deviation, each (C, 1, 1), in float64 on the CPU."""
     if getattr(preprocessor, 'mean', None) is None:
         return torch.zeros(1, 1, 1).double(), torch.ones(1, 1, 1).double()
     return preprocessor.mean.double().cpu(), preprocessor.std.double().cpu()
 
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
-    """Whether images are turned from BGR to RGB, by either library's name for it."""
+    """Whether a preprocessor swaps BGR and RGB; libraries name this differently."""
     return bool(
         getattr(preprocessor, '_channel_conversion', False)
         or getattr(preprocessor, 'channel_conversion', False)

@@ -1,8 +1,8 @@
-"""A teacher's answers on disk: asked once, read in every training.
+"""A teacher's answers on disk: computed once, read in every training.
 
-A store is a folder of ``manifest.json`` and, for each process of each run that wrote,
-``part-*.jsonl``, a line for each image, and ``part-*.bin``, their boxes or maps one
-after the other. Nothing in it is code. A COCO results file is read as well.
+A store is a folder with ``manifest.json`` and, for each process of each run that wrote
+to it, ``part-*.jsonl`` with one line per image, and ``part-*.bin`` with the boxes or
+maps in sequence. It contains no code. A COCO results file can be read as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 FORMAT = 'stored teacher of mmdist, version 2'
 DTYPES = dict(boxes=np.dtype('<f4'), maps=np.dtype('u1'))
 AGAIN = 'Run tools/store_teacher.py again: it goes on where it stopped.'
-WRONG = (AttributeError, LookupError, TypeError, ValueError)  # of unexpected JSON
+WRONG = (AttributeError, LookupError, TypeError, ValueError)  # from unexpected JSON
 
 
 class Store:
@@ -37,14 +37,14 @@ class Store:
 
     Attributes:
         kind: ``'boxes'`` of a detector or ``'maps'`` of a segmentor.
-        class_names: The teacher's; None for a results file until :meth:`name_classes`.
-        is_by_id: Whether it is a results file: images are known by ``img_id``, not by
-            their path, and there is no entry for one in which nothing was found.
+        class_names: Class names; None for a results file until :meth:`name_classes`.
+        is_by_id: Whether it is a results file, which identifies images by ``img_id``
+            instead of path, and has no entry for an image without detections.
 
     Raises:
         FileNotFoundError: There is no such folder or file.
-        ValueError: It is damaged, of another version or none at all, or has numbers
-            that are no boxes, scores or labels; with the first few names.
+        ValueError: It is damaged, of another version or not a store at all, or has
+            invalid boxes, scores or labels; the message names the first few images.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -57,7 +57,7 @@ class Store:
         self._of: dict[str | int, np.ndarray] = found
 
     def name_classes(self, categories: Mapping[int, str]) -> None:
-        """Name each ``category_id`` of a results file; ValueError if it has others."""
+        """Name each ``category_id`` of a results file; ValueError if one is unknown."""
         if self.class_names is not None:
             return
         ids = np.unique(self._rows[:, 5]).astype(int).tolist()
@@ -72,10 +72,10 @@ class Store:
         self.class_names = tuple(categories.values())
 
     def key(self, image: Mapping) -> str | int | None:
-        """What an image is known by, of what its data set knows; None: no answer.
+        """Find the key of an image by its data set's info; None if it has no answer.
 
-        The data may have been moved: of the path counts what is below the last folder
-        that all images share.
+        The data may have been moved, so only the part of the path below the last folder
+        that all images share counts.
         """
         if self.is_by_id:
             tails = [image.get('img_id')]
@@ -85,11 +85,11 @@ class Store:
         return next((tail for tail in tails if tail in self._of), None)
 
     def answer(self, image: Mapping) -> Tensor:
-        """What the teacher found in an image; errors as of :meth:`check`.
+        """Return what the teacher found in an image; raises like :meth:`check`.
 
         Returns:
-            Of a detector (M, 6) float32: x1 y1 x2 y2 in pixels of the file, score, and
-            label, an index of :attr:`class_names`. Of a segmentor the probabilities
+            For a detector, (M, 6) float32: x1 y1 x2 y2 in pixels of the file, score and
+            label, an index into :attr:`class_names`. For a segmentor, probabilities
             times 255 over the whole image, (classes, h, w) uint8.
         """
         key = self.key(image)
@@ -99,11 +99,11 @@ class Store:
         return torch.from_numpy(self._of[key])
 
     def check(self, images: Iterable[Mapping]) -> None:
-        """Check that images have answers, for files of the same size if that is known.
+        """Check that images have answers, and have kept their size if it is known.
 
         Raises:
-            ValueError: It says of how many that is not so, and names the first few. In
-                a results file up to half of the images may be missing.
+            ValueError: Some do not; the message counts them and names the first few. Up
+                to half of the images can be missing from a results file.
         """
         missing, other, number = [], [], 0
         for image in images:
@@ -165,7 +165,7 @@ class Store:
     def _checked(
         self, found: Mapping[Any, np.ndarray], classes: float
     ) -> dict[Any, np.ndarray]:
-        """The rows of each image, as views of those of all."""
+        """Check the rows of all images, and return views of them per image."""
         rows = np.concatenate([np.empty((0, 6)), *found.values()], dtype=np.float32)
         ends = np.cumsum([len(of_image) for of_image in found.values()])
         boxes, scores, labels = rows[:, :4], rows[:, 4], rows[:, 5]
@@ -185,20 +185,20 @@ class Store:
 
 
 class StoreWriter:
-    """Writes a store, and goes on with one that was interrupted.
+    """Writes a store, or continues one that was interrupted.
 
     Args:
         path: The folder.
-        manifest: ``kind``, ``class_names``, ``teachers``, and what else the answers
+        manifest: ``kind``, ``class_names``, ``teachers``, and whatever else the answers
             depend on, as JSON.
-        process: The number of this process. 0 begins before the others, and keeps other
+        process: Number of this process. Process 0 has to start first, and locks other
             commands out while it lives.
 
     Attributes:
-        done: Full paths of the images that had answers when it began.
+        done: Full paths of the images that already had answers at the start.
 
     Raises:
-        ValueError: Another command writes there, or has begun the store.
+        ValueError: Another command is writing the store, or began it.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class StoreWriter:
     def _begin(self, manifest: dict) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / 'lock').open('w')
-        try:  # of a process that was killed, the system gives it back
+        try:  # the system releases the lock of a killed process
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
@@ -233,12 +233,12 @@ class StoreWriter:
                 'another folder.'
             ) from None
         if not (self.path / 'manifest.json').exists():
-            new = self.path / 'manifest.new'  # there as a whole, or not at all
+            new = self.path / 'manifest.new'  # it appears whole or not at all
             new.write_text(json.dumps(manifest, indent=1))
             new.replace(self.path / 'manifest.json')
 
     def add(self, file: str, size: Sequence[int], answer: Tensor) -> None:
-        """Store the answer for an image; it is kept whatever happens afterwards.
+        """Store the answer for an image; it is kept if the process is killed later.
 
         Args:
             file: The path of the image.
@@ -246,7 +246,7 @@ class StoreWriter:
             answer: (M, 6), x1 y1 x2 y2 score label; or probabilities, (classes, h, w).
 
         Raises:
-            ValueError: The answer has NaN.
+            ValueError: The answer has NaN or infinite values.
             OSError: The disk is full, or cannot be written.
         """
         if not answer.isfinite().all():
@@ -255,7 +255,7 @@ class StoreWriter:
         data = answer.cpu().numpy().astype(DTYPES[self.kind])
         line = dict(file=os.path.abspath(file), size=list(size), shape=data.shape)
         line['start'] = self._data.tell()
-        try:  # a line is of what lies on the disk
+        try:  # a line follows once its data is on the disk
             self._data.write(data.tobytes())
             self._data.flush()
             os.fsync(self._data.fileno())
@@ -269,7 +269,7 @@ class StoreWriter:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a store, checked; errors as of :class:`Store`."""
+    """Read and check the manifest of a store; raises like :class:`Store`."""
     file = path / 'manifest.json'
     try:
         manifest = json.loads(file.read_text())
@@ -286,10 +286,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
-    """The path, (height, width) and numbers of each answer that is wholly there.
+    """Yield the path, (height, width) and array of each complete answer.
 
-    One that is cut off at the end of a file, or being written, is none. ValueError: A
-    line is no answer.
+    An incomplete answer, at a truncated file end or still being written, is skipped.
+    Raises ValueError if a line is not an answer.
     """
     kind = manifest['kind']
     axis, size = (1, 6) if kind == 'boxes' else (0, len(manifest['class_names']))
@@ -316,7 +316,7 @@ def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
 
 
 def some(values: Iterable, most: int = 5) -> str:
-    """The first few of them, and how many more there are."""
+    """Join the first few values, and say how many more there are."""
     values = list(map(str, values))
     rest = f' and {len(values) - most} more' if len(values) > most else ''
     return ', '.join(values[:most]) + rest

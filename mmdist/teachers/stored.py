@@ -1,4 +1,4 @@
-"""Answers of a teacher that was asked once, as a teacher without a model."""
+"""A teacher without a model: it looks up answers stored on disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .foreign import ForeignTeacher
 from .store import Store
 from .teacher import Teacher
 
-# In a sample's metainfo: which files its image shows, and how their pixels were moved.
+# Keys in a sample's metainfo: the files its image shows and how their pixels moved,
 FRAMES = 'mmdist_frames'
-SIZE = 'mmdist_size'  # height and width of the image when that was noted
+SIZE = 'mmdist_size'  # and height and width of the image at that time
 NO_HOOK = (
     'A stored teacher has to know how each image was augmented. Add '
     "`custom_hooks = [dict(type='mmdist.StoredTeacherHook')]` to the config; where its "
@@ -26,41 +26,41 @@ NO_HOOK = (
 
 
 class Frame(NamedTuple):
-    """A file that an image shows, and how its pixels got where they are."""
+    """A file that an image shows, and how its pixels were moved."""
 
-    file: Mapping[str, Any]  # as its data set knows it, `height`, `width` as loaded
-    # of a detector calls of mmdet's box methods, (method, arguments, keyword
-    # arguments); of a segmentor a View from each transform
+    file: Mapping[str, Any]  # data set info; `height`, `width` as loaded
+    # for a detector, calls of mmdet's box methods, (method, args, kwargs); for a
+    # segmentor, a View from each transform
     moves: tuple
 
 
 class View(NamedTuple):
-    """What of a file an image shows, after a transform."""
+    """The part of a file that an image shows after a transform."""
 
-    matrix: np.ndarray  # (3, 3), from pixels of the file to those of the image
-    size: tuple[int, int]  # height and width of the image, before it is padded
+    matrix: np.ndarray  # (3, 3), from file pixels to image pixels
+    size: tuple[int, int]  # height and width of the image, before padding
 
 
 class Placed(NamedTuple):
-    """A stored map, and what of its file the image shows."""
+    """A stored map, and the part of its file that the image shows."""
 
     probabilities: Tensor  # (classes, h, w), times 255, uint8; the whole file
     views: Sequence[View]  # the first is the file itself, the last the image
 
 
 class StoredTeacher(Teacher):
-    """A teacher of which only the answers are there: no model is built, moved or run.
+    """A teacher that consists of stored answers: no model is built, moved or run.
 
-    ``mmdist.StoredTeacherHook`` notes how each image of a batch was augmented, and the
-    stored answers are moved in the same way.
+    ``mmdist.StoredTeacherHook`` records how each image of a batch was augmented, and
+    the stored answers are transformed in the same way.
 
     Args:
-        stored: What ``tools/store_teacher.py`` wrote, or a COCO results file of the
-            training images.
+        stored: A folder written by ``tools/store_teacher.py``, or a COCO results file
+            of the training images.
         options: ``class_map`` and ``class_match`` of :class:`Teacher`.
 
     Raises:
-        ValueError: ``stored`` is no path, or an option is none.
+        ValueError: ``stored`` is not a path, or an option is invalid.
     """
 
     def __init__(self, stored: str | os.PathLike, **options) -> None:
@@ -74,12 +74,12 @@ class StoredTeacher(Teacher):
 
     @property
     def origin(self) -> str:
-        """Whose answers these are, in words."""
+        """A description of whose answers these are."""
         return self.store.origin
 
     @property
     def store(self) -> Store:
-        """The answers, read when they are first needed."""
+        """The answers, read on first use."""
         if self._store is None:
             self._store = Store(self.config)
         return self._store
@@ -88,18 +88,18 @@ class StoredTeacher(Teacher):
         return {**super().__getstate__(), '_store': None}
 
     def move_to(self, device: torch.device) -> None:
-        """There is nothing to move but the answers of a batch."""
+        """Do nothing: only the answers of a batch are moved."""
 
     def load(self, student: nn.Module) -> None:
         """Read the answers; ValueError if they are damaged or the hook is missing."""
         self.class_names = self.store.class_names
-        if self.class_names is None:  # of a COCO results file the hook names them
+        if self.class_names is None:  # the hook names those of a COCO results file
             raise ValueError(NO_HOOK)
         self.model = StoredAnswers(self.store)
 
 
 class StoredAnswers(ForeignTeacher):
-    """Gives the answers for a batch, in its geometry; it has no parameters.
+    """Looks up the answers for a batch, in its geometry; it has no parameters.
 
     Attributes:
         gives: ``'detections'``, after NMS: an ``InstanceData`` of ``bboxes``,
@@ -110,25 +110,25 @@ class StoredAnswers(ForeignTeacher):
     activation = 'identity'
 
     def __init__(self, store: Store) -> None:
-        nn.Module.__init__(self)  # it sees no images, so it normalises none
+        nn.Module.__init__(self)  # it sees no images, so it needs no normalisation
         self.gives = 'detections' if store.kind == 'boxes' else 'maps'
         self.class_names, self.store = store.class_names, store
 
     def answer(self, step: Any) -> list[InstanceData] | list[Placed]:
-        """The answers for the batch of a step."""
+        """Look up the answers for the batch of a step."""
         return self(step.inputs, step.data_samples)
 
     def forward(
         self, images: Tensor, samples: Sequence[BaseDataElement]
     ) -> list[InstanceData] | list[Placed]:
-        """Look up the answers of each image, and move them as it was moved.
+        """Look up the answers for each image, and transform them as the image was.
 
         Args:
-            images: The batch, (N, C, H, W); its device is that of the answers.
+            images: The batch, (N, C, H, W); the answers are put on its device.
             samples: Its N data samples.
 
         Raises:
-            ValueError: How an image was augmented is not known, or as of
+            ValueError: It is not known how an image was augmented, or as in
                 :meth:`Store.check`.
         """
         if any(FRAMES not in sample.metainfo for sample in samples):
@@ -153,10 +153,10 @@ class StoredAnswers(ForeignTeacher):
 
 
 def moved(rows: Tensor, moves: Sequence[tuple]) -> Tensor:
-    """Boxes after the calls that moved the labels of their image; see :class:`Frame`.
+    """Apply the calls that moved an image's labels to boxes; see :class:`Frame`.
 
-    ``rows`` have x1 y1 x2 y2 in pixels of the file, and any columns after these.
-    Returned are those of the boxes that no call has clipped to nothing.
+    ``rows`` have x1 y1 x2 y2 in pixels of the file, followed by any other columns.
+    Boxes that a call clips to nothing are dropped.
     """
     from mmdet.structures.bbox import HorizontalBoxes
 
@@ -164,6 +164,6 @@ def moved(rows: Tensor, moves: Sequence[tuple]) -> Tensor:
     seen = torch.ones(len(rows), dtype=torch.bool)
     for name, args, kwargs in moves:
         getattr(boxes, name)(*args, **kwargs)
-        if name == 'clip_':  # what a shear would give an area again
+        if name == 'clip_':  # a later shear could give them an area again
             seen &= (boxes.widths > 0) & (boxes.heights > 0)
     return torch.cat([boxes.tensor, rows[:, 4:]], 1)[seen]

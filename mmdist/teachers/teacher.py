@@ -1,4 +1,4 @@
-"""The teacher: found, loaded strictly, frozen, and shown what it was trained on."""
+"""The teacher: read its config, load its weights strictly, and freeze it."""
 
 from __future__ import annotations
 
@@ -40,39 +40,36 @@ _HALF_PRECISION = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
 class Teacher:
-    """A frozen guest of the student: not a module of it, never saved, never trained.
+    """A frozen model beside the student: not a module of it, never saved or trained.
 
-    It is built and loaded by :meth:`load`, which the Runner triggers only to train.
+    :meth:`load` builds and loads it; the Runner triggers that only for training.
 
     Args:
         config: Config of the teacher: a path, ``pkg::path``, a Config, or the config
             dict of the model alone.
-        checkpoint: Path or URL of its weights. A :class:`ForeignTeacher` brings its
-            own.
+        checkpoint: Path or URL of the weights. A :class:`ForeignTeacher` loads its own.
         allow_random: Permit ``checkpoint=None``, a teacher with random weights.
-        class_map: Name of the teacher's class for each name of the student's, where
-            the two name the same thing differently, or a list of names that are one
-            class to the student.
-        class_match: ``'strict'``: one side knows all classes of the other.
+        class_map: For each student class that the teacher names differently, the
+            teacher's name, or a list of names that are one class to the student.
+        class_match: ``'strict'``: one side must know all classes of the other.
             ``'shared'``: only the classes that both know are compared, and the log
-            says once which these are.
-        weights_only: False lets the checkpoint run code while it is read; for files of
-            trusted origin that the safe loader refuses.
-        dtype: 'bf16' or 'fp16' keeps the weights in half precision, half the memory,
-            and runs the teacher under autocast of that type.
-        channels_last: Keep the weights in the memory format channels_last.
+            lists them once.
+        weights_only: False lets the checkpoint run code while it is read; for trusted
+            files that the safe loader refuses.
+        dtype: 'bf16' or 'fp16' keeps the weights in half precision, which halves their
+            memory, and runs the teacher under autocast of that type.
+        channels_last: Keep the weights in the channels_last memory format.
         compile: Compile the backbone and the neck with torch.compile.
         views: ``['flip']``: the teacher also sees the mirrored images, and its
-            probabilities are averaged, where the comparison is dense.
+            probabilities are averaged; for dense comparisons.
 
     Attributes:
-        name: Where its arguments stand in the config.
+        name: Where its arguments are in the config.
         classes: Which of its columns are the student's classes; None until these are
             known.
 
     Raises:
-        ValueError: ``dtype``, ``class_map``, ``class_match`` or ``views`` is none of
-            these.
+        ValueError: ``dtype``, ``class_map``, ``class_match`` or ``views`` is invalid.
     """
 
     name = 'teacher'
@@ -116,12 +113,12 @@ class Teacher:
 
     @property
     def origin(self) -> str:
-        """Where its weights are from, in words."""
+        """A description of where the weights come from."""
         if self.checkpoint is not None:
             return self.checkpoint
         return 'random weights' if self.allow_random else 'weights of its own'
 
-    # Its model belongs to one student. A copy of the student, made by EMA or read from
+    # The model belongs to one student. A copy of the student, made by EMA or read from
     # a file, has none to move, cast or train: it loads its own if it is ever trained.
 
     def __deepcopy__(self, memo: dict) -> Teacher:
@@ -132,12 +129,12 @@ class Teacher:
 
     @property
     def device(self) -> torch.device:
-        """Where its model is; that of another library may have no parameters."""
+        """Device of the model; one from another library can have buffers only."""
         tensors = itertools.chain(self.model.parameters(), self.model.buffers())
         return next(tensors).device
 
     def move_to(self, device: torch.device) -> None:
-        """Move the model; FSDP moves the student's tensors without ``_apply``."""
+        """Move the model, since FSDP moves the student's tensors without ``_apply``."""
         if self.device != device:
             self.apply(lambda tensor: tensor.to(device))
 
@@ -147,20 +144,20 @@ class Teacher:
             self.model._apply(fn)
 
     def build(self) -> nn.Module:
-        """A model of the teacher's config, without its weights; it is not kept."""
+        """Build a model from the config, without its weights; it is not kept."""
         return build_model(self._load_config())
 
     def load(self, student: nn.Module) -> None:
         """Build the teacher, load its weights strictly and freeze it.
 
         Args:
-            student: Gives the device, the type of the weights and the normalisation
-                that batches come with.
+            student: Provides the device, the weights' dtype and the normalisation of
+                the batches.
 
         Raises:
             ValueError: There is no checkpoint and ``allow_random`` is not set, or the
-                class names are not as many as the classes.
-            RuntimeError: A key is missing, unexpected or of another shape, or the file
+                numbers of class names and classes differ.
+            RuntimeError: A key is missing, unexpected or has another shape, or the file
                 cannot be read.
             FileNotFoundError: There is no such file.
         """
@@ -191,7 +188,7 @@ class Teacher:
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
-        # LD's own `to` takes a device alone.
+        # LD's own `to` takes only a device.
         nn.Module.to(model, self.dtype or weight.dtype)
         if self.channels_last:
             nn.Module.to(model, memory_format=torch.channels_last)
@@ -202,11 +199,11 @@ class Teacher:
         self.model = model
 
     def follow(self, student: nn.Module) -> None:
-        """Learn from the student, at the start of a step; see :class:`MeanTeacher`."""
+        """Update from the student at the start of a step; see :class:`MeanTeacher`."""
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Whatever the teacher computes is computed within: no gradient, its dtype."""
+        """Context for all computations of the teacher: no gradients, its own dtype."""
         half = nullcontext()
         if self.dtype is not None:
             half = torch.autocast(self.device.type, self.dtype)
@@ -221,7 +218,7 @@ class Teacher:
         return config
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
-        """Find the teacher's column of each of the student's classes.
+        """Find the teacher's column for each of the student's classes.
 
         Args:
             student_classes: Class names of the student's dataset; None if unknown.
@@ -255,15 +252,15 @@ def load_config(
 
     Args:
         config: A path, ``pkg::path``, a Config, or the config dict of a model.
-        key: What the user calls it, for errors.
+        key: Name of the option, for errors.
 
     Returns:
-        The config; of a distillation config with the student as its model. Its
-        ``data_preprocessor`` is the model's, as it is to the Runner.
+        The config; for a distillation config, its model is the student. A top-level
+        ``data_preprocessor`` becomes the model's, as in the Runner.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is none of these, cannot be read, or has no model.
+        ValueError: It is none of these, cannot be read, or has no ``model``.
     """
     if isinstance(config, (str, os.PathLike)):
         config = read_config(config, key)
@@ -293,7 +290,7 @@ def read_config(path: str | os.PathLike, key: str = 'config') -> Config:
 
     Args:
         path: The path.
-        key: What the user calls it, for errors.
+        key: Name of the option, for errors.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -303,10 +300,10 @@ def read_config(path: str | os.PathLike, key: str = 'config') -> Config:
     _check_path(path, key)
     try:
         if '::' in path:
-            # Not mmengine.hub.get_config: it pip-installs what it does not find.
+            # Not mmengine.hub.get_config: it pip-installs missing packages.
             return Config.fromstring(f'_base_ = {path!r}', '.py')
         return Config.fromfile(path)
-    except Exception as error:  # it is Python: anything may be wrong with it
+    except Exception as error:  # it is Python: anything can go wrong
         said = ' '.join(f'{type(error).__name__}: {error}'.split())
         raise ValueError(
             f'`{key}` is {path!r}, which cannot be read: {said:.300}'
@@ -314,7 +311,7 @@ def read_config(path: str | os.PathLike, key: str = 'config') -> Config:
 
 
 def _check_path(config: str, key: str) -> None:
-    """Raise FileNotFoundError, with similar names, where there is no such config."""
+    """Raise FileNotFoundError, with similar names, if there is no such config."""
     package, _, inner = config.rpartition('::')
     path = Path(inner).absolute()
     if package:
@@ -340,7 +337,7 @@ def _check_path(config: str, key: str) -> None:
 
 
 def _foreign_class(config: Config, key: str) -> type[ForeignTeacher] | None:
-    """The class of a model that loads its weights itself; None for another."""
+    """Return a model's class if it is a ForeignTeacher, which loads its own weights."""
     scope = config.get('default_scope')
     with (
         DefaultScope.overwrite_default_scope(scope),
@@ -354,25 +351,25 @@ def _foreign_class(config: Config, key: str) -> type[ForeignTeacher] | None:
 
 
 def build_model(config: Config, random: bool = False) -> nn.Module:
-    """Build without pretrained backbones, and without touching the student's RNG."""
+    """Build a model without pretrained weights; leave the student's RNG untouched."""
     cfg = without_pretrained(config.model)
     scope = config.get('default_scope')
     with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope(scope):
         model = MODELS.build(cfg)
         if random and hasattr(model, 'init_weights'):
             model.init_weights()
-    return revert_sync_batchnorm(model)  # in eval they are the same
+    return revert_sync_batchnorm(model)  # the same in eval mode
 
 
 def without_pretrained(cfg: Any) -> Any:
-    """A copy of a model's config that loads no pretrained weights when initialised."""
+    """Copy a model's config so that it loads no pretrained weights when initialised."""
     if isinstance(cfg, Mapping):
         init_cfg = cfg.get('init_cfg')
         return ConfigDict(
             {
                 key: None if key == 'pretrained' else without_pretrained(value)
                 for key, value in cfg.items()
-                # PVT's has a checkpoint, but no type
+                # PVT's `init_cfg` has a checkpoint, but no type
                 if not (
                     key == 'init_cfg'
                     and isinstance(init_cfg, Mapping)

@@ -182,10 +182,14 @@ def test_training_by_iterations_goes_on_where_it_was():
 
 
 def test_wrong_numbers_are_an_error():
-    with pytest.raises(ValueError, match='It got 2 data sets'):
-        MixedSampler(ConcatDataset([Numbers(2), Numbers(2)]), [1])
-    with pytest.raises(ValueError, match='ConcatDataset'):
-        MixedSampler(Numbers(2), [1, 1])
+    for numbers in ([1], [0, 1], [1, -1]):
+        with pytest.raises(ValueError, match=r'It got sizes \[2, 2\]'):
+            MixedSampler(ConcatDataset([Numbers(2), Numbers(2)]), numbers)
+    with pytest.raises(ValueError, match='none is empty'):
+        MixedSampler(ConcatDataset([Numbers(2), Numbers(0)]), [1, 1])
+    for numbers in ([1, 1], []):
+        with pytest.raises(ValueError, match='ConcatDataset'):
+            MixedSampler(Numbers(2), numbers)
 
 
 @pytest.mark.parametrize('family', ['seg', *slow(['det'])])

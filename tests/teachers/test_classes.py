@@ -182,6 +182,8 @@ def test_a_class_of_the_teacher_stands_for_one_of_the_students(class_map, two):
 def test_a_class_map_needs_the_names_of_both_sides(student, teacher, whose):
     with pytest.raises(ValueError, match=f'class names of {whose} are unknown'):
         match_classes(student, teacher, {'c': 'd'})
+    with pytest.raises(ValueError, match='`class_match` match classes by name'):
+        match_classes(student, teacher, {}, 'shared')
     assert match_classes(student, teacher, {}) == ClassMatch()
 
 

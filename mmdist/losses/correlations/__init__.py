@@ -1,7 +1,7 @@
-"""Mean inter- and intra-class correlations, computed as suits the device.
+"""Mean inter- and intra-class correlations, computed to suit the device.
 
 ``plain`` is the formula in autograd. ``cpu`` and ``gpu`` compute the same in few passes
-over the logits and keep next to nothing for the backward pass.
+over the logits and keep almost nothing for the backward pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .common import Settings, as_rows
 
 __all__ = ['Path', 'Settings', 'as_rows', 'choose_path', 'correlations']
 
-# a name, or a function like those of the names
+# a name, or a function with the signature of the named ones
 Path = str | Callable[[Tensor, Tensor, Tensor | None, Settings], tuple[Tensor, Tensor]]
 
 
@@ -36,19 +36,19 @@ def correlations(
         student: Logits of shape (rows, classes) or (N, classes, *spatial).
         teacher: Logits of the same shape; they get no gradient.
         mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). ``None``
-            where all do.
-        settings: How they are correlated.
-        path: ``'plain'``, ``'cpu'``, ``'gpu'``, or ``'auto'`` for the fastest that
-            works with these logits; or a function of these four arguments. Without any
-            logits it is always ``'plain'``.
+            if all do.
+        settings: How to correlate them.
+        path: ``'plain'``, ``'cpu'``, ``'gpu'``, ``'auto'`` for the fastest that works
+            with these logits, or a function of the four arguments above. Empty logits
+            always take ``'plain'``.
 
     Returns:
-        The two correlations, 0-dim; those of ``'cpu'`` and ``'gpu'`` are in float64, so
-        that 1 - correlation keeps its digits.
+        The two correlations, 0-dim. ``'cpu'`` and ``'gpu'`` return float64, so that
+        1 - correlation keeps its digits.
 
     Raises:
-        ValueError: The teacher's logits hold NaN or inf in rows that count (on a GPU an
-            error, at a later operation).
+        ValueError: The teacher's logits contain NaN or inf in rows that count (on a GPU
+            a later operation raises the error).
     """
     if path == 'auto':
         path = choose_path(student, teacher, settings.activation, mask)
@@ -69,14 +69,14 @@ def choose_path(
     """The fastest path that works with these logits."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return 'plain'
-    # what autograd does not let a backward pass keep
+    # autograd does not save inference tensors for a backward pass
     inputs = [x for x in (student, teacher, mask) if x is not None]
     if torch.is_grad_enabled() and any(x.is_inference() for x in inputs):
         return 'plain'
     devices = {student.device, teacher.device}
     if all(device.type == 'cpu' for device in devices):
         return 'cpu'
-    # not fake tensors and other subclasses, into which a kernel cannot look
+    # not fake tensors and other subclasses, which a kernel cannot read
     own = {type(student), type(teacher)} <= {Tensor, nn.Parameter}
     if own and len(devices) == 1 and student.is_cuda:
         kind = (student.device, student.dtype, teacher.dtype, activation)
@@ -84,7 +84,7 @@ def choose_path(
     return 'plain'
 
 
-# Of each kind of logits, once it is known
+# The result for each kind of logits, once known
 _WORK: dict[tuple, bool] = {}
 
 
@@ -94,18 +94,18 @@ def kernels_work(
     teacher_dtype: torch.dtype,
     activation: str,
 ) -> bool:
-    """Whether the Triton kernels run on this machine and compute the same.
+    """Whether the Triton kernels run on this machine and match the plain path.
 
-    That is tried once, on a few logits: what cannot be seen where the kernels were
-    written is the card, the driver and the compiler on which they run. A GPU without
-    free memory is no answer, and asked again by the next call.
+    Each kind is tried once, on a few logits, because the card, driver and compiler were
+    unknown when the kernels were written. If the GPU is out of memory, nothing is
+    concluded, and the next call tries again.
     """
     kind = device, student_dtype, teacher_dtype, activation
     if kind not in _WORK:
         try:
             problem = _problem_of_kernels(*kind)
-        except Exception as error:  # anything that a compiler may say
-            if 'out of memory' in str(error):  # of torch, or of the driver
+        except Exception as error:  # a compiler can raise anything
+            if 'out of memory' in str(error):  # from torch or the driver
                 return False
             problem = f'do not run: {str(error).strip()[:200]}'
         if problem:
@@ -115,7 +115,7 @@ def kernels_work(
 
 
 def _problem_of_kernels(device, student_dtype, teacher_dtype, activation) -> str:
-    """How the kernels differ from the plain path, '' where they do not."""
+    """How the kernels differ from the plain path; '' if they do not."""
     from . import gpu
 
     generator = torch.Generator().manual_seed(0)
@@ -131,8 +131,8 @@ def _problem_of_kernels(device, student_dtype, teacher_dtype, activation) -> str
             grad = torch.autograd.grad(sum(corr), student)[0].double()
             results.append((torch.stack(corr).detach(), grad / grad.norm()))
     errors = [torch.dist(*pair).item() for pair in zip(*results, strict=True)]
-    # the gradient as a whole: in half precision any of its elements may round the
-    # other way
+    # the gradient as a whole, since in half precision any element can round the other
+    # way
     is_same = errors[0] < 1e-4 and errors[1] < 1e-2
     return '' if is_same else f'compute something else here, off by {errors}'
 

@@ -1,13 +1,14 @@
 """The fast path of DISTLoss on a CPU: the same two numbers, in few passes.
 
 In autograd the loss makes some thirty passes over tensors of the size of the logits and
-keeps a dozen of them. Here the logits are cut into tiles that stay in cache. Each is
-read once per direction, and nothing of its size is kept but the gradient.
+keeps a dozen of them. Here the logits are split into tiles that stay in cache. Each is
+read once per direction. Besides the gradient, nothing of its size is kept, except the
+scores of a single tile.
 
-*Forward.* A tile holds all classes of some rows, so the correlation of a row (inter) is
-finished within it. That of a class (intra) needs sums over all rows. Each tile is
-centred by its own means, so nothing cancels in fp32, and the centred sums of the tiles
-are combined in float64 (Chan, Golub and LeVeque, 1983)::
+*Forward.* A tile holds all classes of some rows, so it completes each row's correlation
+(inter). A class's correlation (intra) needs sums over all rows. Each tile is centred by
+its own means, so nothing cancels in fp32, and the centred sums of the tiles are
+combined in float64 (Chan, Golub and LeVeque, 1983)::
 
     cov = sum over tiles i of  cov_i + n_i * (mean_i - mean) * (mean'_i - mean')
 
@@ -18,13 +19,13 @@ are combined in float64 (Chan, Golub and LeVeque, 1983)::
     u = 1 / (|a| |b| + eps)
     v = <a, b> * |b| / |a| * u ** 2
 
-Centring needs no term of its own, since a and b sum to zero. A score lies in one row
-and in one class, so with p and q the scores before centring its gradient is::
+Centring needs no term of its own, since a and b sum to zero. A score is in one row and
+in one class, so with p and q the scores before centring, its gradient is::
 
     (u_row + u_class) * q - (v_row + v_class) * p + (w_row + w_class)
     w = v * mean(p) - u * mean(q)
 
-which then goes through the derivative of the activation.
+It then goes through the derivative of the activation.
 """
 
 from __future__ import annotations
@@ -46,14 +47,13 @@ from .common import (
 )
 from .plain import differentiable_gradient
 
-# Elements of a tile. Too small and the calls cost more than the work, too large and
-# it leaves the cache. Between the two, a tile is this share of the logits: the forward
-# pass needs five tensors of it, the backward pass one (two in half precision) and the
-# gradient.
+# Elements per tile. In smaller tiles, calls cost more than the work; larger ones leave
+# the cache. In between, a tile is this share of the logits. The forward pass needs five
+# tensors of its size, the backward pass one (two in half precision) and the gradient.
 MIN_TILE, MAX_TILE, SHARE = 200_000, 800_000, 1 / 16
 
-# A spread (norm after centring / norm that centring takes) of which fp32 still gives
-# five digits, and a sum of squares that is far from overflowing it
+# The spread (norm after centring / norm that centring removes) at which fp32 still
+# gives five digits, and a sum of squares that is far from overflow
 FLAT, LARGE = 1e-2, 1e20
 
 
@@ -67,7 +67,7 @@ def correlations(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mmdist.losses.correlations.correlations`.
 
-    ``tile_size`` is the number of elements of a tile, chosen by that of the logits.
+    ``tile_size`` is the number of elements per tile; by default it suits the logits.
     """
     inputs = by_image(student, teacher, mask, (tile_size or MIN_TILE) // 8)
     if tile_size is None:
@@ -82,7 +82,7 @@ class _Correlations(torch.autograd.Function):
         row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
         class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
         kept = []
-        # apart, since the scores of a single tile are kept
+        # separate, since the scores of a single tile are kept
         memory, spare_memory = Scratch(2), Scratch(3)
         mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
         for i, (image, part) in enumerate(places):
@@ -139,10 +139,10 @@ class _Correlations(torch.autograd.Function):
             scratch, spare = memory.like(s, dtype)
             g = out if out.dtype == dtype else spare
             p, q = kept[2:] if len(places) == 1 else (None, None)
-            # first all that needs q, then what needs p
+            # first everything that needs q, then everything that needs p
             q = scores(t, keep, settings, out=scratch) if q is None else q
             torch.mul(q, u_row, out=g).addcmul_(q, u_class)
-            # softmax sends what all of a row share, w_row, to 0
+            # softmax cancels w_row, which all classes of a row share
             w_row = 0 if is_softmax else u_row * q.mean(0)
             p = scores(s, keep, settings, out=scratch) if p is None else p
             g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
@@ -165,8 +165,8 @@ def by_image(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """View logits as (images, classes, positions), the mask as (images, positions).
 
-    (rows, classes) are one image, and so are images of fewer than ``small`` elements: a
-    tile for each would be all overhead. The teacher's logits are detached.
+    Logits (rows, classes) become one image, and so do images of fewer than ``small``
+    elements: a tile for each would be all overhead. The teacher's logits are detached.
     """
     views = []
     for logits in (student, teacher.detach()):
@@ -179,17 +179,17 @@ def by_image(
 
 
 class Scratch:
-    """Tensors of the size of a tile that every next tile overwrites.
+    """Tensors of the size of a tile, reused by every tile.
 
-    New ones for every operation would leave the cache, and go back to the system and
-    come from it, page by page.
+    New ones for every operation would leave the cache, and be returned to the system
+    and fetched from it, page by page.
     """
 
     def __init__(self, number: int) -> None:
         self._memory = torch.empty((number, 0))
 
     def like(self, tile: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
-        """Tensors of the shape of a tile, laid out alike."""
+        """Tensors with the shape and the memory layout of a tile."""
         number, size = len(self._memory), tile.numel()
         if self._memory.dtype != dtype or self._memory.shape[1] < size:
             self._memory = torch.empty((number, size), dtype=dtype)
@@ -203,14 +203,14 @@ def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
     step = math.ceil(positions / math.ceil(positions * classes / size))
-    if step > 16:  # whole cache lines, and an odd number so that classes share none
+    if step > 16:  # whole cache lines, an odd number of them so that classes share none
         step = math.ceil(step / 16) // 2 * 32 + 16
     parts = [slice(i, min(i + step, positions)) for i in range(0, positions, step)]
     return [(image, part) for image in range(images) for part in parts]
 
 
 def tile_mask(mask: Tensor | None, image: int, part: slice) -> Tensor | None:
-    """Which rows of a tile count, None where all do."""
+    """Which rows of a tile count; None if all do."""
     keep = None if mask is None else mask[image, part]
     return None if keep is None or keep.all() else keep
 
@@ -222,7 +222,7 @@ def scores(
     out: Tensor,
     is_teacher: bool = False,
 ) -> Tensor:
-    """Put the scores of the logits (classes, rows) of a tile in ``out``; returns it."""
+    """Write the scores of a tile's logits, (classes, rows), to ``out``; returns it."""
     out.copy_(logits)
     if keep is not None:  # before any arithmetic: 0 * nan is nan
         out.masked_fill_(keep.logical_not(), 0)
@@ -250,9 +250,9 @@ def centred_sums(
 ) -> Tensor:
     """Centred sums aa, ab, bb and means of the scores p, q (classes, rows) of a tile.
 
-    They are of each row (``dim`` 0) or class (1), of ``count`` scores each, over the
-    rows to ``keep``; shape (5, rows) or (5, classes). ``mean`` is given where it is the
-    same for all. The three tensors in ``spare``, like ``p``, are overwritten.
+    There is one of each per row (``dim`` 0) or class (1), over ``count`` scores in the
+    rows to ``keep``; shape (5, rows) or (5, classes). ``mean`` is given if it is the
+    same for all. The three tensors in ``spare``, shaped like ``p``, are overwritten.
     """
     a, b, ab = spare
     sums = p.new_empty((5, p.shape[1 - dim]))
@@ -272,12 +272,12 @@ def centred_sums(
 
 
 def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
-    """Whether fp32 leaves the correlations of a tile their digits; else it is computed
-    in float64.
+    """Whether fp32 is accurate enough for the correlations of a tile; if not, it is
+    computed in float64.
 
-    A score has a rounding error of 6e-8 of itself, which is 6e-8 / spread of what
-    centring leaves of it. That may be too much in the root mean square over all rows
-    (or classes), and squares of huge scores overflow. Arguments: :func:`centred_sums`.
+    A score has a relative rounding error of 6e-8; relative to what centring leaves, it
+    is 6e-8 / spread. Its root mean square over all rows (or classes) can be too large,
+    and squares of huge scores overflow. Arguments: :func:`centred_sums`.
     """
     var = sums[0:3:2]
     inverse = sums[3:].square().mul_(count).div_(var)
@@ -295,7 +295,7 @@ def correlation(
 
     Args:
         sums: Centred sums aa, ab, bb and means of p, q, (5, vectors).
-        count: Scores of each vector.
+        count: Number of scores per vector.
         settings: How they are correlated.
     """
     var, mean = sums[0:3:2], sums[3:]
@@ -304,7 +304,7 @@ def correlation(
     u = (norm_a * norm_b).add_(settings.eps).reciprocal_().masked_fill_(constant, 0)
     corr = sums[1] * u
     if not settings.eps:
-        # two scores correlate at 1 or -1: the gradient would be nothing but rounding
+        # two scores correlate at 1 or -1: the gradient would be only rounding error
         u.mul_(count > 2)
     v = (corr * u).mul_(norm_b).div_(norm_a.masked_fill_(constant, 1))
     return corr, u, v
@@ -315,18 +315,18 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Combine tiles and processes, all in float64.
 
-    The exchanges and their order are those of the plain path, which another process may
-    take.
+    Processes exchange the same sums in the same order as on the plain path, which
+    another process may take.
 
     Args:
-        row_sums: The sum of the correlations of the rows of each tile, and their
-            number, (2, tiles).
-        class_sums: Of the classes, what :func:`correlation` takes, (tiles, 5, classes).
+        row_sums: Sum of the row correlations of each tile, and number of its rows,
+            (2, tiles).
+        class_sums: The class sums as :func:`correlation` takes, (tiles, 5, classes).
         settings: How they are correlated.
 
     Returns:
-        ``row_sums`` of all tiles and processes, (2,), the correlations of the classes,
-        and the factors u, v, w of their gradient, (3, classes).
+        ``row_sums`` over all tiles and processes, (2,), the correlations of the
+        classes, and the factors u, v, w of their gradient, (3, classes).
     """
     group = settings.group
     row_total = sum_over_processes(row_sums.sum(1), group)
@@ -347,6 +347,6 @@ def combine(
 
 
 def scale_of_gradient(settings: Settings) -> float:
-    """What the derivatives of ``logits / tau`` and ``sum_over_processes`` multiply."""
+    """The factor that ``logits / tau`` and ``sum_over_processes`` put on gradients."""
     group = settings.group
     return (1 if group is None else dist.get_world_size(group)) / settings.tau

@@ -1,17 +1,17 @@
-"""The fast path of DISTLoss on a GPU: that of ``cpu.py`` as Triton kernels.
+"""The fast path of DISTLoss on a GPU: the algorithm of ``cpu.py`` as Triton kernels.
 
-The formulas are those of ``cpu.py``. Here a tile is all classes of ``BLOCK_ROWS`` rows,
-one program of the grid, and goes through the chip in blocks of ``BLOCK_CLASSES``
-classes. The logits are read from memory once per direction, in the type they have;
-where softmax has to see all classes first, the second time they come from the cache.
+It uses the formulas of ``cpu.py``. A tile is all classes of ``BLOCK_ROWS`` rows. One
+program of the grid processes it, in blocks of ``BLOCK_CLASSES`` classes. The logits are
+read from memory once per direction, in their own dtype. Softmax has to see all classes
+first and reads them twice, the second time from the cache.
 
-``_forward``: a program per tile: the correlations of its rows and the factors u, v, w
-of their gradient, and centred sums of classes. ``_combine``: a program per class: its
-sums over all tiles, and its factors. ``_backward``: a program per tile: the gradient.
+``_forward`` computes, per tile, the correlations of its rows, the factors u, v, w of
+their gradient, and centred sums of the classes; ``_combine``, per class, its sums over
+all tiles and its factors; ``_backward``, per tile, the gradient.
 
-Tiles that need it (``cpu.has_digits``) are computed in float64. Which those are, only
-the device knows, and nothing waits for it: ``_forward`` and ``_backward`` are started
-in fp32 and again in float64, and a program ends at once if its tile is not for it.
+Tiles for which fp32 is too inaccurate (``cpu.has_digits``) are computed in float64.
+Only the device knows which, and nothing waits for it: both passes are launched in fp32
+and again in float64, and a program exits at once if its launch skips its tile.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from .plain import differentiable_gradient
 if digit_version(triton.__version__) < digit_version('3.1'):
     raise ImportError(f'Triton {triton.__version__} is older than 3.1')
 
-# The most with which the fp32 kernels keep everything in registers, seen in what is
-# compiled for sm_80 and sm_90
+# The largest blocks with which the fp32 kernels keep everything in registers, seen in
+# the code compiled for sm_80 and sm_90
 BLOCK_CLASSES = 16
 BLOCK_ROWS = 128
-# Fewer rows to a tile where there would be fewer tiles than a large GPU runs at a time,
-# or where those that it runs at a time would leave its cache
+# A tile has fewer rows if a large GPU could run more tiles at a time than there are, or
+# if the tiles that it runs at a time would leave its cache
 MIN_BLOCK_ROWS, MIN_TILES, MAX_TILE_BYTES = 16, 256, 96 * 1024
-BLOCK_TILES = 512  # tiles that are combined at a time
+BLOCK_TILES = 512  # tiles combined at a time
 EVERY_TILE, STEEP_TILES, FLAT_TILES = -1, 0, 1
 
 
@@ -62,13 +62,13 @@ def correlations(
     Images of fewer than ``small_image`` elements are copied into one.
     """
     student, teacher, mask = by_image(student, teacher, mask, small_image)
-    # one layout for both, that of the student; most logits have it, and are not copied
+    # both get the student's layout; most logits have it already and are not copied
     if student.is_contiguous():
         teacher = teacher.contiguous()
     else:
         student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
     mask = mask if mask is None else mask.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(student):  # on which a kernel is started
+    with torch.cuda.device_of(student):  # where kernels are launched
         return _Correlations.apply(student, teacher, mask, settings)
 
 
@@ -91,7 +91,7 @@ class _Correlations(torch.autograd.Function):
 
         new = functools.partial(student.new_empty, dtype=torch.float64)
         row_factors = new((2, rows), dtype=dtype)
-        # softmax sends to 0 what all classes of a row share
+        # softmax cancels what all classes of a row share
         row_shift = new(0 if activation == 'softmax' else rows)
         tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
         tile_flags = new((2, tiles), dtype=torch.int32)
@@ -152,10 +152,10 @@ class _Correlations(torch.autograd.Function):
         return grad, None, None, None
 
 
-# A kernel is compiled anew where a number becomes 1 or a multiple of 16. These differ
-# from step to step where the number of rows does, and gain nothing by it.
+# Triton recompiles a kernel when an integer becomes 1 or a multiple of 16. These change
+# from step to step with the number of rows, and gain nothing from it.
 COUNTS = ('parts', 'tiles', 'number_of_rows')
-# numbers that a kernel can read
+# constants that a kernel can read
 _FLAT_SQUARED = tl.constexpr(FLAT**2)
 _LARGE = tl.constexpr(LARGE)
 _MIN_SPREAD = tl.constexpr(MIN_SPREAD)
@@ -168,8 +168,7 @@ _MIN_SCORE = tl.constexpr(MIN_SCORE)
 
 @triton.jit
 def _rows(tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS):
-    """The rows of a tile, where in the logits they begin, which of them exist, and
-    which count."""
+    """The rows of a tile, their offsets in the logits, which exist and which count."""
     image = (tile // parts).to(tl.int64)
     position = (tile % parts) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exists = position < positions
@@ -183,13 +182,13 @@ def _rows(tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROW
 
 @triton.jit
 def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
-    """Logits (classes, rows) of a block, and which of them count; 0 where not."""
+    """Logits (classes, rows) of a block, 0 where they do not count, and which count."""
     index = first + tl.arange(0, BLOCK_CLASSES)
     there = (index < classes)[:, None] & exists[None, :]
     place = rows[None, :] + index.to(tl.int64)[:, None] * stride
-    # many at a time, which a mask that may change between neighbours would prevent
+    # not masked by `keep`: a mask that changes between neighbours prevents wide loads
     x = tl.load(place, mask=there, other=0)
-    if x.dtype != tl.float64:  # Triton 3.1 knows no way from bf16 to float64
+    if x.dtype != tl.float64:  # Triton 3.1 cannot convert bf16 to float64
         x = x.to(tl.float32)
     counts = there & keep[None, :]
     return tl.where(counts, x.to(DTYPE), 0), counts
@@ -200,8 +199,7 @@ def _denominator(
     rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
     BLOCK_ROWS,
 ):
-    """Of a softmax, the largest logit of each row and the sum of
-    exp(logit - largest)."""
+    """For softmax, each row's largest logit and sum of exp(logit - largest)."""
     largest = tl.full([BLOCK_ROWS], float('-inf'), DTYPE)
     total = tl.zeros([BLOCK_ROWS], DTYPE)
     if ACTIVATION == 'softmax':
@@ -222,7 +220,7 @@ def _denominators(
     s_rows, t_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
     BLOCK_CLASSES, BLOCK_ROWS,
 ):
-    """:func:`_denominator` of student and teacher."""
+    """:func:`_denominator` for student and teacher."""
     s_largest, s_total = _denominator(
         s_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
         BLOCK_ROWS,
@@ -246,7 +244,7 @@ def _scores(
         p = tl.exp(p - largest[None, :]) / total[None, :]
     if ACTIVATION == 'sigmoid':
         p = 1 / (1 + tl.exp(-p))
-    # NaN and inf less themselves are NaN
+    # NaN and inf minus themselves are NaN
     bad = tl.sum(tl.sum((x - x != 0).to(tl.int32), 1), 0)
     return tl.where(counts, p, 0), counts, bad
 
@@ -263,7 +261,7 @@ def _centred_sums(p, q, counts, number, AXIS: tl.constexpr):
 
 @triton.jit
 def _is_constant(var, mean, number, ACTIVATION, DTYPE):
-    """Where a vector is constant, by float64 sums of scores in DTYPE."""
+    """Whether vectors are constant, by float64 sums of scores in DTYPE."""
     size = tl.abs(mean)
     if ACTIVATION != 'identity' and DTYPE == tl.float64:  # noqa: SIM300
         size = tl.minimum(size, tl.maximum(tl.abs(1 - mean), _MIN_DISTANCE))
@@ -330,7 +328,7 @@ def _forward(
         )
         bad += block_bad
 
-        # of the rows: add the block to the classes before it
+        # rows: combine the block with the classes before it
         index = first + tl.arange(0, BLOCK_CLASSES)
         there = index < classes
         size = tl.sum(there.to(DTYPE), 0)
@@ -347,7 +345,7 @@ def _forward(
         ab += block_ab + d_p * d_q * between
         bb += block_bb + d_q * d_q * between
 
-        # of the classes: all rows of the tile are here
+        # classes: the block has all rows of the tile
         class_p, class_q, class_aa, class_ab, class_bb = _centred_sums(
             p, q, counts, count.to(DTYPE), 1
         )
@@ -380,7 +378,7 @@ def _forward(
     tl.store(row_factors + row, u, mask=exists)
     tl.store(row_factors + number_of_rows + row, v, mask=exists)
     if ACTIVATION != 'softmax':
-        # of the rounded u and v, which the means have to cancel
+        # from the rounded u and v, so that the means cancel
         w = v.to(tl.float64) * mean_p - u.to(tl.float64) * mean_q
         tl.store(row_shift + row, w, mask=exists)
 

@@ -3,9 +3,9 @@
 Source: Huang et al., "Knowledge Distillation from A Stronger Teacher",
 NeurIPS 2022 (arXiv 2205.10536), section 4, equations 6 to 9.
 
-All of it is in fp32 (float64 logits in float64): where that rounds away what centring
-leaves of a vector, the correlation of this vector has no digits. The other paths
-compute such scores in float64.
+Everything is in fp32 (float64 for float64 logits). If rounding destroys what centring
+leaves of a vector, its correlation has no correct digits. The other paths compute such
+scores in float64.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def correlations(
     )
     if settings.activation == 'identity' and settings.group is None:
         student, teacher = in_range(student), in_range(teacher)
-    # inter-class, equation 7: over the processes only the mean is taken
+    # inter-class, equation 7: processes share only the mean
     rows = pearson(student, teacher, 1, None, settings._replace(group=None))
     count = torch.ones_like(rows) if weight is None else weight.squeeze(1)
     sums = torch.stack([(count * rows).sum(), count.sum()])
@@ -67,7 +67,7 @@ def differentiable_gradient(
     settings: Settings,
     grads: Sequence[Tensor],
 ) -> Tensor:
-    """The student's gradient, itself with a graph, from those of the two correlations;
+    """The student's gradient, with a graph, from the gradients of the two correlations;
     for the fast paths under ``create_graph=True``."""
     if settings.group is not None:
         raise NotImplementedError(
@@ -80,8 +80,8 @@ def differentiable_gradient(
 
 
 def in_range(scores: Tensor) -> Tensor:
-    """Divide scores, which changes no correlation, so that no square overflows;
-    ordinary ones by 1."""
+    """Divide scores so that no square overflows, which changes no correlation.
+    Ordinary scores are divided by 1."""
     if not scores.numel():
         return scores
     largest = torch.linalg.vector_norm(scores.detach(), math.inf)
@@ -93,16 +93,16 @@ def pearson(
 ) -> Tensor:
     """Pearson correlation of two matrices along one dimension.
 
-    It is ``sum(a * b) / (|a| * |b| + eps)`` after both were centred. Where ``a`` or
-    ``b`` is constant (see ``MIN_SPREAD``) it is 0, and so is its gradient.
+    It is ``sum(a * b) / (|a| * |b| + eps)`` after centring both. Where ``a`` or ``b``
+    is constant (see ``MIN_SPREAD``), it and its gradient are 0.
 
     Args:
         a: Scores of shape (rows, classes), floating point.
         b: Scores of the same shape.
         dim: 0 for the correlation of each class, 1 for that of each row.
         weight: 1 where an entry counts and 0 where it does not, broadcastable to
-            ``a``; ``None`` where all do. Entries of weight 0 must be finite.
-        settings: How they are correlated.
+            ``a``; ``None`` if all do. Entries of weight 0 must be finite.
+        settings: How to correlate them.
     """
     if weight is None:
         weight = a.new_ones((1, 1))
@@ -112,15 +112,15 @@ def pearson(
         return sum_over_processes(sums, settings.group)
 
     count, sum_a, sum_b = total(torch.ones_like(a), a, b)
-    # The sums below do not change to first order with the means (centred entries
-    # sum to 0), so the means need a gradient for second derivatives only; over
-    # processes they must have none, as each process sees only its own part of that 0.
+    # To first order the sums below do not depend on the means (centred entries sum to
+    # 0), so the means need a gradient only for second derivatives. Over processes they
+    # must have none, because each process sees only its own part of that 0.
     means = [x / count.clamp(min=1) for x in (sum_a, sum_b)]
     if settings.group is not None:
         means = [mean.detach() for mean in means]
     a, b = (x - mean.unsqueeze(dim) for x, mean in zip((a, b), means, strict=True))
     var_a, cov, var_b = total(a * a, a * b, b * b)
-    # not the square root of 0, whose gradient is infinite
+    # avoid the square root of 0, whose gradient is infinite
     constant_a, constant_b = (
         is_constant(var, mean, count, settings.activation)
         for var, mean in zip((var_a, var_b), means, strict=True)
@@ -130,5 +130,5 @@ def pearson(
     corr = (cov / (norm_a * norm_b + settings.eps)).masked_fill(constant, 0)
     if settings.eps:
         return corr
-    # of two scores it is 1 or -1, and the gradient nothing but rounding
+    # two scores correlate at 1 or -1: the gradient would be only rounding error
     return torch.where(count > 2, corr, corr.detach())
