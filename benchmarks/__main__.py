@@ -12,7 +12,7 @@ import torch
 from benchmarks import loss, measure
 
 PAGE = Path(__file__).parent.parent / 'docs' / 'benchmarks.md'
-# of a new page; what stands there above the first part is kept
+# for a new page; the text above the first part of an old page is kept
 INTRODUCTION = """# Benchmarks
 
 Written by `make bench` (`python -m benchmarks`). Contestants run in turns in one
@@ -56,7 +56,7 @@ TITLES = {
 
 
 def measured(part: str, seconds: float, page: Path) -> tuple[str, str]:
-    """What a part is about, and what was measured."""
+    """The text of a part, and its measurements."""
     if part == 'loss':
         return LOSS, loss.speed(seconds)
     if part == 'gpu':
@@ -64,7 +64,7 @@ def measured(part: str, seconds: float, page: Path) -> tuple[str, str]:
     if part == 'growth':
         plot = page.with_name('benchmarks_growth.png')
         return GROWTH, loss.growth(seconds / 5, plot)
-    # the loss needs torch and mmengine, these need the models
+    # the loss needs torch and mmengine, these also need the models
     module = importlib.import_module(f'benchmarks.{part}')
     return module.__doc__, module.steps(seconds)
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def read_page(page: Path) -> tuple[str, dict[str, str]]:
-    """Introduction and parts of the page that was written before."""
+    """Introduction and parts of the existing page."""
     if not page.exists():
         return INTRODUCTION, {}
     introduction, *parts = re.split(r'<!-- (\w+) -->\n', page.read_text())

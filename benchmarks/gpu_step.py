@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_step 'RetinaNet R50 <- R101' [--compiled]
 
 *Student + teacher* is the bare teacher's forward and the student's step in one go. Each
-time is followed by the peak of memory, the weights of both included, and by how often
+time is followed by the peak memory, with the weights of both models, and by how often
 the step waits for the GPU. DINO's queries are matched on the CPU, so it waits. On a
-CPU, which is for trying it, images are small and only the time is measured.
+CPU, which is only for trying it, images are small and only the time is measured.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ SETTINGS = [
 
 
 class Step(NamedTuple):
-    """What was measured of a pair in a setting."""
+    """Measurements of a pair in a setting."""
 
     setting: str
-    time: dict[str, float] = {}  # seconds of a contestant; of `both` in one go
-    peak: dict[str, int] = {}  # bytes beyond the weights, of a contestant; on a GPU
+    time: dict[str, float] = {}  # seconds by contestant; `both` in one go
+    peak: dict[str, int] = {}  # bytes beyond the weights, by contestant; on a GPU
     weights: int = 0  # bytes, of student and teacher
-    waits: dict[str, int] = {}  # how often a contestant waits for the device
+    waits: dict[str, int] = {}  # waits for the device, by contestant
     error: str = ''  # why it does not run
 
     @property
     def overhead(self) -> float:
-        """Time of the distilled step over that of the student's and bare teacher's."""
+        """Time of the distilled step over that of student and bare teacher."""
         return self.time['distilled'] / self.time['both']
 
     @property
     def memory(self) -> float:
-        """Peak of the distilled step over what student and teacher need."""
+        """Peak memory of the distilled step over what student and teacher need."""
         need = max(self.peak['student'], self.peak['teacher'])
         return (self.weights + self.peak['distilled']) / (self.weights + need)
 
@@ -82,7 +82,7 @@ def measured(
                 try:
                     steps[doing]()
                 except Exception:
-                    if doing != 'usual':  # two models may sample other boxes
+                    if doing != 'usual':  # two models may sample different boxes
                         raise
                     del steps[doing]
             doing = 'measuring'
@@ -103,7 +103,7 @@ def measured(
 
 
 def change(models: Models, setting: Setting) -> None:
-    """Bring the models into the layout of a setting; compile backbones and necks."""
+    """Apply a setting: the memory layout, and compiled backbones and necks."""
     its_teacher = models.distilled.teacher.model
     every = (models.student, models.teacher, models.distilled, its_teacher)
     if setting.channels_last:
@@ -124,7 +124,7 @@ def and_wait(call: Callable[[], None]) -> None:
 
 
 def waits_of(call: Callable[[], None]) -> int:
-    """How often a call waits for the GPU, the same random numbers each time."""
+    """How often a call waits for the GPU, with the same random numbers each time."""
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

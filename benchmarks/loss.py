@@ -30,7 +30,7 @@ CALLS_ON_GPU = 20
 
 class Goals(NamedTuple):
     faster: float  # than the textbook formula, in the geometric mean
-    floor: float  # times the floor
+    floor: float  # at most this many times the floor
 
 
 GOALS = {'cpu': Goals(4, 4), 'cuda': Goals(8, 2)}
@@ -59,7 +59,7 @@ def dist(activation: str, path: str = 'auto', eps: float = 0.0) -> DISTLoss:
 
 
 def step_of(name: str, shape: str, activation: str) -> Callable[[], None]:
-    """A step, from words."""
+    """A step, from strings."""
     losses = {
         'textbook': functools.partial(textbook.dist_loss, activation=activation),
         'fast': dist(activation),
@@ -72,8 +72,8 @@ def peak_of(name: str, shape: tuple[int, ...], activation: str) -> int:
 
 
 def peak_on_gpu(call: Callable[[], None]) -> int:
-    """Bytes of all tensors that a call has at once."""
-    call()  # what is kept from the first call on is not counted
+    """Peak bytes of all tensors that a call allocates."""
+    call()  # what is kept from the first call on does not count
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -82,14 +82,14 @@ def peak_on_gpu(call: Callable[[], None]) -> int:
 
 
 def often(call: Callable[[], None]) -> None:
-    """A GPU is waited for after some calls, as it is in training."""
+    """Wait for the GPU only after several calls, as in training."""
     for _ in range(CALLS_ON_GPU):
         call()
     torch.cuda.synchronize()
 
 
 def check_same(activation: str, device: str = 'cpu') -> None:
-    """The textbook formula and DISTLoss are the same function."""
+    """Check that the textbook formula and DISTLoss are the same function."""
     grads = []
     for loss in (
         functools.partial(textbook.dist_loss, activation=activation),
@@ -102,10 +102,10 @@ def check_same(activation: str, device: str = 'cpu') -> None:
 
 
 class Measured(NamedTuple):
-    """What was measured of one kind of logits."""
+    """Measurements of one kind of logits."""
 
     name: str
-    time: dict[str, float]  # seconds of a contestant
+    time: dict[str, float]  # seconds by contestant
     peak: dict[str, int]  # bytes
     size: int  # bytes of the gradient
 
@@ -206,7 +206,7 @@ def speed(seconds: float, device: str = 'cpu') -> str:
 
 
 def growth(seconds: float, plot: Path | None) -> str:
-    """Time and memory against rows and classes; a plot of them."""
+    """Time and memory against rows and classes; a plot too, if ``plot`` is a path."""
     series = {
         'rows, at 19 classes': [
             (rows, (1, 19, rows)) for rows in (10**4, 10**5, 10**6, 10**7)

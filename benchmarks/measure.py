@@ -1,4 +1,4 @@
-"""Time and memory of functions that are to be compared, and the machine's name."""
+"""Time and memory of functions to compare, and the machine's name."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def interleaved(
 
     Args:
         contestants (dict): Name -> function without arguments.
-        seconds (float): Go on for at least so long.
-        rounds (int): And for at least so many rounds, each in a new order.
+        seconds (float): Run for at least this long.
+        rounds (int): And for at least this many rounds, each in a new order.
 
     Returns:
         dict: Name -> seconds, the minimum of its runs: other work on the machine can
@@ -46,11 +46,11 @@ def interleaved(
 
 
 def peak_memory(function: str, *args: object) -> int:
-    """Bytes by which a call raises the resident memory of a process at its peak.
+    """Bytes by which a call raises the peak resident memory of a process.
 
     Args:
         function (str): ``package.module:name`` of a function that takes strings, does
-            all that is not to be counted, and returns the call to be measured.
+            everything that should not count, and returns the call to measure.
         args: Its arguments.
     """
     args = (torch.get_num_threads(), *args)
@@ -85,7 +85,7 @@ def resident(key: str) -> int:
 
 
 def processor() -> str:
-    """Name of the CPU, and of the GPU."""
+    """Name of the CPU and, if there is one, of the GPU."""
     name = platform.processor() or platform.machine()
     info = Path('/proc/cpuinfo')
     if info.exists():
@@ -101,7 +101,7 @@ def machine() -> str:
     versions = [
         f'{name} {importlib.import_module(name).__version__}'
         for name in ('torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg')
-        if importlib.util.find_spec(name)  # the loss needs torch and mmengine alone
+        if importlib.util.find_spec(name)  # the loss needs only torch and mmengine
     ]
     return (
         f'{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads '

@@ -1,10 +1,10 @@
-"""Where the student alone trains, does the distilled one?
+"""Does the distilled student train wherever the student alone does?
 
-Students from scratch on scenes of digits (`python -m tools.dev.make_digits`), by
-mmdet's and mmseg's own optimizer settings: alone, and by the defaults of mmdist. The
-teacher is the same network from another start, trained as long. *Own* are the student's
-own losses over the last ten iterations. *Most* is their largest ratio to those of the
-student alone at the same time, over windows of ten iterations; the goal is 1.5.
+Students train from scratch on scenes of digits (`python -m tools.dev.make_digits`) with
+mmdet's and mmseg's own optimizer settings: alone, and with the defaults of mmdist. The
+teacher is the same network from another start, trained as long. *Own* is the mean of
+the student's own losses over the last ten iterations. *Most* is their largest ratio to
+those of the student alone at the same time, in windows of ten; the goal is 1.5.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ DATA = {'mmdet': 'digits_detection.py', 'mmseg': 'digits_segmentation.py'}
 
 
 def small(node: Any, is_narrow: bool = True) -> Any:
-    """A model's config for ten classes, from scratch, with a narrow ResNet-18.
+    """Shrink a model's config: ten classes, from scratch, with a narrow ResNet-18.
 
     Args:
         node: The config.
-        is_narrow: Whether its neck and heads are a quarter as wide, too.
+        is_narrow: Whether to make its neck and heads a quarter as wide, too.
     """
     if isinstance(node, list):
         if node and all(x in RESNETS for x in node):
@@ -84,7 +84,7 @@ def samples(scope: str) -> Any:
 
 
 def train(model: nn.Module, config: Config, scope: str, warm_up: int) -> list[float]:
-    """The student's own losses of each iteration; NaN from where they are lost."""
+    """Train; return the student's own loss by iteration, NaN from a failure on."""
     with DefaultScope.overwrite_default_scope(scope):
         settings = deepcopy(config.optim_wrapper)
         settings.type = 'OptimWrapper'
@@ -138,7 +138,7 @@ def steps(seconds: float) -> str:
     for name, path in STUDENTS.items():
         scope = path.partition('::')[0]
         config = Config.fromstring(f'_base_ = {path!r}', '.py')
-        # 256 channels are in DINO's code
+        # DINO's code has 256 channels hard-coded
         cfg = small(without_pretrained(config.model), name != 'DINO')
         cfg.data_preprocessor.pop('batch_augments', None)
         if scope == 'mmseg':
@@ -150,7 +150,7 @@ def steps(seconds: float) -> str:
             row = [name, str(warm_up), f'{windows(alone)[-1]:.2f}']
             for balance in (None, 3.0):
                 if balance is None and warm_up != WARM_UPS[0]:
-                    row += ['', '']  # diverges where it does in a short warm-up
+                    row += ['', '']  # diverges where it does with a short warm-up
                     continue
                 teacher = dict(config=cfg, allow_random=True)
                 distiller = dict(

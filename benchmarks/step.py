@@ -1,10 +1,10 @@
 """Forward and backward of a batch of two, random weights. *Student + teacher* is the
 student's own step plus one bare forward of the compared parts of the teacher, without
-gradient: less is not possible. The *usual way* is that of the general distillation
-libraries: the teacher's whole loss pass without gradient, outputs caught by hooks, the
-textbook formula; for two-stage detectors it compares the boxes that either model
+gradient: nothing can be faster. The *usual way* is that of general distillation
+libraries: the teacher's whole loss pass without gradient, outputs caught by hooks, and
+the textbook formula. For two-stage detectors it compares the boxes that each model
 happened to sample; mmdet's DINO has no loss pass in eval. *Peak* is as above, for the
-step; less than that of the student alone is not possible either.
+step; it cannot be less than that of the student alone.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Pair(NamedTuple):
     size: tuple[int, int]  # on a CPU
     full_size: tuple[int, int]  # on a GPU
     activation: str
-    hook: str  # modules whose output the usual way compares: the student's; '': none
-    teacher_hook: str  # and the teacher's
+    hook: str  # the student's module that the usual way compares; '': none
+    teacher_hook: str  # the teacher's
     bare: Callable[[nn.Module, torch.Tensor, list], None]
-    goals: tuple[float, float | None]  # at most this overhead, at least so much faster
+    goals: tuple[float, float | None]  # at most this overhead, at least this speedup
 
 
 def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
@@ -149,7 +149,7 @@ PAIRS = {
 
 
 class Models(NamedTuple):
-    """What takes part in a comparison of steps, and the batch of all."""
+    """The models of a comparison of steps, and their common batch."""
 
     student: nn.Module
     teacher: nn.Module
@@ -181,7 +181,7 @@ def batch(library: str, size: tuple[int, int], model: nn.Module) -> dict:
 def models_of(
     name: str, device: str = 'cpu', size: tuple[int, int] | None = None
 ) -> Models:
-    """The models of a pair with random weights; ``size`` of the images, if another."""
+    """The models of a pair, with random weights; ``size`` overrides the image size."""
     pair = PAIRS[name]
     size = size or pair.size
     library = pair.student.split('::')[0]
@@ -198,7 +198,7 @@ def models_of(
     student_cfg, teacher_cfg = (
         without_pretrained(get_config(x).model) for x in (pair.student, pair.teacher)
     )
-    if library == 'mmseg':  # the batch has the size already
+    if library == 'mmseg':  # the batch already has this size
         for cfg in (student_cfg, teacher_cfg):
             cfg.data_preprocessor.size = size
     student, teacher = (
@@ -220,7 +220,7 @@ def models_of(
     )
     distilled.init_weights()
     distilled.load_state_dict(student.state_dict())
-    # the same weights: how long a detector predicts depends on what it finds
+    # the same weights: how long a detector takes depends on what it finds
     distilled.teacher.model.load_state_dict(teacher.state_dict())
     student, teacher, distilled = (x.to(device) for x in (student, teacher, distilled))
     return Models(student, teacher, distilled, batch(library, size, student))
@@ -232,7 +232,7 @@ def steps_of(
     size: tuple[int, int] | None = None,
     amp: torch.dtype | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """The contestants of a pair; ``amp`` is the type of autocast, if any."""
+    """The contestants of a pair; ``amp`` is the dtype of autocast, if any."""
     pair = PAIRS[name]
     student, teacher, distilled, data = models_of(name, device, size)
     given = data['inputs'], data['data_samples']

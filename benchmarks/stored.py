@@ -1,6 +1,6 @@
 """Loading two images by one worker, forward and backward, random weights: the student
-alone, and distilled from stored answers (40 boxes an image, or a map at 1/8). Only the
-loss is left to pay for. *Peak* is that of the step.
+alone, and distilled from stored answers (40 boxes per image, or a map at 1/8 size).
+Only the loss adds to the cost. *Peak* is that of the step.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def step_of(name: str, which: str, folder: str) -> Callable[[], None]:
     """A step of the student ``'alone'`` or ``'stored'``, with its data."""
     pair, place = PAIRS[name], Path(folder) / which
     library = pair.student.split('::')[0]
-    model = models_of(name).student  # registers, and sets the scope
+    model = models_of(name).student  # it also registers modules and sets the scope
     data, answers = data_of(library, place, pair.size)
     dataset = DATASETS.build(data)
     if which == 'stored':

@@ -1,10 +1,10 @@
 """The options of `teacher`, one at a time: a bare forward of a batch of two without
-gradient, random weights. *Weights* is the memory of the teacher's parameters and
-buffers. The logits are compared with those of the teacher as it is, the difference in
-standard deviations of the logits; *same class* is the share of pixels where both give
-the same class. Random weights leave the classes close to each other, so that share is
-a low estimate. `dtype='fp16'` is left out: it is for GPUs. On a CPU without fp16
-arithmetic one forward had not ended after a minute.
+gradient, with random weights. *Weights* is the memory of the teacher's parameters and
+buffers. The logits are compared with those of the teacher as it is; their largest
+difference is in standard deviations of the logits. *Same class* is the share of pixels
+where both predict the same class, a low estimate: random weights leave the classes
+close to each other. `dtype='fp16'` is left out: it is for GPUs. On a CPU without fp16
+arithmetic, one forward had not finished after a minute.
 """
 
 from __future__ import annotations

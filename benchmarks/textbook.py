@@ -1,4 +1,4 @@
-"""DIST written the obvious way: what `mmdist.DISTLoss` is measured against."""
+"""DIST written the obvious way, the baseline of `mmdist.DISTLoss`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dist_loss(
         beta: Weight of the inter-class term.
         gamma: Weight of the intra-class term.
         tau: Temperature; its square multiplies the loss.
-        eps: Added to the product of the norms; this is that of the published code.
+        eps: Added to the product of the norms; the default is the published code's.
 
     Returns:
         A 0-dim tensor.

@@ -1,6 +1,6 @@
-"""Forward and backward of a batch of two, random weights, the second image without
-labels, against the same step with the labels of both. The heads of a two-stage
-detector run once for either image.
+"""Forward and backward of a batch of two with random weights: the second image without
+labels, against the same step with both labelled. The heads of a two-stage detector run
+once for each image.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 
     python tools/check_env.py
 
-prints one line per requirement: what was found, what is wanted, and for each thing
-wrong the command that fixes it. The exit code is 1 if anything is wrong. Only the
-standard library is imported here, so that it runs in a broken environment too.
+It prints one line per requirement: what was found, what is wanted, and the command that
+fixes it if it is wrong. The exit code is 1 if anything is wrong. It imports only the
+standard library, so that it runs in a broken environment too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 PIP = 'python -m pip install'
 BUILD_TOOLS = f'{PIP} "setuptools<81" wheel ninja'
-# A cached wheel may be the very one that does not fit: it is not keyed on torch.
+# pip's cache is not keyed on torch: a cached wheel may be the one that does not fit.
 BUILD = (
     'MMCV_WITH_OPS=1 '
     f'{PIP} --no-build-isolation --no-cache-dir --force-reinstall --no-deps'
@@ -40,7 +40,7 @@ RUN_CONFIGS = """
 from mmengine.config.utils import MODULE2PACKAGE
 assert 'mmdist' in MODULE2PACKAGE, 'mmengine does not know mmdist:: config paths'
 """
-# of upstream and of the fork: what is imported, and where it comes from
+# upstream and the fork: the module, and the requirement it comes from
 LIBRARIES = (
     {'mmdet': 'mmdet==3.3.0', 'mmseg': 'mmsegmentation==1.2.2'},
     {'mmdet': 'onedl-mmdetection==3.5.1', 'mmseg': 'onedl-mmsegmentation==1.4.2'},
@@ -54,7 +54,7 @@ FORKS = dict(
 
 
 class Line(NamedTuple):
-    """One requirement: ``fix`` is the command to run, None where all is well."""
+    """One requirement: ``fix`` is the command to run, None if all is well."""
 
     name: str
     found: str
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 
 
 def version_of(distribution: str) -> str | None:
-    """The version that is installed for this interpreter."""
+    """The version installed for this interpreter."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -71,7 +71,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def error_of(code: str) -> str:
-    """Run code in a fresh interpreter; the last line of its error, or ''."""
+    """Run code in a fresh interpreter; return the last line of its error, or ''."""
     command = [sys.executable, '-W', 'ignore', '-c', code]
     run = subprocess.run(command, capture_output=True, text=True, errors='replace')
     if run.returncode == 0:
@@ -86,7 +86,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def check() -> list[Line]:
-    """All requirements, in the order in which they should be fixed."""
+    """Check all requirements, in the order in which they should be fixed."""
     fork = any(version_of(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
     # from setuptools 81 on, every `mmdet::...` path in a config fails
     setuptools = '< 81 (pkg_resources)'
@@ -119,7 +119,7 @@ def check_python() -> Line:
 
 
 def check_version(name: str, wanted: str, low: tuple, high: tuple, fix: str) -> Line:
-    """A version from ``low`` to below ``high`` is installed."""
+    """Check that a version from ``low`` to below ``high`` is installed."""
     version = version_of(name)
     ok = version is not None and low <= numbers(version) < high
     return Line(name, version or 'missing', wanted, None if ok else fix)
@@ -138,7 +138,7 @@ def check_torch() -> Line:
 
 
 def check_single() -> Line | None:
-    """Both an original and its fork: their files overwrite each other."""
+    """Find originals next to their fork: their files overwrite each other."""
     both = [(name, f'onedl-{fork}') for name, fork in FORKS.items()]
     found = ' '.join(' '.join(p) for p in both if all(map(version_of, p)))
     if not found:
@@ -148,7 +148,7 @@ def check_single() -> Line | None:
 
 
 def check_mmcv(fork: bool) -> Line:
-    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert it when they are imported.
+    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert it on import.
     name, pin, wanted, low, high = ('mmcv', '2.1.0', '>= 2.0, < 2.2', (2, 0), (2, 2))
     if fork:
         name, pin, wanted, low, high = 'onedl-mmcv', '2.3.6', '>= 2.3', (2, 3), (3,)
@@ -160,7 +160,7 @@ def check_mmcv(fork: bool) -> Line:
 
 
 def check_ops(fork: bool) -> Line:
-    """Run one compiled op; what it says tells how mmcv was built."""
+    """Run one compiled op; its error tells how mmcv was built."""
     error, wanted = error_of(RUN_OPS), 'one op runs'
     if not error:
         return Line('mmcv.ops', 'nms runs', wanted)
@@ -199,7 +199,7 @@ def check_import(name: str) -> Line:
 
 def check_library(module: str, requirement: str) -> Line:
     name, _, pin = requirement.partition('==')
-    # The fork's are source only and import packaging while they are built.
+    # The fork's libraries are source only and import packaging during their build.
     flag = '--no-build-isolation ' if 'onedl' in name else ''
     fix, (major, *_) = f'{PIP} {flag}{requirement}', numbers(pin)
     line = check_version(name, f'{major}.x', (major,), (major + 1,), fix)
@@ -223,7 +223,7 @@ def check_mmdist() -> Line:
 
 
 def report(lines: list[Line]) -> str:
-    """A line for each requirement, and a last one that sums up."""
+    """One line per requirement, and a summary."""
     rows = []
     for name, found, wanted, fix in lines:
         end = f'-> run: {fix}' if fix else 'ok'

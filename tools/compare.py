@@ -3,10 +3,10 @@
     python tools/compare.py alone=work_dirs/alone_0 alone=work_dirs/alone_1 \
         dist=work_dirs/dist_0 dist=work_dirs/dist_1 --out compare.png
 
-Runs of one name are seeds of one method; its seed is `randomness.seed` of the config
-that the run has dumped. The table has the last value of the metric, mean ± standard
-deviation over seeds, and the mean of the differences to the first method, paired by
-seed, with the 95 % interval of Student's t. A run without a score is left out.
+Runs with the same name are seeds of one method; the seed is `randomness.seed` in the
+config that the run dumped. The table has the last value of the metric, mean ± standard
+deviation over seeds, and the mean difference to the first method, paired by seed, with
+the 95 % interval of Student's t. Runs without a score are left out.
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ STYLES = ('-', '--', ':', '-.')
 
 
 class Run(NamedTuple):
-    """One training, as its logs have it."""
+    """One training, as read from its logs."""
 
     folder: Path
-    seed: int | str  # of a run without one, its folder: it is paired with none
+    seed: int | str  # its folder if it has no seed: it is paired with none
     entries: list[dict]
 
     def curve(self, key: str) -> dict[int, float]:
         """The values of a key by step, in order.
 
-        A run that was resumed, or started again, replaces what was logged from there
-        on.
+        A resumed or restarted run replaces what was logged from that step on.
         """
         curve: dict[int, float] = {}
         for entry in self.entries:
@@ -49,16 +48,16 @@ class Run(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        """What was logged by validation; the entries of training have `lr`."""
+        """The keys that validation logged; entries of training have `lr`."""
         keys = {key for e in self.entries if 'lr' not in e for key in e}
         return sorted(keys - {'step', 'time', 'data_time'})
 
 
 def read_run(folder: Path) -> Run:
-    """The logs of a work dir, and the seed of the config beside them.
+    """Read the logs of a work dir, and the seed from the config next to them.
 
     Raises:
-        SystemExit: There is no log.
+        SystemExit: There is no log, or it is broken.
     """
     try:
         entries = read_log(folder)
@@ -73,7 +72,7 @@ def read_run(folder: Path) -> Run:
     try:
         cfg = Config.fromfile(config, import_custom_modules=False)
         seed = cfg.get('randomness', {}).get('seed')
-    except Exception:  # there is none, or it is broken
+    except Exception:  # no config, or a broken one
         seed = None
     return Run(folder, str(folder.resolve()) if seed is None else seed, entries)
 
@@ -110,7 +109,7 @@ def choose_metric(methods: Methods, metric: str | None = None) -> str:
     """The metric to compare by.
 
     Raises:
-        SystemExit: No run has it, or has any of the known ones.
+        SystemExit: No run has logged it, or, if None, any of the known ones.
     """
     logged = {key for same in methods.values() for run in same for key in run.metrics}
     wanted = METRICS if metric is None else (metric,)
@@ -124,7 +123,7 @@ def choose_metric(methods: Methods, metric: str | None = None) -> str:
 
 
 def make_table(methods: Methods, metric: str) -> str:
-    """The table in Markdown, and a note on runs that are incomplete."""
+    """A Markdown table, and notes on incomplete runs."""
     scores: dict[str, dict] = {}
     ends, lacking = {}, {}
     for name, same in methods.items():
@@ -135,7 +134,7 @@ def make_table(methods: Methods, metric: str) -> str:
             else:
                 lacking[run.folder] = run.metrics or 'nothing'
     values = [value for by_seed in scores.values() for value in by_seed.values()]
-    digits = 2 if max(map(abs, values)) > 1 else 4  # mmdet's AP are fractions
+    digits = 2 if max(map(abs, values)) > 1 else 4  # mmdet's AP is a fraction
     first = next(iter(scores))
     lines = [
         f'| method | seeds | last {metric} | minus {first}, paired by seed | pairs |',
@@ -156,7 +155,7 @@ def make_table(methods: Methods, metric: str) -> str:
 
 
 def draw(methods: Methods, metric: str, file: Path) -> None:
-    """Draw each seed thin and the mean of the seeds thick."""
+    """Draw each seed as a thin line and their mean as a thick one."""
     keys = {k for same in methods.values() for r in same for e in r.entries for k in e}
     correlations = sorted(filter(CORRELATION.fullmatch, keys))
     # mmdet validates by epoch, mmseg by iteration
@@ -178,7 +177,7 @@ def draw(methods: Methods, metric: str, file: Path) -> None:
 
 
 def draw_seeds(axes, curves: list[dict], colour: str, style: str, label: str) -> None:
-    """Draw curves of a method, and their mean at the steps that all of them have."""
+    """Draw the curves of a method, and their mean at the steps that all share."""
     curves = [curve for curve in curves if curve]
     for curve in curves if len(curves) > 1 else []:
         values = list(curve), list(curve.values())

@@ -1,9 +1,9 @@
-"""Export the student of a distillation checkpoint: what its own config loads strictly.
+"""Export the student of a distillation checkpoint, for its own config to load strictly.
 
-Left out are what was learned to distil (`distill.*`), the optimizer and the logs; of a
-model with EMA it is the averaged weights. The file's name ends in the first 8 digits of
-its sha256, as those of the model zoos do. With --config, a config for testing and
-inference is written beside it, of the plain student and without `_base_`.
+What was learned to distil (`distill.*`), the optimizer and the logs are left out; with
+EMA, the averaged weights are exported. The file name ends in the first 8 digits of its
+sha256, as in the model zoos. With --config, a config of the plain student for testing
+and inference, without `_base_`, is written beside it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mmdist.registry import MODELS
 from mmdist.teachers.teacher import load_config
 
 PREFIX = 'distill.'
-# Not among them: the distillation config and the names of files where it was trained.
+# Without the distillation config and file names of the machine it was trained on.
 META = ('dataset_meta', 'epoch', 'iter', 'mmengine_version')
-# What testing and inference read of a config; hooks and data sets of mmdist are not
-# among it, so they need no mmdist.
+# What testing and inference read of a config. Hooks and data sets of mmdist are left
+# out, so they need no mmdist.
 FOR_TESTING = (
     'default_scope', 'custom_imports', 'model', 'data_preprocessor', 'test_pipeline',
     'test_dataloader', 'test_cfg', 'test_evaluator', 'tta_model', 'tta_pipeline',
@@ -56,9 +56,9 @@ def parse_args() -> argparse.Namespace:
 
 
 def student_of(checkpoint: dict) -> dict:
-    """``state_dict`` and ``meta`` of the plain student, from what the Runner saves.
+    """``state_dict`` and ``meta`` of the plain student, from a Runner's checkpoint.
 
-    With EMAHook, its ``state_dict`` holds the averaged weights already.
+    With EMAHook, its ``state_dict`` already holds the averaged weights.
 
     Raises:
         ValueError: There is no ``state_dict``.
@@ -82,7 +82,7 @@ def student_of(checkpoint: dict) -> dict:
 def check(student: dict, cfg: Config) -> None:
     """Load strictly into the config's model, or raise RuntimeError."""
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to what it is given
+        model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to the config
     model.load_state_dict(student['state_dict'], strict=True)
 
 

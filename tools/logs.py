@@ -1,4 +1,4 @@
-"""What the logs of trainings say: mean and spread over seeds, paired differences."""
+"""Read training logs: mean and spread over seeds, paired differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG = '*/vis_data/scalars.json'
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The scalars that the runs in a work dir have logged, the first run first."""
+    """The scalars logged by the runs in a work dir, the first run first."""
     return [
         json.loads(line)
         for file in sorted(folder.glob(LOG))
@@ -35,7 +35,7 @@ class Paired(NamedTuple):
 def paired(
     ours: Mapping[Hashable, float], theirs: Mapping[Hashable, float]
 ) -> Paired | None:
-    """Differences of two methods, paired by seed, with Student's t; None below two.
+    """Differences of two methods by seed, with Student's t; None below two pairs.
 
     Args:
         ours: Scores by seed.

@@ -6,13 +6,13 @@
 
 Both are built with random weights and take one training step on random images: no
 data, no checkpoint and no GPU is needed. What training would refuse is refused here.
-A model of another library, classes with other names and what is compared are given as
-in a config:
+A teacher of another library, other class names and the comparisons are given as in a
+config:
 
     --teacher type=mmdist.HFSegmentor name=nvidia/segformer-b5-finetuned-ade-640-640
     --class-map car=vehicle --distill dist.type=mmdist.DenseLogits dist.levels=concat
 
-Answers that are stored need the training images, which they are compared with:
+Stored answers need the training images, which they are checked against:
 
     --stored work_dirs/teacher
 """
@@ -110,13 +110,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def published_checkpoint(config: str) -> str | None:
-    """The URL that the library's metafile lists for a config, if there is one."""
+    """The weights' URL that the library's metafile lists for a config, or None."""
     if '::' not in config:
         return None
     package, path = _get_package_and_cfg_path(config)
     try:
         return _get_cfg_metainfo(get_installed_path(package), path).get('Weights')
-    except ValueError:  # it lists all the configs that there are
+    except ValueError:  # the metafiles do not list it
         return None
 
 
@@ -142,7 +142,7 @@ def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Modu
             check_images(dataset, pair.teacher.store)
             seen += [dataset[0], dataset[len(dataset) - 1]]
         pair.init_weights()
-    # Random weights are sure of nothing.
+    # Random weights give low scores only.
     for module in pair.teacher.model.modules():
         test_cfg = getattr(module, 'test_cfg', None)
         if isinstance(test_cfg, dict) and 'score_thr' in test_cfg:
@@ -151,8 +151,8 @@ def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Modu
 
 
 def run_step(model: nn.Module, classes: Sequence[str], batch: dict) -> Seen:
-    """One training step, backward included."""
-    # what the hooks of a training tell the distiller and some heads
+    """Run one training step, backward included."""
+    # what training hooks tell the distiller and some heads
     counters = dict(dataset_meta=dict(classes=classes), iter=0, epoch=0)
     MessageHub.get_current_instance().update_info_dict(counters)
     data = model.data_preprocessor(batch, training=True)
@@ -192,7 +192,7 @@ def random_batch(model: nn.Module, num_classes: int) -> dict:
 
 
 def portable(path: str, folder: Path) -> str:
-    """A path that holds in a config in a folder, wherever it is read from."""
+    """A path for a config in ``folder`` that is valid wherever it is read from."""
     if '::' in path or '://' in path or os.path.isabs(path):
         return path
     return f'{{{{ fileDirname }}}}/{os.path.relpath(path, folder)}'
@@ -229,7 +229,7 @@ def main() -> None:
         expected = (ValueError, RuntimeError, OSError, ImportError)
         said = why_not_built(error)
         if not said and not isinstance(error, expected):
-            raise  # a mistake of this tool
+            raise  # a bug in this tool
         raise SystemExit(f'This pair does not work.\n{said or error}') from None
     report = Report()
     report_pair(report, model, classes, seen)

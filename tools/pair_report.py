@@ -1,4 +1,4 @@
-"""A student and its teacher in words, for the tools that check a pair."""
+"""Describe a student and its teacher in words, for the tools that check a pair."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmdist.record import Recorder
 from mmdist.teachers import MeanTeacher, StoredTeacher, Teacher
 from mmdist.teachers.renormalize import swaps_channels
 
-FEW_ROWS = 30  # of a pair, in a process
+FEW_ROWS = 30  # of a pair, per process
 PARTS = ('backbone', 'decode_head', 'bbox_head', 'roi_head', 'mask_head')
 
 
@@ -25,19 +25,19 @@ class Seen(NamedTuple):
 
     losses: dict
     pairs: dict[str, Sequence[Pair]]  # by key of `distill`
-    terms: set[str]  # those of the losses that are distillation
+    terms: set[str]  # names of the distillation losses
     ran: list[nn.Module]  # backbones, necks and heads of the teachers
 
 
 def watch(model: nn.Module, step: Callable[[], dict]) -> Seen:
-    """Run a step of a distilled model, which gives its losses."""
+    """Record a distilled model in a step, which returns its losses."""
     comparisons = dict(model.distill.items())
     heads = [m for t in model.teachers.values() for m in parts(t.model)]
     with Recorder(comparisons.values()) as recorder, Recorder(heads) as teachers:
         losses = step()
     calls = {key: recorder.calls(c)[0] for key, c in comparisons.items()}
     terms = {term for call in calls.values() for term in call.output}
-    # the distiller's own name for a term that the student has as well
+    # the distiller renames a term that the student has as well
     renamed = {f'{t}_distill' if f'{t}_distill' in losses else t for t in terms}
     terms = {term for term in renamed if term.startswith('loss_')}
     pairs = {key: call.args[1] for key, call in calls.items()}
@@ -45,7 +45,7 @@ def watch(model: nn.Module, step: Callable[[], dict]) -> Seen:
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Backbone, neck and heads: what a detector or a segmentor calls."""
+    """Backbone, neck and heads: the modules that a detector or segmentor calls."""
     for child in model.children():
         if isinstance(child, nn.ModuleList) or is_a(child, 'BaseRoIHead'):
             yield from parts(child)
@@ -54,7 +54,7 @@ def parts(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
-    """The kind of a comparison, its loss, and what makes probabilities of scores."""
+    """The type of a comparison, its loss, and its activation."""
     loss = comparison.loss
     activation = pairs[0].activation or getattr(loss, 'activation', None)
     kinds = filter(None, (type(loss).__name__, activation))
@@ -62,30 +62,30 @@ def describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
 
 
 def with_name(key: str, teacher: str) -> str:
-    """A key of the report, with the name of one of several teachers."""
+    """A key of the report, with the teacher's name if there are several."""
     return f'{key} {teacher}'.strip()
 
 
 def as_text(values: Mapping[str, float], limit: int = 6) -> str:
-    """Numbers in a line, at most ``limit`` of them."""
+    """At most ``limit`` numbers in one line."""
     texts = [f'{k.split("/")[-1]} {v:.4g}' for k, v in values.items()]
     return ', '.join(texts[:limit])
 
 
 class Report:
-    """What is printed, and what speaks against the training."""
+    """The printed report, and what speaks against the training."""
 
     def __init__(self) -> None:
         self._out = sys.stdout  # the libraries' own output is dropped
-        self.warnings: list[str] = []  # the training may go on
-        self.cautions: list[str] = []  # it may, but something should be changed first
+        self.warnings: list[str] = []  # the training can start
+        self.cautions: list[str] = []  # it can, but something should be changed first
         self.reasons: list[str] = []  # it would be pointless
 
     def section(self, title: str, sentences: Sequence[str] = ()) -> None:
         print(title.upper(), file=self._out)
         for text in sentences:
             if '\n' in text:
-                print(text, file=self._out)  # has lines of its own
+                print(text, file=self._out)  # has its own line breaks
             else:
                 self._wrapped('  - ', text, 5)
 
@@ -99,7 +99,7 @@ class Report:
         print(textwrap.fill(text, 100, **options), file=self._out)
 
     def finish(self) -> int:
-        """Print the warnings and the verdict; gives the exit status."""
+        """Print the warnings and the verdict; return the exit status."""
         if self.warnings:
             self.section('warnings', self.warnings)
         if self.reasons:
@@ -114,7 +114,7 @@ class Report:
 def report_pair(
     report: Report, model: nn.Module, classes: Sequence[str] | None, seen: Seen
 ) -> None:
-    """What is compared with what, which classes, and how the images differ.
+    """Report what is compared with what, which classes, and how the images differ.
 
     ``classes`` are the student's class names, None if unknown.
     """
@@ -154,7 +154,7 @@ def report_pair(
 
 
 def _describe_images(model: nn.Module, teacher: Teacher) -> str:
-    """What is done to the student's batch for a teacher."""
+    """How the student's batch is changed for a teacher."""
     if isinstance(teacher, StoredTeacher):
         return 'not shown to a teacher; its answers are moved as the images are'
     steps = {
@@ -200,7 +200,7 @@ def _counting(pair: Pair) -> Tensor:
 
 
 def _is_constant(rows: Tensor) -> bool:
-    """Whether all rows are the same, but for rounding."""
+    """Whether all rows are the same, up to rounding."""
     low, high = rows.amin(0), rows.amax(0)
     return bool((high - low <= 1e-6 * high.maximum(-low).abs()).all())
 
@@ -211,7 +211,7 @@ def _paths(modules: Sequence[nn.Module], model: nn.Module) -> str:
 
 
 def _judge_rows(report: Report, key: str, is_dist: bool, pairs: Sequence[Pair]) -> None:
-    """Warn of too few rows or columns, and of a constant teacher."""
+    """Warn about too few rows or columns, and about a constant teacher."""
     rows = [_counting(pair) for pair in pairs]
     constant = [_is_constant(x) for x in rows if len(x) > 1]
     same = f'`{key}`: the teacher gives all rows the same scores'

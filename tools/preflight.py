@@ -42,7 +42,7 @@ from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
 from mmdist.teachers import MeanTeacher, Teacher
 
-STEPS = 3  # that are timed
+STEPS = 3  # timed steps
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,21 +63,21 @@ def parse_args() -> argparse.Namespace:
 
 
 class Stop(Exception):
-    """All is seen: the Runner need not train."""
+    """All is checked: the Runner need not train."""
 
 
 class Preflight(Hook):
-    """Looks at a distilled model where the Runner would take its first step."""
+    """Checks a distilled model where the Runner would take its first step."""
 
     def __init__(self, report: Report, images: int) -> None:
         self.report = report
-        self.images = images  # of the validation, to score teachers on
+        self.images = images  # of the validation set, to score teachers on
         self.has_begun = False
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None
     ) -> None:
-        """Look at everything, and raise :class:`Stop`."""
+        """Check everything, and raise :class:`Stop`."""
         self.has_begun = True
         report, model = self.report, runner.model
         model = model.module if is_model_wrapper(model) else model
@@ -92,7 +92,7 @@ class Preflight(Hook):
             own_score, _ = score(runner, self.images, predict, len(classes))
             model.train()
         data = model.data_preprocessor(data_batch, training=True)
-        # seen as it is before it is balanced
+        # shown as it is before it is balanced
         balance, model.balance = model.balance, None
         seen = watch(model, lambda: losses_of(runner, model, data))
         report_pair(report, model, classes, seen)
@@ -118,7 +118,7 @@ class Preflight(Hook):
                 'each output that is compared',
             )
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
-            # the student's own mean is the student in the first step
+            # a mean teacher equals the student in the first step
             is_dist = any(isinstance(c.loss, DISTLoss) for c in model.distill.values())
             ramp = 'balance' if balance else 'schedule' if schedules else ''
             judge_gradient(report, share, ramp, is_dist and not starts)
@@ -135,7 +135,7 @@ class Preflight(Hook):
         classes: Sequence[str] | None,
         own_score: dict | None,
     ) -> None:
-        """Teachers on validation images, stored answers on those of the training."""
+        """Score teachers on validation images, stored answers on training images."""
         stored = {k: t for k, t in model.teachers.items() if hasattr(t, 'store')}
         asked = {k: t for k, t in model.teachers.items() if k not in stored}
         if asked or own_score:
@@ -187,7 +187,7 @@ def losses_of(runner: Runner, model: nn.Module, data: dict) -> dict:
 
 
 def report_losses(report: Report, model: nn.Module, seen: Seen) -> None:
-    """The correlations and the losses, which must be numbers."""
+    """Report the correlations and the losses, which must be finite."""
     _, values = model.parse_losses(seen.losses)
     values = {key: value.item() for key, value in values.items() if key != 'loss'}
     groups = {
@@ -206,7 +206,7 @@ def report_losses(report: Report, model: nn.Module, seen: Seen) -> None:
 
 
 def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
-    """The ratio of the gradients of distillation and of the student's own losses."""
+    """Report and return the gradient norm of distillation over the own losses' norm."""
     gradients = []
     for is_distill in (False, True):
         losses = seen.losses.items()
@@ -235,10 +235,10 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
 
 
 def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None:
-    """Say where distillation has far too much of the gradient, or too little.
+    """Report a gradient of distillation that is far too large, or too small.
 
     Args:
-        report: Where it goes.
+        report: The report to add to.
         share: Its norm over that of the student's own losses.
         ramp: What bridges the first steps: ``'balance'``, ``'schedule'`` or nothing.
         fresh: Whether DIST meets a head with random weights.
@@ -268,7 +268,7 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
 
 
 def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) -> None:
-    """Time and memory of a step with the teachers, and while they are paused."""
+    """Report time and memory of a step with the teachers, and while they are paused."""
     device = data['inputs'].device.type
     is_cuda = device == 'cuda'
     factors = model.distill_factor, 0.0
@@ -284,7 +284,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
             torch.cuda.synchronize()
             gib[model.distill_factor].append(torch.cuda.max_memory_allocated() / 2**30)
         seconds[model.distill_factor].append(time.perf_counter() - start)
-    # the first warms up
+    # the first one is a warm-up
     on, off = (median(seconds[factor][1:]) for factor in factors)
     report.section('cost of a step')
     report.line(
@@ -326,7 +326,7 @@ def main() -> int:
         except Exception as error:
             expected = (ValueError, RuntimeError, OSError)
             if hook.has_begun and not isinstance(error, expected):
-                raise  # a mistake of this tool
+                raise  # a bug in this tool
             report.reasons.append(explain(error, cfg))
     return report.finish()
 

@@ -2,10 +2,10 @@
 
     python tools/store_teacher.py CONFIG --out work_dirs/teacher
 
-CONFIG distils. Its teachers see each training image as in a test, without augmentation;
-labels are not read. Several teachers and views become one answer: the mean of the
-probabilities, or boxes fused by weighted boxes fusion. A run that was interrupted goes
-on. Then train from the folder: `teacher=dict(stored='work_dirs/teacher')`.
+CONFIG is a distillation config. Its teachers see each training image as in a test, with
+no augmentation; labels are not read. Several teachers and views become one answer: the
+mean of the probabilities, or boxes fused by weighted boxes fusion. An interrupted run
+is continued. Then train from the folder: `teacher=dict(stored='work_dirs/teacher')`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
-    """The teachers, loaded, and what is known of each training image, once."""
+    """Load the teachers, and list the info of each training image once."""
     cfg = args.cfg
     given = cfg.model.get('teachers') or {'': cfg.model.get('teacher') or {}}
     if any('stored' in teacher or 'ema' in teacher for teacher in given.values()):
@@ -71,19 +71,19 @@ def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
         )
     if cfg.get('data_preprocessor') is not None:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    torch.manual_seed(0)  # random weights are those of all processes
+    torch.manual_seed(0)  # the same random weights in all processes
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         student = MODELS.build(cfg.model)
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
     infos = {}
     for info in infos_of(dataset):
-        info.pop('instances', None)  # of a large data set they take gigabytes
+        info.pop('instances', None)  # gigabytes in a large data set
         infos[os.path.abspath(info['img_path'])] = info
     if torch.cuda.is_available():
         student.cuda()
     asked, classes = [], dataset.metainfo.get('classes') or ()
     for teacher in student.teachers.values():
-        teacher.dtype, teacher.compile = None, False  # it runs as in a test
+        teacher.dtype, teacher.compile = None, False  # as in a test
         teacher.load(student)
         flips = (False, True) if args.flip or 'flip' in teacher.views else (False,)
         asked.append(Asked(teacher, cfg, classes, [*product(args.scales, flips)]))
@@ -91,7 +91,7 @@ def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
 
 
 def pack(pipelines: Sequence[Callable], info: dict) -> tuple[str, list[dict] | str]:
-    """The path of an image and what each pipeline makes of it, or why none can."""
+    """The path of an image and each pipeline's output, or why it cannot be read."""
     path = info['img_path']
     try:
         return path, [pipe(dict(deepcopy(info), seg_fields=[])) for pipe in pipelines]
@@ -101,7 +101,7 @@ def pack(pipelines: Sequence[Callable], info: dict) -> tuple[str, list[dict] | s
 
 def store(args: argparse.Namespace) -> None:
     if args.launcher == 'pytorch' and not is_distributed():
-        # the first to finish waits for the last
+        # the first process to finish waits for the last
         init_process_group('gloo', timeout=timedelta(days=30))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))

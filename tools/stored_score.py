@@ -1,4 +1,4 @@
-"""What is stored of a teacher: for how many images, in how much, and how good it is."""
+"""A teacher's stored answers: how many images have one, their size and their score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdist.teachers.store import Store
 
 
 def describe_storage(dataset: Any, store: Store) -> str:
-    """What share of a training's images has answers, and what they take on the disk."""
+    """The share of training images with answers, and the answers' size on disk."""
     has_answer = [store.key(info) is not None for info in infos_of(dataset)]
     found, number, path = sum(has_answer), len(has_answer), store.path
     files = [path, *path.rglob('*')] if path.is_dir() else [path]
@@ -32,10 +32,10 @@ def describe_storage(dataset: Any, store: Store) -> str:
 def score_stored(
     dataset: Any, number: int, predict: Predict, kind: str, num_classes: int
 ) -> Scored | None:
-    """Score what ``predict`` gives for so many training images, as they are augmented.
+    """Score the predictions for ``number`` training images, with their augmentation.
 
-    The metrics, and the confusion of the student's classes; None without labels. It is
-    of ``'boxes'`` or ``'maps'``.
+    Returns the metrics and the confusion of the student's classes; None without labels.
+    ``kind`` is ``'boxes'`` or ``'maps'``.
     """
     if kind == 'boxes':
         from mmdet.evaluation import CocoMetric as Metric
@@ -52,14 +52,14 @@ def score_stored(
 
 
 def _labelled(dataset: Any, number: int) -> Iterator[dict]:
-    """Those of so many images that have labels, each as a batch."""
+    """Those of ``number`` images that have labels, each as a batch."""
     for index in spread(number, len(dataset)):
         data = dataset[index]
         sample = data['data_samples']
         if sample.get('unlabelled'):
             continue
         in_its_pixels(sample)
-        if 'gt_instances' in sample:  # as the metric takes them
+        if 'gt_instances' in sample:  # as the metric expects them
             both = sample.gt_instances, sample.ignored_instances
             labels = [
                 dict(bbox=box, bbox_label=label, ignore_flag=ignore)
@@ -73,7 +73,7 @@ def _labelled(dataset: Any, number: int) -> Iterator[dict]:
 
 
 def in_its_pixels(sample: BaseDataElement) -> None:
-    """Let predictions for an augmented image be in pixels of this image."""
+    """Make predictions for an augmented image be in pixels of that image."""
     size = sample.img_shape[:2]
     sample.set_metainfo(dict(ori_shape=size, scale_factor=(1.0, 1.0), flip=False))
 

@@ -1,4 +1,4 @@
-"""What teachers answer to an image in a test: boxes or a map of probabilities."""
+"""Teachers' answers for an image at test time: boxes or a map of probabilities."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations', 'LoadProposals')
 
 
 def test_pipeline(cfg: Config) -> list[dict]:
-    """The pipeline of a config's test, or else of its validation, without labels."""
+    """A config's test pipeline, or else its validation pipeline, without labels."""
     found = cfg.get('test_pipeline') or []
     for loader in ('val_dataloader', 'test_dataloader'):
         for dataset in inner_datasets((cfg.get(loader) or {}).get('dataset')):
@@ -35,10 +35,10 @@ def test_pipeline(cfg: Config) -> list[dict]:
 
 
 class Asked:
-    """A loaded teacher of a config that distils, asked about views of an image.
+    """A loaded teacher of a distillation config, asked about views of an image.
 
     ``classes`` are those of the config's data set, if known; ``views`` are pairs of a
-    size beside the teacher's own and whether the image is mirrored.
+    scale of the teacher's own image size and whether the image is mirrored.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Asked:
         self.test_cfg = test_cfg.get('rcnn') or test_cfg
 
     def describe(self) -> dict:
-        """What its answers depend on."""
+        """Everything that its answers depend on."""
         digest = hashlib.sha256()
         for name, value in self.model.state_dict().items():
             digest.update(name.encode() + value.cpu().numpy().tobytes())
@@ -81,10 +81,10 @@ class Asked:
         )
 
     def answers(self, packed: Mapping, grid: Sequence[int] | None) -> list[Tensor]:
-        """What it finds in each view of an image that :attr:`pipeline` packed.
+        """Its answer for each view of an image that :attr:`pipeline` packed.
 
         Boxes, (M, 6), x1 y1 x2 y2 score label, in pixels of the file; or probabilities,
-        (classes, *grid), where None is the grid of the first view's logits.
+        (classes, *grid). If ``grid`` is None, it is that of the first view's logits.
         """
         found, whole = [], packed['inputs'].float()
         for scale, flip in self.views:
@@ -116,14 +116,14 @@ class Asked:
 
     def _step(self, inputs: Tensor, data_samples: Sequence[BaseDataElement]) -> Step:
         step = Step(self.model, self.teacher, ClassMatch(), inputs, data_samples)
-        step.shared('teacher_inputs', lambda: inputs)  # normalised already
+        step.shared('teacher_inputs', lambda: inputs)  # already normalised
         return step
 
     def _map(self, step: Step, grid: Sequence[int] | None) -> Tensor:
-        """Probabilities of the image without its padding, (classes, *grid)."""
+        """Class probabilities of the image without its padding, (classes, *grid)."""
         image, valid = tuple(step.inputs.shape[-2:]), step.valid_sizes[0]
         if self.test_cfg.get('mode') == 'slide':
-            # windows, which the model puts together
+            # the model stitches windows together
             height, width = self.test_cfg['crop_size']
             window = step.inputs[..., :height, :width]
             cells, seen = _read(self._step(window, [])).shape[-2:], window.shape[-2:]
@@ -144,7 +144,7 @@ class Asked:
 
 
 def _read(step: Step) -> Tensor:
-    """Probabilities of the classes, (1, classes, h, w), as the head computes them."""
+    """Class probabilities as the head computes them, (1, classes, h, w)."""
     if isinstance(step.teacher_model, ForeignTeacher):
         found = seg.ask_foreign(step, as_scores=True)
     else:
@@ -155,7 +155,7 @@ def _read(step: Step) -> Tensor:
 def resampled(
     maps: Tensor, grid: Sequence[int], valid: Sequence[int], image: Sequence[int]
 ) -> Tensor:
-    """Maps (1, C, h, w) of an image as (C, *grid) of its part at the top left.
+    """Crop maps (1, C, h, w) of an image to its top left part, resampled to (C, *grid).
 
     ``valid`` and ``image`` are height and width of the part and the image in pixels.
     """
@@ -169,14 +169,14 @@ def resampled(
 
 
 def fused(answers: Sequence[Tensor]) -> Tensor:
-    """What several teachers or views detect as one, (K, 6), the highest score first.
+    """Fuse the boxes of several teachers or views to (K, 6), the highest score first.
 
-    By weighted boxes fusion (Solovyev et al., arXiv 1910.13302) of their boxes, (M, 6)
-    each, x1 y1 x2 y2 score label.
+    This is weighted boxes fusion (Solovyev et al., arXiv 1910.13302). Each answer has
+    boxes (M, 6), x1 y1 x2 y2 score label.
     """
     from mmdet.models.utils import weighted_boxes_fusion
 
-    # mmdet warns of each box without area, and divides by the sum of the scores
+    # mmdet warns about each box without area, and divides by the sum of the scores
     good = [x[(x[:, 2:4] > x[:, :2]).all(1) & (x[:, 4] > 0)] for x in answers]
     columns = ([x[:, part].tolist() for x in good] for part in (slice(4), 4, 5))
     boxes, scores, labels = weighted_boxes_fusion(*columns)
@@ -184,9 +184,9 @@ def fused(answers: Sequence[Tensor]) -> Tensor:
 
 
 class Answers:
-    """All teachers and views, as one answer for an image.
+    """Combine all teachers and views into one answer for an image.
 
-    The classes of one teacher are its own; of several they are the student's.
+    A single teacher keeps its own classes; several use the student's.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ class Answers:
                 )
 
     def __call__(self, packed: Sequence[Mapping]) -> Tensor:
-        """What is stored of an image that the pipeline of each teacher packed."""
+        """The answer to store for an image that each teacher's pipeline packed."""
         answers, grid = [], None
         for one, match, image in zip(self.asked, self.matches, packed, strict=True):
             with DefaultScope.overwrite_default_scope(one.scope), one.teacher.running():

@@ -18,14 +18,14 @@ from mmdist.families.seg import ask_foreign
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, MeanTeacher, Teacher
 
-VOID = 255  # the class of what the student has no class for
-MUCH = 0.2  # by so much a class fits another one better, if it is permuted
+VOID = 255  # label of whatever the student has no class for
+MUCH = 0.2  # a permuted class fits another one better by this much
 Predict = Callable[[dict], Sequence[BaseDataElement]]  # of a batch
 Scored = tuple[dict[str, float], Tensor]  # metrics, and a `confusion`
 
 
 def cannot_score(teacher: Teacher) -> str:
-    """Why a teacher's predictions have no score; empty if they have one."""
+    """Why a teacher's predictions cannot be scored; empty if they can."""
     model = teacher.model
     if isinstance(teacher, MeanTeacher):
         return "it is the student's own mean"
@@ -36,7 +36,7 @@ def cannot_score(teacher: Teacher) -> str:
 
 @torch.no_grad()
 def score(runner: Runner, number: int, predict: Predict, num_classes: int) -> Scored:
-    """Score predictions of that many validation images with the config's evaluator.
+    """Score predictions of ``number`` validation images with the config's evaluator.
 
     Returns:
         The metrics, and the :func:`confusion` of the student's classes.
@@ -46,7 +46,7 @@ def score(runner: Runner, number: int, predict: Predict, num_classes: int) -> Sc
     loader = Runner.build_dataloader(dict(runner.cfg.val_dataloader, dataset=subset))
     evaluator = runner.val_evaluator
     for metric in evaluator.metrics:
-        if hasattr(metric, 'img_ids'):  # of COCO: others would count as missed
+        if hasattr(metric, 'img_ids'):  # COCO: the others would count as missed
             infos = map(subset.get_data_info, range(len(subset)))
             metric.img_ids = [info['img_id'] for info in infos]
     batches = ((batch, predict(batch)) for batch in loader)
@@ -54,7 +54,7 @@ def score(runner: Runner, number: int, predict: Predict, num_classes: int) -> Sc
 
 
 def spread(number: int, size: int) -> list[int]:
-    """That many indices of a data set, or all, spread over the whole of it."""
+    """Indices of ``number`` samples, or of all, spread over the whole data set."""
     number = min(number, size)
     return [i * size // number for i in range(number)]
 
@@ -62,7 +62,7 @@ def spread(number: int, size: int) -> list[int]:
 def evaluate(
     evaluator: Evaluator, batches: Iterable[tuple[dict, Sequence]], num_classes: int
 ) -> Scored:
-    """The metrics and the confusion of batches and what is predicted of them."""
+    """The metrics and the confusion of batches with their predictions."""
     total, number = torch.zeros(num_classes, num_classes + 1), 0
     for batch, samples in batches:
         total += sum(confusion(sample, num_classes) for sample in samples)
@@ -72,7 +72,7 @@ def evaluate(
 
 
 def predictor(student: nn.Module, teacher: Teacher) -> Predict:
-    """What predicts as a teacher does in training, in the student's classes."""
+    """Predictor that works like the teacher in training, in the student's classes."""
     model = teacher.model
     gives = model.gives if isinstance(model, ForeignTeacher) else None
     activation = 'softmax' if gives == 'pixels' else 'identity'
@@ -91,7 +91,7 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
             for sample, found in zip(
                 samples, Detections().ask(step, None), strict=True
             ):
-                # in the pixels of its file
+                # in pixels of the file
                 found.bboxes /= found.bboxes.new_tensor(sample.scale_factor).repeat(2)
                 sample.pred_instances = found
         else:
@@ -101,7 +101,7 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
             samples = student.postprocess_result(scores, samples)
         for sample in samples:
             to_students_classes(sample, teacher.classes, activation)
-        if gives == 'maps':  # nothing is known of what is not of the file
+        if gives == 'maps':  # nothing is known outside the file
             found = samples[0].pred_sem_seg.data
             height, width = found.shape[-2:]
             found[~pixels.shown(size)[:, :height, :width]] = VOID
@@ -113,11 +113,11 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
 def to_students_classes(
     sample: BaseDataElement, match: ClassMatch, activation: str | None
 ) -> None:
-    """Number the predicted classes as the student does."""
+    """Renumber the predicted classes as the student's."""
     if match.teacher is None:
         return
     ours = match.student or [(i,) for i in range(len(match.teacher))]
-    # after the classes that are compared comes the background, or nothing of them
+    # after the compared classes comes the background, or none of them
     table = torch.tensor([*(i for (i,) in ours), VOID])
     if 'pred_sem_seg' in sample and len(sample.seg_logits.data) > 1:
         scores = match.select_teacher(sample.seg_logits.data, 0, activation)
@@ -131,11 +131,11 @@ def to_students_classes(
 
 
 def confusion(sample: BaseDataElement, num_classes: int) -> Tensor:
-    """How often each class is taken for each, in pixels or in objects.
+    """Confusion matrix, in pixels or in objects.
 
     Returns:
-        (classes, classes + 1), labels by predictions; the last column is what is
-        nothing that the student knows, or is not found. Zeros without labels.
+        (classes, classes + 1), labels by predictions; the last column counts what is
+        not found or predicted as no class of the student. Zeros without labels.
     """
     columns = num_classes + 1
     labels = found = torch.empty(0)
@@ -150,7 +150,7 @@ def confusion(sample: BaseDataElement, num_classes: int) -> Tensor:
 
 
 def _found(sample: BaseDataElement) -> Tensor:
-    """For each labelled object the class of the surest box at its place."""
+    """For each labelled object, the class of the box with the best score there."""
     from mmdet.structures.bbox import bbox_overlaps
 
     truth, found = sample.gt_instances, sample.pred_instances
@@ -167,9 +167,9 @@ def judge(
     names: Sequence[str],
     compared: Sequence[int],
 ) -> str:
-    """What a score says against a teacher that knows the classes ``compared``, or ''.
+    """What speaks against a teacher that knows the classes ``compared``, or ''.
 
-    ``confusion`` is of all the student's classes, (classes, classes + 1).
+    ``confusion`` covers all of the student's classes, (classes, classes + 1).
     """
     rows = confusion[list(compared)]
     known = rows[:, list(compared)]
@@ -211,10 +211,10 @@ def _ious(confusion: Tensor) -> tuple[Tensor, float]:
 
 
 def _chance(confusion: Tensor) -> float:
-    """Mean IoU were the predictions dealt out at random, or 0 if theirs is above that.
+    """Mean IoU of the same predictions dealt out at random, or 0 if theirs is higher.
 
-    It is not above that if it is below 2 / classes and, as that is much for few
-    classes, less than a tenth of the way from chance to 1.
+    It is not higher if it is below 2 / classes and, as that is a lot for few classes,
+    less than a tenth of the way from chance to 1.
     """
     dealt = confusion.sum(1, keepdim=True) * confusion.sum(0)
     chance = _ious(dealt / confusion.sum().clamp(min=1))[1]

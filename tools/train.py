@@ -52,7 +52,7 @@ def parse_args() -> argparse.Namespace:
 
 @contextmanager
 def mistakes_in_words(frames: bool) -> Iterator[None]:
-    """Exit with the sentence alone of a known mistake, if not ``frames``."""
+    """For a known mistake, exit with its message alone, unless ``frames``."""
     try:
         yield
     except Exception as error:
@@ -68,19 +68,19 @@ def mistakes_in_words(frames: bool) -> Iterator[None]:
 
 
 def why_not_loaded(error: Exception) -> str:
-    """A sentence, if a Runner cannot read the checkpoint that it loads; else ''."""
+    """Why a Runner cannot read the checkpoint that it loads, or ''."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_name == 'load_checkpoint' and 'filename' in frame.f_locals:
             try:
                 load_checkpoint(frame.f_locals['filename'])
             except (RuntimeError, ValueError, FileNotFoundError) as found:
                 return str(found)
-            return ''  # the file is not why
+            return ''  # the file is not the reason
     return ''
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with the command line's settings merged into it."""
+    """Load the config, with the command line's settings merged into it."""
     cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
@@ -95,10 +95,10 @@ def load_config(args: argparse.Namespace) -> Config:
 def load_distilling(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> Config:
-    """As :func:`load_config`; the parser stops if the config does not distil."""
+    """Like :func:`load_config`, but the parser stops if the config does not distil."""
     try:
         cfg = load_config(args)
-    except Exception as error:  # of --cfg-options: any
+    except Exception as error:  # any, because of --cfg-options
         parser.error(str(error) or type(error).__name__)
     if (cfg.get('model') or {}).get('student') is None:
         parser.error(f'{args.config} does not distil: `model` has no `student`.')
@@ -106,7 +106,7 @@ def load_distilling(
 
 
 def seed_iterations(cfg: Config) -> None:
-    """Let a resumed run draw the random numbers of one that was not interrupted."""
+    """Make a resumed run draw the same random numbers as an uninterrupted one."""
     hooks = cfg.get('custom_hooks') or []
     if not isinstance(hooks, (list, tuple)):
         raise SystemExit(f'`custom_hooks` is a list of dicts, got {hooks!r:.200}.')
@@ -115,7 +115,7 @@ def seed_iterations(cfg: Config) -> None:
 
 
 def earlier_run(cfg: Config) -> tuple[str, dict] | None:
-    """What to resume from, if that is wanted; nothing of another run is mixed in."""
+    """The checkpoint to resume from, if wanted; refuses to mix two runs."""
     if not cfg.get('resume'):
         if there := last_whole_checkpoint(cfg.work_dir):
             refuse_other_config(cfg, *reversed(there), or_same=True)
@@ -124,7 +124,7 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
         found = cfg.load_from, load_checkpoint(cfg.load_from)
         if Path(cfg.load_from).resolve().parent != Path(cfg.work_dir).resolve():
             there = None
-            with suppress(RuntimeError):  # all are cut off: so another one is named
+            with suppress(RuntimeError):  # all are cut off, hence another one is named
                 there = last_whole_checkpoint(cfg.work_dir)
             if there:
                 refuse_other_config(cfg, *reversed(there))
@@ -133,25 +133,25 @@ def earlier_run(cfg: Config) -> tuple[str, dict] | None:
     if found:
         path, checkpoint = found
         cfg.load_from = path
-        # The data come in an order that depends on the seed, and the Runner makes the
-        # loader before it reads the seed of the checkpoint.
+        # The order of the data depends on the seed, and the Runner builds the loader
+        # before it reads the seed of the checkpoint.
         if cfg.get('randomness', {}).get('seed') is None:
             cfg.merge_from_dict({'randomness.seed': checkpoint['meta']['seed']})
     return found
 
 
 def use_cpus(cfg: Config) -> None:
-    """Let several processes train without a GPU; mmengine's launchers want one each."""
+    """Let several processes train without GPUs; mmengine's launchers want one each."""
     torch.distributed.init_process_group('gloo')
     cfg.model_wrapper_cfg = dict(
         type='MMDistributedDataParallel',
-        broadcast_buffers=False,  # as mmengine has it without a wrapper's config
+        broadcast_buffers=False,  # mmengine's default without a wrapper config
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     ) | dict(cfg.get('model_wrapper_cfg') or {}, device_ids=None)
 
 
 def build_runner(cfg: Config, on_cpus: bool) -> Runner:
-    """The runner; the whole config goes to its log file, and not to the terminal."""
+    """Build the runner; the whole config goes to its log file, not to the terminal."""
     kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
 
     def build_logger(self: Runner, *args, **kwargs) -> MMLogger:

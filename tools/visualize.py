@@ -2,9 +2,9 @@
 
     python tools/visualize.py CONFIG CHECKPOINT [IMAGES ...] --out DIR
 
-CONFIG distils; CHECKPOINT is of its student, distilled or plain. Without IMAGES, it is
-the first samples of `val_dataloader`. Of a stored teacher it is those of
-`train_dataloader`, as they are augmented, with its answers moved as the images are. DIR
+CONFIG is a distillation config; CHECKPOINT is its student, distilled or plain. Without
+IMAGES, the first samples of `val_dataloader` are shown. For a stored teacher they are
+those of `train_dataloader`, augmented, with its answers moved as the images are. DIR
 gets a picture of each, and index.html.
 """
 
@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
-    """The distilled model with one comparison, its teacher, and the data set."""
+    """Build the distilled model with one comparison, its teacher, and the data set."""
     cfg = copy.deepcopy(args.cfg)
     cfg.merge_from_dict(dict(resume=False, load_from=None, log_level='ERROR'))
     for name in ('visualizer', 'runner_type', 'strategy'):
@@ -97,7 +97,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
         raise ValueError('The classes of the data set have no names.')
-    # what the hooks of a training tell the distiller and some heads
+    # what training hooks tell the distiller and some heads
     counters = dict(epoch=0, iter=0)
     runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
     model._load_teachers()
@@ -129,7 +129,7 @@ class Shown(NamedTuple):
 def images_of(
     args: argparse.Namespace, dataset: Dataset, is_stored: bool
 ) -> Iterator[Shown]:
-    """What the page shows: files, or samples of the validation or of the training."""
+    """The images of the page: files, or validation or training samples."""
     if args.images:
         cfg = args.cfg.val_dataloader.dataset
         while 'pipeline' not in cfg:  # a wrapper
@@ -153,7 +153,7 @@ def images_of(
         info, labels = dataset.get_data_info(i), None
         if 'gt_sem_seg' in sample:
             labels = sample
-        if 'instances' in info:  # in pixels of the file; those of the sample may not be
+        if 'instances' in info:  # in pixels of the file; the sample's may not be
             labels = type(sample)(gt_instances=labels_of(info))
         path = sample.img_path
         yield Shown(path, read(path), pseudo_collate([data]), labels)
@@ -165,14 +165,14 @@ def read(path: str) -> np.ndarray:
 
 @torch.no_grad()
 def pairs_of(model: nn.Module, batch: dict) -> tuple[list[Pair], np.ndarray]:
-    """What is compared in an image, and how much of height and width is no padding."""
+    """The pairs compared in an image, and the unpadded shares of height and width."""
     (comparison,) = model.distill.values()
     data = model.data_preprocessor(copy.deepcopy(batch), training=False)
     (sample,) = data['data_samples']
     # a test pipeline does not scale boxes with the image
     sample.set_metainfo(dict(unlabelled='gt_sem_seg' not in sample))
-    # Only in train mode do heads return what a loss needs; dropout and batch norm lie
-    # within them and stay as in a test.
+    # Heads return what a loss needs only in train mode; dropout and batch norm, their
+    # submodules, stay in eval mode.
     for part in (model, *parts(model)):
         part.training = True
     with Recorder([comparison]) as recorder:
@@ -185,7 +185,7 @@ def pairs_of(model: nn.Module, batch: dict) -> tuple[list[Pair], np.ndarray]:
 def probabilities(
     comparison: Comparison, student: nn.Module, pair: Pair
 ) -> tuple[Tensor, str]:
-    """What is correlated in a pair that a comparison gave, and from which activation.
+    """The values that are correlated in a pair, and the activation they come from.
 
     Returns:
         Scores of student and teacher, (2, rows, columns) in float64, on the CPU.
@@ -200,7 +200,7 @@ def probabilities(
 
 
 def inter_class(scores: Tensor, activation: str, pair: Pair) -> Tensor:
-    """Correlation of each pixel, (height, width); NaN where it does not count."""
+    """Correlation of each pixel, (height, width); NaN for pixels that do not count."""
     values = pearson(*scores, 1, None, Settings(activation))
     if pair.mask is not None:
         values[~pair.mask.flatten().cpu()] = torch.nan
@@ -208,9 +208,9 @@ def inter_class(scores: Tensor, activation: str, pair: Pair) -> Tensor:
 
 
 def gram(scores: Tensor, classes: int, activation: str, mask: Tensor | None) -> Tensor:
-    """Number, sums and products over the rows that count, (3, 3, classes)."""
+    """Count, sums and products over the rows that count, (3, 3, classes)."""
     columns = scores.shape[2]
-    # a row has several anchors, of a softmax with background; or one class of two
+    # a row has several anchors, with background for softmax; or one class of two
     widths = [classes, classes + 1, 1]
     if activation == 'softmax' and columns != classes:
         widths = widths[1::-1]
@@ -232,7 +232,7 @@ def intra_class(gram: Tensor, activation: str) -> Tensor:
 
 
 def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, InstanceData]:
-    """Boxes at one place with one class, as the student has them, and the others."""
+    """Boxes that both have, as the student has them, and those that only one has."""
     from mmdet.structures.bbox import bbox_overlaps
 
     iou = bbox_overlaps(student.bboxes, teacher.bboxes).nan_to_num()
@@ -255,7 +255,7 @@ def palette_of(meta: dict) -> list:
 
 
 def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
-    """An image in the colours of its labels, (height, width, 3); void is darkened."""
+    """Tint an image in the colours of its labels, (height, width, 3); void is dark."""
     table = np.zeros((256, 3))
     table[: len(palette)] = palette
     height, width = image.shape[:2]
@@ -267,8 +267,8 @@ def save(file: Path, panels: dict[str, tuple], legend: dict[str, tuple]) -> None
     """Write the picture of an image.
 
     Args:
-        file: Where it goes.
-        panels: An RGB image or correlations, and boxes over it with their colours.
+        file: The file to write.
+        panels: By title, an RGB image or correlations, and boxes with their colours.
         legend: The colours of the classes.
     """
     height, width = next(iter(panels.values()))[0].shape[:2]
@@ -307,7 +307,7 @@ answers are stored, and moved as the images are."""
 def table(
     names: Sequence[str], palette: list, index: list[int], columns: dict[str, Tensor]
 ) -> Iterator[str]:
-    """The compared classes in HTML, those with the smallest correlation first."""
+    """The rows of the compared classes in HTML, the smallest correlation first."""
     yield ''.join(f'<th>{name}</th>' for name in ('class', *columns))
     for i in columns['correlation'].argsort().tolist():  # NaN comes last
         style = f'background: rgb{tuple(map(int, palette[index[i]]))}'
@@ -318,7 +318,7 @@ def table(
 
 def main() -> None:
     args = parse_args()
-    warnings.simplefilter('ignore')  # of the libraries
+    warnings.simplefilter('ignore')  # from the libraries
     try:
         model, teacher, dataset = prepare(args)
     except (ValueError, RuntimeError, OSError) as error:
@@ -334,7 +334,7 @@ def main() -> None:
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
     is_stored = isinstance(teacher, StoredTeacher)
     for n, shown in enumerate(images_of(args, dataset, is_stored)):
-        torch.manual_seed(n)  # proposals may be drawn
+        torch.manual_seed(n)  # proposals may be sampled
         pairs, shares = pairs_of(model, shown.batch)
         for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
             scores, activation = probabilities(comparison, model, pair)

@@ -22,7 +22,7 @@ from mmdist import DISTLoss
 
 FIGURE = Path(__file__).resolve().parents[2] / 'docs' / 'how_dist_works.png'
 CLASSES = ('road', 'car', 'bus', 'person', 'sky')
-# What a teacher may predict for six pixels.
+# Logits that a teacher could have for six pixels.
 TEACHER = torch.tensor(
     [
         [3.6, 0.4, 0.2, 0.6, -0.8],
@@ -33,8 +33,8 @@ TEACHER = torch.tensor(
         [2.3, 1.6, 0.3, 1.1, -0.9],
     ]
 )
-ROW, COLUMN = 1, 2  # those that are marked
-SOFTER = 0.6  # the student of the upper half has the teacher's logits times this
+ROW, COLUMN = 1, 2  # the marked ones
+SOFTER = 0.6  # the student in the upper half: the teacher's logits times this
 INTER, INTRA, KL, OWN = '#1668b8', '#d1491f', '#8a8a8a', '#222222'
 
 
@@ -49,9 +49,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def against_sharpness() -> tuple[list[float], dict[str, list[float]]]:
-    """Losses of the teacher's logits times a factor; 1 is an unrelated student.
+    """Losses of the teacher's logits times a factor; 1 is that of an unrelated student.
 
-    Its predictions are the teacher's for other pixels: the mean over all shifts.
+    That student has the teacher's logits of other pixels: the mean over all shifts.
     """
     factors = torch.linspace(0.1, 3, 59).tolist()
     losses = {}
@@ -65,7 +65,7 @@ def against_sharpness() -> tuple[list[float], dict[str, list[float]]]:
 
 
 def against_scale(num_rows: int = 2000) -> tuple[list[float], dict[str, list[float]]]:
-    """Norms of the gradient at a head whose random logits have some spread."""
+    """Gradient norms for random student logits of increasing spread."""
     noise = torch.Generator().manual_seed(0)
     labels = torch.randint(len(CLASSES), (num_rows,), generator=noise)
     teacher = torch.randn(num_rows, len(CLASSES), generator=noise)
@@ -87,7 +87,7 @@ def against_scale(num_rows: int = 2000) -> tuple[list[float], dict[str, list[flo
 
 
 def draw_matrix(axes: plt.Axes, scores: Tensor, title: str) -> None:
-    """Probabilities, with the marked row and column."""
+    """Draw probabilities, and mark a row and a column."""
     axes.imshow(scores.numpy(), cmap='Greys', vmin=0, vmax=1.3, aspect='auto')
     for (row, column), value in zip(
         [(r, c) for r in range(len(scores)) for c in range(len(CLASSES))],
@@ -123,7 +123,7 @@ def draw_relation(
     title: str,
     colour: str,
 ) -> None:
-    """Two vectors side by side, and their correlation."""
+    """Draw two vectors side by side, and their correlation."""
     for scores, shift, alpha, label in (
         (teacher, -0.2, 1.0, 'teacher'),
         (student, 0.2, 0.4, 'student'),
@@ -179,7 +179,7 @@ def draw(path: Path) -> None:
     """Write the figure.
 
     Args:
-        path: Where it goes, a PNG.
+        path: The PNG file to write.
     """
     teacher, student = TEACHER.softmax(1), (SOFTER * TEACHER).softmax(1)
     figure = plt.figure(figsize=(11, 7.2), layout='constrained')

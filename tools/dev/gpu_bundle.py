@@ -1,12 +1,12 @@
-"""Pack mmdist for a GPU machine without a network, with all that it needs there.
+"""Pack mmdist and its requirements for a GPU machine without a network.
 
     python -m tools.dev.gpu_bundle mmdist_gpu.tar.xz
 
-needs a package index. The archive holds the tracked files of this checkout and the
-wheels of the onedl stack for Python 3.12 on Linux, at the pins of
-requirements-onedl.txt, and mmcv's unchanged sources. The machine brings Python, torch
-and Triton, nvcc for mmcv's ops, and numpy, scipy, scikit-learn, matplotlib. The command
-that this prints unpacks it and runs `tools/dev/gpu_check.py`; see docs/gpu.md.
+This needs a package index. The archive holds all files of this checkout that git does
+not ignore, the wheels of the onedl stack for Python 3.12 on Linux, at the pins of
+requirements-onedl.txt, and mmcv's unchanged sources. The machine brings Python, torch,
+Triton, nvcc for mmcv's ops, and numpy, scipy, scikit-learn, matplotlib. The printed
+command unpacks the archive and runs `tools/dev/gpu_check.py`; see docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from . import gpu_check, make_env, mmcv_units
 
 ROOT = Path(__file__).resolve().parents[2]
 MMCV = 'onedl-mmcv'
-# what mmengine, the loss and its tests need beside numpy and scipy
+# what mmengine, the loss and its tests need in addition to numpy and scipy
 LOSS = (
     'onedl-mmengine', 'addict', 'yapf', 'platformdirs', 'termcolor', 'rich',
     'markdown-it-py', 'mdurl', 'Pygments', 'PyYAML', 'packaging',
     'opencv-python-headless', 'pytest', 'pluggy', 'iniconfig',
 )  # fmt: skip
-# what the models need beside matplotlib
+# what the models need in addition to matplotlib
 MODELS = (
     'pycocotools', 'shapely', 'terminaltables', 'tqdm', 'ftfy', 'regex', 'prettytable',
     'wcwidth', 'six', 'ninja', 'wheel',
@@ -76,7 +76,7 @@ def collect(wheels: Path, loss_only: bool) -> None:
 
 
 def stored(wheel: Path) -> bytes:
-    """A wheel with its files as they are, but not compressed: xz does that better."""
+    """Repack a wheel without compression: xz compresses it better."""
     out = io.BytesIO()
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(out, 'w') as new:
         for info in old.infolist():
@@ -86,7 +86,7 @@ def stored(wheel: Path) -> bytes:
 
 
 def pack(archive: Path, wheels: Path) -> None:
-    """Write the archive: the files that git tracks or would, and `wheels`."""
+    """Write the archive: all files that git does not ignore, and `wheels`."""
     command = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     with tarfile.open(archive, 'w:xz', preset=PRESET) as tar:
@@ -104,13 +104,13 @@ def pack(archive: Path, wheels: Path) -> None:
 
 
 def install_missing(site: Path, wheels: Path) -> None:
-    """Install into a folder what this Python lacks; nothing that it has is replaced."""
+    """Install the wheels that this Python lacks into a folder; replace nothing."""
     missing = [
         wheel
         for wheel in sorted(wheels.glob('*.whl'))
         if not all(find_spec(name) for name in modules_of(wheel))
     ]
-    # one by one: a wheel for another Python is missed by its stage alone
+    # one by one: a wheel for another Python fails only the stage that needs it
     for wheel in missing:
         flags = ('--no-index', '--no-deps', '--no-compile', '--target', site)
         try:
@@ -121,7 +121,7 @@ def install_missing(site: Path, wheels: Path) -> None:
 
 
 def modules_of(wheel: Path) -> set[str]:
-    """What a wheel makes importable; another distribution may do so as well."""
+    """Modules that a wheel provides; another distribution may provide them too."""
     with zipfile.ZipFile(wheel) as file:
         tops = {tuple(name.split('/')[:2]) for name in file.namelist()}
     files = {Path(top[0]).stem for top in tops if top[0].endswith('.py')}
@@ -129,7 +129,7 @@ def modules_of(wheel: Path) -> set[str]:
 
 
 def cuda_home() -> str | None:
-    """The CUDA toolkit; nvcc on the PATH may be a script that starts that of it."""
+    """The CUDA toolkit; nvcc on the PATH may be a script that starts its nvcc."""
     nvcc = make_env.find_nvcc()
     if nvcc is None:
         return None
@@ -140,7 +140,7 @@ def cuda_home() -> str | None:
 
 
 def build_ops(site: Path, wheels: Path, card: str) -> str:
-    """Compile mmcv for an architecture, e.g. '9.0'; returns '' or why it cannot be."""
+    """Compile mmcv for an architecture such as '9.0'; return '' or why it failed."""
     home = cuda_home()
     if home is None:
         return 'there is no nvcc: install the CUDA toolkit and set CUDA_HOME'
@@ -150,7 +150,7 @@ def build_ops(site: Path, wheels: Path, card: str) -> str:
     shutil.unpack_archive(archive, sources)
     (tree,) = sources.iterdir()
     mmcv_units.fix_setup(tree / 'setup.py')
-    # torch includes headers that a small toolkit lacks and torch's own wheels bring
+    # torch includes headers that a small toolkit lacks; torch's own wheels bring them
     purelib = Path(sysconfig.get_paths()['purelib'])
     more = [str(x) for x in sorted(purelib.glob('nvidia/*/include'))]
     environ = {
@@ -164,7 +164,7 @@ def build_ops(site: Path, wheels: Path, card: str) -> str:
     flags = ['-v', '--no-build-isolation', '--no-deps', '--no-index', '--target', site]
     command = [sys.executable, '-m', 'pip', 'install', *map(str, flags), str(tree)]
     log = site.with_name('mmcv.log')
-    for units in (True, False):  # from few files, and if that fails one by one
+    for units in (True, False):  # from few files; if that fails, one by one
         environ |= mmcv_units.environment(units, cuda=True)
         with log.open('w') as file:
             options = dict(stdout=file, stderr=subprocess.STDOUT)
@@ -188,7 +188,7 @@ def run(arguments: list[str]) -> int:
         numbers = ','.join(map(str, some))
         return gpu_check.main([*arguments, '--stages', numbers]) if some else 0
 
-    # those that need no compiler first: the time may be up before it is done
+    # stages without a compiler first: the time may be up before it is done
     status = check([x for x in stages if x <= 3])
     others = [x for x in stages if x > 3]
     if others and find_spec('mmcv') is None:

@@ -1,4 +1,4 @@
-"""Does mmdist run well on this card? Everything that can be measured, the best first.
+"""Check how well mmdist runs on this card, the most valuable checks first.
 
     python -m tools.dev.gpu_check --out gpu_check
 
@@ -7,7 +7,7 @@ an error on the GPU takes nothing else with it. After each command the page
 `gpu_check.md` is written; what the commands print goes to `gpu_check.log`. Stages 1 to
 3 need torch, Triton, mmengine and pytest; 4 to 6 also mmcv with its compiled ops, mmdet
 and mmseg. Without a GPU, what needs one is skipped. docs/gpu.md explains the stages.
-This file needs the standard library only.
+This file needs only the standard library.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NEEDS = {
 }
 # how a part ended, the worst last
 STATUS = ('skipped', 'passed', 'goal missed', 'stopped', 'timed out', 'failed')
-SHOWN = 80  # lines of a part's output, beside its tables
+SHOWN = 80  # lines of a part's output, in addition to its tables
 
 
 class Part(NamedTuple):
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 def parts_of(args: argparse.Namespace) -> list[Part]:
     pytest = ['-m', 'pytest', '-p', 'no:cacheprovider', '--rootdir', str(ROOT)]
-    # the others of tests/losses build from the registry, which needs the models
+    # other files in tests/losses build from the registry, which needs the models
     names = ('losses/test_correlations_gpu.py', 'test_gpu.py')
     tests = [str(ROOT / 'tests' / name) for name in names]
     speed = ['-m', 'benchmarks', 'gpu', '--seconds', '2']
@@ -129,7 +129,7 @@ def lacking(need: str) -> str:
 
 
 class Results:
-    """The results so far, on the disk at any time."""
+    """The results so far, always up to date on disk."""
 
     def __init__(self, out: Path) -> None:
         self.file = out / 'gpu_check.json'
@@ -138,7 +138,7 @@ class Results:
             self.parts = json.loads(self.file.read_text())
 
     def set(self, part: Part, status: str, seconds: float = 0, output: str = '') -> str:
-        """Replace the result of a part; returns its status."""
+        """Replace the result of a part; return its status."""
         key = part.stage, part.name
         new = dict(stage=part.stage, name=part.name, status=status, seconds=seconds)
         new['output'] = output
@@ -152,7 +152,7 @@ class Results:
 
 
 def page(parts: list[dict]) -> str:
-    """The results as Markdown: of each part its tables and the end of its output."""
+    """The results as Markdown: for each part, its tables and the end of its output."""
     text = '# mmdist on this machine\n'
     for number, title in TITLES.items():
         of_stage = [part for part in parts if part['stage'] == number]
@@ -170,7 +170,7 @@ def page(parts: list[dict]) -> str:
 
 
 def run_part(part: Part, results: Results, left: float) -> str:
-    """Run a part in a process group of its own; returns how it ended."""
+    """Run a part in its own process group; return its status."""
     limit, start = min(part.limit, left), time.time()
     command = [sys.executable, *part.command]
     if part.name == 'study':
@@ -207,7 +207,7 @@ def run_part(part: Part, results: Results, left: float) -> str:
 
 def end(process: subprocess.Popen) -> None:
     """End a process and all that it started."""
-    # torchrun's workers have a session of their own, and end when it is asked to
+    # torchrun's workers have their own session, and end when torchrun is terminated
     for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
         try:
             os.killpg(process.pid, number)

@@ -14,7 +14,7 @@ options give the same files.
       splits/{train,train-few,val}.txt         mmseg: the names of the scenes
       digits.json                              the options and the split
 
-`train-few` is the first scenes of `train`: what a student's owner could label.
+`train-few` holds the first scenes of `train`: what a student's owner could label.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from sklearn.datasets import load_digits
 
 CLASSES = tuple('0123456789')
 IGNORE = 255
-# How much of a pixel is ink: above SOLID it is the digit's, below CLEAR it is not,
-# and between them it is ambiguous. A box holds what is at least half ink.
+# Share of ink in a pixel: above SOLID it is part of the digit, below CLEAR it is not,
+# in between it is ambiguous. A box encloses the pixels that are at least half ink.
 SOLID, HALF, CLEAR = 0.75, 0.5, 0.25
 
 
@@ -69,7 +69,7 @@ def draw_ink(
 ) -> np.ndarray:
     """Place one 8x8 digit; return how much of each pixel is ink, (height, width)."""
     digit = np.pad(digit / 16.0, 2)
-    # The digits were scanned into squares: the aspect gives them back their height.
+    # The digits were scanned into squares: the aspect restores their height.
     scale = rng.uniform(args.min_size, args.max_size) / 8
     aspect = rng.uniform(0.7, 1.0)
     angle = np.deg2rad(rng.uniform(-args.max_angle, args.max_angle))
@@ -103,8 +103,8 @@ def make_scene(
 
     Returns:
         The image (h, w, 3) and the label map (h, w), both uint8, and for each
-        digit a dict with its `index` into `digits`, its `label`, its `ink` (h, w) in
-        0 to 1, and as `rle` the COCO mask of what is at least half ink.
+        digit a dict with its `index` into `digits`, its `label`, its `ink` (h, w) from
+        0 to 1, and its `rle`, the COCO mask of pixels that are at least half ink.
     """
     width, height = args.size
     image = make_background(height, width, rng)
@@ -159,7 +159,7 @@ def make_split(
     for folder in ('img_dir', 'ann_dir'):
         (root / folder / split).mkdir(parents=True)
     for scene in range(num_scenes):
-        # A generator of its own: a scene does not depend on how many there are.
+        # One generator per scene: a scene does not depend on how many there are.
         rng = np.random.default_rng([args.seed, ('train', 'val').index(split), scene])
         image, ann, placed = make_scene(digits, labels, rng, args)
         name = f'{scene:06d}.png'
@@ -252,7 +252,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the data, unless the same is there already."""
+    """Make the data, unless it exists with the same options."""
     args = parse_args(argv)
     out = Path(args.out)
     options = {key: value for key, value in vars(args).items() if key != 'out'}

@@ -2,16 +2,16 @@
 
     python3 -m tools.dev.make_env [--stack upstream|onedl]
 
-Needs Python and a C++ compiler only. mmcv is compiled here, once, with its ops, from a
-few files that include its sources: two minutes instead of eleven on two cores. The
-other libraries are installed meanwhile. The wheel is kept in the user's cache under the
-version of torch it was built for. An interrupted run continues (the compilation too),
-and where all is finished nothing happens. Environment variables:
+It needs only Python and a C++ compiler. mmcv is compiled once, with its ops, from a few
+files that include its sources: two minutes instead of eleven on two cores. The other
+libraries are installed meanwhile. The wheel is kept in the user's cache under the
+version of torch it was built for. An interrupted run continues, even the compilation;
+a finished environment is left alone. Environment variables:
 
     PIP_*                 pip's own, e.g. PIP_EXTRA_INDEX_URL for PyTorch's CPU wheels
-    MAX_JOBS              compilers that run side by side
-    FORCE_CUDA=1          build for CUDA although no GPU is in the machine
-    CUDA_VISIBLE_DEVICES= build for the CPU although a GPU is in the machine
+    MAX_JOBS              number of compilers that run in parallel
+    FORCE_CUDA=1          build for CUDA on a machine without a GPU
+    CUDA_VISIBLE_DEVICES= build for the CPU on a machine with a GPU
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from . import mmcv_units
 from .progress import Plan, Progress, clock
 
 ROOT = Path(__file__).resolve().parents[2]
-# stack: requirements, environment, the distribution that holds mmcv's ops
+# stack: requirements, environment, the distribution with mmcv's ops
 STACKS = {
     'upstream': ('requirements.txt', '.venv', 'mmcv'),
     'onedl': ('requirements-onedl.txt', '.venv-onedl', 'onedl-mmcv'),
 }
-BUILD = '2'  # another one where mmcv must be compiled again
-# of each step, on two cores with a fast network
+BUILD = '2'  # change it when mmcv must be compiled again
+# per step, on two cores with a fast network
 SECONDS = {
     'virtual environment': 10,
     'torch and build tools': 60,
@@ -49,9 +49,9 @@ SECONDS = {
     'mmdist': 5,
     'check': 20,
 }
-COMPILE_SECONDS = 120  # on one core, beyond what the step beside it takes
-# What mmcv's setup.py needs, also what it imports only where that is installed: the
-# step beside the compilation must not be unpacking it then.
+COMPILE_SECONDS = 120  # on one core, in addition to the parallel step
+# What mmcv's setup.py needs, optional imports included: the step that runs during the
+# compilation must not be unpacking them.
 FOR_MMCV = (
     'setuptools', 'wheel', 'ninja', 'torch', 'numpy', 'packaging', 'platformdirs',
     'tqdm',
@@ -75,7 +75,7 @@ def pins(requirements: str) -> dict[str, str]:
 
 
 def output(*command: object) -> str:
-    """What a command prints; '' if it fails or does not exist."""
+    """The output of a command; '' if it fails or does not exist."""
     command = [str(part) for part in command]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -85,7 +85,7 @@ def output(*command: object) -> str:
 
 
 def wants_cuda() -> bool:
-    """A GPU is in the machine and not hidden, or FORCE_CUDA asks for it."""
+    """Whether there is a GPU that is not hidden, or FORCE_CUDA asks for CUDA."""
     if os.environ.get('FORCE_CUDA') == '1':
         return True
     hidden = os.environ.get('CUDA_VISIBLE_DEVICES', 'all') in ('', '-1')
@@ -93,7 +93,7 @@ def wants_cuda() -> bool:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, where torch will look for it too."""
+    """The CUDA compiler, found where torch looks for it too."""
     home = os.environ.get('CUDA_HOME') or os.environ.get('CUDA_PATH')
     if home and (Path(home) / 'bin/nvcc').exists():
         return str(Path(home) / 'bin/nvcc')
@@ -101,7 +101,7 @@ def find_nvcc() -> str | None:
 
 
 def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
-    """What stands in the way, before anything is downloaded or built."""
+    """List what prevents the build, before anything is downloaded or built."""
     python, is_upstream = sys.version_info, stack == 'upstream'
     header = Path(sysconfig.get_paths()['include'], 'Python.h')
     packages = {
@@ -129,7 +129,7 @@ def preflight(stack: str, cuda: bool, compiles: bool, venv: Path) -> list[str]:
 
 
 class Builder:
-    """The steps; pip skips what is installed."""
+    """The build steps; pip skips what is installed."""
 
     def __init__(self, stack: str, cuda: bool) -> None:
         requirements, venv, self.mmcv = STACKS[stack]
@@ -140,13 +140,13 @@ class Builder:
         self.python = self.venv / 'bin/python'
         self.stamp = self.venv / 'mmdist-env.txt'
         self.release = f'{self.mmcv.replace("-", "_")}-{self.pins[self.mmcv]}'
-        self.tree = self.venv / 'src' / self.release  # mmcv's, its wheel beside it
+        self.tree = self.venv / 'src' / self.release  # mmcv's, next to its wheel
         self.compiling: subprocess.Popen | None = None
 
     def made_from(self) -> str:
-        """Changes with whatever a finished environment was made from."""
+        """Hash of everything that a finished environment was made from."""
         digest = hashlib.sha256(f'{self.cuda} {BUILD}'.encode())
-        # what lies in site-packages asks for a new install of mmdist
+        # site-packages holds these: a change needs a new install of mmdist
         installed = ('mmdist.pth', 'mmdist/_startup.py', 'mmdist/version.py')
         for path in (self.requirements, *(ROOT / name for name in installed)):
             digest.update(path.read_bytes())
@@ -166,7 +166,7 @@ class Builder:
             self.begin_mmcv()
             self.step('libraries', self.add_libraries)
             self.step('mmcv', self.add_mmcv)
-        finally:  # another step has failed, or this process is to end
+        finally:  # another step failed, or this process is ending
             if self.compiling and self.compiling.poll() is None:
                 os.killpg(self.compiling.pid, signal.SIGTERM)
         self.step('mmdist', self.add_mmdist)
@@ -191,7 +191,7 @@ class Builder:
         return [self.python, '-m', 'pip', *arguments, *flags]
 
     def install(self, *arguments: object) -> None:
-        # bytecode of all files takes half a minute; most of them are never imported
+        # compiling all files to bytecode takes half a minute; most are never imported
         self.run(*self.pip('install', '--no-compile', *arguments))
 
     def run(self, *command: object) -> None:
@@ -199,8 +199,8 @@ class Builder:
 
     def start(self, log: str, command, environ=(), **options) -> subprocess.Popen:
         """Start a command that appends to a log in the environment."""
-        # torch finds ninja on the PATH; without it the build takes one core and starts
-        # from the beginning after an interruption
+        # torch finds ninja on the PATH; without it the build uses one core and restarts
+        # from scratch after an interruption
         path = f'{self.venv / "bin"}:{os.environ["PATH"]}'
         env = {**os.environ, 'PATH': path, **dict(environ)}
         command = [str(part) for part in command]
@@ -213,7 +213,7 @@ class Builder:
         return process
 
     def wait(self, process: subprocess.Popen) -> None:
-        """Wait for a command; raises Stop with the end of its output if it fails."""
+        """Wait for a command; raise Stop with the end of its output if it fails."""
         try:
             while process.poll() is None:
                 self.progress.show(self.title, self.plan.left())
@@ -224,7 +224,7 @@ class Builder:
         if process.returncode:
             output = process.log.read_bytes()[process.log_start :]
             lines = output.decode(errors='replace').splitlines()
-            # the first error of a compiler is far from the end
+            # a compiler's first error is far from the end
             first = [f'{x.strip()}\n...' for x in lines if ' error: ' in x][:1]
             tail = '\n'.join([*first, *lines[-30:]])
             failed = ' '.join(process.args)
@@ -235,7 +235,7 @@ class Builder:
     def make_venv(self) -> None:
         code = 'import pip, sys; print(sys.prefix)'
         if output(self.python, '-c', code) != str(self.venv):
-            # --clear: incomplete, or one that was copied here from another place
+            # --clear: it is incomplete, or was copied here from another place
             command = [sys.executable, '-m', 'venv', '--clear', str(self.venv)]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
@@ -246,19 +246,19 @@ class Builder:
         self.install(*self.pinned(*FOR_MMCV), '-c', self.requirements)
 
     def add_libraries(self) -> None:
-        # mmcv may not be there yet: without it, and without what asks for it
+        # mmcv may not be there yet: leave it out, and let nothing pull it in
         others = self.venv / 'requirements.txt'
         lines = self.requirements.read_text().splitlines()
         mmcv = self.pinned(self.mmcv)
         others.write_text('\n'.join(x for x in lines if x not in mmcv))
         # --no-build-isolation: the fork's libraries are source only and import torch
         self.install('--no-build-isolation', '--no-deps', '-r', others)
-        # over opencv-python, which mmengine names: without libGL it does not import
+        # replaces opencv-python, required by mmengine: it does not import without libGL
         headless = self.pinned('opencv-python-headless')
         self.install('--force-reinstall', '--no-deps', *headless)
 
     def add_mmdist(self) -> None:
-        # what the libraries ask for is pinned; were it not, it would be added here
+        # all that the libraries require is pinned; if not, it would be added here
         self.install('--no-build-isolation', '-r', self.requirements)
         self.install('--no-build-isolation', '--no-deps', '-e', ROOT)
 
@@ -274,7 +274,7 @@ class Builder:
     # --- mmcv
 
     def wheels(self, torch: str | None = None) -> Path:
-        """Where the wheels for this torch are kept; pip's cache ignores torch."""
+        """The folder of the wheels for this torch; pip's cache ignores torch."""
         cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
         version = 'from importlib.metadata import version as v; print(v("torch"))'
         torch = torch or output(self.python, '-c', version)
@@ -288,7 +288,7 @@ class Builder:
         return next(iter(sorted(found)), None)
 
     def begin_mmcv(self) -> None:
-        """Start to compile mmcv, unless its wheel is there."""
+        """Start compiling mmcv, unless its wheel is cached."""
         if self.cached_wheel():
             return
         if not self.tree.exists():
@@ -306,7 +306,7 @@ class Builder:
         flags = ('-v', '--no-build-isolation', '--no-deps', '-w', self.tree.parent)
         command = self.pip('wheel', *flags, self.tree)
         environ = mmcv_units.environment(units, self.cuda)
-        # a group of its own, to be stopped with all compilers
+        # its own process group, to be stopped with all compilers
         return self.start('make_env_mmcv.log', command, environ, start_new_session=True)
 
     def add_mmcv(self) -> None:
@@ -314,7 +314,7 @@ class Builder:
         self.install('--force-reinstall', '--no-deps', wheel)
 
     def compiled_wheel(self) -> Path:
-        """Wait for the wheel, and keep it."""
+        """Wait for the wheel, and cache it."""
         try:
             self.wait(self.compiling)
         except Stop:

@@ -1,4 +1,4 @@
-"""Write the matrix of detectors in docs/detectors.md: what is compared by default.
+"""Write the matrix in docs/detectors.md: the default comparison of each pair.
 
 Run it after you change which comparison is chosen: python -m tools.dev.make_pair_matrix
 """
@@ -35,7 +35,7 @@ FAMILIES = {
 
 
 class Unloaded(Teacher):
-    """A teacher that is compared by its architecture, without weights."""
+    """A teacher without weights; only its architecture counts."""
 
     def __init__(self, path: str) -> None:
         super().__init__(f'mmdet::{path}')
@@ -45,7 +45,7 @@ class Unloaded(Teacher):
 def chosen(student: nn.Module, teacher: Teacher) -> str:
     """Name of the comparison of a pair; '-' if there is none."""
     try:
-        with warnings.catch_warnings(action='ignore'):  # of shifted anchors
+        with warnings.catch_warnings(action='ignore'):  # about shifted anchors
             found = default_for_pair(student, teacher)
     except ValueError:
         return '-'

@@ -1,4 +1,4 @@
-"""How far a command is, in one line; standard library only."""
+"""Progress of a command, in one line; standard library only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 class Plan:
-    """The seconds left of steps that are done one after the other.
+    """Estimate the seconds left for steps that run one after the other.
 
     Args:
         expected: The seconds of each step on the machine where they were measured.
@@ -26,7 +26,7 @@ class Plan:
 
     def __init__(self, expected: Mapping[str, float]) -> None:
         self.waiting = dict(expected)
-        self.pace = 1.0  # this machine's time over that of the other
+        self.pace = 1.0  # this machine's time over that machine's
 
     def begin(self, step: str) -> None:
         self.expected, self.began = self.waiting.pop(step), monotonic()
@@ -36,15 +36,15 @@ class Plan:
         return monotonic() - self.began
 
     def left(self, eta: float | None = None) -> float:
-        """Seconds left of all steps.
+        """Seconds left for all steps.
 
         Args:
-            eta: Those of the current step, if it reports them. The later steps are then
-                expected to be as fast or slow as this one.
+            eta: Seconds left for the current step, if it reports them. The later steps
+                are then expected to be as fast or slow as this one.
         """
         spent = self.spent()
         if eta is None:
-            # a step that takes longer than expected is taken to be nearly done
+            # assume that a step that takes longer than expected is nearly done
             eta = max(self.expected * self.pace - spent, spent / 10)
         else:
             self.pace = (spent + eta) / self.expected
@@ -52,15 +52,15 @@ class Plan:
 
 
 class Progress:
-    """A line that is rewritten in place; without a terminal, a few plain lines.
+    """A progress line, rewritten in place; without a terminal, a few plain lines.
 
-    In a file or a pipe each finished step is a line, and while a step runs there is one
-    line a minute. Leave the `with` block before you print anything else.
+    A file or a pipe gets a line for each finished step, and one line a minute while a
+    step runs. Leave the `with` block before you print anything else.
 
     Args:
-        name: What the line begins with.
+        name: The start of the line.
         total: The number of steps.
-        stream: Where it is written; standard output if omitted.
+        stream: Where to write; standard output if omitted.
     """
 
     def __init__(self, name: str, total: int, stream: TextIO | None = None) -> None:
@@ -68,7 +68,7 @@ class Progress:
         self.stream = stream or sys.stdout
         self.live = self.stream.isatty()
         self.began = self.printed = monotonic()
-        self.dirty = False  # the cursor is behind a line that is not ended
+        self.dirty = False  # the cursor is after an unfinished line
 
     def __enter__(self) -> Progress:
         return self
@@ -78,11 +78,11 @@ class Progress:
             self._write('\n')
 
     def elapsed(self) -> float:
-        """Seconds since all of it began."""
+        """Seconds since the start of all steps."""
         return monotonic() - self.began
 
     def show(self, text: str, left: float | None = None) -> None:
-        """Show what runs now, and the seconds left of all steps, if known."""
+        """Show what is running, and the seconds left for all steps, if known."""
         head, tail = self._parts(text)
         tail += '' if left is None else f', about {clock(left)} left'
         if self.live:
@@ -111,7 +111,7 @@ class Progress:
         return head, f'; {clock(self.elapsed())}'
 
     def _width(self) -> int:
-        # in the last column some terminals begin a new line
+        # some terminals begin a new line at the last column
         return (os.get_terminal_size(self.stream.fileno()).columns or 80) - 1
 
     def _write(self, text: str) -> None:

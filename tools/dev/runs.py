@@ -1,4 +1,4 @@
-"""A training in a process of its own: how it is started, and what it leaves."""
+"""Run a training in its own process, and read its results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # the process of a tool need not wait for it
+if TYPE_CHECKING:  # a tool's process need not wait for this import
     from torch import Tensor
 
 TOOLS = Path(__file__).resolve().parents[1]
@@ -33,27 +33,27 @@ BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 
 def fingerprint(*parts: str) -> str:
-    """Hash of all that a result depends on."""
+    """Hash of everything that a result depends on."""
     return hashlib.sha256(''.join(parts).encode()).hexdigest()
 
 
 def finished(folder: Path, mark: str) -> dict | None:
-    """The result of a run that is done and has this fingerprint."""
+    """The result of a finished run with this fingerprint, or None."""
     file = folder / 'metrics.json'
     result = json.loads(file.read_text()) if file.is_file() else {}
     return result if result.get('fingerprint') == mark else None
 
 
 def save_result(folder: Path, result: dict) -> None:
-    """Keep a result, with its ``fingerprint``, for :func:`finished`."""
+    """Save a result, with its ``fingerprint``, for :func:`finished`."""
     (folder / 'metrics.json').write_text(json.dumps(result))
 
 
 @functools.cache
 def context() -> BaseContext:
-    """How processes are started: by copies of one that has imported the libraries.
+    """The context of processes: forks of one that has imported the libraries.
 
-    To import them takes a quarter of a minute. CUDA does not survive the copy.
+    Importing them takes a quarter of a minute. CUDA does not survive a fork.
     """
     import torch
 
@@ -62,7 +62,7 @@ def context() -> BaseContext:
 
 
 def import_libraries() -> None:
-    """Begin to import what the tools need, once for all of them, beside what follows.
+    """Start importing the tools' libraries in the background, once for all tools.
 
     The tools get the environment variables that are set now.
     """
@@ -73,15 +73,15 @@ def import_libraries() -> None:
 
 @contextmanager
 def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
-    """Run one of the tools; it is ended when the block is left.
+    """Run one of the tools, and terminate it when the block is left.
 
     Args:
         name: File name of the tool.
         arguments: Its arguments.
-        log_file: What it prints is appended there.
+        log_file: Its output is appended here.
 
     Raises:
-        SystemExit: The tool failed; with the end of what it printed.
+        SystemExit: The tool failed; the message has the end of its output.
     """
     process = context().Process(
         target=_run, args=(TOOLS / name, list(map(str, arguments)), log_file)
@@ -104,7 +104,7 @@ def tool(name: str, arguments: list, log_file: Path) -> Iterator[BaseProcess]:
 
 
 def _run(file: Path, arguments: list[str], log_file: Path) -> None:
-    """What the new process does: the tool as from the command line."""
+    """Run the tool in the new process, as from the command line."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with log_file.open('a') as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
@@ -115,23 +115,23 @@ def _run(file: Path, arguments: list[str], log_file: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """Do not go on computing when the process that started this one was killed."""
+    """Stop when the process that started this one was killed."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 class LoggedStep(NamedTuple):
-    """How far a training is, by its log."""
+    """Progress of a training, read from its log."""
 
     share: float
     eta: float  # seconds
 
 
 def last_step(log: str, epochs: int = 1) -> LoggedStep | None:
-    """The last training step in the text of a log; None before the first one.
+    """The last training step in a log; None before the first one.
 
     Args:
-        log: The text.
+        log: The text of the log.
         epochs: Number of epochs of the training, if it counts them.
     """
     steps = re.findall(
@@ -147,7 +147,7 @@ def last_step(log: str, epochs: int = 1) -> LoggedStep | None:
 
 
 def last_correlations(entries: list[dict]) -> dict[str, float]:
-    """The correlations with the teacher that were logged last, if any."""
+    """The last logged correlations with the teacher, if any."""
     return {
         relation: entry[f'dist_{relation}']
         for entry in entries
@@ -157,7 +157,7 @@ def last_correlations(entries: list[dict]) -> dict[str, float]:
 
 
 def count_parameters(state_dict: Mapping[str, Tensor]) -> int:
-    """How many parameters a checkpoint's model has, without those of `distill`."""
+    """Count the parameters of a checkpoint's model, without those of `distill`."""
     return sum(
         value.numel()
         for key, value in state_dict.items()
@@ -166,6 +166,6 @@ def count_parameters(state_dict: Mapping[str, Tensor]) -> int:
 
 
 def replace_between(page: str, begin: str, end: str, made: str) -> str:
-    """A page with the text between two marks replaced."""
+    """Replace the text of a page between two marks."""
     before, _, rest = page.partition(begin)
     return before + begin + made + end + rest.partition(end)[2]

@@ -2,12 +2,11 @@
 
     python -m tools.dev.quickstart [--seeds 0 1 2]
 
-Makes scenes of digits, then trains for detection and for segmentation a teacher, a
-student alone, a student with KL and a student with DIST, each by `tools/train.py` from
-a config of `configs/*/quickstart`, two at a time. KL is a second baseline and comes
-last: report.md and report.png are written as soon as one of the two tasks is finished
-but for KL, and again as there is more. A finished part is skipped when this is run
-again.
+It makes scenes of digits. For detection and for segmentation, it then trains a teacher,
+a student alone, a student with KL and a student with DIST, each with `tools/train.py`
+from a config of `configs/*/quickstart`, two at a time. KL is a second baseline and is
+trained last: report.md and report.png are written as soon as one task lacks only KL,
+and again as more is finished. Parts that are finished are skipped in the next run.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from tools.dev.quickstart.report import Finished, write_report
 from tools.dev.quickstart.tasks import LAST, PARTS, TASKS, WORK_DIR, Part
 from tools.logs import read_log
 
-# make_digits and mm* are imported where they are used: what they print as they are
-# imported goes into the log
+# make_digits and mm* are imported where they are used: what they print on import goes
+# into the log
 
 REPORT_SECONDS = 20
 
 
 class State(NamedTuple):
-    """How far a training is."""
+    """Progress of a training."""
 
     text: str
     left: float  # seconds
-    pace: float  # this machine's time over that of the other
+    pace: float  # this machine's time over the expected time
 
 
 def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[State]:
-    """Train one part in a process of its own; yields while that runs."""
+    """Train one part in its own process; yield its progress while it runs."""
     from mmengine.config import Config
 
     from mmdist.checkpoint import load_checkpoint
@@ -51,7 +50,7 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     task, name, seed = part
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
     folder = task.folder(name, seed)
-    # short: two of them are in one line
+    # short: one line shows two of them
     title = f'{task.name} {name.removeprefix("student ")}'
     title += f' seed {seed}' if seed else ''
     plan = Plan({name: 20 if smoke else part.seconds})
@@ -86,7 +85,7 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
     result = {
         'fingerprint': mark,
-        # mmdet logs no AP where nothing at all was detected
+        # mmdet logs no AP if nothing at all was detected
         'score': task.scale * scores[-1][task.metric] if scores else 0.0,
         'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
         'parameters': runs.count_parameters(state),
@@ -98,14 +97,14 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
 
 
 def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
-    """The first that need not wait for its teacher."""
+    """The first part that need not wait for its teacher."""
     unfinished = [*waiting, *running]
     ready = (part for part in waiting if part.teacher not in unfinished)
     return next(ready, None)
 
 
 def finished_of(unfinished: Iterable[Part]) -> Finished:
-    """What is finished of the tasks that lack KL at most."""
+    """The finished parts of each task that lacks nothing, or only KL."""
     lacking = {(part.task.name, part.name) for part in unfinished}
     finished = {
         task: [name for name in PARTS if (task.name, name) not in lacking]
@@ -119,12 +118,11 @@ def finished_of(unfinished: Iterable[Part]) -> Finished:
 def train_all(seeds: list[int], smoke: bool, progress: Progress) -> Iterator[Finished]:
     """Train all parts, as many at a time as there are tasks.
 
-    The students of the shorter task go first, and those with KL last, so that there is
-    a first result soon. Then the longest go first, so that the last ones end together.
+    Students of the shorter task go first and those with KL last, for an early first
+    result. Within a task the longest go first, so that the last ones end together.
 
     Yields:
-        What is finished of the tasks that lack KL at most, whenever there is one more
-        of them, and at the end.
+        The result of :func:`finished_of` whenever it has one more task, and at the end.
     """
     tasks = sorted(TASKS, key=lambda task: sum(task.seconds))
     waiting = [Part(task, 'teacher', 0) for task in tasks]
@@ -169,12 +167,12 @@ def train_all(seeds: list[int], smoke: bool, progress: Progress) -> Iterator[Fin
 
 
 def distil(seeds: list[int], smoke: bool) -> str:
-    """Make the data, train, and write the report; returns what to print of it."""
+    """Make the data, train, and write the report; return what to print."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
     steps = 2 + len(TASKS) * (1 + len(seeds) * len(PARTS[1:]))
     with (
         Progress('quickstart', steps) as progress,
-        # what the libraries print
+        # the libraries' output
         (WORK_DIR / 'quickstart.log').open('w') as log,
         redirect_stdout(log),
         redirect_stderr(log),

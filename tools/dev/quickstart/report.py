@@ -45,7 +45,7 @@ def make_table(finished: Finished, seeds: list[int]) -> str:
 
 
 def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
-    """The predictions of a student, by the library's own API and the plain config."""
+    """Predict with a student, through the library's own API and the plain config."""
     config = str(task.config('student alone'))
     checkpoint = str(task.folder(part, seed) / 'last.pth')
     if task.name == 'det':
@@ -66,7 +66,7 @@ def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
 
 
 def draw_report(finished: Finished, seed: int, file: Path) -> None:
-    """Draw the validation curves, and val images with truth and predictions."""
+    """Draw the validation curves, and val images with labels and predictions."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -93,7 +93,7 @@ def draw_report(finished: Finished, seed: int, file: Path) -> None:
         axes.imshow(cv2.imread(images[i])[..., ::-1])
         if isinstance(prediction, np.ndarray):
             overlay = palette(prediction)
-            # the background is void, as is what is ambiguous
+            # background and ambiguous pixels are void
             overlay[..., 3] = (maps[i] > 0) & (maps[i] < 255)
             axes.imshow(overlay)
             return
@@ -147,7 +147,7 @@ def demo_command(task: Task, seed: int) -> str:
 
 
 def write_report(finished: Finished, seeds: list[int]) -> str:
-    """Write report.md and report.png; returns the lines to print as well."""
+    """Write report.md and report.png; return the lines to print."""
     table = make_table(finished, seeds)
     commands = '\n\n'.join(demo_command(task, seeds[0]) for task in finished)
     draw_report(finished, seeds[0], WORK_DIR / 'report.png')

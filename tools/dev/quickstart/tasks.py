@@ -12,7 +12,7 @@ from tools.dev import runs
 ROOT = Path(__file__).resolve().parents[3]
 WORK_DIR = Path('work_dirs/quickstart')
 PARTS = ('teacher', 'student alone', 'student + KL', 'student + DIST')
-LAST = 'student + KL'  # trained last: what DIST gains is seen without it
+LAST = 'student + KL'  # trained last: the gain of DIST is seen without it
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ TASKS = (
 
 
 class Part(NamedTuple):
-    """The training of one of the models of a task."""
+    """The training of one model of a task."""
 
     task: Task
     name: str  # of PARTS
@@ -90,17 +90,17 @@ class Part(NamedTuple):
 
     @property
     def teacher(self) -> Part | None:
-        """What must be trained before it."""
+        """The part that must be trained before it, if any."""
         alone = self.name in PARTS[:2]
         return None if alone else Part(self.task, 'teacher', 0)
 
     @property
     def seconds(self) -> int:
-        """How long it takes on one core of two, on some machine."""
+        """Its training time on one core of two, on the machine that was measured."""
         return self.task.seconds[PARTS.index(self.name)]
 
     def fingerprint(self, options: dict) -> str:
-        """Hash of all that the result depends on: settings, data, and the teacher's."""
+        """Hash of all that the result depends on: settings, data and teacher."""
         from mmengine.config import Config
 
         inputs = [
