@@ -8,7 +8,7 @@ import mmengine
 from mmengine.utils import digit_version
 
 # RuntimeErrors here, since mmengine's registries swallow ImportErrors.
-HINT = 'Run `python tools/check_env.py` of mmdist: it names the command that fixes it.'
+HINT = "Run `python tools/check_env.py` in mmdist's checkout: it prints how to fix it."
 
 
 def check_versions() -> None:

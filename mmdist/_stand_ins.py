@@ -23,16 +23,16 @@ _CODES = {'b1', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8'
 
 def _check(good: bool, text: str) -> None:
     if not good:
-        raise UnpicklingError(f'a GLOBAL is asked for more than is allowed: {text}')
+        raise UnpicklingError(f'a GLOBAL is used in a way that is not allowed: {text}')
 
 
 class _Dtype:
     def __init__(self, code: str, *_: bool) -> None:
-        _check(code in _CODES, f'of arrays only numbers are read, not {code!r}')
+        _check(code in _CODES, f'arrays must hold numbers, got {code!r}')
         self.real = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        _check(state[1] != '>', 'big-endian numbers are not read')
+        _check(state[1] != '>', 'big-endian numbers are not supported')
 
 
 class _Array:

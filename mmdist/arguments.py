@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,15 +37,15 @@ def student_config(student: Any) -> dict:
     names = ('mmdist.Distiller', 'Distiller')
     while isinstance(student, Mapping) and student.get('type') in names:
         print_log(
-            'mmdist: `student` is distilled already. Its own student is taken, and '
-            'neither its teacher nor what it compares.',
+            'mmdist: `student` is the config of a distillation. Only its student is '
+            'used; its teacher and its `distill` are ignored.',
             logger='current',
         )
         student = student.get('student')
     if not isinstance(student, Mapping) or 'type' not in student:
         raise ValueError(
-            '`student` is the config of a model, such as `student=_base_.model`, or '
-            f'the path of a config, got {student!r:.200}.'
+            '`student` must be the config of a model, such as '
+            f'`student=_base_.model`, or the path of a config, got {student!r:.200}.'
         )
     return student
 
@@ -71,8 +72,8 @@ def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
     """The arguments of each teacher by name; a single teacher has the name ''."""
     if (teacher is None) == (teachers is None):
         raise ValueError(
-            'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
-            'name -> arguments.'
+            'Give either `teacher`, the arguments of one teacher, or `teachers`, a '
+            'dict of name -> arguments.'
         )
     if teachers is None:
         return {'': teacher}
@@ -85,41 +86,47 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
 
     Raises:
         ValueError: ``distill`` is malformed, or a ``from_teacher`` is: it names an
-            unknown teacher, or its weights are negative or sum to 0.
+            unknown teacher, or its weights are negative, infinite or sum to 0.
     """
     _check_names('distill', distill, "type='mmdist.SegLogits'")
     terms: dict[str, DistillTerm] = {}
     for name, entry in distill.items():
         cfg = dict(entry) if isinstance(entry, Mapping) else entry
         wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
-        weights = wanted if isinstance(wanted, Mapping) else {str(wanted): 1}
+        if not isinstance(wanted, (str, Mapping, type(None))):
+            raise ValueError(
+                f'`distill.{name}.from_teacher` must be the name of a teacher or a '
+                f'dict of name -> weight, got {wanted!r}.'
+            )
+        weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
         if wanted is None:
             weights = dict.fromkeys(teachers, 1)
         elif teachers == ['']:
             raise ValueError(
-                f'`distill.{name}.from_teacher` chooses among several teachers, but '
-                'there is one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
+                f'`distill.{name}.from_teacher` needs several teachers, but there is '
+                'only one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
             )
         unknown = sorted(set(weights) - set(teachers))
         if unknown:
             raise ValueError(
-                f'`distill.{name}.from_teacher` names {unknown}, but the teachers are '
-                f'{teachers}. It names those of `teachers=dict(<name>=dict(...))`.'
+                f'`distill.{name}.from_teacher` names the unknown teachers {unknown}. '
+                f'`teachers=dict(<name>=dict(...))` has {teachers}.'
             )
-        right = [isinstance(w, (int, float)) and w >= 0 for w in weights.values()]
-        if not all(right) or not sum(weights.values()):
+        numbers = [w for w in weights.values() if isinstance(w, (int, float))]
+        right = all(0 <= w < math.inf for w in numbers) and sum(numbers) > 0
+        if not right or len(numbers) < len(weights):
             raise ValueError(
-                f'`distill.{name}.from_teacher` gives the teachers the weights '
-                f'{dict(weights)}: none may be negative, and one must be above 0.'
+                f'`distill.{name}.from_teacher` has the weights {dict(weights)}: each '
+                'must be a finite number >= 0, and at least one must be above 0.'
             )
         for teacher, weight in weights.items():
             term = DistillTerm(name, cfg, teacher, weight)
             other = terms.get(term.key)
             if other is not None:
                 raise ValueError(
-                    f'Entries and teachers are named so that {term.key!r} means two '
-                    f'things: {other.name!r} with teacher {other.teacher!r}, and '
-                    f'{name!r} with teacher {teacher!r}. Rename one of them.'
+                    f'The name {term.key!r} is ambiguous: entry {other.name!r} with '
+                    f'teacher {other.teacher!r}, or entry {name!r} with teacher '
+                    f'{teacher!r}. Rename one of them.'
                 )
             if weight:
                 terms[term.key] = term
@@ -130,15 +137,15 @@ def _check_names(argument: str, entries: Any, example: str) -> None:
     example = f'`{argument}=dict(<name>=dict({example}))`'
     if not isinstance(entries, Mapping) or not entries or 'type' in entries:
         raise ValueError(
-            f'`{argument}` is a dict of name -> config, {example}, got '
+            f'`{argument}` must be a dict of name -> config, {example}, got '
             f'{entries!r:.200}.'
         )
     for name in entries:
         is_name = isinstance(name, str) and name.isidentifier() and 'loss' not in name
         if not is_name or hasattr(nn.ModuleDict, name):
             raise ValueError(
-                f'`{argument}` has an entry {name!r}. Names are identifiers without '
-                '"loss" in them, and no methods of a dict: they become the keys '
-                'loss_<name> (added to the total) and <name>_inter, <name>_intra (only '
-                'logged).'
+                f'`{argument}` has the invalid entry name {name!r}. A name must be an '
+                'identifier without "loss", and not a method of a dict: it becomes the '
+                'keys loss_<name> (added to the total) and <name>_inter, <name>_intra '
+                '(only logged).'
             )

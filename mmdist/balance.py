@@ -55,9 +55,9 @@ class Balance:
         is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         if not (is_number and 0 < ratio < float('inf')):
             raise ValueError(
-                '`balance` says how many times that of the labels the gradient of '
-                'distillation may be, a number above 0, or None for the published '
-                f'loss; got {ratio!r}.'
+                '`balance` must be a number above 0, or None for the published loss, '
+                f'got {ratio!r}. It limits the gradient of distillation to this '
+                "multiple of the labels' gradient."
             )
         self.ratio = float(ratio)
         self._saved_before = _saved()

@@ -57,8 +57,8 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
         raise FileNotFoundError(
             f'The checkpoint {path!r} is a folder.'
             if os.path.isdir(path)
-            else f'The checkpoint {path!r} does not exist. Relative paths count from '
-            f'the working directory, {os.getcwd()!r}.'
+            else f'The checkpoint {path!r} does not exist. Relative paths start at the '
+            f'working directory, {os.getcwd()!r}.'
         ) from None
     except (OSError, ImportError) as error:
         text = f'The checkpoint {path!r} cannot be read: {error}'
@@ -67,14 +67,14 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
         cause = error.__context__ or error  # without torch's advice
         said = ' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]
         text = (
-            f'The checkpoint {path!r} cannot be read: it is damaged, cut off or no '
-            'checkpoint at all. Download it again.'
+            f'The checkpoint {path!r} cannot be read: it is damaged, truncated or not '
+            'a checkpoint. Download it again.'
         )
         if 'GLOBAL' in said or 'add_safe_globals' in said:
             text = (
-                f'The checkpoint {path!r} holds objects that the safe loader does not '
-                'read: reading them could run code of its author. If you trust the '
-                'file, set `teacher.weights_only=False` (a tool: --no-weights-only)'
+                f'The checkpoint {path!r} contains objects that the safe loader '
+                'refuses: reading them could run code from the file. If you trust it, '
+                'set `teacher.weights_only=False` (in a tool: --no-weights-only)'
                 + ('.' if weights_only else ' and unset TORCH_FORCE_WEIGHTS_ONLY_LOAD.')
             )
         raise RuntimeError(f'{text} The loader says: {said}') from error
@@ -88,8 +88,8 @@ def _check_content(checkpoint: Any, path: str) -> None:
             return value
         wanted = 'a dict with names as keys' if kind is Mapping else 'a list of names'
         raise ValueError(
-            f'{path!r} holds no checkpoint that can be used: {what} has to be '
-            f'{wanted}, and is of type {type(value).__name__}.'
+            f'{path!r} is not a usable checkpoint: {what} must be {wanted}, got '
+            f'{type(value).__name__}.'
         )
 
     if 'state_dict' in check(checkpoint, 'its content'):
@@ -100,7 +100,7 @@ def _check_content(checkpoint: Any, path: str) -> None:
         data = {} if data is None else check(data, '`dataset_meta`')
         for key, value in (*meta.items(), *data.items()):
             if key.lower() == 'classes' and value is not None:
-                check(value, 'what names its classes', (str, list, tuple))
+                check(value, f'`{key}`', (str, list, tuple))
 
 
 def check_finite(state: Mapping[str, Any], path: str) -> None:
@@ -114,9 +114,9 @@ def check_finite(state: Mapping[str, Any], path: str) -> None:
     ]
     if broken:
         raise RuntimeError(
-            f'The weights in {path!r} are broken: {len(broken)} of them hold NaN or '
-            f'infinite values ({", ".join(broken[:10])}). Its training diverged; take '
-            'an earlier checkpoint of it.'
+            f'The weights in {path!r} are broken: {len(broken)} of them contain NaN or '
+            f'infinite values ({", ".join(broken[:10])}). The training diverged; use '
+            'an earlier checkpoint.'
         )
 
 
@@ -125,7 +125,7 @@ def load_strictly(
     checkpoint: dict,
     path: str,
     model_name: str = "the teacher's config",
-    advice: str = 'Check that `teacher.config` is the very config this checkpoint was '
+    advice: str = 'Check that `teacher.config` is the config that this checkpoint was '
     'trained with (backbone, depth, neck, number of classes).',
 ) -> None:
     """Load weights; any missing, unexpected or mis-shaped key is an error.
@@ -176,7 +176,7 @@ def load_strictly(
         'missing in the file': missing,
         'in the file, but not in the model': sorted(set(unexpected)),
         'of another shape': [' '.join(error.split()) for error in errors],
-        'of a type that no weight has': types,
+        'of a type that weights cannot have': types,
     }
     if any(problems.values()):
         lines = [f'The weights in {path!r} do not fit {model_name}.']

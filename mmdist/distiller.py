@@ -134,7 +134,10 @@ class DistilledMixin:
     def teacher(self) -> Teacher:
         """The teacher, if there is only one."""
         if len(self.teachers) > 1:
-            raise ValueError(f'There are several: `teachers` {list(self.teachers)}.')
+            raise ValueError(
+                f'There are several teachers, {list(self.teachers)}: use '
+                '`teachers[name]`.'
+            )
         return next(iter(self.teachers.values()))
 
     def init_weights(self) -> None:

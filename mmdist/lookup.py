@@ -75,7 +75,7 @@ def check_arguments(
         for key in cfg:
             if key not in takes and key not in ('type', '_scope_'):
                 raise ValueError(
-                    f'`{name}`: no argument {key!r}.{did_you_mean(key, takes)} '
+                    f'`{name}`: unknown argument {key!r}.{did_you_mean(key, takes)} '
                     f'{it_takes}'
                 )
     for key, parameter in takes.items():
@@ -83,7 +83,7 @@ def check_arguments(
             raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')
         value = cfg.get(key, parameter.default)
         if value is not parameter.default and not _may_be(value, parameter.annotation):
-            raise ValueError(f'`{name}`: {key!r} is a number, got {value!r:.100}.')
+            raise ValueError(f'`{name}`: {key!r} must be a number, got {value!r:.100}.')
 
 
 def _may_be(value: Any, annotation: Any) -> bool:

@@ -49,9 +49,8 @@ def no_such_type(kind: Any, registry: Registry) -> str:
         ours.import_from_location()
         known += [f'mmdist.{name}' for name in ours.module_dict]
     return (
-        f'No {registry.name} is called {kind!r}.{did_you_mean(kind, known)} What '
-        'mmdist has begins with `mmdist.`; what you have written yourself needs '
-        '`custom_imports`.'
+        f'No {registry.name} is called {kind!r}.{did_you_mean(kind, known)} Names of '
+        'mmdist begin with `mmdist.`; your own types need `custom_imports`.'
     )
 
 
@@ -69,4 +68,6 @@ def why_not_built(error: Exception) -> str:
     if not (isinstance(error, TypeError) and word and inspect.isclass(cls)):
         return ''
     takes = set().union(*(inspect.signature(c.__init__).parameters for c in cls.mro()))
-    return f'`{cls.__name__}`: no argument {word[1]!r}.{did_you_mean(word[1], takes)}'
+    return (
+        f'`{cls.__name__}`: unknown argument {word[1]!r}.{did_you_mean(word[1], takes)}'
+    )

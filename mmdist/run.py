@@ -36,9 +36,9 @@ def refuse_untried_strategies() -> None:
     found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', told('cfg') or '')
     if found:
         raise NotImplementedError(
-            f'mmdist does not distil under `{found[0]}`: nobody has tried whether the '
-            'teacher survives its engine. Use `FSDPStrategy`, `DDPStrategy` or '
-            '`SingleDeviceStrategy`, or omit `runner_type` and `strategy`.'
+            f'mmdist does not support `{found[0]}`: it has never been tested with a '
+            'teacher. Use `FSDPStrategy`, `DDPStrategy` or `SingleDeviceStrategy`, or '
+            'omit `runner_type` and `strategy`.'
         )
 
 
@@ -94,12 +94,12 @@ class Watch:
         terms = {t for t, i in zip(self._terms, lost_at, strict=True) if i == first}
         good = last_checkpoint_before(first)
         raise RuntimeError(
-            f'The training was stopped, since {" and ".join(sorted(terms))} became NaN '
-            f'or infinite in iteration {first}. '
+            f'The training was stopped: {" and ".join(sorted(terms))} became NaN or '
+            f'infinite in iteration {first}. '
             + (f'The last checkpoint before it is {good}.' if good else '')
             + ' Try a smaller learning rate, a longer warm-up or '
             '`optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If the student trains '
-            'well alone, distil with `balance`, which is 3.0 by default, or less.'
+            'well alone, set `balance` to 3.0, the default, or less.'
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
@@ -119,10 +119,10 @@ class Watch:
                 self._warned.add(key)
                 print_log(
                     f'mmdist: no row of `distill.{key}` has counted for {self.every} '
-                    'iterations, so nothing is learned by it. Either the labels leave '
-                    'nothing but void and padding, or the teacher gives the common '
-                    'classes too little probability everywhere: see `class_map`, '
-                    '`class_match`, and `min_score` where the comparison has it.',
+                    'iterations, so it teaches nothing. Either the labels are only '
+                    'void and padding, or the teacher gives the common classes too '
+                    'little probability everywhere: check `class_map`, `class_match` '
+                    'and, if the comparison has it, `min_score`.',
                     logger='current',
                     level=logging.WARNING,
                 )

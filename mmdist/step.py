@@ -82,11 +82,11 @@ class Step:
             )
         if torch.is_grad_enabled() and _lost_gradient(module, calls):
             raise RuntimeError(
-                'What the student returned from its '
-                f'`{self._name(module)}` carries no gradient, so there is nothing '
-                'to learn. It runs within activation checkpointing (`with_cp` or '
-                '`activation_checkpointing`): compare the module around it, or turn '
-                'the checkpointing off there.'
+                "The output of the student's "
+                f'`{self._name(module)}` carries no gradient, so nothing can be '
+                'learned from it. It runs inside activation checkpointing (`with_cp` '
+                'or `activation_checkpointing`): compare the module around it, or turn '
+                'checkpointing off there.'
             )
         return calls
 

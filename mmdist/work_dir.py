@@ -48,7 +48,7 @@ def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
         try:
             checkpoint = load_checkpoint(str(path))
         except (RuntimeError, ValueError, FileNotFoundError) as error:
-            print_log(f'Passed over: {error}', level=logging.WARNING)
+            print_log(f'Skipped: {error}', level=logging.WARNING)
             # texts, folders, dangling links and files that no run wrote do not count
             if isinstance(error, RuntimeError) and _began_as_one(path):
                 damaged.append(str(path))
@@ -59,7 +59,7 @@ def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
     if damaged:
         raise RuntimeError(
             f'No checkpoint in {str(work_dir)!r} can be read: {", ".join(damaged)}. '
-            'Resume from another, `--resume PATH`, or train into another --work-dir.'
+            'Resume from another with `--resume PATH`, or choose another --work-dir.'
         )
     return None
 
@@ -95,8 +95,8 @@ def refuse_other_config(
         why = f'another config (these differ: {", ".join(differing)})'
         raise RuntimeError(
             f'{path!r} was trained with {why if differing else "this config"}, and its '
-            'run would be mixed with this one or overwritten. Train into another '
-            '--work-dir, remove this one, or go on with its weights, --resume.'
+            'run would be mixed with this one or overwritten. Choose another '
+            '--work-dir, delete this one, or continue from its weights with --resume.'
         )
 
 

@@ -191,7 +191,7 @@ def test_all_processes_have_the_same_factor(group_of):
 
 @pytest.mark.parametrize('ratio', [0, -1.0, float('nan'), 'auto', True])
 def test_what_is_no_ratio_is_refused(ratio):
-    with pytest.raises(ValueError, match='`balance` says how many times'):
+    with pytest.raises(ValueError, match='`balance` must be a number above 0'):
         Balance(ratio)
 
 

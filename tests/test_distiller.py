@@ -153,7 +153,7 @@ def test_the_log_says_once_who_learns_what_from_whom(config, family, monkeypatch
     assert [line for line in said if line not in boxes] == [
         f'mmdist: {model} learns from {model} ({config.model.teacher.checkpoint}) by '
         f'`dist`, {KINDS[family]} with DISTLoss, chosen because student and teacher '
-        'are of one kind.'
+        'are of the same family.'
     ]
 
 

@@ -37,18 +37,18 @@ def test_did_you_mean_names_the_nearest(word, known, said):
         (
             teacher,
             dict(config='a', chekpoint='b'),
-            "no argument 'chekpoint'. Did you mean 'checkpoint'? It takes config, "
-            'checkpoint, views.',
+            "unknown argument 'chekpoint'. Did you mean 'checkpoint'? It takes "
+            'config, checkpoint, views.',
         ),
         (
             teacher,
             dict(checkpoint='b'),
             "the argument 'config' is missing. It takes config, checkpoint, views.",
         ),
-        (lambda: None, dict(a=1), "no argument 'a'. It takes no arguments."),
-        (loss, dict(weight='1'), "'weight' is a number, got '1'."),
-        (loss, dict(weight=None), "'weight' is a number, got None."),
-        (loss, dict(least=[1]), "'least' is a number, got [1]."),
+        (lambda: None, dict(a=1), "unknown argument 'a'. It takes no arguments."),
+        (loss, dict(weight='1'), "'weight' must be a number, got '1'."),
+        (loss, dict(weight=None), "'weight' must be a number, got None."),
+        (loss, dict(least=[1]), "'least' must be a number, got [1]."),
     ],
 )
 def test_check_arguments_says_what_is_wrong(function, cfg, said):
@@ -70,5 +70,5 @@ def test_a_class_without_arguments_says_so():
     class Hook:
         pass
 
-    with pytest.raises(ValueError, match=r'`Hook`: no argument .*takes no arguments'):
+    with pytest.raises(ValueError, match=r'`Hook`: unknown .*takes no arguments'):
         in_words(Hook)(seed=1)

@@ -51,8 +51,8 @@ def test_what_is_cut_off_is_passed_over_and_named(tmp_path, capsys, note):
     path, _ = last_whole_checkpoint(tmp_path)
     assert path.endswith('iter_2.pth')
     printed = capsys.readouterr().out
-    assert "Passed over: The checkpoint '" in printed
-    assert "iter_3.pth' cannot be read: it is damaged, cut off" in printed
+    assert "Skipped: The checkpoint '" in printed
+    assert "iter_3.pth' cannot be read: it is damaged, truncated" in printed
 
 
 def test_weights_alone_are_not_resumed_from(tmp_path):
@@ -78,7 +78,7 @@ def test_what_is_no_checkpoint_is_passed_over_and_named(tmp_path, capsys, kind):
     NO_CHECKPOINTS[kind](tmp_path / 'odd.pth')
     assert last_whole_checkpoint(tmp_path) is None
     if kind != 'no_meta':  # as weights alone, it is not worth a word
-        assert re.search(r"Passed over: .*odd\.pth'", capsys.readouterr().out)
+        assert re.search(r"Skipped: .*odd\.pth'", capsys.readouterr().out)
     save(tmp_path, 1)
     (tmp_path / 'last_checkpoint').write_bytes(b'\xff\xfe\x00')
     assert last_whole_checkpoint(tmp_path)[0].endswith('iter_1.pth')

@@ -205,13 +205,13 @@ def check_library(module: str, requirement: str) -> Line:
     line = check_version(name, f'{major}.x', (major,), (major + 1,), fix)
     if line.fix or not (error := error_of(f'import {module}.apis')):
         return line
-    fix = f'fix the lines above; if it stays: {fix} --force-reinstall --no-deps'
+    fix = f'fix the lines above; if it still fails: {fix} --force-reinstall --no-deps'
     return Line(name, f'{line.found}, but: {error}', f'{line.wanted}, imports', fix)
 
 
 def check_sklearn() -> Line:
     found = version_of('scikit-learn') or 'missing (optional)'
-    return Line('scikit-learn', found, "by the quickstart, mmdet's PAA")
+    return Line('scikit-learn', found, "for the quickstart, mmdet's PAA")
 
 
 def check_mmdist() -> Line:
@@ -229,8 +229,8 @@ def report(lines: list[Line]) -> str:
         end = f'-> run: {fix}' if fix else 'ok'
         rows.append(f'{name:21} {found:21} wanted: {wanted:35} {end}')
     wrong = sum(line.fix is not None for line in lines)
-    to_fix = f'{wrong} of {len(lines)} to fix, best from the top; `python` is '
-    good = f'all {len(lines)} are as they should be'
+    to_fix = f'{wrong} of {len(lines)} to fix, starting from the top; `python` is '
+    good = f'all {len(lines)} are fine'
     return '\n'.join([*rows, to_fix + sys.executable if wrong else good])
 
 

@@ -1,4 +1,4 @@
-"""Compare trainings by their logs: scores over seeds, a table and curves.
+r"""Compare trainings by their logs: scores over seeds, a table and curves.
 
     python tools/compare.py alone=work_dirs/alone_0 alone=work_dirs/alone_1 \
         dist=work_dirs/dist_0 dist=work_dirs/dist_1 --out compare.png
@@ -118,7 +118,7 @@ def choose_metric(methods: Methods, metric: str | None = None) -> str:
             return known
     raise SystemExit(
         f'No run has logged any of {list(wanted)}. Choose one with --metric, of '
-        f'{sorted(logged)}; without a validation there is none.'
+        f'{sorted(logged)}; a run without validation logs none.'
     )
 
 
@@ -148,7 +148,7 @@ def make_table(methods: Methods, metric: str) -> str:
         lines.append(f'| {name} | {len(ours)} | {spread} | {against} |')
     if len(set(ends.values())) > 1:
         steps = ', '.join(f'{folder} at {step}' for folder, step in ends.items())
-        lines += ['', f'The last {metric} is not of the same step: {steps}.']
+        lines += ['', f'The last {metric} comes from different steps: {steps}.']
     for folder, metrics in lacking.items():
         lines += ['', f'{folder} has no {metric!r} yet; it has logged {metrics}.']
     return '\n'.join(lines)
@@ -194,10 +194,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    text = 'of a training, `dir` or `name=dir`; the name is that of the method, else '
-    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'{text}that of the folder')
-    add('--metric', help=f'key in the log; the first of {METRICS} that is there')
-    text = 'the plot: %(default)s'
+    text = '`dir` of a training, or `name=dir` with the name of its method (default: '
+    add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'{text}that of the folder)')
+    text = f'key in the log (default: the first of {METRICS} that is logged)'
+    add('--metric', help=text)
+    text = 'file of the plot (default: %(default)s)'
     add('--out', type=Path, default=Path('compare.png'), help=text)
     args = parser.parse_args()
     methods = read(args.work_dirs)

@@ -1,6 +1,6 @@
 """Export the student of a distillation checkpoint, for its own config to load strictly.
 
-What was learned to distil (`distill.*`), the optimizer and the logs are left out; with
+Weights used only to distil (`distill.*`), the optimizer and the logs are left out; with
 EMA, the averaged weights are exported. The file name ends in the first 8 digits of its
 sha256, as in the model zoos. With --config, a config of the plain student for testing
 and inference, without `_base_`, is written beside it.
@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('checkpoint', help='path of the checkpoint')
     parser.add_argument(
-        '--out', help='path of the result, before the digits; <checkpoint>_student.pth'
+        '--out',
+        help='path of the result, without the digits (default: '
+        '<checkpoint>_student.pth)',
     )
     parser.add_argument(
         '--config',
@@ -50,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         '--weights-only',
         action=argparse.BooleanOptionalAction,
         default=True,
-        help='read the checkpoint safely; the other may run code that is in the file',
+        help='read the checkpoint safely; otherwise code in the file may run',
     )
     return parser.parse_args()
 

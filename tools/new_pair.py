@@ -1,4 +1,4 @@
-"""Check that a teacher fits a student, and write the config of the pair.
+r"""Check that a teacher fits a student, and write the config of the pair.
 
     python tools/new_pair.py \
         --student mmdet::retinanet/retinanet_r50_fpn_2x_coco.py \
@@ -6,8 +6,7 @@
 
 Both are built with random weights and take one training step on random images: no
 data, no checkpoint and no GPU is needed. What training would refuse is refused here.
-A teacher of another library, other class names and the comparisons are given as in a
-config:
+Give a teacher of another library, other class names and comparisons as in a config:
 
     --teacher type=mmdist.HFSegmentor name=nvidia/segformer-b5-finetuned-ade-640-640
     --class-map car=vehicle --distill dist.type=mmdist.DenseLogits dist.levels=concat
@@ -69,7 +68,9 @@ class PathOrDict(DictAction):
         elif all('=' in value for value in values):
             super().__call__(parser, namespace, values, option_string)
         else:
-            parser.error(f'{option_string} is a path or KEY=VALUE ..., got {values}.')
+            parser.error(
+                f'{option_string} must be a path or KEY=VALUE ..., got {values}.'
+            )
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,22 +86,22 @@ def parse_args() -> argparse.Namespace:
     add('--teacher', text, 'CONFIG', nargs='+', action=PathOrDict)
     text = 'instead of --teacher: what tools/store_teacher.py wrote, or a COCO results '
     add('--stored', f'{text}file of the training images', 'PATH')
-    text = "the teacher's weights; of a `pkg::path` the published ones, if omitted"
+    text = "the teacher's weights (default: the published ones of a `pkg::path`)"
     add('--checkpoint', text, 'PATH_OR_URL')
-    text = 'classes with another name, or several: car=auto vehicle=truck,bus'
+    text = 'classes that the teacher names differently: car=auto vehicle=truck,bus'
     add('--class-map', text, 'STUDENT=TEACHER', nargs='+', default=[])
     text = 'shared: compare only the classes that both know'
     add('--class-match', text, choices=('strict', 'shared'))
-    text = "what is compared, <name>.type=... first; the family's default if omitted"
+    text = "what to compare, <name>.type=... first (default: the family's comparison)"
     add('--distill', text, 'KEY=VALUE', nargs='+', action=DictAction)
-    add('--out', 'where the config goes; printed if omitted')
+    add('--out', 'file for the config; printed if omitted')
     args = parser.parse_args()
     if bool(args.teacher) == bool(args.stored):
         parser.error('Give either --teacher or --stored.')
     if args.checkpoint and args.stored:
         parser.error('--checkpoint is for --teacher: stored answers need none.')
     if wrong := [pair for pair in args.class_map if '=' not in pair]:
-        parser.error(f'--class-map is STUDENT=TEACHER ..., got {wrong}.')
+        parser.error(f'--class-map must be STUDENT=TEACHER ..., got {wrong}.')
     pairs = (item.split('=', 1) for item in args.class_map)
     args.class_map = {k: v.split(',') if ',' in v else v for k, v in pairs}
     distill = Config()
@@ -246,7 +247,7 @@ def main() -> None:
         if checkpoint is None:
             raise SystemExit(
                 f'The pair works, but no published weights of {args.teacher!r} are '
-                'known. Give --checkpoint, a path or a URL, and it is written.'
+                'known. To write its config, give --checkpoint, a path or a URL.'
             )
         missing = '://' not in checkpoint and not os.path.exists(checkpoint)
         note = ', which does not exist: training needs it' if missing else ''

@@ -146,9 +146,10 @@ def report_pair(
         else:
             text = (
                 f'The class names of the {"teacher" if classes else "student"} are '
-                'unknown: the two are taken to have the same classes in the same order.'
+                'unknown: the two are assumed to have the same classes in the same '
+                'order.'
             )
-            report.warnings.append(f'{text} --images shows whether they have.')
+            report.warnings.append(f'{text} `tools/preflight.py --images N` checks that.')
         report.line(with_name('classes', name), text, 5)
         report.line(with_name('images', name), _describe_images(model, teacher))
 
@@ -156,7 +157,7 @@ def report_pair(
 def _describe_images(model: nn.Module, teacher: Teacher) -> str:
     """How the student's batch is changed for a teacher."""
     if isinstance(teacher, StoredTeacher):
-        return 'not shown to a teacher; its answers are moved as the images are'
+        return 'not shown to the teacher; its answers are moved like the images'
     steps = {
         'channels swapped': teacher.renormalize.flip,
         'mean and std changed': teacher.renormalize.rescale,
@@ -223,14 +224,14 @@ def _judge_rows(report: Report, key: str, is_dist: bool, pairs: Sequence[Pair]) 
         report.warnings.append(f'{same} in {sum(constant)} of {len(pairs)} pairs.')
     if is_dist and min(x.shape[1] for x in rows) <= 2:
         report.warnings.append(
-            f'`{key}` compares two classes or one: the inter-class term is useless '
-            'there and left out; the intra-class term remains.'
+            f'`{key}` compares fewer than three classes: the inter-class term is '
+            'useless there and left out; the intra-class term remains.'
         )
     few = [len(x) for x in rows if len(x) < FEW_ROWS]
     if is_dist and few:
         report.warnings.append(
-            f'`{key}`: {len(few)} of {len(pairs)} pairs have few rows per process, '
-            f'{min(few)} at least, and a correlation of so few is mostly chance. Take '
+            f'`{key}`: {len(few)} of {len(pairs)} pairs have few rows per process '
+            f'(fewest: {min(few)}), and a correlation of so few is mostly chance. Use '
             'a larger batch, `sync=True` of DISTLoss with several processes, or '
             "`levels='concat'` of DenseLogits."
         )

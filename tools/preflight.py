@@ -51,13 +51,13 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add('config', help='path of a config that distils')
-    text = 'score the teacher on N validation images; 0, the default, does not'
+    text = 'score the teacher on N validation images (default: 0, do not)'
     add('--images', type=int, default=0, metavar='N', help=text)
     add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
     parser.set_defaults(launcher='none', work_dir=None)
     args = parser.parse_args()
     if args.images < 0:
-        parser.error(f'--images is a number of images, got {args.images}.')
+        parser.error(f'--images must be at least 0, got {args.images}.')
     args.cfg = load_distilling(args, parser)
     return args
 
@@ -105,8 +105,8 @@ class Preflight(Hook):
         if schedules:
             report.line(
                 'ramp',
-                f'distillation has the weight {first_factor:g} in the first step; what '
-                f'follows is at its full weight, {model.distill_factor:g}',
+                f'distillation has the weight {first_factor:g} in the first step; the '
+                f'lines below are at its full weight, {model.distill_factor:g}',
             )
         report_losses(report, model, seen)
         share = report_gradient(report, model, seen)
@@ -114,7 +114,7 @@ class Preflight(Hook):
         if balance:
             report.line(
                 'balance',
-                f'in training it has at most {balance.ratio:g} times their norm, at '
+                f'limits this to {balance.ratio:g} times their norm in training, at '
                 'each output that is compared',
             )
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
@@ -145,7 +145,7 @@ class Preflight(Hook):
             if not runner.val_loop:
                 reason = 'the config has no `val_dataloader`'
             elif not classes:
-                reason = 'the classes of the data set have no names'
+                reason = 'the data set has no class names'
             if reason:
                 self.report.line(key, f'not scored: {reason}')
                 continue
@@ -250,20 +250,20 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
         return
     elif share > 10 and ramp:
         report.warnings.append(
-            f'{times} at full weight. The ramp has to bridge the steps until it falls: '
-            'watch whether the own losses fall too.'
+            f'{times} at full weight. The ramp must last until it falls: watch whether '
+            'the own losses fall too.'
         )
     elif share > 10:
         report.cautions.append(
-            f'{times}, which hardly count beside it. Leave `balance` at its default.'
+            f'{times}, so these hardly count. Leave `balance` at its default.'
         )
     elif share < 0.01:
-        report.warnings.append(f'{times}: it hardly counts. Take a larger weight.')
+        report.warnings.append(f'{times}: it hardly counts. Use a larger weight.')
     if fresh and not ramp and 0 < share <= 10:
         report.warnings.append(
             "The student's head starts at random, where DIST has its largest "
-            'gradients, and `balance=None` leaves them as they are. That may cost much '
-            'in a short training: see docs/quickstart.md.'
+            'gradients, and `balance=None` does not limit them. That may harm a short '
+            'training: see docs/quickstart.md.'
         )
 
 
@@ -298,7 +298,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         report.line(
             'memory',
             f'at most {on:.2f} GiB with the teacher, {off:.2f} GiB while it is paused; '
-            'both with its weights',
+            'both include its weights',
         )
 
 

@@ -45,16 +45,16 @@ def parse_args() -> argparse.Namespace:
     add('config', help='path of a config that distils')
     add('--out', required=True, metavar='FOLDER', help='where the answers go')
     add('--flip', action='store_true', help='ask about the mirrored images too')
-    text = "sizes of the images beside the teacher's own, such as 0.75 1 1.25"
+    text = "image scales relative to the teacher's own size, such as 0.75 1 1.25"
     add('--scales', type=float, nargs='+', default=[1.0], help=text)
-    add('--min-score', type=float, default=0.05, help='the least score of a box')
+    add('--min-score', type=float, default=0.05, help='lowest score of a stored box')
     add('--launcher', choices=['none', 'pytorch'], default='none')
     add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
-    add('--traceback', action='store_true', help='of a mistake, show where it is found')
+    add('--traceback', action='store_true', help='show where a mistake was found')
     parser.set_defaults(work_dir=None)
     args = parser.parse_args()
     if min(args.scales) <= 0:
-        parser.error(f'--scales are above 0, got {args.scales}.')
+        parser.error(f'--scales must be above 0, got {args.scales}.')
     args.scales.sort(key=lambda scale: abs(math.log(scale)))  # the first gives the grid
     args.cfg = load_distilling(args, parser)
     return args
@@ -66,7 +66,7 @@ def build(args: argparse.Namespace) -> tuple[Answers, list[dict]]:
     given = cfg.model.get('teachers') or {'': cfg.model.get('teacher') or {}}
     if any('stored' in teacher or 'ema' in teacher for teacher in given.values()):
         raise SystemExit(
-            'A teacher of this config is stored already, or is the mean of the student '
+            'A teacher of this config is already stored, or is the mean of the student '
             'and changes with it. Give `teacher=dict(config=..., checkpoint=...)`.'
         )
     if cfg.get('data_preprocessor') is not None:
@@ -96,7 +96,7 @@ def pack(pipelines: Sequence[Callable], info: dict) -> tuple[str, list[dict] | s
     try:
         return path, [pipe(dict(deepcopy(info), seg_fields=[])) for pipe in pipelines]
     except Exception as error:  # a worker would add its traceback
-        return path, f'{path} cannot be read as in a test: {error!r}'
+        return path, f'{path} cannot be read by the test pipeline: {error!r}'
 
 
 def store(args: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ class Asked:
         self.steps = test_pipeline(own) or test_pipeline(cfg)
         self.names = list(teacher.class_names or classes)
         if not self.steps or not self.names:
-            what = 'class names' if self.steps else 'a pipeline of a test'
+            what = 'class names' if self.steps else 'a test pipeline'
             raise SystemExit(
                 f'Neither the config of `{teacher.name}` nor that of the student has '
                 f'{what}: add a `test_dataloader` with its data set to one of them.'
@@ -200,10 +200,10 @@ class Answers:
         for one, match in zip(asked, self.matches, strict=True):
             if one.kind != self.kind or match.student is not None:
                 raise SystemExit(
-                    f'`{one.teacher.name}` and the other teachers have no answer in '
-                    "common: each of them has to know all of the student's classes, "
-                    'and all detect boxes or all segment. Store each in a folder of '
-                    'its own, and name them in `teachers`.'
+                    f'The answers of `{one.teacher.name}` and the other teachers '
+                    "cannot be combined: each must know all of the student's classes, "
+                    'and all must detect boxes or all must segment. Store each in its '
+                    'own folder, and list them in `teachers`.'
                 )
 
     def __call__(self, packed: Sequence[Mapping]) -> Tensor:

@@ -28,10 +28,10 @@ def cannot_score(teacher: Teacher) -> str:
     """Why a teacher's predictions cannot be scored; empty if they can."""
     model = teacher.model
     if isinstance(teacher, MeanTeacher):
-        return "it is the student's own mean"
+        return "it is the student's mean"
     if isinstance(model, ForeignTeacher) and model.gives == 'features':
-        return 'it gives features alone'
-    return 'panoptic predictions are not' * hasattr(model, 'panoptic_head')
+        return 'it gives only features'
+    return 'its predictions are panoptic' * hasattr(model, 'panoptic_head')
 
 
 @torch.no_grad()
@@ -197,8 +197,8 @@ def judge(
     chance = _chance(confusion)
     if chance and any(key.endswith('mIoU') for key in metrics):
         return (
-            f'mean IoU of {mean:.1%} is like noise: the same predictions dealt out at '
-            f'random have {chance:.1%}.'
+            f'mean IoU of {mean:.1%} is like noise: the same predictions in random '
+            f'order have {chance:.1%}.'
         )
     return ''
 

@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     add('checkpoint', help='path of the checkpoint')
     add('--show', action='store_true', help='show the predictions')
     add('--show-dir', help='draw the predictions into this folder')
-    add('--tta', action='store_true', help="test with the config's augmentation")
+    add('--tta', action='store_true', help="use the config's test-time augmentation")
     return parse(parser)
 
 
@@ -32,8 +32,10 @@ def test(args: argparse.Namespace) -> None:
         if args.show_dir:
             cfg.visualizer.save_dir = args.show_dir
     if args.tta:
-        if 'tta_model' not in cfg:
-            raise SystemExit('--tta needs `tta_model` and `tta_pipeline` in it.')
+        if not {'tta_model', 'tta_pipeline'} <= set(cfg):
+            raise SystemExit(
+                '--tta needs `tta_model` and `tta_pipeline` in the config.'
+            )
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model

@@ -31,7 +31,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     add('--work-dir', help='where logs, checkpoints and metrics go')
     add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
     add('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    add('--traceback', action='store_true', help='of a mistake, show where it is found')
+    add('--traceback', action='store_true', help='show where a mistake was found')
     # torch.distributed.launch passes it; torchrun sets the variable instead.
     add('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
@@ -46,7 +46,8 @@ def parse_args() -> argparse.Namespace:
     add('--amp', action='store_true', help='train with automatic mixed precision')
     scale = 'scale the learning rate by the batch size (needs `auto_scale_lr`)'
     add('--auto-scale-lr', action='store_true', help=scale)
-    add('--resume', nargs='?', const='auto', help='a checkpoint, or else the latest')
+    text = 'continue from this checkpoint; without a path, from the latest'
+    add('--resume', nargs='?', const='auto', help=text)
     return parse(parser)
 
 
@@ -109,7 +110,7 @@ def seed_iterations(cfg: Config) -> None:
     """Make a resumed run draw the same random numbers as an uninterrupted one."""
     hooks = cfg.get('custom_hooks') or []
     if not isinstance(hooks, (list, tuple)):
-        raise SystemExit(f'`custom_hooks` is a list of dicts, got {hooks!r:.200}.')
+        raise SystemExit(f'`custom_hooks` must be a list of dicts, got {hooks!r:.200}.')
     if all(hook.get('type') != 'mmdist.IterSeedHook' for hook in hooks):
         cfg.custom_hooks = [*hooks, dict(type='mmdist.IterSeedHook')]
 
@@ -161,7 +162,7 @@ def build_runner(cfg: Config, on_cpus: bool) -> Runner:
 
     def wrap_model(self: Runner, wrapper: dict | None, model: nn.Module) -> nn.Module:
         if on_cpus and any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-            self.logger.warning('SyncBN needs GPUs: BN, in each process, replaces it.')
+            self.logger.warning('SyncBN needs GPUs: BN replaces it in each process.')
             model = revert_sync_batchnorm(model)
         return kind.wrap_model(self, wrapper, model)
 
@@ -191,8 +192,8 @@ def train(args: argparse.Namespace) -> None:
         use_cpus(cfg)
     if cfg.get('strategy') and 'runner_type' not in cfg:
         raise SystemExit(
-            "`strategy` is for `runner_type = 'FlexibleRunner'`: mmengine's Runner "
-            'does without it and does not say so. Set that, or remove `strategy`.'
+            "`strategy` needs `runner_type = 'FlexibleRunner'`: mmengine's Runner "
+            'ignores it silently. Set `runner_type`, or remove `strategy`.'
         )
     runner = build_runner(cfg, on_cpus)
     if found:

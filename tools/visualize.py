@@ -57,18 +57,19 @@ def parse_args() -> argparse.Namespace:
     add('config', help='path of a config that distils')
     add('checkpoint', help="path or URL of the student's checkpoint")
     add('images', nargs='*', help='image files, shown without labels')
-    add('--num', type=int, default=8, help='number of validation samples; 8')
+    add('--num', type=int, default=8, help='number of validation samples (default: 8)')
     add('--out', type=Path, required=True, help='the folder of the page')
-    add('--score-thr', type=float, default=0.3, help='lowest score of a box; 0.3')
-    add('--entry', help='what to show of `distill`: <name>, or <name>_<teacher>')
+    text = 'lowest score of a box (default: 0.3)'
+    add('--score-thr', type=float, default=0.3, help=text)
+    add('--entry', help='entry of `distill` to show: <name>, or <name>_<teacher>')
     add('--cfg-options', nargs='+', action=DictAction, help='key=value of the config')
     parser.set_defaults(launcher='none', work_dir=None)
     args = parser.parse_args()
     if args.num < 1:
-        parser.error(f'--num is a number of images, got {args.num}.')
+        parser.error(f'--num must be at least 1, got {args.num}.')
     for path in args.images:
         if not Path(path).is_file() or mmcv.imread(path) is None:
-            parser.error(f'{path} does not exist or is no image.')
+            parser.error(f'{path} does not exist or is not an image.')
     args.cfg = load_distilling(args, parser)
     if not args.cfg.get('val_dataloader'):
         parser.error(f'{args.config} has no `val_dataloader`.')
@@ -88,7 +89,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     load_strictly(model, weights, args.checkpoint, args.config, advice)
     stored = [t for t in model.teachers.values() if isinstance(t, StoredTeacher)]
     if stored and args.images:
-        raise ValueError('A stored teacher knows the training images alone, no others.')
+        raise ValueError('A stored teacher knows only training images: omit IMAGES.')
     loader = cfg.train_dataloader if stored else cfg.val_dataloader
     lazy = dict(lazy_init=True) if args.images else {}  # without annotations
     dataset = DATASETS.build({**loader.dataset, **lazy})
@@ -96,7 +97,7 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         join(dataset, teacher.store.kind)
         check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
-        raise ValueError('The classes of the data set have no names.')
+        raise ValueError('The data set has no class names.')
     # what training hooks tell the distiller and some heads
     counters = dict(epoch=0, iter=0)
     runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
@@ -108,12 +109,12 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     keys = [k for k in keys if getattr(found[k], 'student_path', '') != 'rpn_head']
     key = args.entry or next(iter(keys), None)
     if key not in keys:
-        raise ValueError(f'Of `distill` only {keys} compare classes, and not {key!r}.')
+        raise ValueError(f'Only {keys} of `distill` compare classes, not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
     model.distill_terms = {key: model.distill_terms[key]}
     teacher = model.teachers[model.distill_terms[key].teacher]
     if reason := cannot_score(teacher):
-        raise ValueError(f'What the teacher predicts is not shown: {reason}.')
+        raise ValueError(f"The teacher's predictions cannot be shown: {reason}.")
     return model.eval(), teacher, dataset
 
 
@@ -293,15 +294,15 @@ PAGE = """<!DOCTYPE html><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.5 sans-serif; max-width: 1120px; margin: 2em auto }}
 td, th {{ padding: 0 1em; text-align: right }} img {{ width: 100% }}
 td:first-child, th:first-child {{ text-align: left }} i {{ padding: 0 .5em }}</style>
-<h1>{title}</h1><p>The <b>correlation</b> of a class is that of its scores by student
+<h1>{title}</h1><p>The <b>correlation</b> of a class is between its scores by student
 and teacher, over {rows} of all images: 1 where the student follows, 0 where it does
 not, nan where a side is constant. {how}</p><table>{table}</table>{images}"""
 MAP = """<b>Inter-class correlation</b>: 1 (blue) where the student orders the classes
 as the teacher does, -1 (red) where it is the opposite. Grey pixels do not count."""
-BOXES = f"""<b>Both</b> have a box if they give it one class, with an IoU of at least
-{MIN_IOU}; drawn is the student's. Boxes have a score of at least {{}}."""
-STORED = """ The images are those of the training, as they are augmented; the teacher's
-answers are stored, and moved as the images are."""
+BOXES = f"""<b>Both</b>: boxes of the same class with an IoU of at least {MIN_IOU}; the
+student's is drawn. Boxes have a score of at least {{}}."""
+STORED = """ The images are augmented training images; the teacher's answers are stored,
+and moved like the images."""
 
 
 def table(

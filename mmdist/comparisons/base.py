@@ -46,10 +46,10 @@ class Pair:
 
 # Advice for a pair whose shapes differ.
 OTHER_CLASSES = (
-    'The rows are the same, so the two have other classes. Classes are matched by name '
-    'if the names of both sides are known; the log says whose are not. Take a teacher '
-    'whose checkpoint names its classes, or whose config has the dataset that does, or '
-    "one with the student's classes."
+    'The rows are the same, so the classes differ. Classes are matched by name if the '
+    'names of both sides are known; the log says whose are not. Use a teacher whose '
+    'checkpoint names its classes, or whose config has the dataset that does, or one '
+    "with the student's classes."
 )
 OTHER_ROWS = 'Use a teacher with the same strides and the same anchors per location.'
 
@@ -151,8 +151,8 @@ class Comparison(BaseModule):
         name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
             f'{type(self).__name__} cannot compare a {name}: {reason}. '
-            f'It compares {self.families}. For any other model write a comparison of '
-            'your own; docs/own_comparison.md shows how.'
+            f'It compares {self.families}. For any other model write your own '
+            'comparison; docs/own_comparison.md shows how.'
         )
 
     def bind(self, student: nn.Module, teacher: Teacher) -> None:
@@ -170,9 +170,9 @@ class Comparison(BaseModule):
         """
         if isinstance(teacher, StoredTeacher) and not self.learns_from_answers:
             raise ValueError(
-                f'{type(self).__name__} asks modules of the teacher, and a stored one '
-                'has none. Take mmdist.Detections or mmdist.Boxes for the answers of a '
-                'detector, mmdist.SegLogits for those of a segmentor.'
+                f"{type(self).__name__} needs the teacher's modules, but a stored "
+                'teacher has none. Use mmdist.Detections or mmdist.Boxes for the '
+                'answers of a detector, mmdist.SegLogits for those of a segmentor.'
             )
         self.student_modules(student)
         if isinstance(self.loss, DISTLoss):
@@ -187,9 +187,9 @@ class Comparison(BaseModule):
         """
         if not hasattr(self, 'mean_of_views'):
             raise ValueError(
-                '`teacher.views` averages what the teacher says of an image and of its '
+                "`teacher.views` averages the teacher's answers to an image and its "
                 f'mirror image at each location, but {type(self).__name__} does not '
-                'compare locations. mmdist.SegLogits and mmdist.DenseLogits do; else '
+                'compare locations. Use mmdist.SegLogits or mmdist.DenseLogits, or '
                 'omit `views`.'
             )
 
@@ -223,8 +223,8 @@ class Comparison(BaseModule):
         if ours != theirs:
             same_rows = (ours[0], *ours[2:]) == (theirs[0], *theirs[2:])
             raise ValueError(
-                f'{type(self).__name__}: the student gives logits of shape {ours}, the '
-                f'teacher of {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}'
+                f"{type(self).__name__}: the student's logits have the shape {ours}, "
+                f"the teacher's {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}"
             )
         if isinstance(self.loss, DISTLoss):
             few_columns = ours[1] <= 2 and self.loss.beta
@@ -258,12 +258,11 @@ class Comparison(BaseModule):
     def _warn_of_few_columns(self, columns: int) -> None:
         if not self._has_warned:
             what = 'one channel' if columns == 1 else 'two classes'
-            value = 'undefined' if columns == 1 else '1 or -1, whatever they are'
+            value = 'undefined' if columns == 1 else 'always 1 or -1'
             warnings.warn(
                 f'{type(self).__name__} compares {what} per row: the inter-class '
-                f'correlation of such a row is {value}, and gives nothing to learn '
-                'from. The term is left out, as with `beta=0`; the intra-class term '
-                'remains.',
+                f'correlation of such a row is {value}, so it teaches nothing. The '
+                'term is left out, as with `beta=0`; the intra-class term remains.',
                 stacklevel=2,
             )
         self._has_warned = True
@@ -278,10 +277,10 @@ class Comparison(BaseModule):
 
 # Removed kinds and arguments, and what to take instead.
 REMOVED = {
-    'mmdist.BoxLogits': 'mmdist.BoxLogits was removed: it lost accuracy. Take '
-    'mmdist.Detections, which compares what any detector detects.',
-    'DISTLoss.damping': '`damping` of DISTLoss was removed: leave it out. '
-    '`model.balance`, which is on by default, does better what it did.',
+    'mmdist.BoxLogits': 'mmdist.BoxLogits was removed: it lost accuracy. Use '
+    'mmdist.Detections, which works with any detector.',
+    'DISTLoss.damping': '`damping` of DISTLoss was removed: omit it. `model.balance`, '
+    'which is on by default, replaces it and works better.',
 }
 
 
@@ -298,17 +297,17 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
     kind = cfg.get('type') if isinstance(cfg, Mapping) else None
     if isinstance(kind, str) and kind in REMOVED:
         raise ValueError(f'`distill.{name}`: {REMOVED[kind]}')
-    compares = 'says what to compare by its `type`, but there is no {!r} that compares'
+    compares = 'has the unknown comparison type {!r}'
     _check(f'distill.{name}', cfg, Comparison, compares)
     if cfg.get('loss') is not None:
-        loss = 'is the config of a loss, but there is no {!r}'
+        loss = 'has the unknown loss type {!r}'
         _check(f'distill.{name}.loss', cfg['loss'], nn.Module, loss)
     return MODELS.build(dict(cfg))
 
 
 def _check(where: str, cfg: Any, base: type, says: str) -> None:
     if not isinstance(cfg, Mapping):
-        raise ValueError(f'`{where}` is a dict with a `type`, got {cfg!r:.200}.')
+        raise ValueError(f'`{where}` must be a dict with a `type`, got {cfg!r:.200}.')
     cls, kind = class_of(cfg), cfg.get('type')
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         known = sorted(
@@ -321,7 +320,7 @@ def _check(where: str, cfg: Any, base: type, says: str) -> None:
         )
         raise ValueError(
             f'`{where}` {says.format(kind)}.{did_you_mean(kind, known)} mmdist has '
-            f'{", ".join(known)}; for one of your own see `custom_imports` and '
+            f'{", ".join(known)}; for your own see `custom_imports` and '
             'docs/own_comparison.md.'
         )
     for key in cfg:

@@ -54,9 +54,8 @@ class BoxDistributions(Comparison):
         ours, theirs = self._head(student).reg_max, self._head(teacher).reg_max
         if ours != theirs:
             raise ValueError(
-                'BoxDistributions compares distributions over the same distances, but '
-                f'`bbox_head.reg_max` is {ours} for the student and {theirs} for the '
-                'teacher.'
+                'BoxDistributions needs the same `bbox_head.reg_max` on both sides, '
+                f'but it is {ours} for the student and {theirs} for the teacher.'
             )
 
     def record(self, step: Step) -> Sequence[Tensor]:

@@ -72,8 +72,8 @@ class Boxes(Comparison):
 
     families = (
         'students that are dense, two-stage with bbox heads that regress four numbers, '
-        'or with object queries; and teachers of their family, dense ones with the '
-        'same anchors, or of any other one by what they detect'
+        'or have object queries; with teachers of the same family (if dense, with the '
+        'same anchors), or the detections of teachers of any other family'
     )
     learns_from_answers = True
 
@@ -107,20 +107,20 @@ class Boxes(Comparison):
             self.loss = deepcopy(own)
         if is_queries and not self.in_pixels:
             raise ValueError(
-                'Boxes compares those of queries in pixels: `loss` is one of IoU type, '
-                f'such as mmdet.GIoULoss, got {type(self.loss).__name__}.'
+                'Boxes compares the boxes of queries in pixels: `loss` must be an IoU '
+                f'loss, such as mmdet.GIoULoss, got {type(self.loss).__name__}.'
             )
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The modules to record for the student's family."""
         if family_of(student) not in (DENSE, ROI, QUERY):
-            raise self.unsupported(student, 'it is of none of these families')
+            raise self.unsupported(student, 'it belongs to none of these families')
         modules = reader_of(student).modules(student, self.unsupported)
         for head in _heads(student):
             if not _is_known(head, family_of(student)):
                 raise self.unsupported(
                     student,
-                    f'how a {type(head).__name__} encodes its boxes is not known here',
+                    f'how a {type(head).__name__} encodes its boxes is not supported',
                 )
         return modules
 

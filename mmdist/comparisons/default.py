@@ -46,9 +46,8 @@ def default_for(student: nn.Module) -> dict:
         raise ValueError(
             f'mmdist does not know what to compare for a {type(student).__name__}: '
             'neither it nor a base class of it is among the supported families '
-            f'({", ".join(FAMILIES)}). Say what to compare, '
-            '`distill=dict(<name>=dict(type=...))`. For a comparison of your own see '
-            'docs/own_comparison.md.'
+            f'({", ".join(FAMILIES)}). Set `distill=dict(<name>=dict(type=...))`. For '
+            'your own comparison see docs/own_comparison.md.'
         )
     return dict(type=KINDS.get(family, DETECTIONS))
 
@@ -89,7 +88,7 @@ def default_for_pair(
             continue
         if reasons:
             return dict(dist=Chosen(comparison, reasons[0].split('. ')[0]))
-        why = 'student and teacher are of one kind'
+        why = 'student and teacher are of the same family'
         if not has_recipe:
             return dict(dist=Chosen(comparison, why))
         try:
@@ -97,13 +96,13 @@ def default_for_pair(
             if teacher.views:
                 boxes.check_views()
         except ValueError as error:
-            why += f', without their boxes: {str(error).split(". ")[0]}'
+            why += f'; boxes are left out: {str(error).split(". ")[0]}'
             return dict(dist=Chosen(comparison, why))
         box_why = 'class scores do not say where a box ends'
         return dict(dist=Chosen(comparison, why), box=Chosen(boxes, box_why))
     raise ValueError(
-        f'{reasons[0]}\nNor can detections be compared. {reasons[-1]}\n'
-        'mmdist.Features compares feature maps of any two models, '
+        f'{reasons[0]}\nDetections cannot be compared either. {reasons[-1]}\n'
+        'mmdist.Features compares feature maps of any two models: '
         "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
     )
 

@@ -76,7 +76,7 @@ class DenseLogits(Comparison):
         super().__init__(loss)
         if anchors == 'best':
             raise ValueError(
-                "`anchors='best'` of DenseLogits was removed. Take mmdist.Detections, "
+                "`anchors='best'` of DenseLogits was removed. Use mmdist.Detections, "
                 'which compares heads with any anchors and levels.'
             )
         for name, value, known in (
@@ -86,7 +86,7 @@ class DenseLogits(Comparison):
         ):
             if value not in known:
                 raise ValueError(
-                    f'`{name}` is {known[0]!r} or {known[1]!r}, got {value!r}.'
+                    f'`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}.'
                 )
         self.student_path = student
         self.teacher_path = teacher or student
@@ -141,9 +141,9 @@ class DenseLogits(Comparison):
         )
         if ours != theirs:
             raise ValueError(
-                'DenseLogits compares the same anchors at the same locations. Per '
-                f'level (anchors, height, width) the student has {ours}, the teacher '
-                f'{theirs}. {dense.SAME_LOCATIONS}'
+                'DenseLogits compares the same anchors at the same locations, but '
+                f'(anchors, height, width) per level differ: the student has {ours}, '
+                f'the teacher {theirs}. {dense.SAME_LOCATIONS}'
             )
         heads = (
             dense.head_of(step.student, self.student_path),
@@ -193,9 +193,9 @@ def _concatenate(pairs: Sequence[Pair]) -> Pair:
     widths = {pair.student.shape[1] for pair in pairs}
     if len(widths) > 1:
         raise ValueError(
-            "DenseLogits cannot do levels='concat' with anchors='joint' where levels "
+            "DenseLogits cannot combine levels='concat' with anchors='joint' if levels "
             f'have different numbers of anchors (columns per level: {sorted(widths)}). '
-            "Take anchors='separate', or levels='sum'."
+            "Use anchors='separate', or levels='sum'."
         )
     student = torch.cat([as_rows(pair.student) for pair in pairs])
     teacher = torch.cat([as_rows(pair.teacher) for pair in pairs])

@@ -63,7 +63,7 @@ class Detections(Comparison):
     def __init__(self, loss: dict | None = None, min_iou: float = 0.5) -> None:
         super().__init__(loss or dict(type='mmdist.DISTLoss', beta=0.0))
         if not 0 < min_iou < 1:
-            raise ValueError(f'`min_iou` is an IoU, 0 < min_iou < 1, got {min_iou}.')
+            raise ValueError(f'`min_iou` must satisfy 0 < min_iou < 1, got {min_iou}.')
         self.min_iou = min_iou
         self.match = Matching()
 
@@ -75,7 +75,7 @@ class Detections(Comparison):
         """The dense head, extractor and bbox head, or the head of the queries."""
         reader = _reader_of(student)
         if reader is None:
-            raise self.unsupported(student, 'it is of none of these families')
+            raise self.unsupported(student, 'it belongs to none of these families')
         return reader.modules(student, self.unsupported)
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -204,7 +204,7 @@ def check_detects(teacher: nn.Module, refuse: Refuse) -> None:
         if teacher.gives not in ('boxes', 'detections'):
             raise refuse(teacher, f'it gives {teacher.gives}')
     elif _reader_of(teacher) is None:
-        raise refuse(teacher, 'it is no detector')
+        raise refuse(teacher, 'it is not a detector')
     elif None in heads:
         raise refuse(teacher, 'it detects no boxes')
 

@@ -82,8 +82,8 @@ class Features(Comparison):
         super().__init__(loss or dict(type='torch.nn.MSELoss'))
         if isinstance(levels, str) and (levels != 'stride' or teacher_levels):
             raise ValueError(
-                "`levels` of Features are indices, or 'stride', which chooses those of "
-                f'the teacher too; got {levels!r} and teacher_levels={teacher_levels}.'
+                "`levels` of Features must be indices, or 'stride' without "
+                f'`teacher_levels`, got {levels!r} and teacher_levels={teacher_levels}.'
             )
         self.student_path = student
         self.teacher_path = teacher or student
@@ -146,9 +146,9 @@ class Features(Comparison):
         common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
         if not common:
             raise ValueError(
-                f"Features: the student's `{self.student_path}` has maps of the "
-                f"strides {ours}, the teacher's `{self.teacher_path}` of {theirs}, so "
-                "levels='stride' pairs none. Give indices, `levels` and "
+                "Features: levels='stride' pairs no maps: the student's "
+                f"`{self.student_path}` has the strides {ours}, the teacher's "
+                f'`{self.teacher_path}` {theirs}. Give indices, `levels` and '
                 "`teacher_levels`; the teacher's maps are resized."
             )
         self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
@@ -177,7 +177,7 @@ class Features(Comparison):
             calls = _dry_run(model, module, sizes)
         except Exception as error:
             reason = f'{type(error).__name__}: {error}'
-            raise _NotRun(f'{name} did not run on zeros, {reason}') from error
+            raise _NotRun(f'{name} fails on a batch of zeros, {reason}') from error
         if not calls:
             raise _NotRun(f'{name} did not run its `{path}` in a forward pass.')
         return self._maps(calls, path, levels)
@@ -187,13 +187,13 @@ class Features(Comparison):
         self._module(teacher, self.teacher_path, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not determine the sizes and channels of the maps, and '
-                'with them the 1x1 convolutions, when the model was built: '
+                'Features could not determine the sizes and channels of the maps, '
+                'which the 1x1 convolutions need, when the model was built: '
                 f'{self._not_adapted}\n'
-                f"Fix that, or give `student_channels` of the student's "
-                f"`{self.student_path}` and `teacher_channels` of the teacher's "
-                f'`{self.teacher_path}`, or `adapt=False` for no convolution, and the '
-                'indices of the maps as `levels` and `teacher_levels`.'
+                f"Fix that, or set `student_channels` (of the student's "
+                f"`{self.student_path}`) and `teacher_channels` (of the teacher's "
+                f'`{self.teacher_path}`), or `adapt=False` for no convolution, and the '
+                'indices of the maps, `levels` and `teacher_levels`.'
             )
 
     def record(self, step: Step) -> list[Tensor]:
@@ -227,8 +227,8 @@ class Features(Comparison):
                 raise ValueError(
                     f"Features: map {level} of the student's `{self.student_path}` has "
                     f"{student.size(1)} channels, that of the teacher's "
-                    f'`{self.teacher_path}` {teacher.size(1)}. Leave `adapt` and '
-                    '`teacher_channels` out, and 1x1 convolutions adapt them.'
+                    f'`{self.teacher_path}` {teacher.size(1)}. Omit `adapt` and '
+                    '`teacher_channels`: 1x1 convolutions then adapt them.'
                 )
             student, teacher = fp32(student), fp32(teacher)
             size = student.shape[-2:]
@@ -260,7 +260,7 @@ class Features(Comparison):
         top = ', '.join(name for name, _ in model.named_children())
         raise ValueError(
             f'Features: the {whose}, {name_of(model)}, has no module {path!r}. '
-            + (f'Did you mean {names}?' if close else f'At its top it has {top}.')
+            + (f'Did you mean {names}?' if close else f'Its top-level modules: {top}.')
         )
 
     def _maps(
@@ -271,7 +271,7 @@ class Features(Comparison):
         maps = [x for x in tensors if x.ndim == 4]
         if not maps:
             raise ValueError(
-                f'Features compares maps, (N, C, h, w), and `{path}` returned '
+                f'Features compares maps, (N, C, h, w), but `{path}` returned '
                 f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Choose another '
                 'module, for example `neck` or `backbone`.'
             )
@@ -286,8 +286,8 @@ class Features(Comparison):
     def _check_number(self, student: int, teacher: int) -> None:
         if student != teacher:
             raise ValueError(
-                f"Features: {student} map(s) of the student's `{self.student_path}` "
-                f"are to be compared with {teacher} of the teacher's "
+                f"Features cannot compare {student} map(s) of the student's "
+                f"`{self.student_path}` with {teacher} of the teacher's "
                 f'`{self.teacher_path}`. Choose the same number of each with `levels` '
                 'and `teacher_levels`.'
             )

@@ -44,8 +44,8 @@ class Masks(Comparison):
     """
 
     families = (
-        'Mask R-CNN, Cascade Mask R-CNN and what has their RoI heads, with a mask '
-        'head that has an extractor of its own'
+        'Mask R-CNN, Cascade Mask R-CNN and models with their RoI heads, if the mask '
+        'head has its own extractor'
     )
 
     def __init__(

@@ -46,8 +46,8 @@ class QueryLogits(Comparison):
     """
 
     families = (
-        'the DETRs of mmdet with a fixed list of classes: what is derived from its '
-        '`DetectionTransformer`, and Sparse R-CNN and QueryInst'
+        'the DETRs of mmdet with a fixed list of classes (derived from its '
+        '`DetectionTransformer`), Sparse R-CNN and QueryInst'
     )
     asks_first = True
 
@@ -60,7 +60,7 @@ class QueryLogits(Comparison):
     ) -> None:
         super().__init__(loss)
         if layers not in ('last', 'all'):
-            raise ValueError(f"`layers` is 'last' or 'all', got {layers!r}.")
+            raise ValueError(f"`layers` must be 'last' or 'all', got {layers!r}.")
         check_min_score(min_score)
         self.layers = layers
         self.match = Matching(match_costs, min_score)

@@ -42,7 +42,7 @@ class RoILogits(Comparison):
 
     families = (
         'the two-stage detectors of mmdet whose RoI head has an extractor and a bbox '
-        'head: Faster, Mask and Cascade R-CNN and what is derived from them'
+        'head: Faster, Mask and Cascade R-CNN and models derived from them'
     )
 
     def __init__(
@@ -53,7 +53,7 @@ class RoILogits(Comparison):
     ) -> None:
         super().__init__(loss)
         if not (stage is None or stage == 'mean' or isinstance(stage, int)):
-            raise ValueError(f"`stage` is an int, 'mean' or None, got {stage!r}.")
+            raise ValueError(f"`stage` must be an int, 'mean' or None, got {stage!r}.")
         self.stage = stage
         self.background = background
 

@@ -65,8 +65,8 @@ class SegLogits(Comparison):
         super().__init__(loss)
         if resize not in ('smaller', 'student', 'teacher', 'label'):
             raise ValueError(
-                "`resize` of SegLogits is 'smaller', 'student', 'teacher' or 'label', "
-                f'got {resize!r}.'
+                "`resize` of SegLogits must be 'smaller', 'student', 'teacher' or "
+                f"'label', got {resize!r}."
             )
         self.aux_weight = aux_weight
         self.ignore_mask = ignore_mask
@@ -202,8 +202,8 @@ def _foreground(scores: Tensor, as_scores: bool) -> Tensor:
     """Two channels as the single channel of a binary segmentor."""
     if scores.shape[1] != 2:
         raise ValueError(
-            'A binary student learns which of its two classes a pixel is, so the '
-            'teacher has to know both: map both of them with `teacher.class_map`.'
+            'The teacher must know both classes of a binary student: map both of them '
+            'with `teacher.class_map`.'
         )
     background, foreground = scores.split(1, dim=1)
     return foreground if as_scores else foreground - background

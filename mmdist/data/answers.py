@@ -30,7 +30,7 @@ def join(dataset: Any, kind: str, later: Sequence[list] = ()) -> None:
         pipeline = [base.pipeline.transforms, *(x.pipeline for x in around)]
         follow(pipeline, kind, f'The pipeline of a {type(base).__name__}')
     for transforms in later:
-        follow([list(transforms)], kind, 'The pipeline that comes later')
+        follow([list(transforms)], kind, 'The `switch_pipeline` of a hook')
 
 
 def bases_of(dataset: Any, around: tuple = ()) -> Iterator[tuple[Any, tuple]]:
@@ -62,10 +62,11 @@ def check_images(dataset: Any, store: Store) -> None:
         bases = [base for base, _ in bases_of(dataset)]
         if len(bases) > 1 or not hasattr(bases[0], 'cat2label'):
             raise ValueError(
-                f'{store.origin}: a COCO results file knows images by the ids of one '
-                'annotation file, but the training has '
-                f'{" and ".join(type(base).__name__ for base in bases)}. Take a folder '
-                'of tools/store_teacher.py, which knows files, or one `CocoDataset`.'
+                f'{store.origin}: a COCO results file identifies images by the ids of '
+                'one annotation file, but the training uses '
+                f'{" and ".join(type(base).__name__ for base in bases)}. Use a folder '
+                'of tools/store_teacher.py, which identifies images by path, or a '
+                'single `CocoDataset`.'
             )
         (base,) = bases
         base.full_init()

@@ -169,12 +169,12 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
     loads = [i for i, t in enumerate(every) if type(t).__name__.startswith('Load')]
     if not loads or PACKS[kind] not in [type(t).__name__ for t in every]:
         raise ValueError(
-            f'{where}: stored {kind} need one that loads the image by '
-            f'`LoadImageFromFile` and packs it by `{PACKS[kind]}`.'
+            f'{where} must load the image with `LoadImageFromFile` and pack it with '
+            f'`{PACKS[kind]}`, for stored {kind}.'
         )
     with_boxes = any(getattr(t, 'with_bbox', False) for t in every)
     allowed = {*MAPS} if kind == 'maps' else BOXES if with_boxes else HOMOGRAPHY
-    _refuse_unknown(every[: loads[-1]], STILL, f'{where}, before it has loaded labels')
+    _refuse_unknown(every[: loads[-1]], STILL, f'{where}, before labels are loaded')
     _refuse_unknown(every, STILL | allowed, where)
     noting = dict.fromkeys(MAPS if kind == 'maps' else ['RandomAffine'], _move)
     noting[PACKS[kind]] = _pack
@@ -207,9 +207,8 @@ def _refuse_unknown(every: list[Callable], known: set[str], where: str) -> None:
             does = "makes boxes (`box_type` is not 'hbox')"
         if does:
             raise ValueError(
-                f'{where}: `{name}` {does} in a way that is not known here, '
-                'so stored answers would not lie where the image shows '
-                'them. Remove it, or ask the teacher in each step (`config`, '
-                '`checkpoint`). A transform of your own that moves no pixel says so by '
-                'a class attribute, `keeps_geometry = True`.'
+                f'{where}: `{name}` {does} in a way that mmdist does not know, so '
+                'stored answers would not fit the image. Remove it, or run the teacher '
+                'in each step (`config`, `checkpoint`). If it is your own and moves no '
+                'pixels, give its class the attribute `keeps_geometry = True`.'
             )

@@ -82,7 +82,7 @@ class ImageFolder(BaseDataset):
         if left_out:
             print_log(
                 f'mmdist: {len(left_out)} images in {self.data_root} cannot be used '
-                f'and are left out; delete them, or save them anew: {names}.',
+                f'and are skipped; delete them, or save them again: {names}.',
                 logger='current',
                 level=logging.WARNING,
             )
@@ -100,7 +100,7 @@ class ImageFolder(BaseDataset):
             if not _ends_well(path, image.format):
                 image.load()
         if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ValueError(f'{width} x {height} pixels: nothing is left if resized')
+            raise ValueError(f'{width} x {height} pixels: too narrow to be resized')
         return (height, width) if exif.get(ORIENTATION, 1) > 4 else (width, height)
 
     def _paths(self) -> Iterator[str]:

@@ -113,8 +113,8 @@ def check_labels(
         else:
             raise ValueError(
                 f'{sample.metainfo.get("img_path", "An image")} has no labels. Add '
-                'LoadAnnotations to the `pipeline` of the data set, or, where the '
-                "image has none, dict(type='mmdist.MarkUnlabelled') at its end."
+                'LoadAnnotations to the `pipeline` of the data set, or, if its images '
+                "have no labels, end it with dict(type='mmdist.MarkUnlabelled')."
             )
         held |= dict.fromkeys(labels.unique().tolist(), file)
     held.pop(void, None)
@@ -123,10 +123,10 @@ def check_labels(
     if wrong:
         named = 'no classes' if classes is None else f'{len(classes)} classes'
         raise ValueError(
-            f'The labels hold {_some(wrong)} ({held[wrong[0]]}), but the student has '
-            f'{size} classes and the data set names {named}: labels are 0 to '
+            f'The labels contain {_some(wrong)} ({held[wrong[0]]}), but the student '
+            f'has {size} classes and the data set names {named}: labels must be 0 to '
             f'{size - 1}' + (f', or {void} for void' if void is not None else '') + '. '
-            'Convert the label maps to indices of the classes (of Cityscapes take the '
+            'Convert the label maps to indices of the classes (for Cityscapes use the '
             '*_labelTrainIds.png, not the *_labelIds.png), or change `num_classes` and '
             "the data set's `metainfo`."
             + ' If 0 is not a class, set `reduce_zero_label=True`.'
@@ -161,7 +161,7 @@ def check_heads(
                 f"The {whose}'s data set names {len(classes)} classes "
                 f'({_some(classes)}), but its `{name}` has num_classes='
                 f'{head.num_classes}{held}. Set `num_classes={len(classes)}` in every '
-                'head, or name the classes of the head in the data set, '
+                'head, or name the classes of the head in the data set: '
                 '`metainfo=dict(classes=(...))`.'
             )
 
@@ -262,9 +262,9 @@ def _check_coco_file(
         if not whole:
             return _check_coco_file(loader, dataset, scope, True)
         raise ValueError(
-            f'{file}, the `ann_file` of {loader}, is no annotation file of COCO: '
-            f'{error!r}. It has to be a JSON file, not cut off, that holds a dict with '
-            'lists of `images`, `annotations` and `categories`.'
+            f'{file}, the `ann_file` of {loader}, is not a COCO annotation file: '
+            f'{error!r}. It must be a complete JSON file with a dict of the lists '
+            '`images`, `annotations` and `categories`.'
         ) from error
     named = f"{loader}'s data set names {_some(classes)}, but {file} has {_some(found)}"
     if lacking := [name for name in classes if name not in found]:
@@ -275,7 +275,7 @@ def _check_coco_file(
     if list(classes) != [name for name in found if name in classes]:
         raise ValueError(
             f'{named}, in another order. mmdet numbers classes in the order of the '
-            'file, so they would get the names of others: give the order of the file '
+            'file, so they would get the names of others: use the order of the file '
             'in `metainfo=dict(classes=(...))`.'
         )
 

@@ -43,9 +43,9 @@ class MixedSampler(Sampler):
         fits = 0 < len(sizes) == len(per_batch) and per_batch[0] > 0 <= min(per_batch)
         if not fits or 0 in sizes:
             raise ValueError(
-                '`mmdist.MixedSampler` takes a `ConcatDataset` and `per_batch`, how '
-                'many images of each of its data sets are in a batch, at least one of '
-                f'the first; none is empty. It got sizes {sizes} and {list(per_batch)}.'
+                '`mmdist.MixedSampler` needs a `ConcatDataset` of non-empty data sets, '
+                'and `per_batch`, the number of images from each in a batch, at least '
+                f'1 from the first; got sizes {sizes} and per_batch={list(per_batch)}.'
             )
         self.sizes = sizes
         self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]

@@ -191,10 +191,10 @@ def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Ca
         if isinstance(x, Tensor):
             if not x.ndim or len(x) != number:
                 raise RuntimeError(
-                    f'{loss_by_feat.__qualname__} is given a tensor of shape '
-                    f'{tuple(x.shape)} for {number} images, so mmdist does not know '
-                    'what of it belongs to the labelled images. Train this student '
-                    'with labels.'
+                    f'{loss_by_feat.__qualname__} gets a tensor of shape '
+                    f'{tuple(x.shape)} for {number} images, so mmdist cannot tell '
+                    'which part of it belongs to the labelled images. Train this '
+                    'student on labelled images only.'
                 )
             return x[index]
         if not isinstance(x, (list, tuple)):

@@ -22,9 +22,9 @@ ASSIGNED = 'overlap or best'
 # as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
 POINT_SIZE = 8
 SAME_LOCATIONS = (
-    'Take a teacher with the same levels, strides and anchors per location, or '
-    'mmdist.Detections, which compares what any teacher detects. Where a location has '
-    "a single anchor or point, `score='joint'` takes any."
+    'Use a teacher with the same levels, strides and anchors per location, or '
+    'mmdist.Detections, which works with any detector. If each location has a single '
+    "anchor or point, `score='joint'` accepts any shape of it."
 )
 
 
@@ -213,10 +213,10 @@ def check_same_priors(
     if not torch.allclose(*centres):
         ours, theirs = (centre[0].tolist() for centre in centres)
         warnings.warn(
-            f'{who} compares location with location. The first anchor or point of '
-            f'a location lies {ours} strides (x, y) into it for the student, {theirs} '
-            'for the teacher, so the two may find an object at neighbouring locations. '
-            'A teacher without that shift, if there is one, fits better.',
+            f'{who} compares the same locations, but the first anchor or point of one '
+            f'lies {ours} strides (x, y) into it for the student, {theirs} for the '
+            'teacher. The two may find an object at neighbouring locations; a teacher '
+            'without this shift fits better.',
             stacklevel=2,
         )
 

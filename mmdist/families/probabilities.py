@@ -18,7 +18,7 @@ def check_min_score(min_score: float) -> None:
     """Raise ValueError unless 0 <= min_score < 1."""
     if not 0 <= min_score < 1:
         raise ValueError(
-            f'`min_score` is a probability, 0 <= min_score < 1, got {min_score}.'
+            f'`min_score` must satisfy 0 <= min_score < 1, got {min_score}.'
         )
 
 

@@ -44,12 +44,12 @@ def activation_of(model: nn.Module) -> str:
 
 def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError if the scores of two models are of different kinds."""
-    kinds = {'sigmoid': 'sigmoid, no background', 'softmax': 'softmax with background'}
+    kinds = {'sigmoid': 'a sigmoid per class', 'softmax': 'a softmax with background'}
     ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
     if ours != theirs:
         raise ValueError(
             f'{who}: the head of the student ({name_of(student)}) has {ours}, '
-            f'that of the teacher ({name_of(teacher)}) {theirs}. Take a teacher '
+            f'that of the teacher ({name_of(teacher)}) {theirs}. Use a teacher '
             'with the same `bbox_head.loss_cls.use_sigmoid`.'
         )
 

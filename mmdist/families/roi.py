@@ -52,9 +52,8 @@ def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
     if is_sparse(model):
         raise refuse(
             model,
-            'the bbox heads of its SparseRoIHead need the features of its own '
-            'learned proposals, so no other model can be asked about them '
-            '(mmdist.QueryLogits compares it)',
+            'the bbox heads of its SparseRoIHead score only its own learned '
+            'proposals, not those of another model (mmdist.QueryLogits compares it)',
         )
 
 
@@ -65,9 +64,11 @@ def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
     if type(roi_head)._mask_forward.__qualname__ not in MASK_FORWARDS:
         kind = type(roi_head).__name__
-        raise refuse(model, f'the mask head of its {kind} needs more')
+        raise refuse(
+            model, f'the mask head of its {kind} needs more than features and proposals'
+        )
     if getattr(roi_head, 'share_roi_extractor', False):
-        raise refuse(model, 'its mask head has no extractor of its own')
+        raise refuse(model, 'its mask head does not have its own extractor')
 
 
 def stages(model: nn.Module, part: str = 'bbox') -> list[tuple[nn.Module, nn.Module]]:
@@ -161,9 +162,9 @@ def check_stage(who: str, teacher: nn.Module, stage: int | str | None) -> None:
     number = len(stages(teacher))
     if isinstance(stage, int) and not -number <= stage < number:
         raise ValueError(
-            f'{who} asks for stage={stage} of the teacher, but its '
-            f'{type(teacher).__name__} has {number} stage(s). Give one of 0 to '
-            f'{number - 1}, or leave it out.'
+            f'{who}: stage={stage} of the teacher is out of range: its '
+            f'{type(teacher).__name__} has {number} stage(s). Set `stage` to 0 to '
+            f'{number - 1}, or omit it.'
         )
 
 

@@ -165,7 +165,7 @@ def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
     if not hasattr(model, 'decode_head'):
         raise refuse(model, 'it has no `decode_head`')
     if is_a(model, 'DepthEstimator'):
-        raise refuse(model, 'it estimates depth, and does not score classes')
+        raise refuse(model, 'it estimates depth and does not score classes')
     head = model.decode_head
     if isinstance(head, nn.ModuleList):
         head = [stage for stage in head if not is_a(stage, 'PointHead')][-1]
@@ -260,7 +260,7 @@ def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
     name = type(head).__name__
     raise ValueError(
         f'{name} returns {len(outputs)} outputs, and mmdist does not know which one '
-        'predicts at inference. Give its index: '
+        'predicts at inference. Set its index: '
         f"`mmdist.families.seg.PREDICTING_OUTPUT['{name}'] = 0`."
     )
 

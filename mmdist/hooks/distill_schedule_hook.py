@@ -57,8 +57,8 @@ class DistillScheduleHook(Hook):
             is_fine = False
         if not is_fine:
             raise ValueError(
-                '`points` are (time, factor) pairs with growing times and factors of '
-                f'at least 0, got {points!r}.'
+                '`points` must be (time, factor) pairs with increasing times and '
+                f'factors of at least 0, got {points!r}.'
             )
         self.times, self.factors = times, factors
         self.stop = stop
@@ -84,8 +84,8 @@ class DistillScheduleHook(Hook):
                 'DistillScheduleHook leaves the weight of distillation at 0 for all of '
                 f'the {end:g} {unit} of this training: '
                 f'points={list(zip(self.times, self.factors, strict=True))}, '
-                f'stop={self.stop}. Nothing would be distilled. Let the points begin '
-                'earlier, train for longer, or remove the hook.'
+                f'stop={self.stop}. Nothing would be distilled. Start the points '
+                'earlier, train longer, or remove the hook.'
             )
 
     def before_train_iter(
@@ -95,8 +95,8 @@ class DistillScheduleHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not hasattr(model, 'distill_factor'):
             raise TypeError(
-                'DistillScheduleHook schedules a model of type `mmdist.Distiller`, but '
-                f'`model` is a {type(model).__name__}. Remove the hook or distil.'
+                'DistillScheduleHook needs a model of type `mmdist.Distiller`, but '
+                f'`model` is a {type(model).__name__}. Remove the hook, or distil.'
             )
         model.distill_factor = self.factor_at(self._time(runner, runner.iter))
         runner.message_hub.update_scalar('train/distill_factor', model.distill_factor)

@@ -217,9 +217,10 @@ def check_inputs(student: Tensor, teacher: Tensor, mask: Tensor | None) -> None:
         )
     if student.shape != teacher.shape:
         raise ValueError(
-            f'The student gave logits of shape {tuple(student.shape)}, the teacher of '
-            f"{tuple(teacher.shape)}; DISTLoss needs them equal. Map the teacher's "
-            'classes to those of the student and resize its output to the same size.'
+            'DISTLoss needs logits of the same shape, but the student gave '
+            f'{tuple(student.shape)}, the teacher {tuple(teacher.shape)}. Map the '
+            "teacher's classes to those of the student and resize its output to the "
+            'same size.'
         )
     if mask is None:
         return

@@ -52,7 +52,7 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
         _check_others(f'{name}.ema', why, cfg, 'views')
         teacher = MeanTeacher(student, views=cfg.get('views', ()), **ema)
     elif 'stored' in cfg:
-        why = 'are answers that are there already'
+        why = 'names stored answers'
         _check_others(f'{name}.stored', why, cfg, 'class_map', 'class_match')
         teacher = StoredTeacher(**cfg)
     else:
@@ -64,7 +64,7 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
 
 def _check_dict(name: str, cfg: object) -> None:
     if not isinstance(cfg, Mapping):
-        raise ValueError(f'`{name}` is a dict of arguments, got {cfg!r}.')
+        raise ValueError(f'`{name}` must be a dict of arguments, got {cfg!r}.')
 
 
 def _check_others(key: str, why: str, cfg: Mapping, *allowed: str) -> None:
@@ -72,6 +72,6 @@ def _check_others(key: str, why: str, cfg: Mapping, *allowed: str) -> None:
     others = sorted(set(cfg) - {key.rpartition('.')[2], *allowed})
     if others:
         raise ValueError(
-            f'`{key}` {why}, so it takes nothing but '
-            f'{" and ".join(f"`{name}`" for name in allowed)} beside it, got {others}.'
+            f'`{key}` {why}, so it can be combined only with '
+            f'{" and ".join(f"`{name}`" for name in allowed)}, got {others}.'
         )

@@ -38,8 +38,8 @@ def check_class_map(class_map: Any) -> dict[str, list[str]]:
         is_right = is_right and len(set(names)) == len(names)
     if not is_right:
         raise ValueError(
-            "`teacher.class_map` is a dict from the student's names to one name of the "
-            f"teacher's, or a list of them, each once, got {class_map!r:.200}."
+            "`teacher.class_map` must be a dict from the student's names to one of the "
+            f"teacher's, or to a list of different ones, got {class_map!r:.200}."
         )
     return {own: as_list(theirs) for own, theirs in class_map.items()}
 
@@ -51,13 +51,13 @@ def check_names(
     for whose, names in (('student', student), ('teacher', teacher)):
         if odd := [name for name in names if not isinstance(name, str)]:
             raise ValueError(
-                f'Class names of the {whose} are no strings: {odd!r:.200}.'
+                f'Class names of the {whose} must be strings, got {odd!r:.200}.'
             )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                'The classes are matched by their names, but of those of the '
-                f'{whose} several have the same: {twice}.'
+                f'Classes are matched by name, but the {whose} has several of the same '
+                f'name: {twice}.'
             )
     mapped = set(itertools.chain(*class_map.values()))
     lacking = {
@@ -86,9 +86,10 @@ def unknown_names(student: Any, teacher: Any) -> str:
     return (
         '`class_map` and `class_match` match classes by name, but the class names of '
         f'{"both" if student is teacher is None else whose} are unknown. Those of the '
-        'student are the `metainfo` of the dataset that the Runner trains on, those of '
-        'the teacher are in its checkpoint, or else in the whole config, as '
-        '`metainfo=dict(classes=(...))` of the dataset in its `train_dataloader`.'
+        'student come from the `metainfo` of the dataset that the Runner trains on, '
+        'those of the teacher from its checkpoint, or else from '
+        '`metainfo=dict(classes=(...))` of the dataset in `train_dataloader`, if '
+        '`teacher.config` is a whole config.'
     )
 
 
@@ -105,16 +106,16 @@ def no_match(
     text = (
         f'The classes of student and teacher cannot be matched by name.\n'
         f'{_both(student, teacher)}\n{_both(only_student, only_teacher, "Only the ")}\n'
-        "Say which are the same under other names: `teacher.class_map=dict(<student's>="
-        f"<teacher's>, ...)`{f'; close names are {close}' if close else ''}."
+        "If some differ only in name, set `teacher.class_map=dict(<student's>="
+        f"<teacher's>, ...)`{f'; similar names: {close}' if close else ''}."
     )
     if ready:
         text += (
-            f" mmdist has such a map for these two: `_base_` takes '{ready}', and "
-            "`teacher` takes `class_map=_base_.class_map, class_match='shared'`."
+            f" mmdist has such a map for these two: add '{ready}' to `_base_`, and "
+            "`class_map=_base_.class_map, class_match='shared'` to `teacher`."
         )
     if len(only_student) < len(student):
-        text += " To compare only what both know, `teacher.class_match='shared'`."
+        text += " To compare only what both know, set `teacher.class_match='shared'`."
     return text
 
 

@@ -319,8 +319,8 @@ def class_names_of_config(config: Config) -> Sequence[str] | None:
                     classes = getattr(registry.get(kind), 'METAINFO', {}).get('classes')
             if classes is not None and not isinstance(classes, (str, list, tuple)):
                 raise ValueError(
-                    f'`{loader}`: the `classes` of a data set are a list of names, in '
-                    f'the order of the labels, got {classes!r:.200}.'
+                    f'`{loader}`: the `classes` of a data set must be a list of names, '
+                    f'in the order of the labels, got {classes!r:.200}.'
                 )
             if classes is not None:
                 return tuple(as_list(classes))
@@ -343,7 +343,7 @@ def check_number(names: Sequence[str], model: nn.Module) -> None:
     if heads and len(names) not in heads and not hasattr(model, 'semantic_head'):
         raise ValueError(
             f'The teacher has {len(names)} class names ({first_few(names)}), but its '
-            f'head has {" or ".join(map(str, sorted(heads)))} classes. The names are '
-            'those in its checkpoint, or else of the dataset in `teacher.config`: give '
-            'the config and the checkpoint of one training.'
+            f'head has {" or ".join(map(str, sorted(heads)))} classes. The names '
+            'come from its checkpoint, or else from the dataset in `teacher.config`: '
+            'give the config and the checkpoint of the same training.'
         )

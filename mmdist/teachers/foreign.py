@@ -72,11 +72,12 @@ class ForeignTeacher(nn.Module, ABC):
         super().__init__()
         if self.gives not in GIVES:
             raise ValueError(
-                f'{type(self).__name__}.gives is one of {GIVES}, got {self.gives!r}.'
+                f'{type(self).__name__}.gives must be one of {GIVES}, got '
+                f'{self.gives!r}.'
             )
         if self.activation not in ('softmax', 'sigmoid', 'identity'):
             raise ValueError(
-                f"{type(self).__name__}.activation is 'softmax', 'sigmoid' or "
+                f"{type(self).__name__}.activation must be 'softmax', 'sigmoid' or "
                 f"'identity', got {self.activation!r}."
             )
         self.class_names = tuple(class_names)

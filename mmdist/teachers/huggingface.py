@@ -179,7 +179,7 @@ class HFDetector(HFTeacher):
         self.activation, self.takes_mask, is_prompted = DETECTORS[config.model_type]
         if is_prompted != bool(prompts):
             raise ValueError(
-                f'{name!r} detects what `prompts` say, a list of names.'
+                f'{name!r} needs `prompts`, a list of what to detect.'
                 if is_prompted
                 else f'{name!r} has a fixed list of classes and takes no `prompts`.'
             )
@@ -190,8 +190,8 @@ class HFDetector(HFTeacher):
             self.text, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
             if self.text.size(1) > config.max_text_len:
                 raise ValueError(
-                    f'The prompts are {self.text.size(1)} tokens, and {name!r} reads '
-                    f'{config.max_text_len}: give fewer, or shorter ones.'
+                    f'The prompts have {self.text.size(1)} tokens, but {name!r} takes '
+                    f'at most {config.max_text_len}: give fewer or shorter ones.'
                 )
 
     def forward(
@@ -261,7 +261,7 @@ def _load(name: str, auto: str, **options) -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'Teachers of Hugging Face need the package transformers: '
+            'Teachers from Hugging Face need the package transformers: '
             '`pip install mmdist[hf]`.'
         ) from error
     try:
@@ -269,7 +269,7 @@ def _load(name: str, auto: str, **options) -> Any:
     except OSError as error:
         raise FileNotFoundError(
             f'There is no model {name!r} on this machine, and it could not be fetched '
-            'from the hub. `name` is that of a model on the hub, or a folder that '
+            'from the hub. `name` must be a model on the hub, or a folder that '
             f'`save_pretrained` wrote, image processor included.\n{error}'
         ) from error
 
@@ -279,9 +279,9 @@ def config_of(name: str, known: Iterable[str]) -> Any:
     config = _load(name, 'AutoConfig')
     if config.model_type not in known:
         raise ValueError(
-            f'{name!r} is a {config.model_type!r}, and mmdist reads '
-            f'{", ".join(sorted(known))}. Of any other model a mmdist.ForeignTeacher '
-            'of your own can be a teacher; see docs/teachers.md.'
+            f'{name!r} is a {config.model_type!r}, but mmdist supports only '
+            f'{", ".join(sorted(known))}. For any other model, write a '
+            'mmdist.ForeignTeacher; see docs/teachers.md.'
         )
     return config
 
@@ -306,7 +306,7 @@ def _load_model(name: str, auto: str) -> nn.Module:
     wrong = {what: keys for what, keys in wrong.items() if keys}
     if wrong:
         raise RuntimeError(
-            f'The weights in {name!r} are not those of a {type(model).__name__}: '
+            f'The weights in {name!r} do not fit a {type(model).__name__}: '
             + '; '.join(f'{what} {keys}' for what, keys in wrong.items())
         )
     return model
@@ -321,7 +321,7 @@ def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
     sides = tuple(getattr(size, side, None) for side in ('height', 'width'))
     if None in sides:
         raise ValueError(
-            f'The image processor of {name!r} has no fixed size, but {size}: omit '
+            f'The image processor of {name!r} has no fixed size, got {size}: omit '
             '`resize`.'
         )
     return sides

@@ -47,8 +47,8 @@ class MeanTeacher(Teacher):
         super().__init__(student, views=views)
         if not 0 < momentum < 1:
             raise ValueError(
-                '`teacher.ema.momentum` is the share that the teacher keeps in each '
-                f'step, between 0 and 1, got {momentum}.'
+                '`teacher.ema.momentum`, the share that the teacher keeps in a step, '
+                f'must be between 0 and 1, got {momentum}.'
             )
         self.momentum = momentum
         self.__setstate__({})
@@ -120,9 +120,8 @@ class MeanTeacher(Teacher):
         names = dict(student.named_parameters())
         if not names.keys() >= self.average.avg_parameters.keys():
             raise RuntimeError(
-                'A teacher that is the mean of the student needs its parameters under '
-                'their own names, but here they are sharded or renamed (FSDP). Train '
-                'with DDP or on a single device.'
+                "A teacher that is the student's mean cannot follow parameters that "
+                'are sharded or renamed (FSDP). Train with DDP or on a single device.'
             )
         hub = MessageHub.get_current_instance()
         saved = hub.get_info(SAVED)

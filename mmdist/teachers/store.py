@@ -25,7 +25,7 @@ from torch import Tensor
 
 FORMAT = 'stored teacher of mmdist, version 2'
 DTYPES = dict(boxes=np.dtype('<f4'), maps=np.dtype('u1'))
-AGAIN = 'Run tools/store_teacher.py again: it goes on where it stopped.'
+AGAIN = 'Run tools/store_teacher.py again: it continues where it stopped.'
 WRONG = (AttributeError, LookupError, TypeError, ValueError)  # from unexpected JSON
 
 
@@ -63,9 +63,9 @@ class Store:
         ids = np.unique(self._rows[:, 5]).astype(int).tolist()
         if unknown := [i for i in ids if i not in categories]:
             raise ValueError(
-                f'{self.path} has boxes of the category ids {some(unknown)}, but the '
-                f'annotation file knows {some(categories)}. The results are of '
-                'another data set, or number its classes in their own way.'
+                f'{self.path} has boxes with the category ids {some(unknown)}, but the '
+                f'annotation file has {some(categories)}. The results belong to '
+                'another data set or use other category ids.'
             )
         columns = np.array([list(categories).index(i) for i in ids], int)
         self._rows[:, 5] = columns[np.searchsorted(ids, self._rows[:, 5])]
@@ -115,20 +115,20 @@ class Store:
                 missing.append(name)
             elif None not in now and now != then:
                 other.append('{} ({} x {}, was {} x {})'.format(name, *now, *then))
-        text = f'{self.origin}: {len(missing)} of {number} images of the training'
+        text = f'{self.origin}: {len(missing)} of {number} training images'
         if self.is_by_id and 0 < len(missing) <= number / 2:
-            text += f' are not there, so nothing was found in them: {some(missing)}.'
+            text += f' are missing, so they count as without boxes: {some(missing)}.'
             print_log(f'mmdist: {text}', 'current', logging.WARNING)
         elif missing:
             raise ValueError(
                 f'{text} have no answer: {some(missing)}. Ask the teacher about all of '
-                f'them. {AGAIN}'
+                + ('them.' if self.is_by_id else f'them. {AGAIN}')
             )
         if other:
             raise ValueError(
-                f'{self.origin}: images of the training have another height x width '
-                f'than those that the teacher saw: {some(other)}. Store its answers '
-                'for these images.'
+                f'{self.origin}: training images differ in height x width from those '
+                f'that the teacher saw: {some(other)}. Store its answers for these '
+                'images.'
             )
 
     def _read_folder(self) -> dict[str, np.ndarray]:
@@ -155,9 +155,9 @@ class Store:
         except WRONG as error:
             is_json = not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
             raise ValueError(
-                f'{self.path} is no COCO results file of boxes, a list of {{image_id, '
-                'category_id, bbox: [x, y, width, height], score}, or is cut off: '
-                + (f'it has {str(entry)[:200]}.' if is_json else f'{error}.')
+                f'{self.path} is cut off or not a COCO results file of boxes, a list '
+                'of {image_id, category_id, bbox: [x, y, width, height], score}: '
+                + (f'it contains {str(entry)[:200]}.' if is_json else f'{error}.')
             ) from None
         found = {image: np.array(rows).reshape(-1, 6) for image, rows in found.items()}
         return self._checked(found, math.inf)
@@ -174,7 +174,7 @@ class Store:
             'boxes with NaN or infinite numbers': np.isfinite(boxes).all(1),
             'boxes of negative size': (boxes[:, 2:] >= boxes[:, :2]).all(1),
             'scores that are not between 0 and 1': (scores >= 0) & (scores <= 1),
-            'labels that are no class': is_label,
+            'labels that belong to no class': is_label,
         }.items():
             if not good.all():
                 bad = set(np.searchsorted(ends, np.flatnonzero(~good), side='right'))
@@ -213,9 +213,9 @@ class StoreWriter:
         for key in sorted(there.keys() | manifest):
             if there.get(key) != manifest.get(key):
                 raise ValueError(
-                    f'{self.path} was begun by another command. Its `{key}` is '
-                    f'{there.get(key)}, and now it is {manifest.get(key)}. Store into '
-                    'another folder, or remove this one.'
+                    f'{self.path} was started by another command: its `{key}` is '
+                    f'{there.get(key)}, but now it is {manifest.get(key)}. Store into '
+                    'another folder, or delete this one.'
                 )
         self.done = {name for name, _, _ in read_parts(self.path, manifest)}
         parts = (self.path / f'part-{process}-{run}.jsonl' for run in count())
@@ -229,8 +229,8 @@ class StoreWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f'Another command is writing {self.path}. Let it end, or store into '
-                'another folder.'
+                f'Another command is writing to {self.path}. Wait until it ends, or '
+                'store into another folder.'
             ) from None
         if not (self.path / 'manifest.json').exists():
             new = self.path / 'manifest.new'  # it appears whole or not at all
@@ -250,7 +250,7 @@ class StoreWriter:
             OSError: The disk is full, or cannot be written.
         """
         if not answer.isfinite().all():
-            raise ValueError(f'The teacher answers {file} with NaN.')
+            raise ValueError(f"The teacher's answer for {file} contains NaN or inf.")
         answer = (answer * 255).round() if self.kind == 'maps' else answer
         data = answer.cpu().numpy().astype(DTYPES[self.kind])
         line = dict(file=os.path.abspath(file), size=list(size), shape=data.shape)
@@ -263,8 +263,8 @@ class StoreWriter:
             self._lines.flush()
         except OSError as error:
             raise OSError(
-                f'{self.path} cannot be written: {error.strerror}. What is stored is '
-                f'kept. Make room. {AGAIN}'
+                f'{self.path} cannot be written: {error.strerror}. The answers so far '
+                f'are kept. Free some space. {AGAIN}'
             ) from None
 
 
@@ -282,7 +282,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from None
     except WRONG:
         pass
-    raise ValueError(f'{file} is damaged, or not of {FORMAT!r}: store it again.')
+    raise ValueError(f'{file} is damaged or not a {FORMAT!r}: store it again.')
 
 
 def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
@@ -307,8 +307,8 @@ def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
                 end = start + math.prod(shape) * DTYPES[kind].itemsize
             except WRONG:
                 raise ValueError(
-                    f'{file} is damaged: {line[:60]!r}... is no answer. Remove it and '
-                    f'{data.name}, and run tools/store_teacher.py again.'
+                    f'{file} is damaged: {line[:60]!r}... is not an answer. Delete it '
+                    f'and {data.name}, and run tools/store_teacher.py again.'
                 ) from None
             if end <= len(numbers):
                 answer = np.asarray(numbers[start:end]).view(DTYPES[kind])

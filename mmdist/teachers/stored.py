@@ -19,8 +19,8 @@ from .teacher import Teacher
 FRAMES = 'mmdist_frames'
 SIZE = 'mmdist_size'  # and height and width of the image at that time
 NO_HOOK = (
-    'A stored teacher has to know how each image was augmented. Add '
-    "`custom_hooks = [dict(type='mmdist.StoredTeacherHook')]` to the config; where its "
+    'A stored teacher must know how each image was augmented. Add '
+    "`custom_hooks = [dict(type='mmdist.StoredTeacherHook')]` to the config; if its "
     "base has hooks, `[*_base_.custom_hooks, dict(type='mmdist.StoredTeacherHook')]`."
 )
 
@@ -66,8 +66,8 @@ class StoredTeacher(Teacher):
     def __init__(self, stored: str | os.PathLike, **options) -> None:
         if not isinstance(stored, (str, os.PathLike)):
             raise ValueError(
-                '`teacher.stored` is the path of a folder or of a COCO results file, '
-                f'got {stored!r}.'
+                '`teacher.stored` must be the path of a folder or of a COCO results '
+                f'file, got {stored!r}.'
             )
         super().__init__(stored, **options)
         self._store: Store | None = None

@@ -88,13 +88,18 @@ class Teacher:
         views: Sequence[str] = (),
     ) -> None:
         if dtype not in (None, *_HALF_PRECISION):
-            raise ValueError(f"`teacher.dtype` is 'bf16' or 'fp16', got {dtype!r}.")
+            raise ValueError(
+                f"`teacher.dtype` must be 'bf16' or 'fp16', got {dtype!r}."
+            )
         if class_match not in ('strict', 'shared'):
             raise ValueError(
-                f"`teacher.class_match` is 'strict' or 'shared', got {class_match!r}."
+                "`teacher.class_match` must be 'strict' or 'shared', got "
+                f'{class_match!r}.'
             )
         if views not in ((), [], ('flip',), ['flip']):
-            raise ValueError(f"`teacher.views` is ['flip'] or omitted, got {views!r}.")
+            raise ValueError(
+                f"`teacher.views` must be ['flip'] or omitted, got {views!r}."
+            )
         check_class_map(class_map)
         self.config = config
         self.checkpoint = checkpoint
@@ -169,7 +174,7 @@ class Teacher:
         if needs_weights and not self.allow_random:
             raise ValueError(
                 'The teacher has no checkpoint. Give `teacher.checkpoint`, a path or a '
-                'URL, or set `teacher.allow_random=True` if random weights are meant.'
+                'URL, or set `teacher.allow_random=True` if you want random weights.'
             )
         model = build_model(config, random=needs_weights)
         self.class_names = getattr(model, 'class_names', None) or class_names_of_config(
@@ -235,7 +240,7 @@ class Teacher:
             whose = 'student' if student_classes is None else 'teacher'
             print_log(
                 f'The class names of the {whose} are unknown: student and teacher are '
-                'taken to have the same classes in the same order.',
+                'assumed to have the same classes in the same order.',
                 logger='current',
                 level=logging.WARNING,
             )
@@ -266,7 +271,7 @@ def load_config(
         config = read_config(config, key)
     elif not isinstance(config, (Mapping, Config)):
         raise ValueError(
-            f"`{key}` is the path of a config, 'package::path' or a dict, got "
+            f"`{key}` must be the path of a config, 'package::path' or a dict, got "
             f'{config!r:.100}.'
         )
     elif 'model' in config:
@@ -274,7 +279,7 @@ def load_config(
     else:
         config = Config(dict(model=deepcopy(config)))
     if not isinstance(config.get('model'), Mapping) or not config.model:
-        raise ValueError(f'`{key}` has no `model`, a dict.')
+        raise ValueError(f'`{key}` has no `model`, which must be a dict.')
     preprocessor = config.model.get(
         'data_preprocessor', config.get('data_preprocessor')
     )
@@ -330,8 +335,8 @@ def _check_path(config: str, key: str) -> None:
     text += f'; similar: {", ".join(near)}.' if near else '.'
     if not package and not os.path.isabs(config):
         text += (
-            f' A relative path counts from the working directory, {os.getcwd()}. One '
-            "that counts from the config begins with '{{ fileDirname }}/'."
+            f' Relative paths count from the working directory, {os.getcwd()}. To '
+            "count from the config, begin the path with '{{ fileDirname }}/'."
         )
     raise FileNotFoundError(text)
 

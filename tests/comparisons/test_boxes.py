@@ -326,5 +326,5 @@ def test_what_has_no_common_boxes_is_refused(student, teacher, message):
 
 
 def test_boxes_of_queries_are_compared_in_pixels():
-    with pytest.raises(ValueError, match='`loss` is one of IoU type'):
+    with pytest.raises(ValueError, match='`loss` must be an IoU loss'):
         pair(DINO, loss=dict(type='mmdet.L1Loss'))

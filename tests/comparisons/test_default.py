@@ -32,10 +32,10 @@ def test_the_pair_decides_what_is_compared(student, teacher, kinds):
     assert {name: type(c).__name__ for name, c in model.distill.items()} == kinds
     assert model.distill['dist'].loss.beta == (kinds['dist'] in WITH_INTER)
     why = model.why_default['dist']
-    assert why.startswith('student and teacher are of one kind') == (
+    assert why.startswith('student and teacher are of the same family') == (
         kinds['dist'] != 'Detections'
     )
-    assert ('without their boxes: Boxes cannot compare' in why) == (student == 'SOLO')
+    assert ('boxes are left out: Boxes cannot compare' in why) == (student == 'SOLO')
     losses = model(**batch(model, SIZES), mode='loss')
     assert {f'loss_{name}' for name in kinds} <= losses.keys()
 
@@ -53,8 +53,8 @@ def test_without_balance_it_is_the_published_loss():
 
 def test_what_cannot_be_compared_is_refused_with_what_can():
     message = (
-        r'(?s)DenseLogits cannot compare a FasterRCNN.*\nNor can detections be compared'
-        r'.*Detections cannot compare a CenterNet: .*\nmmdist\.Features compares'
+        r'(?s)DenseLogits cannot compare a FasterRCNN.*\nDetections cannot be compared '
+        r'either.*Detections cannot compare a CenterNet: .*\nmmdist\.Features compares'
     )
     with pytest.raises(ValueError, match=message):
         build_pair(FAMILIES['CenterNet'], FAMILIES['Faster R-CNN'])
@@ -63,18 +63,18 @@ def test_what_cannot_be_compared_is_refused_with_what_can():
 @pytest.mark.parametrize(
     ('kind', 'arguments', 'message'),
     [
-        ('BoxDistributions', dict(min_score=1.0), '`min_score` is a probability'),
-        ('Boxes', dict(min_score=1.0), '`min_score` is a probability'),
-        ('DenseLogits', dict(anchors='all'), "`anchors` is 'joint' or 'separate', got"),
-        ('DenseLogits', dict(anchors='best'), r'`anchors=.*Take mmdist\.Detections'),
-        ('DenseLogits', dict(levels='mean'), "`levels` is 'sum' or 'concat'"),
-        ('DenseLogits', dict(score='both'), "`score` is 'class' or 'joint'"),
-        ('Detections', dict(min_iou=1.0), '`min_iou` is an IoU'),
-        ('Masks', dict(min_score=-0.1), '`min_score` is a probability'),
-        ('QueryLogits', dict(layers='first'), "`layers` is 'last' or 'all'"),
-        ('QueryLogits', dict(min_score=1.5), '`min_score` is a probability'),
-        ('RoILogits', dict(stage='last'), "`stage` is an int, 'mean' or None"),
-        ('SegLogits', dict(resize='larger'), "`resize` of SegLogits is 'smaller'"),
+        ('BoxDistributions', dict(min_score=1.0), '`min_score` must satisfy'),
+        ('Boxes', dict(min_score=1.0), '`min_score` must satisfy'),
+        ('DenseLogits', dict(anchors='all'), "`anchors` must be 'joint' or 'separate'"),
+        ('DenseLogits', dict(anchors='best'), r'`anchors=.*Use mmdist\.Detections'),
+        ('DenseLogits', dict(levels='mean'), "`levels` must be 'sum' or 'concat'"),
+        ('DenseLogits', dict(score='both'), "`score` must be 'class' or 'joint'"),
+        ('Detections', dict(min_iou=1.0), '`min_iou` must satisfy'),
+        ('Masks', dict(min_score=-0.1), '`min_score` must satisfy'),
+        ('QueryLogits', dict(layers='first'), "`layers` must be 'last' or 'all'"),
+        ('QueryLogits', dict(min_score=1.5), '`min_score` must satisfy'),
+        ('RoILogits', dict(stage='last'), "`stage` must be an int, 'mean' or None"),
+        ('SegLogits', dict(resize='larger'), "`resize` of SegLogits must be 'smaller'"),
     ],
 )
 def test_options_out_of_range(kind, arguments, message):
@@ -85,14 +85,14 @@ def test_options_out_of_range(kind, arguments, message):
 @pytest.mark.parametrize(
     ('entry', 'message'),
     [
-        (dict(type='mmdist.BoxLogits'), r'distill\.dist`: .* Take mmdist\.Detections'),
-        (dict(type='mmdist.SegLogits', max_rows=9), "no argument 'max_rows'.* resize"),
+        (dict(type='mmdist.BoxLogits'), r'distill\.dist`: .* Use mmdist\.Detections'),
+        (dict(type='mmdist.SegLogits', max_rows=9), "unknown .* 'max_rows'.* resize"),
         (
             dict(
                 type='mmdist.DenseLogits',
                 loss=dict(type='mmdist.DISTLoss', damping=1.0),
             ),
-            r'distill\.dist\.loss`: `damping` .* leave it out\. `model\.balance`',
+            r'distill\.dist\.loss`: `damping` .* omit it\. `model\.balance`',
         ),
     ],
 )

@@ -164,7 +164,7 @@ def test_strides_without_a_common_one_are_an_error(student):
     mimic = FEATURES | dict(
         student='backbone.layer1', teacher='backbone.layer4', levels='stride'
     )
-    with pytest.raises(ValueError, match=r'strides \[4\], .* of \[32\]'):
+    with pytest.raises(ValueError, match=r"strides \[4\], the teacher's .* \[32\]"):
         build(student, student, mimic=mimic)
     with pytest.raises(ValueError, match="indices, or 'stride'"):
         MODELS.build(FEATURES | dict(levels='strides'))
@@ -328,7 +328,7 @@ def test_adapters_are_trained_saved_resumed_and_not_needed_to_test(
     [
         (dict(student='nek'), r"student, RetinaNet.*no module 'nek'.*mean 'neck'\?"),
         (dict(teacher='backbone.layer5'), r'teacher, RetinaNet.*backbone\.layer4'),
-        (dict(student='zzz'), 'At its top it has .*backbone, neck, bbox_head'),
+        (dict(student='zzz'), 'top-level modules: .*backbone, neck, bbox_head'),
         (dict(levels=[0, 5]), r'`levels` are \[0, 5\].*5 map\(s\), 0 to 4'),
         (dict(levels=[0], teacher_levels=[0, 1]), r'1 map\(s\).*with 2'),
         (dict(teacher_channels=[24, 24]), r'5 map\(s\).*with 2'),

@@ -260,9 +260,9 @@ def test_other_pipelines_are_refused():
     arrays = [LOAD[0], dict(LOAD[1], box_type=None), PACK]
     for transforms, words in {
         'RandomAffine': no_boxes,
-        'before it has loaded labels': late,
+        'before labels are loaded': late,
         'makes boxes': arrays,
-        'packs it by `PackDetInputs`': LOAD,
+        'pack it with `PackDetInputs`': LOAD,
     }.items():
         with pytest.raises(ValueError, match=transforms):
             follow([pipeline(words)], 'boxes', 'The pipeline')

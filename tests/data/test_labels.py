@@ -69,10 +69,11 @@ def test_a_misspelt_type_is_the_reason_that_is_given(det_config):
     [
         (
             lambda x: np.where(x == 2, 33, x),
-            r'hold 33 \(.*own/labels/\d\.png\), but the student has 3 classes and the '
-            'data set names 3 classes: labels are 0 to 2, or 255 for void.*labelTrain',
+            r'contain 33 \(.*own/labels/\d\.png\), but the student has 3 classes and '
+            'the data set names 3 classes: labels must be 0 to 2, or 255 for void.*'
+            'labelTrain',
         ),
-        (lambda x: np.where(x == 2, 3, x), 'hold 3 .* set `reduce_zero_label=True`'),
+        (lambda x: np.where(x == 2, 3, x), 'contain 3 .* set `reduce_zero_label=True`'),
         (
             lambda x: np.stack([x] * 3, 2),
             r'\d\.png has several channels: .* \(96, 128, 3\)',
@@ -164,7 +165,7 @@ def test_a_file_that_is_no_annotation_file(det_config, coco_root, tmp_path, cont
     for written in (content, whole[:-9]):
         file.write_text(written)
         with (
-            pytest.raises(ValueError, match=r'train.json, .* is no annotation file'),
+            pytest.raises(ValueError, match=r'train.json, .* is not a COCO annotation'),
             data_sets_in_words(cfg),
         ):
             train(cfg, tmp_path)
@@ -179,7 +180,7 @@ def test_a_later_batch_whose_loss_fails(tmp_path, seg_config):
         data['data_samples'][1].gt_sem_seg.data[:, 20:60] = label
         if label == 2:
             model.loss(**data)
-    with pytest.raises(ValueError, match='The labels hold 3 ') as raised:
+    with pytest.raises(ValueError, match='The labels contain 3 ') as raised:
         model.loss(**data)
     assert isinstance(raised.value.__cause__, IndexError)
 

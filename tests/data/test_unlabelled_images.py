@@ -183,9 +183,9 @@ def test_training_by_iterations_goes_on_where_it_was():
 
 def test_wrong_numbers_are_an_error():
     for numbers in ([1], [0, 1], [1, -1]):
-        with pytest.raises(ValueError, match=r'It got sizes \[2, 2\]'):
+        with pytest.raises(ValueError, match=r'; got sizes \[2, 2\] and'):
             MixedSampler(ConcatDataset([Numbers(2), Numbers(2)]), numbers)
-    with pytest.raises(ValueError, match='none is empty'):
+    with pytest.raises(ValueError, match='non-empty data sets'):
         MixedSampler(ConcatDataset([Numbers(2), Numbers(0)]), [1, 1])
     for numbers in ([1, 1], []):
         with pytest.raises(ValueError, match='ConcatDataset'):

@@ -160,7 +160,7 @@ def no_compiler(*args, **kwargs):
     ('kernel', 'launch', 'message'),
     [
         pytest.param(
-            *('_backward', wrong_gradient, 'something else'), marks=pytest.mark.slow
+            *('_backward', wrong_gradient, 'wrong results'), marks=pytest.mark.slow
         ),
         ('_combine', no_compiler, 'do not run: cannot be compiled'),
     ],

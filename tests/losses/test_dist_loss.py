@@ -374,7 +374,7 @@ def test_is_compiled_as_one_graph():
     assert value == pytest.approx(expected[0])
     torch.testing.assert_close(grad, expected[1])
     teacher[1] = np.nan
-    with pytest.raises(RuntimeError, match='The teacher gave logits with NaN'):
+    with pytest.raises(RuntimeError, match="The teacher's logits contain NaN"):
         value_and_grad(loss, student, teacher, mask)
 
 

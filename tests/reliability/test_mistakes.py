@@ -54,22 +54,23 @@ del torch, Path
 MISTAKES = [
     Mistake(
         'An argument of `teacher` is misspelt',
-        "`teacher`: no argument 'chekpoint'. Did you mean 'checkpoint'?",
+        "`teacher`: unknown argument 'chekpoint'. Did you mean 'checkpoint'?",
         teacher(chekpoint='teacher.pth'),
     ),
     Mistake(
         'An argument of a loss is misspelt',
-        "`distill.dist.loss`: no argument 'betta'. Did you mean 'beta'?",
+        "`distill.dist.loss`: unknown argument 'betta'. Did you mean 'beta'?",
         DISTILL.format("type='mmdist.DISTLoss', betta=1"),
     ),
     Mistake(
         'A loss without its prefix',
-        "`distill.dist.loss` ... no 'DISTLoss'. Did you mean 'mmdist.DISTLoss'?",
+        "`distill.dist.loss` has the unknown loss type 'DISTLoss'. Did you mean "
+        "'mmdist.DISTLoss'?",
         DISTILL.format("type='DISTLoss'"),
     ),
     Mistake(
         'A text where a number belongs',
-        "`distill.dist.loss`: 'beta' is a number, got '1'",
+        "`distill.dist.loss`: 'beta' must be a number, got '1'",
         DISTILL.format("type='mmdist.DISTLoss', beta='1'"),
     ),
     Mistake(
@@ -79,17 +80,18 @@ MISTAKES = [
     ),
     Mistake(
         "An argument of the student's own is misspelt",
-        "`PSPHead`: no argument 'chanels'. Did you mean 'channels'?",
+        "`PSPHead`: unknown argument 'chanels'. Did you mean 'channels'?",
         "model['student']['decode_head']['chanels'] = 8",
     ),
     Mistake(
         'A comparison is misspelt',
-        "no 'mmdist.SegLogit' ... Did you mean 'mmdist.SegLogits'?",
+        "`distill.dist` has the unknown comparison type 'mmdist.SegLogit'. Did you "
+        "mean 'mmdist.SegLogits'?",
         "model['distill'] = dict(dist=dict(type='mmdist.SegLogit'))",
     ),
     Mistake(
         '`distill` without a name for its entry',
-        '`distill` is a dict of name -> config',
+        '`distill` must be a dict of name -> config',
         "model['distill'] = dict(type='mmdist.SegLogits')",
     ),
     Mistake(
@@ -100,7 +102,7 @@ MISTAKES = [
     ),
     Mistake(
         'An argument of the schedule is misspelt',
-        "no argument 'point'. Did you mean 'points'?",
+        "unknown argument 'point'. Did you mean 'points'?",
         "custom_hooks = [dict(type='mmdist.DistillScheduleHook', point=[(0, 1)])]",
     ),
     Mistake(
@@ -136,12 +138,12 @@ MISTAKES = [
     ),
     Mistake(
         'The checkpoint does not exist',
-        "The checkpoint 'nowhere.pth' does not exist. Relative paths count from",
+        "The checkpoint 'nowhere.pth' does not exist. Relative paths start at",
         teacher(checkpoint='nowhere.pth'),
     ),
     Mistake(
         'The checkpoint is some other file, or cut off',
-        'cannot be read: it is damaged, cut off or no checkpoint at all',
+        'cannot be read: it is damaged, truncated or not a checkpoint',
         teacher(checkpoint='teacher.py'),
     ),
     Mistake(
@@ -161,8 +163,8 @@ MISTAKES = [
     ),
     Mistake(
         'Classes without an order',
-        'the `classes` of a data set are a list of names, in the order of the labels, '
-        "got {'sky'}",
+        'the `classes` of a data set must be a list of names, in the order of the '
+        "labels, got {'sky'}",
         ("('sky', 'road', 'tree')", "{'sky'}"),
     ),
     Mistake(
@@ -175,8 +177,8 @@ MISTAKES = [
     ),
     Mistake(
         'Label maps of Cityscapes with its own ids (labelIds)',
-        'The labels hold 33 ... but the student has 3 classes ... labels are 0 to 2, '
-        'or 255 for void',
+        'The labels contain 33 ... but the student has 3 classes ... labels must be 0 '
+        'to 2, or 255 for void',
         lambda label: np.where(label == 2, 33, label),
     ),
     Mistake(
@@ -221,7 +223,7 @@ MISTAKES = [
     ),
     Mistake(
         '`load_from` is no checkpoint',
-        "The checkpoint 'broken.py' cannot be read: it is damaged, cut off or no",
+        "The checkpoint 'broken.py' cannot be read: it is damaged, truncated or not a",
         "load_from = 'broken.py'",
     ),
     Mistake(
@@ -238,7 +240,7 @@ MISTAKES = [
     ),
     Mistake(
         'The training diverges',
-        'The training was stopped, since ... became NaN or infinite in iteration ... '
+        'The training was stopped: ... became NaN or infinite in iteration ... '
         'Try a smaller learning rate',
         'optim_wrapper = dict(optimizer=dict(lr=1e30))',
     ),

@@ -145,7 +145,7 @@ def test_what_it_does_not_give_is_refused():
     seg = dict(dist=dict(type='mmdist.SegLogits'))
     with pytest.raises(ValueError, match='it gives features'):
         segmentor(seg, gives='features')
-    with pytest.raises(ValueError, match=r"gives is one of .* got 'words'"):
+    with pytest.raises(ValueError, match=r"gives must be one of .* got 'words'"):
         segmentor(gives='words')
     boxes = dict(dist=dict(type='mmdist.Detections'))
     model = detector(boxes)

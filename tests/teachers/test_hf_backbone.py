@@ -130,7 +130,7 @@ def test_a_segmentor_learns_from_its_features(loss, saved, monkeypatch):
 def test_others_are_refused(saved, tmp_path):
     config = transformers.Swin2SRConfig()
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a 'swin2sr', and mmdist reads clip, dino"):
+    with pytest.raises(ValueError, match="a 'swin2sr', but mmdist supports only clip"):
         MODELS.build(dict(type='mmdist.HFBackbone', name=str(tmp_path)))
     logits = dict(dist=dict(type='mmdist.SegLogits'))
     with pytest.raises(ValueError, match='it gives features'):

@@ -376,7 +376,7 @@ def test_prompts_that_do_not_fit_are_an_error(saved):
     folder = saved(grounding_dino, 'GroundingDinoImageProcessor')
     tokenizer(folder, ['person'])
     build('HFDetector', folder, prompts=['person'] * 15)
-    with pytest.raises(ValueError, match=r'34 tokens, and .* reads 32'):
+    with pytest.raises(ValueError, match=r'34 tokens, but .* takes at most 32'):
         build('HFDetector', folder, prompts=['person'] * 16)
 
 

@@ -209,10 +209,10 @@ def test_it_sees_the_students_images(stepper, config):
     ('teacher', 'message'),
     [
         (dict(ema=dict(momentum=1.0)), 'between 0 and 1, got 1.0'),
-        (dict(ema=dict(momentum='0.9')), "'momentum' is a number, got '0.9'"),
-        (dict(ema={}, checkpoint='a'), r"takes nothing but .* got \['checkpoint'\]"),
+        (dict(ema=dict(momentum='0.9')), "'momentum' must be a number, got '0.9'"),
+        (dict(ema={}, checkpoint='a'), r"only with `views`, got \['checkpoint'\]"),
         (dict(ema=dict(momentun=0.9)), "`teacher.ema`: .*'momentun'.*'momentum'"),
-        (dict(ema=0.9), '`teacher.ema` is a dict of arguments, got 0.9'),
+        (dict(ema=0.9), '`teacher.ema` must be a dict of arguments, got 0.9'),
     ],
 )
 def test_mistakes_stop_when_the_model_is_built(config, teacher, message):

@@ -124,18 +124,18 @@ LINES = 'part-0-0.jsonl'
         'no manifest': (lambda x: (x / 'manifest.json').unlink(), 'has no manifest'),
         'version': (
             damage('manifest.json', lambda x: x.replace(b'version 2', b'version 9')),
-            "damaged, or not of .*version 2': store it again",
+            "damaged or not a .*version 2': store it again",
         ),
         'garbage': (damage('manifest.json', lambda x: x[:-9]), 'damaged'),
         'no JSON': (damage(LINES, lambda x: x[5:]), '0.jsonl is damaged'),
-        'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is no"),
+        'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is not"),
         'shape': (damage(LINES, lambda x: x.replace(b'6]', b'5]')), 'jsonl is damaged'),
         'NaN': (answer(0, NAN, 1, 1, 0.5, 0), 'NaN or infinite.*in .*train/1.jpg.$'),
         'negative': (answer(5, 0, 1, 1, 0.5, 0), 'negative size, in .*train/1.jpg.$'),
         'score': (answer(0, 0, 1, 1, 1.5, 0), 'not between 0 and 1, in .*/1.jpg.$'),
         'NaN score': (answer(0, 0, 1, 1, NAN, 0), 'not between 0 and 1, in .*/1.jpg.$'),
-        'label': (answer(0, 0, 1, 1, 0.5, 3), 'labels that are no class, in .*1.jpg.$'),
-        'no index': (answer(0, 0, 1, 1, 0.5, 0.5), 'labels that are no class, in '),
+        'label': (answer(0, 0, 1, 1, 0.5, 3), 'belong to no class, in .*/1.jpg.$'),
+        'no index': (answer(0, 0, 1, 1, 0.5, 0.5), 'that belong to no class, in '),
     }.values(),
 )  # fmt: skip
 def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
@@ -167,7 +167,7 @@ def test_a_map_of_other_classes_is_refused(tmp_path):
 def test_what_is_cut_off_is_named_and_asked_again(tmp_path, kind, harm, lost):
     harm(write(tmp_path, kind=kind))
     names = ', '.join(f'/data/train/{i}.jpg' for i in lost)
-    words = f'{len(lost)} of 4 images of the training have no answer: {names}.*again'
+    words = f'{len(lost)} of 4 training images have no answer: {names}.*again'
     with pytest.raises(ValueError, match=words):
         Store(tmp_path).check(images(4))
     writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind))
@@ -202,7 +202,7 @@ def test_another_command_is_refused(tmp_path):
     other = dict(MANIFEST, teachers=[dict(checkpoint='b.pth')])
     for process in (0, 1):
         with pytest.raises(
-            ValueError, match=r'begun by another .*`teachers`.*a.pth.*b.pth'
+            ValueError, match=r'started by another .*`teachers`.*a.pth.*b.pth'
         ):
             StoreWriter(tmp_path, other, process)
 
@@ -267,7 +267,7 @@ def write_until_it_is_full(folder: Path, kind: str) -> tuple[int, str]:
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path, kind):
     number, said = in_process(write_until_it_is_full, tmp_path, kind)
     assert 3 < number < 100
-    assert 'File too large. What is stored is kept. Make room. Run' in said
+    assert 'File too large. The answers so far are kept. Free some space. Run' in said
     writer = StoreWriter(tmp_path, dict(MANIFEST, kind=kind))
     assert writer.done == {image(i)['img_path'] for i in range(number)}
     Store(tmp_path).check(images(number))
@@ -290,7 +290,7 @@ def test_a_writer_may_go_on_after_a_failure(tmp_path, monkeypatch):
 def test_nan_is_not_stored(tmp_path):
     for kind, size in dict(boxes=(1, 6), maps=(3, 2, 2)).items():
         writer = StoreWriter(tmp_path / kind, dict(MANIFEST, kind=kind))
-        with pytest.raises(ValueError, match=r'/a/1\.jpg with NaN'):
+        with pytest.raises(ValueError, match=r'/a/1\.jpg contains NaN'):
             writer.add('/a/1.jpg', (4, 6), torch.full(size, NAN))
         assert not (tmp_path / kind / LINES).read_bytes()
 
@@ -344,7 +344,7 @@ def test_an_empty_results_file(tmp_path):
 
 def test_unknown_category_ids_are_named(tmp_path):
     store = Store(results(tmp_path, [entry(1, i) for i in range(90)]))
-    words = 'category ids 3, 4, 5, 6, 7 and 82 more.*annotation file knows 0, 1, 2'
+    words = 'category ids 3, 4, 5, 6, 7 and 82 more.*annotation file has 0, 1, 2'
     with pytest.raises(ValueError, match=words):
         store.name_classes({0: 'a', 1: 'b', 2: 'c'})
 
@@ -352,15 +352,15 @@ def test_unknown_category_ids_are_named(tmp_path):
 @pytest.mark.parametrize(
     ('content', 'words'),
     [
-        ('', 'is no COCO results file .* or is cut off: Expecting value'),
-        (json.dumps([entry(1, 1)] * 3)[:-20], 'or is cut off: Expecting'),
-        (dict(images=[dict(id=3)]), 'no COCO results file of boxes.*it has images'),
-        ('5', 'is no COCO results file of boxes'),
-        ([entry(1, 1), 5], 'is no COCO results file of boxes.*it has 5'),
-        ([entry(1, 1), dict(entry(1, 2), bbox=[1, 2, 3])], r'it has .*\[1, 2, 3\]'),
-        ([dict(image_id=1, category_id=1, score=1, segmentation='a')], "it has .*'a'"),
-        ([entry(1, 'cat')], "it has .*'cat'"),
-        ([entry([1], 1)], r"it has .*'image_id': \[1\]"),
+        ('', 'is cut off or not a COCO results file .*: Expecting value'),
+        (json.dumps([entry(1, 1)] * 3)[:-20], 'is cut off or .*: Expecting'),
+        (dict(images=[dict(id=3)]), 'not a COCO results file .*contains images'),
+        ('5', 'not a COCO results file of boxes'),
+        ([entry(1, 1), 5], 'not a COCO results file of boxes.*contains 5'),
+        ([entry(1, 1), dict(entry(1, 2), bbox=[1, 2, 3])], r'contains .*\[1, 2, 3\]'),
+        ([dict(image_id=1, category_id=1, score=1, segmentation='a')], "contains.*'a'"),
+        ([entry(1, 'cat')], "contains .*'cat'"),
+        ([entry([1], 1)], r"contains .*'image_id': \[1\]"),
         ([entry(1, 1, (1, 2, NAN, 1)), entry(8, 1)], 'NaN or infinite numbers, in 1'),
         ([entry(i, 1, (1, 2, -1, 1)) for i in range(9)], 'in 0, 1, 2, 3, 4 and 4 more'),
         ([entry(3, 1, score=7)], 'scores that are not between 0 and 1, in 3'),

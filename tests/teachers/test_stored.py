@@ -509,11 +509,11 @@ def test_it_mixes_with_a_teacher_that_is_asked(det_config, coco_root, tmp_path):
                     switch_pipeline=[*PLAIN[:3], dict(type='CopyPaste'), PLAIN[-1]],
                 )
             ),
-            'comes later: `CopyPaste`',
+            '`switch_pipeline` of a hook: `CopyPaste`',
         ),
         (
             lambda c: c.model.update(distill=dict(a=dict(type='mmdist.DenseLogits'))),
-            r'DenseLogits asks modules .* Take mmdist\.Detections',
+            r'DenseLogits needs .* modules.* Use mmdist\.Detections',
         ),
     ],
 )
@@ -534,7 +534,7 @@ def only_first(entry):
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (only_first, '3 of 4 images of the training have no answer: .*2.png'),
+        (only_first, '3 of 4 training images have no answer: .*2.png'),
         (lambda e: dict(e, category_id=77), 'category ids 77'),
         (lambda e: dict(e, score=1.5), 'scores that are not'),
     ],
@@ -555,9 +555,7 @@ def test_another_size_a_missing_image_and_another_kind(det_config, coco_root, tm
         'missing': ('boxes', {str(f): (SIZE, empty) for f in files[1:]}),
         'kind': ('maps', {str(f): (SIZE, torch.zeros(3, 2, 2)) for f in files}),
     }
-    words = dict(
-        size='was 96 x 99', missing='1 of 4 .*1.png', kind='stored maps need one'
-    )
+    words = dict(size='was 96 x 99', missing='1 of 4 .*1.png', kind='for stored maps')
     for name, (kind, answers) in cases.items():
         stored = write(tmp_path / name, kind, DET_CLASSES, answers)
         with pytest.raises(ValueError, match=words[name]):
@@ -569,10 +567,10 @@ def test_another_size_a_missing_image_and_another_kind(det_config, coco_root, tm
     [
         (
             dict(stored='x', config='c'),
-            r"nothing but `class_map` and `class_match` .*\['config'\]",
+            r"only with `class_map` and `class_match`, got \['config'\]",
         ),
         (dict(stored='x', views=['flip']), r"\['views'\]"),
-        (dict(stored=3), '`teacher.stored` is the path'),
+        (dict(stored=3), '`teacher.stored` must be the path'),
         (dict(stored='x', class_match='some'), "'strict' or 'shared'"),
     ],
 )
@@ -595,7 +593,7 @@ def test_arguments_are_refused_in_words(cfg, message):
 def test_what_asks_for_modules_says_what_to_take(student, kind):
     register()
     model = dict(type='mmdist.Distiller', student=model_config(FAMILIES[student]))
-    with pytest.raises(ValueError, match=r'Take mmdist\.Detections or mmdist\.Boxes'):
+    with pytest.raises(ValueError, match=r'Use mmdist\.Detections or mmdist\.Boxes'):
         MODELS.build(dict(model, teacher=dict(stored='answers'), distill=dict(a=kind)))
 
 

@@ -82,14 +82,14 @@ def test_copies_of_a_student_share_no_teacher(det_config, tmp_path):
     [
         (
             dict(teacher=dict(config='a.py', chekpoint='a.pth')),
-            "`teacher`: no argument 'chekpoint'. Did you mean 'checkpoint'? It takes "
-            'config, checkpoint, allow_random, ',
+            "`teacher`: unknown argument 'chekpoint'. Did you mean 'checkpoint'? It "
+            'takes config, checkpoint, allow_random, ',
         ),
         (dict(teacher=dict(checkpoint='a.pth')), "`teacher`: .* 'config' is missing"),
-        (dict(teacher='a.py'), "`teacher` is a dict of arguments, got 'a.py'"),
+        (dict(teacher='a.py'), "`teacher` must be a dict of arguments, got 'a.py'"),
         (
             dict(teachers=dict(a=dict(config='a.py', view=['flip']))),
-            "`teachers.a`: no argument 'view'. Did you mean 'views'?",
+            "`teachers.a`: unknown argument 'view'. Did you mean 'views'?",
         ),
     ],
 )
@@ -111,8 +111,8 @@ def test_misspelt_arguments_name_what_there_is(options, message, det_config):
         ('configs::a.py', "'configs' is not installed"),  # a folder
         (
             'configs/stuednt.py',
-            r"no 'stuednt.py' in .*configs; similar: student.py. A relative path "
-            r"counts from the working directory, .* begins with '{{ fileDirname }}/'",
+            r"no 'stuednt.py' in .*configs; similar: student.py. Relative paths "
+            r"count from the working directory, .* path with '{{ fileDirname }}/'",
         ),
     ],
 )
@@ -137,9 +137,9 @@ def test_a_config_without_a_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
-        (5, r'`teacher\.config` is the path of a config, .* got 5'),
-        (None, r'`teacher\.config` is the path of a config, .* got None'),
-        (dict(model='a.py'), r'`teacher\.config` has no `model`, a dict'),
+        (5, r'`teacher\.config` must be the path of a config, .* got 5'),
+        (None, r'`teacher\.config` must be the path of a config, .* got None'),
+        (dict(model='a.py'), r'`teacher\.config` has no `model`, which must be a dict'),
         ('hello.py', "is 'hello.py', which cannot be read: NameError: .*'hello'"),
         (dict(type='mmdist.HFSegmenter'), "Did you mean 'mmdist.HFSegmentor'"),
         (dict(type='mmdet.RetinaNett'), "Did you mean 'RetinaNet'"),

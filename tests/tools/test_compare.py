@@ -80,7 +80,7 @@ def test_table_has_the_last_values_over_seeds_and_paired_differences(compare, tm
         ],
     ]  # fmt: skip
     assert 'last mIoU | minus alone, paired by seed' in output
-    assert 'not of the same step' not in output
+    assert 'different steps' not in output
     height, width, _ = matplotlib.image.imread(tmp_path / 'out.png').shape
     assert width > 2 * height  # two panels
 
@@ -129,7 +129,7 @@ def test_a_run_that_went_on_or_began_anew_counts_as_the_last_of_it(compare, tmp_
     write_log(tmp_path / 'b', {1: 30.0}, seed=5, timestamp='20260102_000000')
     output = compare('a', 'b')
     assert [row[2] for row in rows(output)] == ['23.00', '30.00']
-    assert 'The last mIoU is not of the same step: a at 4, b at 1.' in output
+    assert 'The last mIoU comes from different steps: a at 4, b at 1.' in output
     assert rows(output)[1][4] == '0'  # seed 0 and seed 5
 
 

@@ -105,12 +105,12 @@ def test_a_good_pair_of_segmentors(preflight, tmp_path, learned):
     assert len(lines) <= 45 and max(map(len, lines)) <= 100
     for text in (
         'SegLogits with DISTLoss, softmax',
-        'chosen because student and teacher are of one kind',
+        'chosen because student and teacher are of the same family',
         'decode_head, auxiliary_head (teacher: backbone, decode_head, auxiliary_head)',
         'pairs 2: 2x3x12x16, 384 rows, 100.0% count;',
         'Classes that are compared (3): sky, road, tree. They are in the same order.',
         'images the same',
-        'the weight 0 in the first step; what follows is at its full weight, 1',
+        '0 in the first step; the lines below are at its full weight, 1',
         'dist_inter 0.',
         'loss_dist 0.',
         'own losses decode.loss_ce ',
@@ -135,9 +135,9 @@ def test_a_good_pair_of_detectors(preflight, tmp_path, det_config):
     assert '5: 2x27x12x16, 384 rows, 100.0% count; 2x27x6x8, 96 rows' in found.text
     assert re.search(r'gradient distillation has \d+\.?\d* times', found.text)
     assert 'SCORE' not in found.text
-    assert '3 of 5 pairs have few rows per process, 2 at least' in found.text
+    assert '3 of 5 pairs have few rows per process (fewest: 2)' in found.text
     # its gradient is far above that of the labels, and balanced
-    assert 'balance in training it has at most 3 times their norm' in found.text
+    assert 'balance limits this to 3 times their norm in training' in found.text
     assert 'GO ON' in found.text
 
 
@@ -350,7 +350,7 @@ def test_a_weight_of_0_has_no_gradient(preflight, tmp_path, det_config):
         (['nowhere.py'], 'nowhere.py'),
         (['student.py'], 'does not distil'),
         (['hello.py'], 'hello'),
-        (['pair.py', '--images', '-1'], '--images is a number'),
+        (['pair.py', '--images', '-1'], '--images must be at least 0'),
     ],
 )
 def test_wrong_usage(preflight, tmp_path, det_config, args, says):
@@ -365,7 +365,7 @@ def test_wrong_usage(preflight, tmp_path, det_config, args, says):
     ('share', 'ramp', 'fresh', 'verdict', 'says'),
     [
         (509, '', True, 'BETTER CHANGE THIS FIRST', 'is 509 times .*Leave `balance`'),
-        (509, 'schedule', True, 'GO ON', 'The ramp has to bridge'),
+        (509, 'schedule', True, 'GO ON', 'The ramp must last until'),
         (509, 'balance', True, 'GO ON', '^GO ON$'),
         (2, '', True, 'GO ON', 'head starts at random'),
         (2, '', False, 'GO ON', '^GO ON$'),

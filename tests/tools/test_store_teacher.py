@@ -241,13 +241,13 @@ def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
     file.write_bytes(b'no image')
     ran = store()
     assert ran.status == 1
-    assert f'{file} cannot be read as in a test' in ran.said
+    assert f'{file} cannot be read by the test pipeline' in ran.said
     begun = (tmp_path / 'answers/part-0-0.jsonl').read_text()
     assert begun.count('\n') == 2
     file.write_bytes(whole)
     ran = store('--flip')
     assert ran.status == 1
-    assert 'answers was begun by another command. Its `teachers`' in ran.said
+    assert 'answers was started by another command: its `teachers`' in ran.said
     ran = store()
     assert ran.status == 0, ran
     assert '4 images' in ran.out
@@ -311,7 +311,7 @@ def test_several_teachers_have_to_know_all_classes(store, tmp_path, det_config):
     write_two(tmp_path, det_config, DET_CLASSES, ('dog', 'cat', 'person'))
     ran = store()
     assert ran.status == 1
-    assert '`teachers.b` and the other teachers have no answer in common' in ran.said
+    assert 'of `teachers.b` and the other teachers cannot be combined' in ran.said
 
 
 def test_maps_of_two_teachers_are_their_mean(answers, tmp_path, seg_config, seg_root):
@@ -407,7 +407,7 @@ def test_a_teacher_of_another_library(answers, tmp_path, det_config, coco_root):
     ('teacher', 'words'),
     [
         (dict(ema=dict()), 'is the mean of the student'),
-        (dict(stored='answers'), 'is stored already'),
+        (dict(stored='answers'), 'is already stored'),
         (dict(config='teacher.py'), 'The teacher has no checkpoint'),
     ],
 )

@@ -91,7 +91,7 @@ def test_preflight_scores_them_on_the_training_images(run_tool, family, write):
     score = dict(det='bbox_mAP 1, ', seg='mIoU 100, ')[family]
     assert score in found.text
     assert '(teacher: what is stored)' in found.text
-    assert 'images not shown to a teacher' in found.text
+    assert 'images not shown to the teacher' in found.text
 
 
 def test_preflight_finds_permuted_classes(run_tool, write):
@@ -121,7 +121,7 @@ def test_preflight_names_images_without_an_answer(run_tool, family, write, tmp_p
         part.write_text(part.read_text().splitlines(True)[0])
     found = run_tool('preflight', 'pair.py')
     assert found.status == 1
-    assert '3 of 4 images of the training have no answer' in found.text
+    assert '3 of 4 training images have no answer' in found.text
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_visualize_shows_them_where_the_labels_are(
         rows = same.mean(1) > 0.5  # the others are void
         assert rows.mean() > 0.7 and same[rows].mean() > 0.97
     page = (tmp_path / 'page/index.html').read_text()
-    assert 'answers are stored, and moved as the images are' in page
+    assert 'answers are stored,\nand moved like the images' in page
     image = str(next(tmp_path.glob('*.json'), 'x.png'))
     stopped = run_tool('visualize', 'pair.py', 'student.pth', image, '--out', 'page')
     assert stopped.status != 0
@@ -215,7 +215,7 @@ def test_new_pair_writes_a_config_that_can_be_trained(
         ([], 'Give either --teacher or --stored'),
         (['--stored', 'results.json', '--checkpoint', 'a.pth'], '--checkpoint is for'),
         (['--stored', 'nowhere'], 'This pair does not work.*nowhere'),
-        (['--stored', 'results.json'], 'of the category ids 7, but the annotation'),
+        (['--stored', 'results.json'], 'with the category ids 7, but the annotation'),
     ],
 )
 def test_new_pair_refuses(run_tool, tmp_path, coco_root, det_config, args, says):

@@ -63,7 +63,7 @@ def test_another_config_does_not_overwrite_the_checkpoints(run, work_dir):
     before = (work_dir / 'iter_3.pth').stat().st_mtime
     with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, '--cfg-options', 'optim_wrapper.optimizer.lr=0.5')
-    with pytest.raises(SystemExit, match=r'with this config, .*, --resume'):
+    with pytest.raises(SystemExit, match=r'with this config, .* with --resume'):
         run(work_dir)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
     run(work_dir, '--resume')  # nothing is left to do
@@ -93,7 +93,7 @@ def test_sync_bn_is_replaced_in_several_processes_on_cpus(run, tmp_path, monkeyp
         run(tmp_path / 'work', '--launcher', 'pytorch', '--cfg-options', norm)
     finally:
         torch.distributed.destroy_process_group()
-    assert 'SyncBN needs GPUs: BN' in log_of(tmp_path / 'work')
+    assert 'SyncBN needs GPUs: BN replaces it' in log_of(tmp_path / 'work')
 
 
 def test_resume_takes_the_last_whole_checkpoint_and_its_seed(run, work_dir):

@@ -244,14 +244,14 @@ def test_agreement_of_boxes(tool):
         (['hello.py', 'student.pth'], 2, 'hello'),
         SLOW(['pair.py', 'hello.pth'], 1, "The checkpoint 'hello.pth' cannot be read"),
         (['pair.py', 'student.pth', 'nowhere.png'], 2, 'nowhere.png does not exist'),
-        (['pair.py', 'student.pth', 'pair.py'], 2, 'is no image'),
-        (['pair.py', 'student.pth', '--num', '0'], 2, '--num is a number'),
+        (['pair.py', 'student.pth', 'pair.py'], 2, 'is not an image'),
+        (['pair.py', 'student.pth', '--num', '0'], 2, '--num must be at least 1'),
         SLOW(['pair.py', 'nowhere.pth'], 1, "checkpoint 'nowhere.pth' does not exist"),
         (['pair.py', 'other.pth'], 1, "'other.pth' do not fit pair.py. 1 missing in"),
         SLOW(
             ['pair.py', 'student.pth', '--entry', 'a'],
             1,
-            "only ['dist'] compare classes",
+            "Only ['dist'] of `distill` compare classes",
         ),
     ],
 )
@@ -291,4 +291,4 @@ def test_features_alone_have_no_classes(visualize, tmp_path, det_config):
     write_pair(tmp_path, det_config, distill=entry)
     found = visualize('pair.py', 'student.pth')
     assert found.status == 1
-    assert 'Of `distill` only [] compare classes' in found.text
+    assert 'Only [] of `distill` compare classes' in found.text

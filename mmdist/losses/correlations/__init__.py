@@ -109,7 +109,7 @@ def kernels_work(
                 return False
             problem = f'do not run: {str(error).strip()[:200]}'
         if problem:
-            _warn_once(f'DISTLoss takes its slower path: the Triton kernels {problem}')
+            _warn_once(f'DISTLoss uses its slower path: the Triton kernels {problem}')
         _WORK[kind] = not problem
     return _WORK[kind]
 
@@ -134,7 +134,7 @@ def _problem_of_kernels(device, student_dtype, teacher_dtype, activation) -> str
     # the gradient as a whole, since in half precision any element can round the other
     # way
     is_same = errors[0] < 1e-4 and errors[1] < 1e-2
-    return '' if is_same else f'compute something else here, off by {errors}'
+    return '' if is_same else f'give wrong results here, off by {errors}'
 
 
 @functools.cache

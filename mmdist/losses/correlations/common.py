@@ -112,9 +112,9 @@ def raise_for_teacher(finite: Tensor) -> None:
         ValueError: They contain NaN or inf.
     """
     message = (
-        'The teacher gave logits with NaN or inf. Check that the images hold none, its '
-        'checkpoint, and that its data_preprocessor (mean, std, channel order) is the '
-        'one it was trained with; if it runs in fp16, run it in bf16 or fp32.'
+        "The teacher's logits contain NaN or inf. Check that the images do not, check "
+        'its checkpoint, and check that its data_preprocessor (mean, std, channel '
+        'order) is the one it was trained with. If it runs in fp16, use bf16 or fp32.'
     )
     if torch.compiler.is_compiling() or finite.device.type != 'cpu':
         torch._assert_async(finite, message)

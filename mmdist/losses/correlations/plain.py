@@ -71,7 +71,7 @@ def differentiable_gradient(
     for the fast paths under ``create_graph=True``."""
     if settings.group is not None:
         raise NotImplementedError(
-            'DISTLoss can be differentiated once only with `sync=True`. Leave out '
+            'With `sync=True`, DISTLoss has no second derivative. Omit '
             '`create_graph=True` or `sync`.'
         )
     corrs = correlations(student, teacher, mask, settings)
