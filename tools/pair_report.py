@@ -149,7 +149,9 @@ def report_pair(
                 'unknown: the two are assumed to have the same classes in the same '
                 'order.'
             )
-            report.warnings.append(f'{text} `tools/preflight.py --images N` checks that.')
+            report.warnings.append(
+                f'{text} `tools/preflight.py --images N` checks that.'
+            )
         report.line(with_name('classes', name), text, 5)
         report.line(with_name('images', name), _describe_images(model, teacher))
 
