@@ -5,7 +5,7 @@ PYTHON ?= python3
 STACK ?= $(shell $(PYTHON) -m tools.dev.make_env --which)
 VENV := $(if $(filter onedl,$(STACK)),.venv-onedl,.venv)
 PY := $(VENV)/bin/python
-# mmengine looks for packages by pkg_resources, which warns each time
+# mmengine finds packages with pkg_resources, which warns each time
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated
 # where `make docs` puts the site, and the small environment that builds it
 SITE ?= site

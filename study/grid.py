@@ -1,4 +1,4 @@
-"""The grid: tasks, methods, and the cells that they make."""
+"""The grid of the study: tasks, methods and their cells."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ CONFIGS = Path(__file__).resolve().parent / 'configs'
 
 
 ALONE = 'alone'
-STORED = 'stored'  # as `default`, from the fused answers of several teachers and views
-STORED_ONCE = 'stored-once'  # as `default`, from the answers of the one teacher
-NO_LABELS = 'no-labels'  # as `default`, and no label is read
+STORED = 'stored'  # `default` with the fused answers of several teachers and views
+STORED_ONCE = 'stored-once'  # `default` with the stored answers of one teacher
+NO_LABELS = 'no-labels'  # `default` without reading labels
 METHODS = (
     ALONE,
     'kl',
@@ -29,7 +29,7 @@ METHODS = (
 
 
 def kl_loss(classes: int) -> dict:
-    """Hinton's loss: mmdet's is a mean over the classes, the weight makes it a sum."""
+    """Hinton's loss; mmdet's averages over classes, which the weight makes a sum."""
     return dict(
         type='mmdet.KnowledgeDistillationKLDivLoss', T=1, loss_weight=float(classes)
     )
@@ -40,24 +40,24 @@ BINARY_KL = dict(type='mmdist.BinaryKLDivLoss', loss_weight=100.0)
 
 @dataclass(frozen=True)
 class Task:
-    """A data set and a kind of model: where its configs are and how it is scored."""
+    """A data set and a kind of model: how it is scored and compared."""
 
-    metric: str  # in the log
+    metric: str  # its name in the log
     label: str
-    percent: float  # from the log to percent
-    kind: str  # of the comparison of class logits
-    kl: dict  # the loss of KL
-    has_test: bool  # images by which nothing was chosen
+    percent: float  # factor from the log to percent
+    kind: str  # type of the comparison of class logits
+    kl: dict  # the loss for KL
+    has_test: bool  # whether it has images by which nothing was chosen
     other: str = ''  # the task whose teacher is the 'other' one
     fused: tuple[str, ...] = ()  # the tasks whose teachers are fused, if several
 
     def changes(self, method: str, teacher: str) -> dict:
-        """What a method writes into the Distiller; in doubt, mmdist chooses."""
+        """Arguments of the Distiller that a method sets; mmdist chooses the rest."""
         kind = self.kind if teacher == 'strong' else 'mmdist.Detections'
         published = dict(balance=None)
         if method == 'kl':
             return dict(distill=dict(kl=dict(type=kind, loss=self.kl)))
-        if method in ('inter', 'intra'):  # a term alone
+        if method in ('inter', 'intra'):  # one term alone
             other = dict(gamma=0.0) if method == 'inter' else dict(beta=0.0)
             loss = dict(type='mmdist.DISTLoss', **other)
             return dict(distill=dict(dist=dict(type=kind, loss=loss)), **published)
@@ -79,28 +79,28 @@ TASKS = {
     'bccd-faster-rcnn': Task(**BCCD, kind='mmdist.RoILogits', kl=kl_loss(4)),
     'bccd-dino': Task(**BCCD, kind='mmdist.QueryLogits', kl=BINARY_KL),
 }
-TEACHERS = ('strong', 'other')  # of the student's family, of another
+TEACHERS = ('strong', 'other')  # of the student's family, or of another
 SINGLE = ('teacher', ALONE)  # trained without another model
 
 
 class Cell(NamedTuple):
-    """One training: of a teacher, or of a student by a method from a teacher."""
+    """One training: of a teacher, or of a student with a method and a teacher."""
 
     scale: str
     task: str
-    method: str  # 'teacher', or a key of METHODS
+    method: str  # 'teacher', or one of METHODS
     teacher: str  # '' for a student alone
     seed: int
 
     @property
     def folder(self) -> Path:
-        """Where it is trained, below the work dir."""
+        """Where it is trained, relative to the work dir."""
         name = '_'.join(filter(None, (self.method, self.teacher, f'seed{self.seed}')))
         return Path(self.scale) / self.task / name
 
     @property
     def its_teachers(self) -> list[Cell]:
-        """One, or those whose answers are fused; the same for all seeds."""
+        """Its teacher, or those whose answers are fused; the same for all seeds."""
         tasks = [TASKS[self.task].other if self.teacher == 'other' else self.task]
         if self.method == STORED and TASKS[self.task].fused:
             tasks = TASKS[self.task].fused
@@ -109,14 +109,14 @@ class Cell(NamedTuple):
 
     @property
     def config(self) -> Path:
-        """The config of its model, of the teacher or of the students."""
+        """The config file of its model, a teacher's or a student's."""
         folder = self.task + ('-full' if self.scale == 'full' else '')
         part = 'teacher' if self.method == 'teacher' else 'student'
         return CONFIGS / folder / f'{part}.py'
 
     @property
     def command(self) -> str:
-        """What trains it, and its teacher first."""
+        """The command that trains it, and its teacher first."""
         teacher = f' --teachers {self.teacher}' if self.teacher else ''
         scale = f' --scale {self.scale}' if self.scale != 'small' else ''
         return (
@@ -132,12 +132,12 @@ def grid(
     teachers: Sequence[str],
     seeds: Sequence[int],
 ) -> Iterator[Cell]:
-    """Seed by seed, so that what is done when time is up can be compared in pairs."""
+    """Seed by seed, so that cells finished when time is up can be compared in pairs."""
     for task, teacher, seed in itertools.product(tasks, teachers, seeds):
         if teacher == 'other' and not TASKS[task].other:
             continue
         for method in methods:
-            if teacher == 'other' and method == STORED:  # all of them, as of 'strong'
+            if teacher == 'other' and method == STORED:  # it is that of 'strong'
                 continue
             cell = Cell(scale, task, method, teacher, seed)
             if method == ALONE:

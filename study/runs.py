@@ -23,13 +23,13 @@ from tools.logs import read_log
 from .grid import NO_LABELS, SINGLE, STORED, STORED_ONCE, TASKS, Cell
 
 WEIGHTS = 'mobilenet_v2-b0353104.pth'
-# Of teachers that are stored.
+# Options of tools/store_teacher.py.
 VIEWS = {STORED: ['--flip', '--scales', 0.75, 1, 1.25], STORED_ONCE: []}
 
 
 @functools.cache
 def read_config(path: Path) -> Config:
-    """A config file, read once; mmengine takes a second for each."""
+    """Read a config file once; mmengine takes a second for each."""
     return Config.fromfile(path)
 
 
@@ -43,7 +43,7 @@ def walk(node: Any, change) -> Any:
 
 
 def without_labels(dataset: dict) -> dict:
-    """Config of the same data set, of which no label is read.
+    """Config of the same data set that reads no labels.
 
     Args:
         dataset: Config of a data set whose pipeline ends with packing.
@@ -65,7 +65,7 @@ class Study:
     weights: Path | None = None
 
     def settings(self, cell: Cell) -> Config:
-        """The config of a cell, before paths of this machine are filled in."""
+        """The config of a cell, before this machine's paths are filled in."""
         if not cell.config.is_file():
             raise SystemExit(
                 f'There is no {cell.config}: the study has no task {cell.task!r} at '
@@ -91,7 +91,7 @@ class Study:
         return cfg
 
     def fingerprint(self, cell: Cell) -> str:
-        """Hash of all settings that a result depends on, and its teacher's."""
+        """Hash of all settings that a result depends on, including its teacher's."""
         # not pretty_text, which takes seconds
         text = json.dumps(self.settings(cell)._cfg_dict.to_dict(), sort_keys=True)
         if cell.method not in SINGLE:
@@ -102,7 +102,7 @@ class Study:
         return self.work_dir / cell.folder
 
     def config(self, cell: Cell) -> Config:
-        """The config of a cell with the paths of this machine; its teacher is done."""
+        """Config of a cell with this machine's paths; its teacher must be trained."""
 
         def fill_in(text: str) -> str:
             if text.startswith('data/'):
@@ -120,13 +120,13 @@ class Study:
         return cfg
 
     def trained(self, teacher: Cell) -> dict:
-        """The arguments of a teacher that is trained."""
+        """The arguments of a trained teacher."""
         folder = self.folder(teacher)
         checkpoint, _ = last_whole_checkpoint(folder)
         return dict(config=str(folder / 'config.py'), checkpoint=checkpoint)
 
     def store(self, cell: Cell) -> Path:
-        """Where the answers of a cell's teacher are stored; made if it is not there."""
+        """Store the answers of a cell's teachers unless done; returns the folder."""
         names = [one.task.replace('-', '_') for one in cell.its_teachers]
         teachers = dict(zip(names, map(self.trained, cell.its_teachers), strict=True))
         folder = self.work_dir / cell.scale / '-'.join([cell.method, *names])
@@ -140,11 +140,11 @@ class Study:
         return out
 
     def finished(self, cell: Cell) -> dict | None:
-        """What came out of a cell, if it is done with these very settings."""
+        """The result of a cell, if it has finished with exactly these settings."""
         return runs.finished(self.folder(cell), self.fingerprint(cell))
 
     def train(self, cell: Cell, deadline: float) -> dict | None:
-        """Train a cell, or go on with it; None if the time was up before the end."""
+        """Train or resume a cell; None if time ran out."""
         folder, mark = self.folder(cell), self.fingerprint(cell)
         note = folder / 'fingerprint'
         is_new = not note.is_file() or note.read_text() != mark or is_broken(folder)
@@ -166,7 +166,7 @@ class Study:
         if not done:
             return None
         result = self.read(cell)
-        if result is None and not is_new:  # it was stopped while it was validated
+        if result is None and not is_new:  # it was stopped during validation
             note.unlink()
             return self.train(cell, deadline)
         if result is None:
@@ -179,7 +179,7 @@ class Study:
         return result
 
     def read(self, cell: Cell) -> dict | None:
-        """What a finished run has logged; None without a score of the last step."""
+        """Read a finished run's log; None if it has no score of the last step."""
         task, folder = TASKS[cell.task], self.folder(cell)
         entries = read_log(folder)
         curve = {
@@ -203,7 +203,7 @@ class Study:
         return result | runs.last_correlations(entries)
 
     def test(self, cell: Cell, deadline: float) -> float | None:
-        """The score of a finished cell on the test images; None if time was up."""
+        """The score of a finished cell on the test images; None if time ran out."""
         task, folder = TASKS[cell.task], self.folder(cell)
         out = folder / 'test'
         shutil.rmtree(out, ignore_errors=True)
@@ -226,7 +226,7 @@ def is_broken(folder: Path) -> bool:
 
 
 def run(tool: str, arguments: list, log_file: Path, deadline: float) -> bool:
-    """Run a tool in a process of its own; False if it was stopped at the deadline."""
+    """Run a tool in its own process; False if it was stopped at the deadline."""
     with runs.tool(tool, arguments, log_file) as process:
         left = None if math.isinf(deadline) else max(0.0, deadline - time.time())
         process.join(left)

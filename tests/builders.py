@@ -1,4 +1,4 @@
-"""Distilled configs and batches, as many tests need them."""
+"""Builders of distilled configs, models and batches that many tests share."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mmdist.registry import MODELS
 
 
 def slow(cases: Iterable) -> list:
-    """Cases of a parametrised test that are left to `make test-all`."""
+    """Mark cases of a parametrised test as slow: only `make test-all` runs them."""
     cases = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without a line in the log for each parameter that is initialised."""
+    """Silence mmengine's log line for each initialised parameter."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -40,13 +40,12 @@ def quiet() -> Iterator[None]:
 
 
 def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
-    """A distilled model in training, the same in each call.
+    """Build a distilled model in training mode, with the same weights in each call.
 
     Args:
         student: Config of the student.
         init: Whether to initialise it, which loads the teacher.
-        options: Further arguments; the losses are not balanced, as most tests look at
-            each by itself.
+        options: Further arguments; `balance` is off, as most tests check one loss.
     """
     torch.manual_seed(0)
     config = dict(type='mmdist.Distiller', balance=None, student=student)
@@ -59,11 +58,11 @@ def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
 
 
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
-    """Text of a config that distils the one of `student.py` beside it.
+    """Text of a config that distils the model of `student.py` in the same folder.
 
     Args:
         more: Lines after the model.
-        distill: What is compared; empty takes the default.
+        distill: Text of the `distill` argument; if empty, the default is used.
         teacher: Arguments of the teacher.
     """
     compared = f', distill={distill}' if distill else ''
@@ -77,12 +76,12 @@ model = dict(
 
 
 def distilled_config(folder: Path, student: str, **teacher) -> Config:
-    """The config of a pair, written to a folder.
+    """Write the config of a pair to a folder and load it.
 
     Args:
         folder: The folder.
         student: Text of the student's config.
-        teacher: Arguments of the teacher; without any it is the same, untrained.
+        teacher: Arguments of the teacher; by default it is the student, untrained.
     """
     (folder / 'student.py').write_text(student)
     itself = dict(config=str(folder / 'student.py'), allow_random=True)
@@ -91,15 +90,7 @@ def distilled_config(folder: Path, student: str, **teacher) -> Config:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what reads a tensor, or what copies Python's numbers to the device."""
-
-    READS = (
-        '_local_scalar_dense',
-        'nonzero',
-        'masked_select',
-        'unique_dim',
-        '_unique2',
-    )
+    """Counts operations that read tensors or copy Python numbers to the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +110,7 @@ class Waits(TorchDispatchMode):
 
 
 def dataset_batch(config: Config, size: int = 2) -> dict:
-    """A raw training batch of the config's own data set and pipeline."""
+    """A raw training batch from the config's own data set and pipeline."""
     with DefaultScope.overwrite_default_scope(config.default_scope):
         dataset = DATASETS.build(copy.deepcopy(config.train_dataloader.dataset))
         return pseudo_collate([dataset[i] for i in range(size)])

@@ -1,4 +1,4 @@
-"""Tiny data sets in the field's own formats, and tiny configs of real models."""
+"""Fixtures: tiny data sets in standard formats, and tiny configs of real models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-# One thread each: small tensors gain nothing by more, and tests run side by side. Set
-# before numpy and torch are loaded, and handed down to the processes that tests start.
+# One thread: small tensors gain nothing from more, and tests run in parallel. It is set
+# before numpy and torch are imported, and inherited by the processes that tests start.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import cv2
@@ -25,10 +25,10 @@ from tiny import (
     TINY_SEGMENTOR,
 )
 
-# Nothing is asked of the hub; read when transformers is imported, which mmengine does
+# No access to the hub; read when transformers is imported, which mmengine does
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
-# Triton's kernels are interpreted where there is no GPU; read when it is imported
+# Without a GPU, Triton's kernels are interpreted; read when Triton is imported
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
@@ -40,7 +40,7 @@ def in_a_hurry() -> None:
 
 @pytest.fixture(scope='session')
 def group_of():
-    """A gloo group of so many processes, which are the same for all tests."""
+    """Returns a gloo group of a given size, shared by all tests."""
     groups = {}
     yield lambda size: groups.setdefault(size, Group(size))
     for group in groups.values():
@@ -49,7 +49,7 @@ def group_of():
 
 @pytest.fixture(scope='session')
 def coco_root(tmp_path_factory) -> Path:
-    """Four images of random texture with boxes, as a COCO json."""
+    """Four images of random texture, with boxes in a COCO json."""
     root = tmp_path_factory.mktemp('coco')
     (root / 'images').mkdir()
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def coco_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='session')
 def seg_root(tmp_path_factory) -> Path:
-    """Four images of random texture with label maps, some of it 255."""
+    """Four images of random texture, with label maps that are partly 255."""
     root = tmp_path_factory.mktemp('seg')
     rng = np.random.default_rng(0)
     for folder in ('images', 'labels'):

@@ -29,7 +29,7 @@ CHANNELS = (
 )
 AT_MOST = {'num_queries': 30, 'num_proposals': 30, 'num': 64, 'num_points': 400}
 
-# A config of mmdet's zoo for each family, as short names in tests.
+# Short names for a config of each family in mmdet's zoo.
 FAMILIES = {
     'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
     'CenterNet': 'centernet/centernet_r18_8xb16-crop512-140e_coco.py',
@@ -64,10 +64,7 @@ SIZES: Sizes = ((64, 64), (48, 64))
 
 
 def shrink(cfg, factor: int):
-    """Divide every number of channels by ``factor``, drop pretrained weights.
-
-    Dividing all of them, defaults too, keeps a model consistent whatever it is made of.
-    """
+    """Divide all channels, also defaults, by ``factor``; drop pretrained weights."""
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(shrink(x, factor) for x in cfg)
     if not isinstance(cfg, dict):
@@ -87,7 +84,7 @@ def shrink(cfg, factor: int):
         elif isinstance(value, int) and value > AT_MOST.get(key, value):
             out[key] = AT_MOST[key]
         else:
-            # without launcher there is no process group
+            # without a launcher there is no process group
             is_sync = value in ('SyncBN', 'MMSyncBN')
             out[key] = 'BN' if is_sync else shrink(value, factor)
     return out
@@ -102,12 +99,12 @@ def _divide(value, factor: int):
         return type(value)(_divide(x, factor) for x in value)
     if isinstance(value, dict):
         return shrink(value, factor)
-    # 3 is RGB, -1 and 1 are marks
+    # 3 is RGB, -1 and 1 have special meanings
     return max(value // factor, 1) if isinstance(value, int) and value > 3 else value
 
 
 def _default_channels(type_: str | type | None) -> dict:
-    """The numbers of channels that a module takes if its config does not say."""
+    """The channels that a module takes if its config does not set them."""
     cls = MMDET_MODELS.get(type_) if isinstance(type_, str) else type_
     defaults = {}
     for parent in cls.__mro__ if isinstance(cls, type) else ():
@@ -116,7 +113,7 @@ def _default_channels(type_: str | type | None) -> dict:
             if any(word in name for word in CHANNELS) and name not in defaults:
                 defaults[name] = parameter.default
         if all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-            break  # what a parent takes cannot be said here
+            break  # a config cannot pass arguments to a parent
     return {name: value for name, value in defaults.items() if isinstance(value, int)}
 
 
@@ -125,9 +122,8 @@ def model_config(path: str, factor: int = 8, edit: Callable | None = None):
 
     Args:
         path: Path within the zoo.
-        factor: What channels are divided by.
-        edit: Changes what shrinking cannot know, given the new model config, the
-            original one and the factor.
+        factor: Divisor of the channels.
+        edit: Repairs the shrunk config; takes it, the original one and the factor.
     """
     original = Config.fromfile(CONFIGS / path, import_custom_modules=False).model
     cfg = shrink(original, factor)
@@ -137,13 +133,13 @@ def model_config(path: str, factor: int = 8, edit: Callable | None = None):
 
 
 def keep_backbone(cfg, original, factor):
-    """The backbone has no number of channels to divide."""
+    """Keep a backbone whose config has no channels to divide."""
     cfg.backbone = shrink(original.backbone, 1)
     cfg.neck.in_channels = original.neck.in_channels
 
 
 def keep_transformer(cfg, original, factor):
-    """The sine embedding of a box always has 512 channels."""
+    """Keep a transformer: its sine embedding of a box always has 512 channels."""
     for key in ('encoder', 'decoder', 'positional_encoding', 'bbox_head', 'dn_cfg'):
         if key in cfg:
             cfg[key] = shrink(original[key], 1)
@@ -160,7 +156,7 @@ def build_pair(
     sizes: Sizes = SIZES,
     balance: float | None = None,  # most tests look at each loss by itself
 ) -> nn.Module:
-    """A student and a random teacher, of 1/8 and 1/4 of the channels."""
+    """A student and a random teacher, with 1/8 and 1/4 of the channels."""
     register_all_modules()
     guest = model_config(teacher or student, factors[1], edit)
     model = build_distiller(
@@ -177,10 +173,7 @@ def build_pair(
 
 
 def _spread(model: nn.Module) -> None:
-    """Give the heads weights that tell one location from another.
-
-    Those that mmdet begins with are so small that all scores are the same in fp32.
-    """
+    """Enlarge mmdet's initial head weights, with which all scores are equal in fp32."""
     for name, parameter in model.named_parameters():
         if 'backbone' not in name and parameter.ndim > 1 and parameter.std() < 0.02:
             nn.init.kaiming_normal_(parameter)
@@ -190,7 +183,7 @@ def _spread(model: nn.Module) -> None:
 
 
 def _calibrate(model: nn.Module, sizes: Sizes) -> None:
-    """Fill BN's running statistics: without, deep random networks vanish or explode."""
+    """Fill BN's running statistics; otherwise deep random nets vanish or explode."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.eps]
     momentum = [norm.momentum for norm in norms]
     model.eval()
@@ -209,7 +202,7 @@ def batch(
     num_classes: int = 3,
     **kwargs,
 ) -> dict:
-    """Images of noise with boxes, some of them padded, after preprocessing."""
+    """Preprocessed images of noise with boxes, some of them padded."""
     shapes = [(3, *size) for size in sizes]
     has_masks = (
         model.with_mask
@@ -227,7 +220,7 @@ def batch(
         proposals = demo_mm_proposals(shapes, 32)
         for sample, given in zip(data['data_samples'], proposals, strict=True):
             sample.proposals = given
-    # What a Runner tells the models that count epochs.
+    # A Runner tells these to models that count epochs.
     for key in ('iter', 'epoch'):
         MessageHub.get_current_instance().update_info(key, 0)
     return model.data_preprocessor(data, training=True)

@@ -1,4 +1,4 @@
-"""The code of the pages."""
+"""The code in README and docs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(NamedTuple):
 
 @cache
 def blocks(page: str, language: str = '') -> list[Block]:
-    """The code of a page, that of one language alone if it is given."""
+    """The code of a page, of one language only if it is given."""
     found, section, before = [], '', ''
     tokens = MarkdownIt('commonmark').parse((ROOT / page).read_text())
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):
@@ -57,6 +57,6 @@ def code(page: str, language: str = 'python') -> list[str]:
 
 
 def only(texts: list[str], words: str) -> str:
-    """The one text that has these words."""
+    """The only text that contains these words."""
     (found,) = [text for text in texts if words in text]
     return found

@@ -1,4 +1,4 @@
-"""A student of mmdet or mmseg that is distilled from a model of another library."""
+"""Students of mmdet or mmseg that learn from a model of another library."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
 def distil(
     student: str, teacher: dict, distill: dict | None = None, **options
 ) -> nn.Module:
-    """A pair in training.
+    """A pair in training mode.
 
     Args:
-        student: A config of mmdet, ending in '.py', or one of mmseg's by its name.
+        student: Path of an mmdet config, ending in '.py', or name of an mmseg config.
         teacher: Config of the model.
         distill: What is compared; None takes the default.
         options: Further arguments of the teacher.
@@ -39,7 +39,7 @@ def distil(
 
 
 def gradient(model: nn.Module) -> float:
-    """Norm of the gradient of `loss_dist` of a batch; all of it must be finite."""
+    """Norm of the gradient of a batch's `loss_dist`, which must be finite."""
     is_segmentor = hasattr(model, 'decode_head')
     data = make_batch(19) if is_segmentor else batch(model)
     losses = model(**data, mode='loss')

@@ -1,4 +1,4 @@
-"""Random, small models of Hugging Face transformers, saved to a folder."""
+"""Small random models of Hugging Face transformers, saved to a folder."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ MASKS = dict(
 
 
 def config(name: str, *options: dict, **more) -> transformers.PreTrainedConfig:
-    """A config; of several values the last one counts."""
+    """A config; later options override earlier ones."""
     options = {k: v for group in (*options, more) for k, v in group.items()}
     return getattr(transformers, f'{name}Config')(**options)
 
 
 def model(name: str, task: str, *options: dict, **more) -> transformers.PreTrainedModel:
-    # the classes of one that is prompted are its prompts
+    # the classes of a prompted model are its prompts
     labels = {} if 'Grounding' in name else LABELS
     made = config(name, labels, *options, **more)
     return getattr(transformers, f'{name}For{task}')(made)
 
 
 def of(name: str, task: str, *options: dict, **more) -> Callable:
-    """Makes a model; what is a function among the options is called then."""
+    """Returns a function that makes a model; it calls options that are functions."""
 
     def make() -> transformers.PreTrainedModel:
         called = {k: v() if callable(v) else v for k, v in more.items()}
@@ -72,7 +72,7 @@ def of(name: str, task: str, *options: dict, **more) -> Callable:
 
 
 def amplified(make: Callable) -> Callable:
-    """Keeps what random weights see of an image from fading layer by layer."""
+    """Keep an image's signal from fading layer by layer in a random model."""
 
     def amplify() -> nn.Module:
         made = make()
@@ -148,7 +148,7 @@ def save_model(make, processor: str, folder, labels: dict | None = None) -> str:
     Args:
         make: Makes the model.
         processor: Name of the image processor's class.
-        folder: Where.
+        folder: Where to save them.
         labels: The names of its classes, if they are not :data:`NAMES`.
     """
     torch.manual_seed(0)
@@ -160,9 +160,9 @@ def save_model(make, processor: str, folder, labels: dict | None = None) -> str:
     else:
         model = make()
     for name, parameter in model.named_parameters():
-        # boxes would be those of the queries, as their last layer starts at zero
+        # `bbox_embed` too: its last layer starts at 0, which keeps the queries' boxes
         if parameter.ndim > 1 and ('embed' not in name or 'bbox_embed' in name):
-            # of any width and depth, so that its output depends on the image
+            # suits any width and depth, so that the output depends on the image
             nn.init.kaiming_normal_(parameter.flatten(1))
     model.save_pretrained(folder)
     getattr(transformers, processor)(
@@ -172,7 +172,7 @@ def save_model(make, processor: str, folder, labels: dict | None = None) -> str:
 
 
 def tokenizer(folder: str, words: list[str]) -> None:
-    """A tokenizer of BERT with a vocabulary of a few words."""
+    """Save a BERT tokenizer with a vocabulary of a few words."""
     path = os.path.join(folder, 'vocab.txt')
     with open(path, 'w') as file:
         file.write('\n'.join(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '.', *words]))
@@ -194,8 +194,7 @@ oneformer = of(
     text_encoder_context_length=12, text_encoder_proj_layers=1, text_encoder_n_ctx=2,
     task_seq_len=12, conv_dim=32, mask_dim=32, query_dec_layers=1,
 )  # fmt: skip
-# Of the models that docs/teachers.md names, those that stand in for them, and their
-# image processors.
+# Stand-ins for the models that docs/teachers.md names, with their image processors.
 STANDS_IN = {
     'nvidia/segformer-b5': (SEGMENTORS['segformer'], 'SegformerImageProcessor'),
     'facebook/mask2former': (SEGMENTORS['mask2former'], 'Mask2FormerImageProcessor'),

@@ -1,4 +1,4 @@
-"""A step of a complete config, with small models in place of those that it names."""
+"""One step of a complete config, with small models in place of those it names."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
     """Train a complete config for a step; each entry of `distill` gives a gradient.
 
     Args:
-        config: The config; its models are changed.
-        folder: Where models of Hugging Face may be written.
-        full_size: The models are as large as the config says, not small.
+        config: The config; its models are changed in place.
+        folder: Where models of Hugging Face can be written.
+        full_size: Whether the models keep the size in the config.
     """
     register_mmdet(init_default_scope=False)
     register_mmseg(init_default_scope=False)
@@ -47,10 +47,10 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
     with DefaultScope.overwrite_default_scope(scope), quiet():
         model = revert_sync_batchnorm(MODELS.build(model)).train()
         model.init_weights()
-    model.balance = None  # in the first step it leaves no gradient
+    model.balance = None  # balancing leaves no gradient in the first step
     for teacher in model.teachers.values():  # random models are sure of nothing
         teacher.classes = teacher.match_classes(names)
-        if 'cityscapes_from_ade20k' in config.text:  # it sees what Cityscapes has
+        if 'cityscapes_from_ade20k' in config.text:  # make it see Cityscapes' classes
             common = list(itertools.chain(*teacher.classes.teacher))
             teacher.model.decode_head.conv_seg.bias.data[common] += 5
         for module in teacher.model.modules():
@@ -58,7 +58,7 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
                 module.test_cfg['score_thr'] = 0.0
     for comparison in model.distill.values():
         comparison.min_score = 0.0
-    # DINO's 900 queries are the best of as many cells, or more
+    # DINO picks its 900 queries from the cells, so it needs as many
     height, width = (256, 256) if full_size else (64, 64)
     if is_det:
         sizes = ((height, width), (height * 3 // 4, width))
@@ -74,12 +74,12 @@ def train_a_step(config: Config, folder: Path, full_size: bool = False) -> None:
         sum(values).backward(retain_graph=True)
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         assert torch.stack(norms).isfinite().all()
-        # deep random teachers may say the same everywhere, so that no gradient is left
+        # deep random teachers can predict the same everywhere, which leaves no gradient
         assert sum(values) > 0 if full_size else torch.stack(norms).norm() > 0
 
 
 def small(model: dict, scope: str) -> dict:
-    """The config of a model at the size for a test."""
+    """The config of a model at a size for tests."""
     if scope == 'mmdet':
         return shrink(model, 8)
     for key in ('size', 'test_cfg'):
@@ -88,7 +88,7 @@ def small(model: dict, scope: str) -> dict:
 
 
 def replace_teacher(teacher: dict, names: list[str], scope: str, folder: Path) -> None:
-    """A small model for the named one, with the classes that the config expects."""
+    """Put a small model with the config's classes in place of the named one."""
     if 'ema' in teacher:
         return
     if isinstance(teacher.config, (str, Config)):

@@ -1,7 +1,7 @@
-"""Functions and scripts in processes of their own.
+"""Run functions and scripts in processes of their own.
 
-They are forked from a server that has imported the libraries once. They have no GPU, so
-that every machine runs the same test.
+They are forked from a server that has imported the libraries. GPUs are hidden, so that
+every machine runs the same test.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ CONTEXT.set_forkserver_preload(
         ),
     ]
 )
-SECONDS = 120  # that a call may take
+SECONDS = 120  # time limit of a call
 
 
 def hurry() -> None:
-    """Leave out what takes seconds in a process that has imported the libraries.
+    """Skip what takes seconds in a process that has imported the libraries.
 
-    A Runner breaks the lines of the config that it writes, and each data set collects
-    garbage, among all that there is. What a Runner logs is known by the second in which
-    it starts, so that two of them do not start in one.
+    A Runner formats the config that it writes, and each data set collects all garbage.
+    Runs are named by the second in which they start; each gets a second of its own.
     """
     with suppress(ImportError):
         from mmengine.config import config
@@ -68,7 +67,7 @@ def hurry() -> None:
 
 
 def start(target: Callable, *args, daemon: bool = False) -> BaseProcess:
-    """Start a process; a daemon has no children, and ends with the tests."""
+    """Start a process; a daemon cannot have children, and ends with the tests."""
     process = CONTEXT.Process(target=target, args=args, daemon=daemon)
     with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1'):
         process.start()
@@ -76,11 +75,7 @@ def start(target: Callable, *args, daemon: bool = False) -> BaseProcess:
 
 
 def in_process(target: Callable, *args):
-    """Call ``target(*args)`` in a new process.
-
-    Returns:
-        What it returned; the exit code of a process that was killed.
-    """
+    """Return ``target(*args)`` of a new process, or its exit code if it was killed."""
     ours, theirs = CONTEXT.Pipe()
     process = start(_serve, theirs, None)
     theirs.close()
@@ -95,22 +90,18 @@ def in_process(target: Callable, *args):
 
 
 class Group:
-    """Processes that form a gloo group and stay for many calls.
-
-    Args:
-        size: The number of processes.
-    """
+    """A gloo group of ``size`` processes, which stay for many calls."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.members: list[tuple[BaseProcess, Connection]] = []
 
     def __call__(self, target: Callable, *args) -> list:
-        """What ``target(*args)`` returns in each process.
+        """Return the result of ``target(*args)`` in each process.
 
         Raises:
-            RuntimeError: It failed in one, with the traceback there. The next call has
-                new processes, as the others may wait for the one that failed.
+            RuntimeError: A process failed; has its traceback. The next call starts new
+                processes, as the others can still wait for the failed one.
         """
         if not self.members:
             with socket.socket() as s:
@@ -160,7 +151,7 @@ def _serve(pipe: Connection, group: tuple[int, int, int] | None) -> None:
         rank, size, port = map(str, group)
         os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size)
         os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
-        # a process that waits for a call that never comes fails, and does not hang
+        # a process that waits for another in vain fails instead of hanging
         torch.distributed.init_process_group('gloo', timeout=timedelta(seconds=60))
     with suppress(EOFError):  # closed by the test
         while data := pipe.recv_bytes():
@@ -175,7 +166,7 @@ def _serve(pipe: Connection, group: tuple[int, int, int] | None) -> None:
 def run_script(
     script: Path, *args, cwd: Path, **environ: str
 ) -> subprocess.CompletedProcess:
-    """What ``python script args`` does, without the time for importing the libraries.
+    """Run ``python script args`` without the time for importing the libraries.
 
     Args:
         script: The path of the script.

@@ -1,4 +1,4 @@
-"""Real segmentors of mmseg's own configs, made thin, and a batch for them."""
+"""Thin versions of the segmentors in mmseg's configs, and a batch for them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ZOO = Path(mmseg.__file__).parent / '.mim' / 'configs'
 
 
 def zoo_model(name: str, width: float = 1 / 8, **overrides) -> dict:
-    """Model of a config of mmseg, without pretrained weights or a fixed size.
+    """The model of an mmseg config, without pretrained weights or a fixed size.
 
     Args:
         name: '<directory>/<beginning of the file name>'.
-        width: Factor of all channels of 64 and more.
+        width: Factor for all numbers of channels from 64 up.
         overrides: Merged into the model's config, as ``--cfg-options`` are.
     """
     directory, beginning = name.split('/')
@@ -61,7 +61,7 @@ def make_batch(
     size: tuple[int, int] = (64, 64),
     valid: tuple[int, int] | None = None,
 ) -> dict:
-    """Two images as mmseg's data_preprocessor gives them, the top of each void.
+    """Two images as mmseg's data_preprocessor gives them; the top of each is void.
 
     Args:
         num_classes: Number of classes of the labels.
@@ -93,13 +93,13 @@ def make_batch(
 def distilled(
     student: dict, teacher: dict, checkpoint=None, distill=None, **comparison
 ) -> nn.Module:
-    """A student in training, compared with a teacher.
+    """A student in training mode, distilled from a teacher.
 
     Args:
         student: Config of the model.
         teacher: Config of the model.
         checkpoint: The teacher's weights; None takes random ones.
-        distill: What is compared; left out, it is SegLogits.
+        distill: What is compared; None takes SegLogits.
         comparison: Arguments of SegLogits.
     """
     model = build_distiller(
@@ -114,10 +114,7 @@ def distilled(
 
 
 def calibrate(model: nn.Module) -> None:
-    """Let the batch norms of a random model see a batch, as those of a trained one.
-
-    Without it the outputs of a deep random model in eval are constant.
-    """
+    """Fill BN's statistics; otherwise deep random models' eval outputs are constant."""
     training = {module: module.training for module in model.modules()}
     model.train()
     for module in model.modules():

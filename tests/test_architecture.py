@@ -1,4 +1,4 @@
-"""What docs/architecture.md says of the structure."""
+"""The structure that docs/architecture.md describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ PAGE = ROOT / 'docs' / 'architecture.md'
 
 
 def modules() -> dict[str, Path]:
-    """The modules of mmdist by name."""
     return {
         '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix(
             '.__init__'
@@ -24,7 +23,7 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: set[str]) -> set[str]:
-    """The modules of mmdist that a module imports, in functions or not."""
+    """The modules of mmdist that a module imports, also inside functions."""
     package = name if path.name == '__init__.py' else name.rpartition('.')[0]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -49,7 +48,7 @@ def test_imports_make_no_cycle():
     assert (
         'mmdist.losses.correlations.common' in graph['mmdist.losses.correlations.cpu']
     )
-    order = list(TopologicalSorter(graph).static_order())  # raises where there is one
+    order = list(TopologicalSorter(graph).static_order())  # raises if there is a cycle
     assert order.index('mmdist.step') < order.index('mmdist.distiller')
 
 

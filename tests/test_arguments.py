@@ -1,4 +1,4 @@
-"""What a config gives the Distiller: taken, or refused in a sentence."""
+"""Arguments of the Distiller in a config: accepted, or refused with a clear error."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_mistake_in_the_schedule_ends_in_a_sentence(options, message):
 
 
 def test_students_that_are_taken(config):
-    """The path of a config, and the student of one that distils already."""
+    """A config's path, and a config that distils already, whose student is taken."""
     plain = MODELS.build(config.model.student)
     for student in (config.model.teacher.config, config.filename, config.model):
         model = MODELS.build({**config.model, 'student': student})
@@ -132,7 +132,7 @@ def test_students_that_are_taken(config):
 
 
 def test_arguments_of_none_that_the_apis_set_leave_the_students(config):
-    """mmseg's builder has None as the default of both."""
+    """mmseg's builder passes None for both by default."""
     for key in ('train_cfg', 'test_cfg'):
         assert config.model.student[key] is not None
     model = build_segmentor(config.model)

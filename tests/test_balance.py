@@ -1,4 +1,4 @@
-"""The gradient of distillation is at most a multiple of that of the labels."""
+"""`balance` limits distillation's gradient to a multiple of the labels' gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RATIO = 0.3  # so small that it binds
 
 @pytest.fixture(autouse=True)
 def hub() -> MessageHub:
-    """Without what another test has left in it."""
+    """The message hub, without what another test left in it."""
     hub = MessageHub.get_current_instance()
     hub.runtime_info.pop(KEY, None)
     yield hub
@@ -31,7 +31,7 @@ def hub() -> MessageHub:
 
 @pytest.fixture(params=['det', 'seg'])
 def config(request, tmp_path) -> Config:
-    """A plain student."""
+    """The config of a plain student."""
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[request.param])
     path = tmp_path / 'student.py'
     path.write_text(request.getfixturevalue(f'{request.param}_config'))
@@ -51,7 +51,7 @@ def distilled(config: Config, balance: float | None, distill=None) -> nn.Module:
         )
     )
     model.init_weights()
-    # so that no map is constant, and the published gradient far from that of the labels
+    # so that no map is constant, and distillation's gradient is far from the labels'
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -96,7 +96,7 @@ def test_at_each_output_the_ratio_of_the_norms_is_bounded(config, ratio):
     _, own = step(plain.train(), data)
     values, both = step(published, data)
     _, first = step(balanced, data)
-    torch.testing.assert_close(first, own)  # nothing is known of the labels yet
+    torch.testing.assert_close(first, own)  # the labels' gradient is not known yet
     losses, found = step(balanced, data)
     scales: list[float] = []
     for a, b, result in zip(own, both, found, strict=True):
@@ -112,7 +112,7 @@ def test_at_each_output_the_ratio_of_the_norms_is_bounded(config, ratio):
 
 
 def test_a_loss_scale_changes_nothing(config):
-    """That of a GradScaler or of gradient accumulation."""
+    """As from a GradScaler or gradient accumulation."""
     data = dataset_batch(config)
     scales = []
     for unit in (1.0, 1024.0):
@@ -165,12 +165,12 @@ def test_a_resumed_run_goes_on_with_what_is_known(config, hub):
     hub.load_state_dict(state)
     found, _ = step(resumed, data)
     assert torch.equal(found['dist_scale'], expected['dist_scale'])
-    # another model in this process has nothing to do with it
+    # another model in this process starts from nothing
     assert step(distilled(config, RATIO), data)[0]['dist_scale'] == 0
 
 
 def scales_of_two_steps(coefficients: list[list[float]]) -> float:
-    """In each process; own gradient, and that of distillation, at one output."""
+    """Each process has its own gradients of labels and distillation, at one output."""
     MessageHub.get_current_instance().runtime_info.pop(KEY, None)
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     own, dist = coefficients[rank]

@@ -1,4 +1,4 @@
-"""Checkpoints: read safely, loaded strictly, each with what can go wrong."""
+"""Checkpoints are read safely and loaded strictly, or refused with an error."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_of_getattr_only_the_history_buffers_methods_are_given_out(tmp_path):
 
 
 def test_only_mmengines_loader_knows_the_classes_of_mmengine(tmp_path):
-    """What torch.load reads is changed for nobody; the onedl fork has a list too."""
+    """What torch.load reads does not change; the onedl fork has its own list too."""
     path = str(tmp_path / 'a.pth')
     torch.save(dict(history=HistoryBuffer([1.0], [1])), path)
     known = set(torch.serialization.get_safe_globals())
@@ -117,7 +117,7 @@ def test_only_mmengines_loader_knows_the_classes_of_mmengine(tmp_path):
 
 
 def test_what_mmengine_saves_is_read_as_it_was(tmp_path):
-    """By mmengine's loader too, which may be the only one that is called."""
+    """By mmengine's loader too, which can be the only one that is called."""
     path = str(tmp_path / 'a.pth')
     arrays = [
         np.arange(6).reshape(2, 3).T, np.array([True, False]), np.ones(2, 'f4'),
@@ -141,7 +141,7 @@ def test_what_mmengine_saves_is_read_as_it_was(tmp_path):
         log.update(1.0)
 
 
-# ---- a file that is made to harm; the letters are pickle's operations, protocol 2 ----
+# ---- malicious files; the letters are opcodes of pickle's protocol 2 -----------------
 
 
 def glob(name: str) -> bytes:
@@ -259,7 +259,7 @@ def test_attributes_of_a_state_dict_do_not_hide_its_methods(tmp_path, metadata):
 
 
 def test_the_versions_of_a_state_dict_stay(tmp_path):
-    """Modules convert older weights by them."""
+    """Modules need them to convert older weights."""
     path = str(tmp_path / 'a.pth')
     torch.save(dict(state_dict=net().state_dict()), path)
     assert load_checkpoint(path)['state_dict']._metadata['1'] == dict(version=2)
@@ -333,7 +333,7 @@ def test_threads_do_not_decide_for_each_other(tmp_path):
 
 
 def test_a_url_is_read_as_safely(tmp_path, monkeypatch):
-    """mmengine reads what comes from afar without torch's safe loader."""
+    """mmengine itself reads URLs without torch's safe loader."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     torch.save(net().state_dict(), tmp_path / 'a.pth')
     torch.save(dict(meta=Exploit(str(tmp_path / 'ran'))), tmp_path / 'evil.pth')
@@ -353,7 +353,7 @@ def test_a_url_is_read_as_safely(tmp_path, monkeypatch):
 
 
 def test_the_loader_of_the_onedl_fork_is_left_alone():
-    """It reads its own checkpoints, and those of others as it always did."""
+    """It reads its own and other checkpoints as it always did."""
     loader = types.SimpleNamespace(load_checkpoint=classmethod(lambda *_: 'theirs'))
     before = loader.load_checkpoint
     fork = types.SimpleNamespace(CheckpointLoader=loader, get_torch_safe_globals=list)
@@ -365,7 +365,7 @@ def test_the_loader_of_the_onedl_fork_is_left_alone():
 @pytest.mark.parametrize('value', ['1', '0'])
 @pytest.mark.parametrize('name', ['FORCE_NO_WEIGHTS', 'FORCE_WEIGHTS'])
 def test_torchs_variables_allow_nothing(tmp_path, monkeypatch, name, value):
-    """That which forbids is obeyed, and named."""
+    """The variable that forbids code is obeyed, and named in the error."""
     path, trace = str(tmp_path / 'evil.pth'), tmp_path / 'ran'
     torch.save(net().state_dict(), tmp_path / 'a.pth')
     torch.save(dict(state_dict={}, meta=Exploit(str(trace))), path)

@@ -1,4 +1,4 @@
-"""The Cityscapes configs train and validate on a tree in exactly its layout."""
+"""A Cityscapes config trains and validates on a tree in the data set's exact layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = 'dist_pspnet_r18-d8_deeplabv3-r101-d8_8xb2-40k_cityscapes-512x1024.py'
 TOOLS = dict(ours=REPO / 'tools', mmseg=Path(mmseg.__file__).parent / '.mim' / 'tools')
 HEIGHT, WIDTH = 128, 256  # instead of 1024 x 2048
 
-# Nothing but sizes, times and what there is not: GPUs and the network.
+# Only sizes and durations change, and what needs GPUs or the network.
 OPTIONS = [
     'train_dataloader.dataset.pipeline.2.scale=(256,128)',
     'train_dataloader.dataset.pipeline.3.crop_size=(64,128)',
@@ -42,7 +42,7 @@ OPTIONS = [
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """A working directory with ``data/cityscapes``: two cities, two images of each."""
+    """A working directory with ``data/cityscapes``: three cities, two images each."""
     folder = tmp_path_factory.mktemp('cityscapes')
     rng = np.random.default_rng(0)
     for split, city in (('train', 'aachen'), ('train', 'bochum'), ('val', 'lindau')):
@@ -70,7 +70,7 @@ def test_the_papers_pair_trains_and_validates(folder, tools):
     done = run_script(script, config, *arguments, cwd=folder)
     log = done.stdout
     assert done.returncode == 0, log[-4000:]
-    assert 'class names' not in log  # those of student and teacher are known, and equal
+    assert 'class names' not in log  # both sides' names are known, and equal
     terms = [float(x) for x in re.findall(r'loss_dist: (\S+)', log)]
     assert len(terms) == 2
     assert all(0 < term < 4 for term in terms)

@@ -1,4 +1,4 @@
-"""Every config of configs/: it loads, builds, is listed truly, and its pair trains."""
+"""Every config in configs/ loads, builds, is listed correctly, and its pair trains."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ METHODS = {
     'KL': 'kl',
     'PKD': 'pkd',
 }
-# One pair of each kind of comparison is trained when small, all of them as they are.
+# One pair per kind of comparison is trained at a small size, all at full size.
 QUICK = (
     'dist-intra-box_faster-rcnn',
     'dist-mimic_faster-rcnn',
@@ -59,14 +59,14 @@ def listed(package: str) -> dict[str, list[dict]]:
 
 @cache
 def load(path: str | Path) -> Config:
-    """A config by its path or `pkg::path`; it is not to be changed."""
+    """A config by its path or `pkg::path`; cached, so it must not be changed."""
     if '::' in str(path):
         return Config.fromstring(f'_base_ = {str(path)!r}', '.py')
     return Config.fromfile(path)
 
 
 def in_library(config: str) -> list[dict]:
-    """The metafile's entries of `mmdet::x/y.py`."""
+    """The entries of `mmdet::x/y.py` in its library's metafile."""
     module, path = config.split('::')
     return listed(MODULE2PACKAGE[module])[f'configs/{path}']
 
@@ -85,15 +85,15 @@ def stem(path) -> str:
 
 @pytest.fixture
 def without_memory(monkeypatch):
-    """Build at once, on a device that has none: the numbers do not matter."""
-    # models read those of the depths of their blocks
+    """Build quickly on the meta device: the weights do not matter."""
+    # models read its values, the drop path rates of their blocks
     linspace = functools.partial(torch.linspace, device='cpu')
     monkeypatch.setattr(torch, 'linspace', linspace)
     with torch.device('meta'):
         yield
 
 
-@cache  # most teachers are those of several students
+@cache  # most teachers have several students
 def build_teacher(config: str) -> None:
     assert isinstance(Teacher(config).build(), nn.Module)
 
@@ -151,10 +151,10 @@ def test_metafile_says_what_the_config_does(entry):
 
 
 def is_short_and_named_as_its_pair(path: Path, teacher: dict) -> None:
-    """As the student's config, with a word more for the published teacher."""
+    """Named as the student's config, plus a word for the published teacher."""
     text = path.read_text()
     assert len(text.splitlines()) <= 20
-    # by the path: the onedl fork names the same files on another host
+    # only the path: the onedl fork has the same files on another host
     weights = [m['Weights'] for m in in_library(teacher.config) if 'Weights' in m]
     assert urlsplit(teacher.checkpoint).path in [urlsplit(url).path for url in weights]
     method, *parts = path.stem.split('_')
@@ -243,5 +243,5 @@ def test_a_user_inherits_a_config_in_a_directory_of_his_own(tmp_path, monkeypatc
     with DefaultScope.overwrite_default_scope(config.default_scope):
         loss = MODELS.build(config.model).distill['dist'].loss
     assert (loss.gamma, loss.beta, loss.activation) == (2.0, 1.0, 'sigmoid')
-    # the path by which `mim` and mmengine.hub find a config: the metafiles
+    # `mim` and mmengine.hub find a config by the metafiles
     assert get_config(base).model.type == 'mmdist.Distiller'

@@ -1,4 +1,4 @@
-"""A distilled model is the student but for its loss; the teacher is a guest."""
+"""A distilled model is the student except for its loss; the teacher is a guest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope='module')
 def pairs(det_config, seg_config, tmp_path_factory) -> dict[str, Config]:
-    """Distilled configs; the teacher is of the student's architecture."""
+    """Distilled configs whose teacher has the student's architecture."""
     made = {}
     for family, text in dict(det=det_config, seg=seg_config).items():
         folder = tmp_path_factory.mktemp(family)
@@ -56,7 +56,7 @@ def classifiers(model: nn.Module) -> list[nn.Conv2d]:
 
 
 def spread_logits(model: nn.Module) -> None:
-    """Random weights whose logits vary, and do not saturate a sigmoid."""
+    """Set random weights whose logits vary, but do not saturate a sigmoid."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
@@ -159,7 +159,7 @@ def test_the_log_says_once_who_learns_what_from_whom(config, family, monkeypatch
 
 def test_the_term_reaches_the_backbone_and_changes_with_the_student(config):
     model, data = build(config), dataset_batch(config)
-    model.balance = None  # which leaves no gradient in the first step
+    model.balance = None  # balancing leaves no gradient in the first step
     losses = losses_of(model, data)
     assert 0 < losses['loss_dist'] < 100
     model.zero_grad()
@@ -193,7 +193,7 @@ def test_inference_needs_no_teacher(config):
 
 
 def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):
-    """Pickled whole, as `torch.save` and `spawn` do, it holds no second model."""
+    """Pickled whole, as by `torch.save` and `spawn`, it holds no second model."""
     model, data = build(config), dataset_batch(config)
     expected = losses_of(model, data)['loss_dist']
     torch.save(model, tmp_path / 'model.pt')
@@ -253,7 +253,7 @@ def test_an_entry_named_like_a_loss_of_the_student_replaces_nothing(config):
 
 @pytest.mark.parametrize('family', ['det'], indirect=True)  # it has a loss_cls
 def test_a_paused_teacher_leaves_the_students_losses(config):
-    """Also that of an entry's name; DDP needs the adapters in the graph."""
+    """Also one with an entry's name; DDP needs the adapters in the graph."""
     plain, data = build(config, distilled=False), dataset_batch(config)
     mimic = dict(type='mmdist.Features', student='neck', adapt=True)
     config.model.distill = dict(cls=mimic)
@@ -277,7 +277,7 @@ def test_the_students_own_names_of_a_batch_are_taken(config, family):
 
 @pytest.mark.parametrize('family', ['det'], indirect=True)  # the same for both
 def test_threads_take_turns(config):
-    """What is recorded in one must not be taken for another's."""
+    """What one thread records must not reach another."""
     model = build(config).eval()
     batches = [model.data_preprocessor(dataset_batch(config), True) for _ in range(2)]
     batches[1]['inputs'] = batches[1]['inputs'] + 1
@@ -330,13 +330,13 @@ def test_kl_and_dist_differ_by_one_line(config, family, loss):
 
 
 def tell_classes(names) -> None:
-    """As a Runner does."""
+    """Store the class names as a Runner does."""
     hub = MessageHub.get_current_instance()
     hub.update_info('dataset_meta', dict(classes=tuple(names)))
 
 
 def test_classes_of_the_runs_data_set_are_matched_by_name(config, monkeypatch):
-    """The teacher's classes in another order give what the same order gives."""
+    """The order of the teacher's classes does not matter."""
     model, data = build(config).eval(), dataset_batch(config)
     names = list(config.train_dataloader.dataset.metainfo.classes)
     tell_classes(names)

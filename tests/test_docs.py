@@ -1,4 +1,4 @@
-"""The pages lead somewhere, say what the code says, and build as a site."""
+"""The pages' links work, their statements match the code, and the site builds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_links_and_paths_lead_somewhere(page):
             re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings
         ]
         assert not anchor or anchor in anchors, link
-    if page == 'CHANGELOG.md':  # it names what has been there
+    if page == 'CHANGELOG.md':  # it names paths of the past
         return
     # the tests that reliability.md names are relative to tests/
     names = r'(?:configs|docs|study|tests|tools)/[\w./-]+|[\w/]*test_\w+\.py'
@@ -60,7 +60,7 @@ def test_readme_and_the_navigation_lead_to_every_page():
     assert all((ROOT / source).is_file() for source in tops.values())
     assert sorted(in_nav(SITE['nav'])) == sorted([*DOCS, *tops])
     linked = re.findall(r'\]\(docs/(\w+\.md)', text_of('README.md'))
-    # these are for those who read or change the code
+    # these are for people who read or change the code
     assert DOCS - set(linked) <= {'api.md', 'config_types.md', 'release.md'}
 
 
@@ -88,7 +88,7 @@ def test_the_reference_has_the_public_names_and_every_type_of_a_config():
 
 
 def test_every_quoted_message_is_one_of_the_code():
-    """Of the literals that Python joins, with anything where a value is filled in."""
+    """Adjacent literals are joined; `...` stands for a value that is filled in."""
     files = [*(ROOT / 'mmdist').rglob('*.py'), *(ROOT / 'tools').rglob('*.py')]
     source = '\n'.join(path.read_text() for path in files if '.mim' not in path.parts)
     source = re.sub(r"""['"]\)?\s*\+?\s*\n\s*\(?r?f?['"]""", '', source)
@@ -129,7 +129,7 @@ def test_the_figure_is_drawn(tmp_path):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_is_read_without_a_network(tmp_path):
-    """`make docs` itself; only its first run in a checkout installs what builds it."""
+    """Runs `make docs`, whose first run in a checkout installs what it needs."""
     command = ['make', 'docs', f'SITE={tmp_path}', f'PYTHON={sys.executable}']
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

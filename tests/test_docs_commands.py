@@ -1,7 +1,7 @@
-"""Every command in README and docs is one that its program accepts.
+"""Every command in README and docs is accepted by its program.
 
-Bash reads a command, with recorders in place of the programs; the programs' own parsers
-read what was recorded. A block of another kind is an error.
+Bash runs a command with recorders in place of the programs, whose own parsers then read
+what was recorded. A block of another kind is an error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from mmengine.config import Config
 
 SHELL = ('shell', 'bash', 'sh', 'indented', 'inline')
 SHOWN = ('', 'text', 'math', 'mermaid')  # formulas, drawings, what a program prints
-PATTERN = '{student}_{teacher}_{schedule}'  # of the names of configs, in an own block
-# Programs that are not mmdist's, whose arguments nothing here can read.
+PATTERN = '{student}_{teacher}_{schedule}'  # of config names, in a block of its own
+# Third-party programs, whose arguments nothing here can parse.
 FOREIGN = ('csCreateTrainIdLabelImgs', 'git', 'pip', 'tar', 'tensorboard', 'wandb')
 RECORDED = ('python', 'python3', 'make', 'torchrun', 'srun', *FOREIGN)
 RECORDER = f"""#!{shutil.which('bash')}
@@ -38,7 +38,7 @@ exit 0
 
 
 def is_command(block: Block) -> bool:
-    """Code within a sentence is one with its arguments."""
+    """Code within a sentence is a command only if it has arguments."""
     if block.language != 'inline':
         return block.language in SHELL and PATTERN not in block.code
     words = re.sub(r'^(\w+=\S* )+', '', block.code)
@@ -47,7 +47,7 @@ def is_command(block: Block) -> bool:
 
 ALL = [block for page in PAGES for block in blocks(page)]
 COMMANDS = [block for block in ALL if is_command(block)]
-# one of those that are the same, such as `make env`
+# equal ones in sentences, such as `make env`, only once
 DISTINCT = {b.code if b.language == 'inline' else str(b): b for b in COMMANDS}.values()
 
 
@@ -67,7 +67,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """What a user sees around the commands, with recorders in place of programs."""
+    """A user's working directory, with recorders in place of programs."""
     programs = tmp_path / 'checkout' / 'programs'
     programs.mkdir(parents=True)
     for name in RECORDED:
@@ -91,11 +91,11 @@ def recorded(block: Block, checkout: Path) -> list[list[str]]:
     """The programs that a shell would start, each with its arguments."""
     record = checkout / 'record'
     record.write_text('')
-    # with the variables that the page has set before
+    # with the variables that the page has set earlier
     before = [b.code for b in COMMANDS if b.page == block.page and b.line < block.line]
     text = '\n'.join(re.findall(r'^[A-Z]+=\S+$', '\n'.join(before), re.M))
     if block.language == 'inline':
-        # a sentence may omit Python, and say N for a number
+        # a sentence can omit `python`, and write N for a number
         code = re.sub(r'^((?:\w+=\S* )*)(tools/\S+\.py)', r'\1python \2', block.code)
         text += '\n' + re.sub(r'\bN\b', '1', code)
     else:
@@ -181,5 +181,5 @@ def parse(module: ModuleType, argv: list[str], monkeypatch) -> None:
         if value.startswith('configs/'):
             config = Config.fromfile(ROOT / value)
             for key in getattr(namespace, 'cfg_options', None) or {}:
-                # is there already: nothing else would read it
+                # it must exist, or nothing would read it
                 functools.reduce(operator.getitem, key.split('.'), config)

@@ -1,6 +1,6 @@
 """The Python of README and docs: configs train a step at a small size, code runs.
 
-What is not complete is merged into a small pair. `RUN_BY` has what another test runs.
+An incomplete config is merged into a small pair. `RUN_BY` lists what other tests run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch
 
-# Page, words of the blocks; what names no file is run below.
+# Page and words of a block: what runs it. Without a file name, it is a test below.
 RUN_BY = {
     ('README.md', 'retinanet_r18_fpn_1x_coco.py'): 'test_readme_pair.py',
     ('docs/stored_teachers.md', ''): 'tools/test_stored_teachers_page.py',
@@ -40,7 +40,7 @@ RUN_BY = {
     ('docs/own_comparison.md', 'Centerness'): 'test_the_own_comparison',
     ('docs/logging.md', 'vis_backends'): 'the last test here',
 }
-# The pair that a `distill` is tried on, by the first of these types that is in it.
+# The pair that a `distill` is tried on, by the first of these types that it has.
 PAIRS = {
     'BoxDistributions': ('GFL', 'GFL'),
     'Masks': ('Mask R-CNN', 'Cascade Mask R-CNN'),
@@ -59,7 +59,7 @@ PYTHON = [
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch) -> Path:
-    """The working directory, from which modules may be imported."""
+    """The working directory, from which modules can be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     register_mmdet(init_default_scope=False)
@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def is_config(text: str) -> bool:
-    """Whether it has settings alone, as a file of them or as arguments of a dict."""
+    """Whether the text is only settings: a config file, or arguments of a dict."""
     try:
         body = ast.parse(text).body
     except SyntaxError:
@@ -100,12 +100,12 @@ def test_code_runs_and_a_config_trains_a_step(block, folder):
         train_a_step(config, folder)
     elif 'distill' in config:
         is_compared(config.distill)
-    elif 'student' not in config:  # that is teachers/test_start_from_the_teacher.py
+    elif 'student' not in config:  # teachers/test_start_from_the_teacher.py has it
         assert set(config) == {'custom_hooks'}, f'nobody knows where {block} belongs'
 
 
 def is_compared(distill: dict) -> None:
-    """A `distill` gives each of its losses for a pair of its kind."""
+    """Check that a `distill` gives each of its losses on a pair of its kind."""
     types = str(distill)
     if 'SegLogits' in types:
         student = zoo_model('deeplabv3/deeplabv3_r18')
@@ -128,7 +128,7 @@ def is_compared(distill: dict) -> None:
 
 
 def test_the_own_comparison(folder, monkeypatch):
-    """Its loss is that of the rows by hand; the page's names exist."""
+    """Its loss equals the one by hand, and the attributes that the page names exist."""
     monkeypatch.setattr(MODELS, '_module_dict', MODELS.module_dict.copy())
     for block in blocks('docs/own_comparison.md', 'python'):
         assert len(block.code.splitlines()) <= 30
@@ -154,7 +154,7 @@ def test_the_own_comparison(folder, monkeypatch):
         sure = expit(score).max(1) > 0.05
         counted, total = counted + sure.sum(), total + sure.size
         s, t = expit(s[:, 0][sure]), expit(t[:, 0][sure])
-        # a single row has no correlation with another
+        # a single row has no correlation
         expected += 1 - (pearsonr(s, t)[0] if len(s) > 1 else 0) if len(s) else 0
     assert 0 < counted < total
     assert losses['loss_centre'].item() == pytest.approx(expected, rel=1e-4)
@@ -171,7 +171,7 @@ def test_the_own_comparison(folder, monkeypatch):
 
 @pytest.mark.parametrize('text', code('docs/logging.md'), ids=['TensorBoard', 'wandb'])
 def test_logging_is_configured_as_mmengine_has_it(text, seg_config):
-    """What is logged, and once, is tested in `test_distiller.py`."""
+    """`test_distiller.py` tests what is logged."""
     Path('my_pair.py').write_text(seg_config)
     Path('config.py').write_text(text)
     visualizer = Config.fromfile('config.py').visualizer

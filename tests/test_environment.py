@@ -1,4 +1,4 @@
-"""tools/check_env.py in faked-up environments, and the pins of requirements."""
+"""tools/check_env.py in fake environments, and the pins of the requirements."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A torch and an mmcv that answer what check_env asks of them.
+# The parts of torch and mmcv that check_env uses.
 FAKE_TORCH = """
 class cuda:
     is_available = staticmethod(lambda: False)
@@ -78,7 +78,7 @@ def check_env(tmp_path):
     def check(distributions, modules) -> tuple[int, dict[str, str]]:
         venv.create(tmp_path / 'env', symlinks=True)
         site = next((tmp_path / 'env/lib').glob('python*/site-packages'))
-        # None: it is not there
+        # None: not installed
         present = {k: v for k, v in distributions.items() if v is not None}
         for name, version in present.items():
             info = site / f'{name.replace("-", "_")}-{version}.dist-info'
@@ -168,7 +168,7 @@ def test_each_fault_is_named_with_its_fix(check_env, name):
 
 
 def test_gpu_without_cuda_ops(check_env):
-    """torch sees a GPU, mmcv was built for the CPU: the fork can be built there."""
+    """torch sees a GPU, but mmcv is built for the CPU; the fork can be built there."""
     torch = FAKE_TORCH.replace('False', 'True')
     ops = FAKE_OPS.replace(
         '    return None, Keep',
@@ -202,7 +202,7 @@ def test_pins(name):
     pinned = pins(name)
     assert pinned['opencv-python'] == pinned['opencv-python-headless']
     assert int(pinned['setuptools'].split('.')[0]) < 81
-    # the fork has the same import names: of two, one overwrites the other
+    # the fork has the same import names: installing both overwrites one
     names = ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']
     if 'onedl' in name:
         fork = ['mmdetection' if x == 'mmdet' else x for x in names]

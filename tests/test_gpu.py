@@ -1,8 +1,7 @@
-"""What only a GPU can show: the loss at full size, and training in its precisions.
+"""Tests that need a GPU: the loss at full size, and training in GPU precisions.
 
-`python -m tools.dev.gpu_check` runs this file; those with `training` in their name need
-mmcv with its ops, mmdet and mmseg. `tests/losses/test_correlations_gpu.py` runs on
-the GPU too, where there is one.
+`python -m tools.dev.gpu_check` runs this file. Tests with `training` in their name need
+mmcv with ops, mmdet and mmseg. `tests/losses/test_correlations_gpu.py` uses a GPU too.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SIZES = [
     (1, 1203, 40, 50),
     (3, 2, 65, 63),
 ]
-# of student and teacher, and of how many sizes: the kernels of each are compiled
+# types of student and teacher, and number of sizes: kernels are compiled for each
 TYPES = [
     (torch.float32, torch.float32, 5),
     (torch.bfloat16, torch.bfloat16, 3),
@@ -46,13 +45,13 @@ TYPES = [
 
 
 def logits(*shape: int) -> torch.Tensor:
-    """Student's and teacher's, correlated at about 0.7."""
+    """Student's and teacher's logits, correlated at about 0.7."""
     noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0)).cuda()
     return torch.stack([noise[0], 0.7 * noise.sum(0)])
 
 
 def compare(student, teacher, mask=None, **options) -> None:
-    """The kernels are as exact as their types allow, against the formula in float64."""
+    """Check that the kernels are as exact as their types allow, against float64."""
     rows = [x.detach().double().movedim(1, -1) for x in (student, teacher)]
     rows = [x.flatten(0, -2) if mask is None else x[mask] for x in rows]
     expected = textbook.dist_loss(rows[0].requires_grad_(), rows[1], **options)
@@ -107,7 +106,7 @@ def test_a_teacher_with_nan_is_an_error():
         print(DISTLoss()(student, teacher, mask).isfinite().item(), flush=True)
         DISTLoss()(student, teacher)
         torch.cuda.synchronize()"""
-    # in a process of its own, which cannot use the GPU any more
+    # in a process of its own, which cannot use the GPU afterwards
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == 'True\n'
     assert 'assert' in done.stderr
@@ -118,7 +117,7 @@ def test_a_teacher_with_nan_is_an_error():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """Where a few scenes of digits are."""
+    """A folder with a few scenes of digits."""
     folder = tmp_path_factory.mktemp('digits')
     few = ('--train', '64', '--train-few', '64', '--val', '8')
     command = [sys.executable, '-m', 'tools.dev.make_digits', *few]
@@ -127,7 +126,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def train(folder: Path, base: str, more: str, *options, launcher=()) -> list[dict]:
-    """Train a config of the quickstart, changed; returns what was logged."""
+    """Train a changed config of the quickstart; return what was logged."""
     config = folder / 'config.py'
     config.write_text(
         f'_base_ = {str(ROOT / "configs" / base)!r}\n'

@@ -1,4 +1,4 @@
-"""Misspelt names end in a sentence that says the right one."""
+"""Errors about misspelt names suggest the right one."""
 
 import pytest
 

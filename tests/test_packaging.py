@@ -1,4 +1,4 @@
-"""What `pip install .` installs: `mmdist::` paths and `mmdist.` types, anywhere."""
+"""After `pip install .`, `mmdist::` paths and `mmdist.` types work anywhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ import mmdist
 print(mmdist.__file__)
 """
 
-# Pairs that the package ships; to build them needs no weights.
+# Builds pairs that the package ships, which needs no weights.
 BUILD_DISTILLERS = """
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, MODELS
@@ -68,7 +68,7 @@ def run(*command, cwd) -> str:
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory) -> Path:
-    """A copy of what goes into the package, and a config that only it has."""
+    """A copy of what goes into the package, with a config that only the copy has."""
     copy = tmp_path_factory.mktemp('package') / 'checkout'
     copy.mkdir()
     for path in ROOT.iterdir():
@@ -90,7 +90,7 @@ def wheel(checkout) -> Path:
 
 
 def environment(directory: Path, *requirement) -> Path:
-    """A bare environment with one thing installed, on top of that of the tests."""
+    """A bare environment in which the tests' pip has installed one thing."""
     venv.create(directory, symlinks=True)
     python = directory / 'bin/python'
     run(*PIP, '--python', python, 'install', *OFFLINE, *requirement, cwd=directory)
@@ -133,13 +133,13 @@ def test_installed_builds_distillers_of_its_own_configs(wheel, tmp_path):
 
 @pytest.mark.slow
 def test_installed_editable(checkout, tmp_path):
-    # What `pip install -e` asks the backend for; a bare environment has no backend.
+    # What `pip install -e` has the backend build; a bare environment has no backend.
     build = 'from hatchling.build import build_editable as b; print(b("dist/e"))'
     name = run(sys.executable, '-c', build, cwd=checkout).split()[-1]
     python = environment(tmp_path / 'env', checkout / 'dist/e' / name)
     add_libraries(python)
     assert read_config(python, tmp_path / 'empty').parent == checkout / 'mmdist'
-    # One copy only: the package lies in the checkout.
+    # The package is in the checkout only.
     assert not list((tmp_path / 'env').glob('lib/python*/site-packages/mmdist/'))
 
 
@@ -163,7 +163,7 @@ def test_wheel_from_sdist_is_the_same(checkout, wheel, tmp_path):
 
 
 def test_dependencies_do_not_name_what_pip_would_get_wrong(wheel):
-    """pip would build mmcv without ops, and put upstream over the onedl fork."""
+    """pip would build mmcv without ops, and install upstream over the onedl fork."""
     (metadata,) = (v for k, v in files(wheel).items() if k.endswith('/METADATA'))
     required = [
         line.split()[1]
@@ -187,7 +187,7 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):
-    """`mmdist.pth` runs in every Python of an environment; it must never show."""
+    """`mmdist.pth` runs when Python starts, so it must never print anything."""
     python = environment(tmp_path / 'env', wheel)
 
     def start(code: str) -> str:
@@ -198,7 +198,7 @@ def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):
         assert not done.stderr
         return done.stdout
 
-    # Cheap, below 1 ms: nothing but itself is imported by it.
+    # Cheap, below 1 ms: it imports nothing but itself.
     loaded = start('import sys; print(*sorted(sys.modules))').split()
     assert '_mmdist_startup' in loaded
     assert not {
@@ -211,7 +211,7 @@ def test_interpreter_starts_silently_without_the_libraries(wheel, tmp_path):
 
 
 def test_fork_provides_mmseg_under_another_distribution(wheel, tmp_path):
-    """There `mmseg::` fails in mmengine, whose table says 'mmsegmentation'."""
+    """Without mmdist, `mmseg::` fails there: mmengine's table has 'mmsegmentation'."""
     python = environment(tmp_path / 'env', wheel)
     site = next((tmp_path / 'env').glob('lib/python*/site-packages'))
     for path, text in {

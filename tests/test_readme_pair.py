@@ -1,4 +1,4 @@
-"""The first screen of the README, executed as it is written."""
+"""The first screen of the README, executed as written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from processes import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a test cannot have: the network, and the time for images of full size.
+# Replaces what a test cannot have: the network, and time for full-size images.
 SMALL = (
     'model.teacher.checkpoint=teacher.pth',
     'model.student.backbone.init_cfg=None',
@@ -34,7 +34,7 @@ def first_screen(language: str) -> list[str]:
 
 @pytest.fixture
 def folder(coco_root, tmp_path) -> Path:
-    """A directory with data/coco in it, four images instead of 118,000."""
+    """A directory with data/coco, of four images instead of 118,000."""
     data = tmp_path / 'data' / 'coco'
     (data / 'annotations').mkdir(parents=True)
     names = CocoDataset.METAINFO['classes']
@@ -57,7 +57,7 @@ def test_as_written(folder):
     (folder / 'my_pair.py').write_text(config)
     assert len(config.splitlines()) <= 12
 
-    # A teacher of its very config; its weights are random.
+    # A teacher of exactly that config, with random weights.
     teacher = Config.fromfile(folder / 'my_pair.py').model.teacher
     assert teacher.checkpoint.startswith('https://')
     teacher_config = Config.fromstring(f'_base_ = {teacher.config!r}', '.py')

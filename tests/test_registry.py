@@ -1,4 +1,4 @@
-"""Types `mmdist.*` of a config are found without any import."""
+"""Types `mmdist.*` in a config are found without an import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / 'mmdist'
 
 
 def registered() -> set[tuple[str, str]]:
-    """Registry and name of all that is registered anywhere in the package."""
+    """Registry and name of everything that the package registers."""
     found = set()
     for path in PACKAGE.rglob('*.py'):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -61,9 +61,9 @@ class Broken:
         (HOOKS, dict(type='DistilScheduleHook'), "mean 'mmdist.DistillScheduleHook'?"),
         (MODELS, dict(type='mmdist.DISTLoss', betta=1), "'betta'. Did you mean 'beta'"),
         (OPTIM_WRAPPERS, dict(type='OptimWraper'), "Did you mean 'OptimWrapper'?"),
-        (HOOKS, dict(kind='mmdist.DistillScheduleHook'), ''),  # mmengine says so
+        (HOOKS, dict(kind='mmdist.DistillScheduleHook'), ''),  # mmengine says it
         (HOOKS, dict(type=3), ''),
-        (HOOKS, dict(type=Broken), ''),  # what is wrong is in the class
+        (HOOKS, dict(type=Broken), ''),  # the error is inside the class
     ],
 )
 def test_a_misspelt_name_is_said_with_the_right_one(registry, cfg, says):
@@ -86,7 +86,7 @@ def test_one_of_the_two_libraries_is_enough(missing):
 
 @pytest.mark.slow
 def test_without_mmcv_a_sentence_says_so_before_a_model_is_built():
-    """The loss alone does not need it."""
+    """The loss alone works without it."""
     printed = run(
         "import sys; sys.modules['mmcv'] = None\n"
         'from mmdist import DISTLoss\n'

@@ -1,4 +1,4 @@
-"""What is watched while a training goes on."""
+"""What is watched during training: losses that are not finite, rows that count."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmdist.run import Watch
 
 @pytest.mark.parametrize('broken', ['backbone.stem.0', 'auxiliary_head.conv_seg'])
 def test_a_loss_that_is_not_finite_ends_the_training(seg_config, tmp_path, broken):
-    """Without any hook, so that each library's train.py is stopped."""
+    """Without a hook, so that it also stops the libraries' own train.py."""
     init_default_scope('mmseg')
     cfg = distilled_config(tmp_path, seg_config)
     cfg.work_dir, cfg.train_cfg.max_iters = str(tmp_path / 'work'), 6
@@ -43,12 +43,12 @@ def test_a_loss_that_is_not_finite_ends_the_training(seg_config, tmp_path, broke
 
 
 def test_losses_are_read_every_50_steps(monkeypatch):
-    """And say the iteration. (Several processes stand in for a GPU.)"""
+    """The error names the iteration. Several processes stand in for a GPU."""
     monkeypatch.setattr('mmdist.run.is_distributed', lambda: True)
     monkeypatch.setattr('mmdist.run.told', lambda key, default=None: default)
     watch = Watch()
     for step in range(1, 51):
-        # one that is finite again, as a step that a GradScaler skips, is none
+        # a loss that is finite again, as after a step that GradScaler skips, is fine
         value = math.inf if step == 10 or step >= 42 else 1.0
         losses = dict(loss_a=[torch.ones(2), torch.tensor(value)], acc=torch.tensor(1))
         losses['loss_b'] = torch.tensor(math.nan if step > 45 else 0.0)

@@ -1,4 +1,4 @@
-"""When the teacher is asked, seen on real detectors."""
+"""When the teacher runs in a step, on real detectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DENSE = dict(type='mmdist.DenseLogits')
 
 
 def order_of(model) -> list[str]:
-    """Whose features are computed first; 'late' if the teacher's are still there."""
+    """Whose features are computed first; 'late' if the teacher's are still kept."""
     order, features = [], []
 
     def teacher(module, args, output):

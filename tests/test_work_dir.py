@@ -1,4 +1,4 @@
-"""What an earlier run left: the last whole checkpoint, and nothing mixed."""
+"""Resuming an earlier run: from its last whole checkpoint, with the same config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG = "model = dict(type='A', size=(1, 2), none=None)\nwork_dir = 'here'\n"
 
 
 def save(folder: Path, iteration: int, cut: int = 0, **content) -> Path:
-    """A checkpoint as mmengine's, ``cut`` bytes short; later ones are newer."""
+    """Save a checkpoint like mmengine's, ``cut`` bytes short; later ones are newer."""
     content = content or dict(
         meta=dict(iter=iteration), state_dict=nn.Linear(2, 3).state_dict(),
         message_hub={},
@@ -42,7 +42,7 @@ def test_the_last_is_the_one_that_is_named(tmp_path):
 
 @pytest.mark.parametrize('note', ['iter_3.pth', 'iter_9.pth', '', None])
 def test_what_is_cut_off_is_passed_over_and_named(tmp_path, capsys, note):
-    """Also if killed while ``last_checkpoint`` was written, or its file is gone."""
+    """Also if ``last_checkpoint`` is empty, missing, or names a file that is gone."""
     save(tmp_path, 1)
     save(tmp_path, 2)
     save(tmp_path, 3, cut=200)
@@ -77,7 +77,7 @@ NO_CHECKPOINTS = dict(
 def test_what_is_no_checkpoint_is_passed_over_and_named(tmp_path, capsys, kind):
     NO_CHECKPOINTS[kind](tmp_path / 'odd.pth')
     assert last_whole_checkpoint(tmp_path) is None
-    if kind != 'no_meta':  # as weights alone, it is not worth a word
+    if kind != 'no_meta':  # like bare weights, it is skipped silently
         assert re.search(r"Skipped: .*odd\.pth'", capsys.readouterr().out)
     save(tmp_path, 1)
     (tmp_path / 'last_checkpoint').write_bytes(b'\xff\xfe\x00')
@@ -105,7 +105,7 @@ def test_another_config_is_refused_by_what_differs():
     'text', ['a = (', 'a=1\0', f'a = {"(" * 300}', f'a = {"-" * 10**5}1', 'a = {[]: 1}']
 )
 def test_the_config_in_a_checkpoint_is_not_run(tmp_path, text):
-    """It may come from anybody, and be anything."""
+    """It can come from anybody and contain anything."""
     trace = tmp_path / 'ran'
     code = f"x = __import__('os').mkdir({str(trace)!r})\n"
     earlier = dict(meta=dict(cfg=CONFIG + code + text))

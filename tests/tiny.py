@@ -1,4 +1,4 @@
-"""Texts of tiny configs of real models, and what their data are like."""
+"""Texts of tiny configs of real models, and the size and classes of their data."""
 
 from __future__ import annotations
 

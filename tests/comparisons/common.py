@@ -1,4 +1,4 @@
-"""One step of a model, and oracles in numpy: no code of mmdist, mmdet or mmseg."""
+"""One step of a model, and numpy oracles without code of mmdist, mmdet or mmseg."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmdist.record import Recorder
 
 
 def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:
-    """The losses of one loss pass, and the pairs of its only comparison."""
+    """Run one loss pass; return its losses and the pairs of its only comparison."""
     (comparison,) = model.distill.values()
     with Recorder([comparison]) as recorder:
         losses = model(**data, mode='loss')
@@ -20,14 +20,14 @@ def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's; 0 where there is none, with one entry or all the same."""
+    """Pearson correlation; 0 if undefined: fewer than two entries, or all equal."""
     if len(a) < 2 or any(np.linalg.norm(x - x.mean()) < 1e-6 for x in (a, b)):
         return 0.0
     return pearsonr(a, b)[0]
 
 
 def correlations(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float]:
-    """The mean over the rows, and over the columns."""
+    """Mean correlation over the rows, and over the columns."""
     return tuple(
         np.mean([correlation(s, t) for s, t in zip(*both, strict=True)])
         for both in ((student, teacher), (student.T, teacher.T))
@@ -35,33 +35,33 @@ def correlations(student: np.ndarray, teacher: np.ndarray) -> tuple[float, float
 
 
 def dist(student: np.ndarray, teacher: np.ndarray) -> float:
-    """The published loss of probabilities."""
+    """The published DIST loss of two matrices of probabilities."""
     return 2 - sum(correlations(student, teacher)) if len(student) else 0.0
 
 
 def assert_terms(
     losses: dict, inter: float, intra: float, tol: float = 1e-4, name: str = 'dist'
 ) -> None:
-    """The loss and both correlations of a comparison with DIST."""
+    """Check the loss and both correlations of a comparison with DIST."""
     keys = f'{name}_inter', f'{name}_intra', f'loss_{name}'
     expected = pytest.approx([inter, intra, 2 - inter - intra], abs=2 * tol)
     assert [losses[key].item() for key in keys] == expected
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:
-    """Of boxes as centre and size, x1 y1 x2 y2."""
+    """Convert boxes from centre and size to x1 y1 x2 y2."""
     centre, size = boxes[:, :2], boxes[:, 2:]
     return np.concatenate([centre - size / 2, centre + size / 2], 1)
 
 
 def centres(boxes: np.ndarray) -> np.ndarray:
-    """Of boxes as x1 y1 x2 y2, centre and size."""
+    """Convert boxes from x1 y1 x2 y2 to centre and size."""
     low, high = boxes[:, :2], boxes[:, 2:]
     return np.concatenate([(low + high) / 2, high - low], 1)
 
 
 def overlaps(a: np.ndarray, b: np.ndarray, generalized: bool = False) -> np.ndarray:
-    """IoU of each of a with each of b; generalized as in CVPR 2019, algorithm 1."""
+    """IoU of each box of a with each of b; GIoU as in CVPR 2019, algorithm 1."""
     a, b = a[:, None], b[None]
 
     def area(low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Localization distillation: the distributions of GFL's boxes."""
+"""Localization distillation: the box distributions of GFL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTILL = dict(
 
 def pair(factors=(8, 4)) -> nn.Module:
     model = build_pair(GFL, GFL, DISTILL, factors, sizes=SIZES)
-    for side in (model, model.teacher.model):  # as initialised, all score 0.01
+    for side in (model, model.teacher.model):  # initially, all scores are 0.01
         side.bbox_head.gfl_cls.bias.data.fill_(-3.0)
     return model
 

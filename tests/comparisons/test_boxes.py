@@ -1,4 +1,4 @@
-"""The boxes that a teacher predicts, as targets of the student's."""
+"""The teacher's predicted boxes as targets for the student's boxes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def copy_of_the_student(path: str, **kwargs) -> nn.Module:
             module.p = 0.0
         elif isinstance(module, nn.MultiheadAttention):
             module.dropout = 0.0
-    # the losses of these ask for what their heads return in training alone
+    # these losses need outputs that their heads return only in training mode
     return model if 'vfnet' in path or hasattr(model, 'decoder') else model.eval()
 
 
@@ -87,7 +87,7 @@ def test_a_student_learns_boxes(name):
     ],
 )
 def test_a_copy_of_the_student_teaches_nothing(name):
-    """But for FSAF, whose loss changes what its head returned."""
+    """Except FSAF, whose loss modifies what its head returned."""
     model = copy_of_the_student(FAMILIES[name])
     losses, pairs = step(model, batch(model, SIZES))
     total = sum(v for k, v in losses.items() if k.startswith('loss_box'))
@@ -97,7 +97,7 @@ def test_a_copy_of_the_student_teaches_nothing(name):
 
 @pytest.mark.parametrize('path', [*BOXES_OF, NORMED_FCOS])
 def test_boxes_of_locations_are_those_that_the_head_predicts(path):
-    """Oracle: its own ``predict_by_feat``, with the scores that go with the boxes."""
+    """Oracle: boxes and their scores by the head's own ``predict_by_feat``."""
     model = pair(path).eval()
     data = batch(model, SIZES)
     head, metas = model.bbox_head, [s.metainfo for s in data['data_samples']]
@@ -110,14 +110,14 @@ def test_boxes_of_locations_are_those_that_the_head_predicts(path):
         predicted = head.predict_by_feat(
             *output, batch_img_metas=metas, cfg=cfg, with_nms=False
         )
-        head.training = True  # some return their boxes in another code then
+        head.training = True  # some heads then encode their boxes differently
         torch.testing.assert_close(decode(head, encoded(head, head(features))), ours)
     levels = dense.scores_of(head, output, 'joint')
     scores = torch.cat([x.permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], 1)
     for boxes, score, found, meta in zip(ours, scores, predicted, metas, strict=True):
         height, width = meta['img_shape'][:2]
         limit = boxes.new_tensor([width, height, width, height])
-        if 'yolox' not in path and 'tood' not in path:  # whose predict does not clip
+        if 'yolox' not in path and 'tood' not in path:  # TOOD and YOLOX do not clip
             boxes = boxes.clamp(min=0).minimum(limit)
         distance = torch.cdist(found.bboxes.double(), boxes.double(), p=1)
         error = (score.T[found.labels] - found.scores[:, None]).abs()
@@ -142,7 +142,7 @@ def numpy_encode(rois: np.ndarray, boxes: np.ndarray, stds: list) -> np.ndarray:
 
 @pytest.mark.parametrize('in_pixels', [True, False])
 def test_the_target_is_the_box_of_the_teachers_best_class(in_pixels):
-    """In numpy, with a teacher whose classes are in another order."""
+    """Oracle: numpy. The teacher's classes are in another order."""
     loss = dict(type='mmdet.GIoULoss') if in_pixels else dict(type='mmdet.L1Loss')
     model = pair(FASTER, FASTER, loss=loss, min_score=0.2, weight=3.0)
     student = [f'class {i}' for i in range(80)]
@@ -185,7 +185,7 @@ def test_two_entries_ask_the_teachers_head_once():
 
 
 def test_images_without_labels_count_as_well():
-    """The proposals of both parts of the batch are rows, with their own weights."""
+    """Proposals of labelled and unlabelled images are rows with their own weights."""
     model = pair(FASTER)
     data = batch(model, SIZES)
     data['data_samples'][1].set_metainfo(dict(unlabelled=True))
@@ -200,7 +200,7 @@ def test_images_without_labels_count_as_well():
 
 
 def rows_below(height: int) -> torch.Tensor:
-    """Which of a RetinaNet's anchors have their centre there, in a batch of 96 x 96."""
+    """Mask of the RetinaNet anchors in a 96 x 96 image centred at or below `height`."""
     lower = []
     for cells in (12, 6, 3, 2, 1):
         y = (torch.arange(cells) + 0.5) * (96 / cells)
@@ -232,7 +232,7 @@ def test_a_teacher_that_is_sure_of_nothing_teaches_nothing(path):
 @pytest.mark.parametrize('in_pixels', [True, False])
 @pytest.mark.parametrize('path', [RETINANET, FASTER, DINO])
 def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
-    """By hand: the detection that overlaps a row most, by at least 0.5 or the best."""
+    """By hand: the best detection with IoU >= 0.5, or with its best IoU at this row."""
     if path == DINO and not in_pixels:
         return
     name = 'GIoULoss' if in_pixels else 'L1Loss'
@@ -241,8 +241,8 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
     comparison, is_dense = model.distill['box'], path == RETINANET
     rng = np.random.default_rng(0)
     data = batch(model, SIZES)
-    boxes = data['data_samples'][0].gt_instances.bboxes.numpy()  # they are proposals
-    if is_dense:  # one is in the padding of the second image
+    boxes = data['data_samples'][0].gt_instances.bboxes.numpy()  # also proposals
+    if is_dense:  # add one in the padding of the second image
         boxes = np.concatenate([boxes, [[20, 70, 60, 96]]])
     scores, labels = rng.uniform(0.2, 1, len(boxes)), rng.integers(0, 80, len(boxes))
     found = InstanceData(
@@ -284,7 +284,7 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
 
 
 def test_a_proposal_is_regressed_for_the_students_own_class():
-    """Labels of common classes are columns of the student's in another order."""
+    """Labels index the common classes; the student's columns are in reverse order."""
     model = pair(FASTER, RETINANET, loss=dict(type='mmdet.GIoULoss'))
     data = batch(model, SIZES)
     boxes = data['data_samples'][0].gt_instances.bboxes.float()

@@ -1,4 +1,4 @@
-"""What is compared where `distill` is omitted, and what mmdist compares no more."""
+"""What is compared if `distill` is omitted, and errors for wrong or removed options."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = ((96, 96), (72, 96))
     ],
 )
 def test_the_pair_decides_what_is_compared(student, teacher, kinds):
-    """The recipe, and what DIST was published with."""
+    """The default recipe, and what DIST was published with."""
     paths = FAMILIES[student], FAMILIES[teacher]
     model = build_pair(*paths, sizes=SIZES, balance=3.0)
     assert {name: type(c).__name__ for name, c in model.distill.items()} == kinds

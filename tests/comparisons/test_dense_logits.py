@@ -33,7 +33,7 @@ GUIDED = 'guided_anchoring/ga-retinanet_r50_fpn_1x_coco.py'
 CORNERNET = 'cornernet/cornernet_hourglass104_10xb5-crop511-210e-mstest_coco.py'
 CASCADE_RPN = 'cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py'
 PADDED = ((64, 64), (48, 40))
-STRIDES = (8, 16, 32, 64, 64)  # the last level has one location, not the half of one
+STRIDES = (8, 16, 32, 64, 64)  # the last level has one location, not half of one
 EXACT = dict(type='mmdist.DISTLoss', eps=0)
 
 
@@ -42,7 +42,7 @@ def dense(**kwargs) -> dict:
 
 
 def raw_outputs(model: nn.Module, data: dict, head: str = 'bbox_head') -> list:
-    """Of each level what the two heads return, by the models' own forward."""
+    """Per level, what the two heads return, by the models' own forward."""
     sizes = [sample.img_shape for sample in data['data_samples']]
     inputs = data['inputs'], model.teacher.renormalize(data['inputs'], sizes)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def raw_outputs(model: nn.Module, data: dict, head: str = 'bbox_head') -> list:
 
 
 def as_rows(level: np.ndarray, stride: float | None = None, sizes=SIZES) -> np.ndarray:
-    """A row for each location, or for those whose centre lies in its image."""
+    """A row per location; with a stride, only those centred inside their image."""
     _, _, *cells = level.shape
     rows = level.transpose(0, 2, 3, 1)
     if stride is None:
@@ -64,12 +64,12 @@ def as_rows(level: np.ndarray, stride: float | None = None, sizes=SIZES) -> np.n
 
 
 def check(model, data, student, teacher=None, strides=None, head='bbox_head', tol=1e-3):
-    """The loss is DIST of the rows as scores, by numpy, summed over the levels.
+    """Check that the loss is numpy's DIST of rows of scores, summed over the levels.
 
     Args:
-        student: Turns rows of channels into rows of scores.
-        teacher: The same for the teacher, if it is not the same.
-        strides: Of levels whose padding does not count.
+        student: Turns rows of the student's channels into rows of scores.
+        teacher: The same for the teacher; None takes the student's.
+        strides: Strides of the levels, to leave out padding; None includes it.
     """
     losses = model(**data, mode='loss')
     expected = 0.0
@@ -108,7 +108,7 @@ def test_rows_of_retinanet_against_numpy(anchors, levels, mask):
 
 
 def first_levels(cfg, original, factor):
-    """Three of five levels: the last ones have one location of such small images."""
+    """Keep three of five levels: the last two have one location in such images."""
     cfg.neck.num_outs = 3
     cfg.neck.add_extra_convs = False
     cfg.bbox_head.anchor_generator.strides = [8, 16, 32]
@@ -124,7 +124,7 @@ def test_softmax_is_over_the_classes_of_one_anchor(anchors):
 
     sizes = ((64, 64), (64, 64))
     model = build_pair(YOLACT, distill=dense(anchors=anchors, loss=EXACT), sizes=sizes)
-    # Of two rows, those of the last level, rounding may decide between 1 and -1.
+    # The last level has two rows, where rounding can decide between 1 and -1.
     check(model, batch(model, sizes), scores, tol=1e-2)
 
 
@@ -167,7 +167,7 @@ def test_both_corner_heatmaps_of_both_stacks_count():
 
 
 def test_the_rpn_of_a_two_stage_detector():
-    """It knows no classes, so none are matched; a row is the anchors of a location."""
+    """It has no classes, so none are matched; a row holds the anchors of a location."""
     distill = dense(student='rpn_head', loss=EXACT)
     model = build_pair(FASTER, distill=distill)
     model.teacher.classes = match_classes(['b', 'a'], ['a', 'b'])
@@ -182,7 +182,7 @@ def test_rpns_of_two_detectors_under_different_names():
 
 
 def edit_classes(ours: int, theirs: int):
-    """Numbers of classes; the student is the one of 1/8 of the channels."""
+    """An edit that sets the numbers of classes; the student is the one of factor 8."""
 
     def edit(cfg, original, factor):
         cfg.bbox_head.num_classes = ours if factor == 8 else theirs
@@ -207,7 +207,7 @@ def test_classes_are_matched_by_name():
 
 
 def edit_anchors(**changes):
-    """An edit of the anchors of the student's head, or of its RPN."""
+    """An edit of the anchors in the student's head or RPN."""
 
     def edit(cfg, original, factor):
         if factor == 8:
@@ -239,7 +239,7 @@ FIRST = 'anchor 0 of level 0 is {} .* student, 45.3 x 22.6 .* teacher'
 @pytest.mark.parametrize(
     'path, edit, message',
     [
-        # of the first three there are as many
+        # the first three have as many anchors as the teacher
         (RETINANET, edit_anchors(ratios=[2.0, 1.0, 0.5]), FIRST.format('22.6 x 45.3')),
         (RETINANET, edit_anchors(octave_base_scale=8), FIRST.format('90.5 x 45.3')),
         (FASTER, edit_anchors(scales=[4]), FIRST.format('22.6 x 11.3')),
@@ -263,7 +263,6 @@ FIRST = 'anchor 0 of level 0 is {} .* student, 45.3 x 22.6 .* teacher'
     ids=['ratios', 'scale', 'RPN', 'number', 'strides', 'levels', 'squares'],
 )
 def test_other_anchors_are_an_error(path, edit, message):
-    """Also where there are equally many of them."""
     distill = dense(student='rpn_head') if path == FASTER else dense()
     with pytest.raises(
         ValueError, match=f'{message}.*Use a teacher with the same levels, strides'
@@ -274,7 +273,7 @@ def test_other_anchors_are_an_error(path, edit, message):
 @pytest.mark.parametrize(
     'path, edit, ours, theirs',
     [
-        # as mmdet's ATSS with a Swin-L has it
+        # as in mmdet's ATSS with Swin-L
         (ATSS, edit_anchors(center_offset=0.5), '0.5', '0.0'),
         (RTMDET, edit_anchors(offset=0.5), '0.5', '0.0'),
         ((ATSS, FCOS), None, '0.0', '0.5'),
@@ -295,7 +294,7 @@ def test_the_same_anchors_elsewhere_in_a_location_are_a_warning(
 
 
 def test_maps_of_another_size_are_an_error():
-    """What a head says of its strides is not what its backbone does."""
+    """The strides that a head states need not be those of its backbone."""
 
     def differ(cfg, original, factor):
         if factor == 8:
@@ -326,7 +325,7 @@ def test_levels_of_different_numbers_of_anchors_are_not_concatenated():
 
 
 def test_scores_of_different_kinds_are_compared_as_probabilities():
-    """ATSS has sigmoids, TOOD returns probabilities."""
+    """ATSS returns logits of sigmoids, TOOD returns probabilities."""
     model = build_pair(ATSS, TOOD, dense())
     data = batch(model)
     losses, pairs = step(model, data)
@@ -341,7 +340,7 @@ def test_scores_of_different_kinds_are_compared_as_probabilities():
 
 
 def all_of_them(head: nn.Module) -> ConfigDict:
-    """A test_cfg by which a head predicts at all locations, whatever the score."""
+    """A test_cfg with which a head predicts at all locations, whatever the score."""
     many = 10**6
     return ConfigDict(
         head.test_cfg,
@@ -380,7 +379,7 @@ def all_of_them(head: nn.Module) -> ConfigDict:
     ids=lambda path: path.split('/')[0],
 )
 def test_joint_scores_are_those_that_the_head_predicts_by(path):
-    """Of random maps, all scores that the head itself would hand to NMS."""
+    """Oracle: all scores that the head itself passes to NMS, on random maps."""
     register_all_modules()
     torch.manual_seed(0)
     cfg = model_config(path)
@@ -404,7 +403,7 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
     scores = family.scores_of(head, output, 'joint')
     assert all(level.shape[2:] == (4, 6, 4) for level in scores)
     scores = torch.cat([as_matrix(level.flatten(0, 1)) for level in scores])
-    if path == YOLOX:  # it keeps the best class of a location
+    if path == YOLOX:  # it keeps only the best class of a location
         scores[scores < scores.max(1, keepdim=True).values] = -1
     for label, column in enumerate(scores.T):
         theirs = result.scores[result.labels == label].sort().values
@@ -415,7 +414,7 @@ def test_joint_scores_are_those_that_the_head_predicts_by(path):
 @pytest.mark.parametrize(
     'student, teacher',
     [
-        (YOLOX, RTMDET),  # trained at objects alone <- quality
+        (YOLOX, RTMDET),  # trained on objects only <- quality
         (ATSS, TOOD),  # logits <- probabilities
         *slow([(FCOS, GFL), (VFNET, ATSS)]),  # points <- anchors, ...
     ],
@@ -457,7 +456,7 @@ def test_the_second_score_learns_too():
 
 
 def test_the_root_of_a_vanishing_score_has_a_finite_gradient():
-    """Of PAA: the probability itself is 0 in fp32."""
+    """PAA's score is the root of a probability, which is 0 in fp32."""
     register_all_modules()
     head = MODELS.build(model_config(PAA).bbox_head)
     output = [torch.full((1, c, 2, 2), -200.0) for c in (80, 4, 1)]
@@ -468,7 +467,7 @@ def test_the_root_of_a_vanishing_score_has_a_finite_gradient():
 
 
 def two_and_three_classes(**options):
-    """A YOLACT of two classes and one of three: of each level the pair, and the raw."""
+    """Per level, the pair and the raw outputs of YOLACTs with two and three classes."""
     sizes = ((64, 64), (64, 64))
     edit = edit_classes(2, 3)
     model = build_pair(YOLACT, distill=dense(**options), edit=edit, sizes=sizes)
@@ -479,7 +478,7 @@ def two_and_three_classes(**options):
 
 
 def test_joint_scores_of_other_classes_are_matched_by_name():
-    """Of softmax heads; their background is not compared."""
+    """For softmax heads; their background is not compared."""
     for pair, raw in two_and_three_classes(score='joint'):
         sides = (pair.student, 3, [0, 1]), (pair.teacher, 4, [2, 0])
         for (actual, number, columns), x in zip(sides, raw, strict=True):
@@ -490,7 +489,7 @@ def test_joint_scores_of_other_classes_are_matched_by_name():
 
 @pytest.mark.parametrize('anchors', ['joint', 'separate'])
 def test_a_class_that_the_student_does_not_know_is_background(anchors):
-    """Of a softmax head, against sums of probabilities."""
+    """For a softmax head. Oracle: sums of probabilities."""
     for pair, (_, teacher) in two_and_three_classes(anchors=anchors):
         ant, bee, cat, background = softmax(as_rows(teacher).reshape(-1, 4), axis=1).T
         expected = np.stack([cat, ant, background + bee], 1)

@@ -1,7 +1,4 @@
-"""One pair of every directory of mmdet's config zoo trains a step, or is refused.
-
-A dozen that mmdist reads in different ways are quick, the others slow.
-"""
+"""A pair from each directory of mmdet's config zoo trains a step or is refused."""
 
 from __future__ import annotations
 
@@ -32,15 +29,15 @@ from mmdist.comparisons.default import default_for
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
 
-# In the onedl fork alone: it finds lanes, and DenseLogits refuses it.
+# Only in the onedl fork: it detects lanes, and DenseLogits refuses it.
 OF_THE_FORK = ('clrnet',)
 DIRECTORIES = sorted(
     path.name
     for path in CONFIGS.iterdir()
     if path.is_dir() and path.name not in OF_THE_FORK
 )
-# Parts of other configs.
-WITHOUT_MODEL = ('_base_', 'common')
+WITHOUT_MODEL = ('_base_', 'common')  # parts of other configs
+# One for each way in which mmdist reads a detector; the others are slow.
 QUICK = {
     'cascade_rpn', 'ddq', 'detr', 'guided_anchoring', 'htc', 'mask2former', 'queryinst',
     'rtmdet', 'sabl', 'vfnet', 'yolact', 'yolo', 'glip', 'mask2former_vis',
@@ -52,8 +49,8 @@ class Case:
     """How to make a directory's pair small.
 
     Attributes:
-        config: The first of the directory if left out.
-        factors: What the channels of student and teacher are divided by.
+        config: File name; by default the first in the directory.
+        factors: Divisors of the channels of student and teacher.
         sizes: Height and width of the images.
         num_classes: Labels are below it.
         edit: Changes the shrunk config, see ``model_config``.
@@ -72,7 +69,7 @@ class Case:
 
 
 def take_resnet(cfg, original, factor):
-    """The backbone is of mmpretrain or timm; the detector around it is not."""
+    """Replace a backbone of mmpretrain or timm; the rest of the detector is mmdet's."""
     cfg.backbone = shrink(
         dict(type='ResNet', depth=50, norm_cfg=dict(type='BN')), factor
     )
@@ -80,14 +77,14 @@ def take_resnet(cfg, original, factor):
 
 
 def count_mask_parameters(cfg, original, factor):
-    """CondInst says how many parameters its three dynamic layers have."""
+    """Correct the number of parameters that CondInst states for its dynamic layers."""
     hidden = cfg.mask_head.feat_channels
     inputs = cfg.mask_head.mask_feature_head.out_channels + 2
     cfg.bbox_head.num_params = (inputs + 1 + hidden + 1 + 1) * hidden + 1
 
 
 def color_similarity_by_hand(cfg, original, factor):
-    """BoxInst's data_preprocessor needs scikit-image."""
+    """Replace BoxInst's data_preprocessor, which needs scikit-image."""
     count_mask_parameters(cfg, original, factor)
     usual = {k: original.data_preprocessor[k] for k in ('mean', 'std')}
     cfg.data_preprocessor = dict(
@@ -105,17 +102,17 @@ def add_pairwise_masks(data):
 
 
 def own_roi_align(cfg, original, factor):
-    """CrowdDet asks for torchvision's."""
+    """Use mmcv's RoIAlign, where CrowdDet's config wants torchvision's."""
     cfg.roi_head.bbox_roi_extractor.roi_layer.use_torchvision = False
 
 
 def few_proposals(cfg, original, factor):
-    """Its stage of ResNet on every proposal is of full width."""
+    """Sample few proposals: a ResNet stage of full width runs on each."""
     cfg.train_cfg.rcnn.sampler.num = 4
 
 
 def own_teacher_from_the_zoo(cfg, original, factor):
-    """LD, itself a distillation, reads its teacher's config from a path."""
+    """Shrink the teacher of LD, itself a distiller, whose config is given by path."""
     path = CONFIGS.parent / original.teacher_config
     cfg.teacher_config = dict(model=shrink(Config.fromfile(path).model, factor))
 
@@ -165,7 +162,7 @@ CASES = {
     'yolo': Case('yolov3_mobilenetv2_8xb24-320-300e_coco.py', edit=keep_backbone),
     'yolox': Case('yolox_tiny_8xb8-300e_coco.py'),
 }
-# Families that share a directory with another one.
+# Families that share a directory with another.
 MORE = {
     'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py': Case(),
     'centernet/centernet_r18_8xb16-crop512-140e_coco.py': Case(),
@@ -193,7 +190,7 @@ MORE = {
 
 TRACKER = 'mmdist does not know what to compare for a {}.*SingleStageDetector.*own_comp'
 PROMPT = 'cannot compare a {}.*own_comparison.md|{} scores the words of a prompt'
-# A pattern of each message; `misc` wraps Detectron2.
+# Patterns of the messages; `misc` wraps Detectron2.
 REFUSED = dict.fromkeys(
     ('deepsort', 'mask2former_vis', 'masktrack_rcnn', 'misc', 'ocsort', 'qdtrack',
      'reid', 'soft_teacher'), TRACKER,
@@ -216,7 +213,7 @@ def fast_on_small_tensors():
 
 @pytest.fixture
 def carafe_on_cpu(monkeypatch):
-    """mmcv has CARAFE for CUDA only; here is the same in torch."""
+    """CARAFE in torch, as mmcv has it for CUDA only."""
 
     def carafe(features, masks, kernel_size, group_size, scale_factor):
         (n, c, h, w), k = features.shape, kernel_size
@@ -242,7 +239,7 @@ def take_a_step(path: str, case: Case) -> None:
 
     terms = [losses[key] for key in losses if key.startswith('loss_dist')]
     assert terms and all(term.isfinite() for term in terms)
-    # one or two classes have no relation, and none is logged
+    # one or two classes have no inter-class relation, and none is logged
     for relation, counts in (('inter', min(columns) > 2), ('intra', True)):
         values = [v for k, v in losses.items() if re.match(f'dist.*_{relation}', k)]
         assert len(values) == len(terms) or not (values or counts)  # or left out
@@ -284,7 +281,7 @@ def test_a_pair_of_further_families_trains_a_step(path):
 
 
 def bare(cfg) -> nn.Module:
-    """An instance that was not initialised, with the attributes that are looked at."""
+    """An uninitialised instance with only the attributes that mmdist looks at."""
     model = MMDET_MODELS.get(cfg.type)
     model = model.__new__(model)
     if isinstance(model, nn.Module):  # mmpretrain's stand-in is not

@@ -1,4 +1,4 @@
-"""What any detector detects, at the anchors, proposals or queries of the student."""
+"""Detections of any detector, at the student's anchors, proposals or queries."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_every_detector_teaches(student, teacher):
 
 
 def test_the_teacher_predicts_as_in_a_test_on_features_that_are_there():
-    """Without masks, which nobody asks for."""
+    """Without masks, which are not needed."""
     model = pair('RetinaNet', 'Mask R-CNN')
     teacher = model.teacher.model
     seen = []
@@ -129,7 +129,7 @@ def test_a_teacher_in_half_precision_detects_about_the_same(student, teacher, ha
 
 
 def anchors_of(student: str, stride: int, cells: int) -> np.ndarray:
-    """Those of a level of cells x cells, as published, in the order y, x, anchor."""
+    """A level's cells x cells anchors, as published, in the order y, x, anchor."""
     if student == 'FCOS':
         offset, sides = 0.5, [(8.0 * stride, 8.0 * stride)]
     else:
@@ -147,7 +147,7 @@ def as_numpy(one: Pair) -> tuple[np.ndarray, np.ndarray]:
     return tuple(x.detach().double().numpy() for x in (one.student, one.teacher))
 
 
-FOUND = [  # in the images of 96 x 96 and of 72 x 96
+FOUND = [  # in the images of 96 x 96 and 72 x 96
     InstanceData(
         bboxes=torch.tensor(
             [[8.0, 8, 40, 42], [10, 9, 44, 40], [50, 50, 95, 90], [2, 50, 30, 75]]
@@ -165,7 +165,7 @@ FOUND = [  # in the images of 96 x 96 and of 72 x 96
 
 @pytest.mark.parametrize('student', ['RetinaNet', 'FCOS'])
 def test_rows_are_anchors_with_the_best_score_of_what_overlaps_them(student):
-    """All in numpy, with a teacher whose classes are in another order."""
+    """Oracle: numpy. The teacher's classes are in another order."""
     model = pair(student, 'Faster R-CNN', min_iou=0.4)
     names = [f'class {i}' for i in range(80)]
     model.teacher.classes = match_classes(names, names[::-1])
@@ -295,7 +295,7 @@ def test_where_nothing_is_detected_nothing_is_learned():
     ids=['DIST', 'binary', 'KL'],
 )
 def test_kl_sees_all_classes_and_dist_those_that_are_there(loss):
-    """A class of which nothing is detected has no relation. Both KLs by scipy."""
+    """A class without detections has no relation. Oracle of both KLs: scipy."""
     model = pair('Faster R-CNN', 'RetinaNet', loss=loss)
     model.distill['dist'].ask = lambda *args: FOUND
     losses, (one,), _ = step(model)
@@ -315,7 +315,7 @@ def test_kl_sees_all_classes_and_dist_those_that_are_there(loss):
 
 
 def test_proposals_of_images_without_labels_count():
-    """They go through the heads apart, and other classes are detected in them."""
+    """They pass through the heads separately, and contain other classes."""
     model = pair('Faster R-CNN', 'RetinaNet')
     data = batch(model, SIZES)
     data['data_samples'][0].set_metainfo(dict(unlabelled=True))
@@ -376,7 +376,7 @@ def test_best_scores():
 
 
 def rows_of(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one process: other classes are there; the last has no row at all."""
+    """Rows of one process: each has different classes, and the last has no rows."""
     g = torch.Generator().manual_seed(rank)
     student, teacher = torch.rand((2, 20, 6), generator=g).double()
     teacher *= torch.tensor([[1, 1, 0, 0, 0, 0], [0, 1, 0, 0, 1, 0], [0] * 6])[rank]

@@ -24,7 +24,7 @@ FEATURES = dict(type='mmdist.Features')
 
 @pytest.fixture
 def student(det_config, tmp_path) -> Config:
-    """A tiny RetinaNet; its FPN has 16 channels."""
+    """A tiny RetinaNet whose FPN has 16 channels."""
     init_default_scope('mmdet')
     (tmp_path / 'student.py').write_text(det_config)
     return Config.fromfile(tmp_path / 'student.py')
@@ -48,7 +48,7 @@ SIZES = ((96, 128), (96, 100))  # the second is padded
 
 
 def step(model, path: str = 'neck') -> tuple[dict, list]:
-    """One loss pass; its losses, and the maps of both sides in float64."""
+    """Run one loss pass; return its losses and the maps of both sides in float64."""
     data = batch(model, SIZES)
     sides = [side.get_submodule(path) for side in (model, model.teacher.model)]
     with Recorder(sides) as recorder:
@@ -77,7 +77,7 @@ def test_published_mimic_is_the_mse_of_five_levels_through_1x1_convs(student, te
 
 
 def test_equal_channels_need_no_convolution(student):
-    """And so the state dict is the plain student's, and a copy has no loss."""
+    """So the state dict is the plain student's, and the loss of a copy is 0."""
     model = build(student, student, mimic=FEATURES)
     assert model.state_dict().keys() == MODELS.build(student.model).state_dict().keys()
     model.teacher.model.load_state_dict(model.state_dict())
@@ -99,7 +99,7 @@ def test_only_the_levels_that_differ_are_adapted(student, teacher):
 
 
 def test_the_teachers_map_is_resized_to_the_students(student):
-    """Half the size, bilinear: the mean of two by two."""
+    """Bilinear resizing to half the size is the mean of 2 x 2 pixels."""
     mimic = FEATURES | dict(levels=[1], teacher_levels=[0], weight=0.5)
     model = build(student, student, mimic=mimic)
     losses, (ours, theirs) = step(model)
@@ -110,7 +110,7 @@ def test_the_teachers_map_is_resized_to_the_students(student):
 
 
 def pkd(student: np.ndarray, teacher: np.ndarray, counts: np.ndarray) -> float:
-    """Half the squared difference of normalised channels (arXiv 2207.02039)."""
+    """Half the mean squared difference of normalised channels (arXiv 2207.02039)."""
 
     def normalise(maps: np.ndarray) -> np.ndarray:
         channels = maps.transpose(1, 0, 2, 3)[:, counts]
@@ -122,13 +122,13 @@ def pkd(student: np.ndarray, teacher: np.ndarray, counts: np.ndarray) -> float:
 
 @pytest.fixture
 def another_family() -> Config:
-    """A Faster R-CNN with an FPN of as many channels, of the strides 4 to 64."""
+    """A Faster R-CNN whose FPN has 16 channels too, at strides 4 to 64."""
     path = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
     return Config(dict(model=model_config(path, 16), default_scope='mmdet'))
 
 
 def test_pkd_of_the_levels_of_equal_stride(student, another_family):
-    """Of a teacher of another architecture, in numpy."""
+    """With a teacher of another architecture. Oracle: numpy."""
     loss = dict(type='mmdist.DISTLoss', beta=0)
     mimic = FEATURES | dict(loss=loss, adapt=False, levels='stride')
     model = build(student, another_family, mimic=mimic)
@@ -153,7 +153,7 @@ def test_pkd_of_the_levels_of_equal_stride(student, another_family):
 
 
 def test_scale_and_offset_of_a_channel_do_not_matter_to_pkd():
-    """So a teacher's magnitude, which differs by architecture, is no target."""
+    """So the teacher's magnitude, which depends on its architecture, is no target."""
     loss = MODELS.build(dict(type='mmdist.DISTLoss', activation='identity', beta=0))
     maps = torch.randn(2, 6, 5, 7, dtype=torch.float64)
     scale = torch.tensor([0.1, 1, 3, 10, 30, 100]).view(1, 6, 1, 1)
@@ -171,7 +171,7 @@ def test_strides_without_a_common_one_are_an_error(student):
 
 
 def test_any_loss_gets_the_maps(student, teacher):
-    """A loss of one's own sees places, and the mask of padding if it takes one."""
+    """A custom loss gets spatial maps, and the mask of padding if it takes one."""
     seen = []
 
     class Spy(nn.Module):
@@ -190,7 +190,7 @@ def test_any_loss_gets_the_maps(student, teacher):
     losses, _ = step(model)
     shape, mask = seen[0]
     assert shape == (2, 24, 12, 16)  # stride 8 of 96 x 128
-    # 100 of 128 pixels: the centres of 12.5 of 16 cells, so of 12
+    # 100 of 128 pixels cover 12.5 of 16 cells, and the centres of 12
     assert mask[0].all() and mask[1, :, :12].all() and not mask[1, :, 12:].any()
     assert losses['loss_mmdet'].isfinite()
     assert model.distill.dist.loss.activation == 'identity'
@@ -218,14 +218,14 @@ def test_comparisons_share_the_teachers_backbone(student, teacher):
 
 
 def test_a_module_of_the_head_is_run_by_the_teachers_own_forward(seg_config, tmp_path):
-    """mmseg: the bottleneck of a PSPNet, which its backbone and neck do not reach."""
+    """mmseg: the bottleneck of a PSPNet, which is in neither backbone nor neck."""
     init_default_scope('mmseg')
     (tmp_path / 'student.py').write_text(seg_config)
     config = Config.fromfile(tmp_path / 'student.py')
     mimic = FEATURES | dict(student='decode_head.bottleneck')
     model = build(config, config, mimic=mimic)
     model.teacher.model.load_state_dict(model.state_dict())
-    model.eval()  # BN on statistics, as in the teacher
+    model.eval()  # BN uses running statistics, as in the teacher
     for module in model.modules():
         if isinstance(module, nn.Dropout2d):
             module.p = 0.0
@@ -260,12 +260,12 @@ def test_the_students_weights_do_not_depend_on_the_adapters(student, teacher):
 
 
 def test_a_published_student_loads_strictly(student, teacher):
-    """Its checkpoint has no adapters; those of the model stay as they are."""
+    """Its checkpoint has no adapters; the model keeps its own."""
     model = build(student, teacher, mimic=FEATURES)
     adapters = copy.deepcopy(model.distill.state_dict())
     plain = MODELS.build(student.model).state_dict()
     model.load_state_dict(plain, strict=True)
-    load_state_dict(model, plain, strict=True)  # mmengine has one of its own
+    load_state_dict(model, plain, strict=True)  # mmengine's own function
     for key, value in plain.items():
         assert torch.equal(model.state_dict()[key], value), key
     for key, value in adapters.items():

@@ -69,7 +69,7 @@ def test_the_loss_is_one_minus_the_mean_correlation_of_a_mask():
 
 
 def test_the_mask_is_of_the_class_that_the_teacher_sees():
-    """Classes in another order: the student's mask is of the class of that name."""
+    """The teacher's classes are in another order; they are matched by name."""
     model = pair(MASK)
     names = tuple(f'class {i}' for i in range(80))
     model.teacher.classes = match_classes(names, names[::-1])

@@ -1,7 +1,6 @@
-"""On a GPU each wait for the device costs a step dearly: distillation adds none.
+"""Distillation adds no waits for the device, which would slow down a step on a GPU.
 
-Seen without a GPU, by the operations for which it would have to be waited for. Those
-of the student's own step and of the teacher's own layers are the libraries'.
+Counted without a GPU: operations that wait, beyond those of student and teacher alone.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from mmdist.teachers.classes import ClassMatch, match_classes
 
 
 def as_on_a_gpu(model, monkeypatch):
-    """The loss takes another path there, which waits for nothing: the kernels below,
-    or the plain path, which stands in for them here since they take long on a CPU.
-    """
+    """Take the plain path of the loss; the kernels, tested below, are slow on a CPU."""
     for loss in model.distill.modules():
         if isinstance(loss, DISTLoss):
             loss.path = 'plain'
@@ -34,7 +31,7 @@ def deeplabv3():
     init_default_scope('mmseg')
     name = 'deeplabv3/deeplabv3_r50-d8_4xb2-40k'
     student, teacher = (segmentors.zoo_model(name, width) for width in (1 / 8, 1 / 4))
-    teacher.data_preprocessor.mean = [0.0, 0.0, 0.0]  # so that it is normalised anew
+    teacher.data_preprocessor.mean = [0.0, 0.0, 0.0]  # so that inputs are renormalised
     data = segmentors.make_batch(19, (64, 64), (48, 64))
     return segmentors.distilled(student, teacher), data
 
@@ -49,7 +46,7 @@ def detector(path):
 
 
 def bare_teacher(model, rois):
-    """The layers of the teacher that give what is compared."""
+    """Run only the teacher's layers that compute what is compared."""
     teacher = model.teacher.model
     features = teacher.extract_feat(torch.rand(2, 3, 64, 64))
     if rois is not None:
@@ -81,9 +78,9 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
     backwards = [(i,) for i in range(num_classes)][::-1]
     model.teacher.classes = ClassMatch(None, backwards, num_classes, num_classes)
     counts = []
-    for factor in (1.0, 0.0):  # at 0 the teacher rests
+    for factor in (1.0, 0.0):  # at 0 the teacher does not run
         model.distill_factor = factor
-        for _ in range(2):  # the first may fill caches
+        for _ in range(2):  # the first can fill caches
             torch.manual_seed(0)
             with Waits() as waits:
                 losses = model(**data, mode='loss')
@@ -97,7 +94,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
 
 def test_classes_that_one_side_lacks_are_left_out_without_waiting():
     match = match_classes(['b'], ['a', 'b'])
-    for _ in range(2):  # the first copies which columns to take
+    for _ in range(2):  # the first copies the column indices
         with Waits() as waits:
             match.select(torch.rand(4, 2), torch.rand(4, 3))
             match.mostly_known(torch.rand(4, 2))

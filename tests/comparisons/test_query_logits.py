@@ -38,10 +38,7 @@ def det_scope():
 
 
 def tiny(family: str, queries: int = 10, layers: int = 2, num_classes: int = 5) -> dict:
-    """The family's own config with a thin ResNet-18, few layers and few queries.
-
-    The width stays at 256, which mmdet hard-codes in some of the layers.
-    """
+    """The family's own config, small, but 256 wide, as mmdet partly hard-codes it."""
 
     def shrink(cfg):
         if isinstance(cfg, (list, tuple)):
@@ -67,11 +64,11 @@ def tiny(family: str, queries: int = 10, layers: int = 2, num_classes: int = 5) 
 
 
 def build(student: dict, teacher: dict, distill: dict | None = None):
-    """A distilled model; both sides have random, but not degenerate, weights."""
+    """A distilled model with random, but not degenerate, weights on both sides."""
     teacher = dict(config=teacher, allow_random=True)
     model = build_distiller(student, teacher=teacher, distill=distill)
     for side in (model, model.teacher.model):
-        # As initialised, all boxes lie on one another and all classes score 0.01.
+        # As initialised, all boxes coincide and all classes score 0.01.
         for name, parameter in side.named_parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
             if 'cls' in name and name.endswith('bias'):
@@ -88,7 +85,7 @@ def build(student: dict, teacher: dict, distill: dict | None = None):
 
 
 def batch(model) -> dict:
-    """Two images of different size, so that one of them is padded."""
+    """Two images of different sizes, so that one of them is padded."""
     rng = torch.Generator().manual_seed(0)
     inputs, data_samples = [], []
     for height, width in ((96, 128), (96, 100)):
@@ -107,7 +104,7 @@ def batch(model) -> dict:
 
 
 def step(model) -> tuple[dict, list]:
-    """One loss pass; its losses, and what the two heads returned, as numpy."""
+    """Run one loss pass; return its losses and the outputs of both heads as numpy."""
     data = batch(model)
     raw = []
     handle = model.bbox_head.register_forward_hook(lambda *args: raw.append(args[-1]))
@@ -124,7 +121,7 @@ def step(model) -> tuple[dict, list]:
 
 
 def match(logits, boxes, teacher_logits, teacher_boxes, size, sigmoid):
-    """2 L1 of the class probabilities, 5 L1 of cx cy w h, 2 GIoU in pixels."""
+    """Match by 2 L1 of class probabilities + 5 L1 of cx cy w h - 2 GIoU in pixels."""
     p, q = (expit(x) if sigmoid else softmax(x, 1) for x in (logits, teacher_logits))
     cls = np.abs(p[:, None] - q[None]).sum(-1)
     l1 = np.abs(boxes[:, None] - teacher_boxes[None]).sum(-1)
@@ -135,7 +132,7 @@ def match(logits, boxes, teacher_logits, teacher_boxes, size, sigmoid):
 
 
 def matching_queries(family: str, output: tuple, queries: int, cache: dict) -> list:
-    """Per image the (logits, boxes) of the last layer that count."""
+    """Per image, the (logits, boxes) of the last layer that count."""
     logits, boxes = (x[-1] for x in output)
     total = logits.shape[1]
     images = []
@@ -152,7 +149,7 @@ def matching_queries(family: str, output: tuple, queries: int, cache: dict) -> l
 
 
 def expected(student: list, teacher: list, sigmoid: bool = True):
-    """(inter, intra) mean correlations over the matched rows of all images."""
+    """Mean (inter, intra) correlations over the matched rows of all images."""
     rows = []
     for (ls, bs), (lt, bt), size in zip(
         student, teacher, ((96, 128), (96, 100)), strict=True
@@ -192,7 +189,7 @@ def queries_of(logits: np.ndarray, boxes: np.ndarray) -> InstanceData:
 
 @pytest.mark.parametrize('number', [10, 310, *slow([300, 400, 900])])
 def test_what_the_teacher_is_sure_of_is_compared(number):
-    """However many unsure queries it has; the student is unsure of everything."""
+    """However many unsure queries it has. The student is unsure of everything."""
     model = build(tiny('deformable'), tiny('deformable'))
     rng = np.random.default_rng(0)
 
@@ -215,7 +212,7 @@ def test_what_the_teacher_is_sure_of_is_compared(number):
 
 
 def test_a_teacher_of_more_queries_is_matched_by_its_best():
-    """DINO's best queries, as many as the Deformable DETR of the student has."""
+    """DINO's best queries, as many as the student, a Deformable DETR, has."""
     model = build(tiny('deformable', queries=6), tiny('dino', queries=15))
     losses, (student, teacher) = step(model)
     best = []
@@ -227,7 +224,7 @@ def test_a_teacher_of_more_queries_is_matched_by_its_best():
 
 
 def test_every_layer_is_counted_from_the_last():
-    """The teacher's second and third layer are those of a student with two."""
+    """The student's two layers learn from the teacher's second and third of three."""
     student, teacher = tiny('dino', layers=2), tiny('dino', layers=3)
     model = build(
         student, teacher, dict(q=dict(type='mmdist.QueryLogits', layers='all'))
@@ -273,12 +270,12 @@ def test_min_score_leaves_out_unsure_queries_before_the_matching():
     assert_terms(losses, *relations, name='q')
 
     losses, _ = step(build(tiny('dab'), tiny('dab'), distill(0.999)))
-    assert losses['loss_q'].item() == 0  # nobody is that sure
+    assert losses['loss_q'].item() == 0  # no query is that sure
     losses['loss_q'].backward()
 
 
 def test_classes_are_matched_by_name_and_the_others_are_background():
-    """A DETR of three classes learns from one of five, in another order."""
+    """A DETR with three classes learns from one with five, in another order."""
     teacher = Config(
         dict(
             model=tiny('detr', queries=7),
@@ -323,7 +320,7 @@ def test_comparisons_share_one_run_of_the_teacher():
 
 
 def test_match_costs_of_ones_own():
-    """With the class alone as cost, boxes do not matter."""
+    """With the class cost alone, boxes do not matter."""
     cost = dict(type='mmdet.ClassificationCost')
     distill = dict(q=dict(type='mmdist.QueryLogits', match_costs=[cost]))
     model = build(tiny('detr'), tiny('detr'), distill)
@@ -355,7 +352,7 @@ def test_another_family_is_refused_at_build_time():
 
 
 def test_a_detector_that_reads_prompts_is_refused():
-    """Grounding DINO, told by its language model; it takes BERT to build one."""
+    """Grounding DINO, known by its language model; building a real one needs BERT."""
     model = MODELS.build(tiny('dino'))
     model.language_model = torch.nn.Identity()
     with pytest.raises(ValueError, match=r'DINO.*words of a prompt'):

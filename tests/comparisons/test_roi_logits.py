@@ -23,7 +23,7 @@ OHEM = 'faster_rcnn/faster-rcnn_r50_fpn_ohem_1x_coco.py'
 SEESAW = 'seesaw_loss/mask-rcnn_r50_fpn_seesaw-loss_random-ms-2x_lvis-v1.py'
 TRIDENT = 'tridentnet/tridentnet_r50-caffe_1x_coco.py'
 
-# Where all classes are about as likely, the default eps shows in the fifth digit.
+# If all classes are about equally likely, the default eps shows in the fifth digit.
 EXACT = dict(type='mmdist.DISTLoss', eps=0)
 
 
@@ -35,7 +35,7 @@ def roi(**kwargs) -> dict:
 
 
 class Seen:
-    """What modules were given and returned, by hooks of torch's own."""
+    """Records the inputs and outputs of modules with torch's own hooks."""
 
     def __init__(self, **modules: nn.Module) -> None:
         self.inputs = {name: [] for name in modules}
@@ -53,7 +53,7 @@ def numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 def teacher_logits(model, data, rois, stage) -> np.ndarray:
-    """The teacher's features, extractor and bbox head of a cascade's stage."""
+    """Logits of one stage of a cascade teacher, by its own modules."""
     teacher = model.teacher.model
     extractor = teacher.roi_head.bbox_roi_extractor[stage]
     head = teacher.roi_head.bbox_head[stage]
@@ -117,7 +117,7 @@ def test_a_cascade_student_uses_the_last_stages_of_a_shorter_teacher():
 
 
 def test_samplers_that_call_the_head_do_not_change_the_rows():
-    """OHEM asks the bbox head about all proposals before it samples."""
+    """OHEM runs the bbox head on all proposals before it samples."""
     model = build_pair(OHEM, FASTER, roi())
     seen = Seen(
         head=model.roi_head.bbox_head, asked=model.teacher.model.roi_head.bbox_head
@@ -194,7 +194,7 @@ def test_the_semantic_features_of_htc_reach_its_bbox_head():
 
 
 def test_seesaw_loss_is_compared_by_its_probabilities():
-    """Its head has C + 2 columns: the classes, and objectness as two."""
+    """Its head has C + 2 columns: C classes, and two for objectness."""
     model = build_pair(SEESAW, distill=roi(loss=EXACT))
     seen = Seen(
         student=model.roi_head.bbox_head, teacher=model.teacher.model.roi_head.bbox_head
@@ -243,7 +243,7 @@ def test_what_has_no_such_stage_or_proposals_is_refused(
 
 @pytest.mark.slow
 def test_the_one_branch_of_a_trident_teacher_is_asked_about_all_of_the_student():
-    """The student trains on one copy of the batch per branch; rois count through."""
+    """The student trains on a copy of the batch per branch; rois index all copies."""
     sizes = ((64, 64), (64, 64))
     model = build_pair(
         TRIDENT, distill=roi(), factors=(1, 1), edit=few_proposals, sizes=sizes

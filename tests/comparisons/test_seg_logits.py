@@ -1,4 +1,4 @@
-"""Both terms from the raw outputs of both models, in numpy; masks, sizes, samples."""
+"""SegLogits: both terms from raw outputs in numpy; masks, sizes, heads, classes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def scope():
 
 @pytest.fixture
 def pspnet() -> dict:
-    """The student, logits at 1/8 of the image."""
+    """The student, with logits at 1/8 of the image size."""
     return zoo_model('pspnet/pspnet_r18-d8')
 
 
 @pytest.fixture
 def upernet() -> dict:
-    """A teacher with logits at 1/4, its auxiliary head at 1/16."""
+    """A teacher with logits at 1/4, and at 1/16 in its auxiliary head."""
     return zoo_model('upernet/upernet_r50')
 
 
@@ -57,7 +57,7 @@ def plain_student(model: nn.Module) -> nn.Module:
 
 
 def raw_outputs(model: nn.Module, data: dict, seed: int = 0) -> tuple:
-    """What the plain student computes in training: decode head, auxiliary head."""
+    """Outputs of the plain student in training: decode head, auxiliary head."""
     plain = plain_student(model)
     with torch.no_grad():
         torch.manual_seed(seed)  # of the dropout
@@ -105,7 +105,7 @@ def rows_that_count(x: np.ndarray, data: dict | None) -> np.ndarray:
 
 
 def map_of_the_teacher(model: nn.Module, data: dict, size: tuple | None = None):
-    """The rows that count of its logits, resized to ``size`` if one is given."""
+    """The rows of its logits that count, resized to ``size`` if given."""
     with torch.no_grad():
         logits = model.teacher.model(data['inputs']).double().numpy()
     return rows_that_count(bilinear(logits, size, False) if size else logits, data)
@@ -117,7 +117,7 @@ def loss_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
 
 
 def pair_of(model: nn.Module, data: dict):
-    """What the loss of the only comparison is called with."""
+    """The only pair that the only comparison gets."""
     comparison = model.distill.dist
     with Recorder([comparison]) as recorder:
         loss_of(model, data)
@@ -128,7 +128,7 @@ def pair_of(model: nn.Module, data: dict):
 def make_pair(student: dict, teacher: dict, **comparison) -> nn.Module:
     model = distilled(student, teacher, **comparison)
     model.plain = student
-    # The logits of a random model are nearly equal, or enormous.
+    # A random model's logits are nearly equal or enormous.
     for segmentor in (model, model.teacher.model):
         scale_logits(segmentor)
     return model.train()
@@ -214,7 +214,7 @@ def test_images_without_a_label_give_zero(pspnet, upernet):
 
 @pytest.mark.parametrize('ignore_index', [0, None])
 def test_the_heads_own_ignore_index(pspnet, ignore_index):
-    dice = dict(type='DiceLoss')  # which also takes None
+    dice = dict(type='DiceLoss')  # it also takes None
     pspnet.decode_head.update(ignore_index=ignore_index, loss_decode=dice)
     model = distilled(pspnet, pspnet, resize='label', aux_weight=0)
     data = make_batch(19)
@@ -248,7 +248,7 @@ def test_whose_size_is_compared(pspnet, upernet, resize, size):
         ((8, 40), (9, 20), (9, 20)),  # not the one whose height is smaller
         ((40, 8), (20, 9), (20, 9)),
         ((8, 8), (16, 16), (8, 8)),
-        ((6, 8), (8, 6), (6, 8)),  # as many pixels: the student's
+        ((6, 8), (8, 6), (6, 8)),  # equally many pixels: the student's
     ],
 )
 def test_the_smaller_map_is_the_one_with_fewer_pixels(
@@ -260,8 +260,7 @@ def test_the_smaller_map_is_the_one_with_fewer_pixels(
 
 
 def test_the_classes_are_matched_by_name(pspnet):
-    """Where the teacher mostly sees sky and cars, which the student does not know,
-    a pixel does not count."""
+    """Pixels where the teacher mostly sees unknown classes do not count."""
     names, more = ('dog', 'road', 'tree'), ('tree', 'car', 'sky', 'road', 'dog')
     student, teacher = copy.deepcopy(pspnet), copy.deepcopy(pspnet)
     for head in ('decode_head', 'auxiliary_head'):
@@ -311,7 +310,7 @@ def test_the_coarse_head_of_pointrend_is_compared(pspnet):
 )
 def test_only_the_output_that_predicts_is_compared(pspnet, name, predicts, others):
     student = zoo_model(name, 1 if name.startswith(('pidnet', 'ddrnet')) else 1 / 8)
-    if name.startswith('pidnet'):  # mmseg 1.2.2 indexes them by 255
+    if name.startswith('pidnet'):  # mmseg 1.2.2 indexes them by label 255
         student.decode_head.loss_decode[0].class_weight = None
     model = make_pair(student, pspnet, aux_weight=0)
     loss_of(model, make_batch(19))['loss_dist'].backward()
@@ -351,13 +350,13 @@ def test_a_model_without_a_decode_head_is_an_error(pspnet):
 def test_auxiliary_heads_are_paired_the_deepest_first(pspnet):
     stdc = zoo_model('stdc/stdc1_4xb12')
     model = make_pair(stdc, zoo_model('bisenetv1/bisenetv1_r18-d32_4xb4-160k_city'))
-    # STDC's third head is for boundaries.
+    # STDC's third head predicts boundaries.
     assert auxiliary_heads(model) == list(model.auxiliary_head[:2])
     assert [h.in_index for h in auxiliary_heads(model)] == [2, 1]
     theirs = auxiliary_heads(model.teacher.model)
     assert [h.in_index for h in theirs] == [2, 1]
 
-    model = make_pair(stdc, pspnet)  # two heads, and one
+    model = make_pair(stdc, pspnet)  # two heads and one
     loss_of(model, make_batch(19))['loss_dist_aux'].backward()
     deep, shallow, boundary = model.auxiliary_head
     assert deep.conv_seg.weight.grad.abs().sum() > 0
@@ -476,9 +475,9 @@ def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
 
 
 def test_inference_with_augmentation_is_the_students_own(pspnet):
-    """Windows that slide, of an image and its mirror image."""
+    """Sliding windows over an image and its mirror image."""
     pspnet.test_cfg = dict(mode='slide', crop_size=(48, 48), stride=(32, 32))
-    nothing = dict(config='nowhere.py', checkpoint='nowhere.pth')  # is needed
+    nothing = dict(config='nowhere.py', checkpoint='nowhere.pth')  # never read
     models = [MODELS.build(pspnet), build_distiller(pspnet, False, teacher=nothing)]
     models[0].init_weights()
     scale_logits(models[0])

@@ -1,7 +1,4 @@
-"""A pair from every directory of mmseg's config zoo takes a training step.
-
-Those whose heads mmdist reads in different ways are quick, the others slow.
-"""
+"""A pair from each directory of mmseg's config zoo trains a step or is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from torch import nn
 
 from mmdist.registry import MODELS
 
-# directory: beginnings of the names of the student's and the teacher's config
+# directory: how the names of the student's and the teacher's config begin
 PAIRS = {
     'ann': ('ann_r50', 'ann_r101'),
     'apcnet': ('apcnet_r50', 'apcnet_r101'),
@@ -69,23 +66,24 @@ PAIRS = {
     'upernet': ('upernet_r18', 'upernet_r50'),
     'vit': ('vit_deit-s16_upernet', 'vit_deit-b16_upernet'),
 }
+# One for each way in which mmdist reads a head; the others are slow.
 QUICK = {
     'danet', 'knet', 'maskformer', 'ocrnet', 'pidnet', 'point_rend', 'segmenter',
     'stdc',
 }  # fmt: skip
-# Their backbones are mmpretrain's, which mmdist does not install.
+# Their backbones need mmpretrain, which mmdist does not install.
 PAIRS_OF_MMPRETRAIN = {
     'convnext': ('convnext-tiny', 'convnext-small'),
     'poolformer': ('fpn_poolformer_s12', 'fpn_poolformer_s24'),
 }
 
-# Widths that are not set by the config, or by multiples of the number of heads.
+# Widths that the config does not set, or only as multiples of the number of heads.
 FULL_WIDTH = {
     'convnext', 'ddrnet', 'erfnet', 'mobilenet_v2', 'mobilenet_v3', 'pidnet',
     'poolformer', 'segformer',
 }  # fmt: skip
 OVERRIDES = {
-    # instead of 14 sentences about each of 171 classes
+    # one sentence instead of 14 for each of 171 classes
     'san': {
         'text_encoder.templates': ['a photo of a {}.'],
         'text_encoder.num_layers': 2,
@@ -96,7 +94,7 @@ OVERRIDES = {
     # mmseg 1.2.2 indexes the class weights by the labels, 255 included
     'cgnet': {'decode_head.loss_decode.class_weight': None},
     'pidnet': {'decode_head.loss_decode.0.class_weight': None},
-    # it draws bases in every forward, at inference too
+    # it draws random bases in each forward, also at inference
     'segnext': {'decode_head.ham_kwargs.rand_init': False},
 }
 SIZES = {'mobilenet_v3': (400, 400)}  # its head pools 49 x 49 cells of 8 pixels
@@ -141,7 +139,7 @@ def train_one_step(directory: str, student: str, teacher: str, tmp_path: Path) -
     losses = model.loss(**data)
     term = losses['loss_dist']
     assert term.isfinite()
-    # not the values of constant maps, whose correlations are 0
+    # correlations of constant maps would be 0
     assert model.out_channels <= 2 or losses['dist_inter'] != 0
     assert losses['dist_intra'] != 0
     term.backward(retain_graph=True)
@@ -173,7 +171,7 @@ def save_weights(config: dict, path: Path) -> str:
 
 
 def assert_maps_are_what_predicts(model: nn.Module, data: dict) -> None:
-    """The compared maps of both sides, against mmseg's own inference."""
+    """Check the compared maps of both sides against mmseg's own inference."""
     comparison = model.distill.dist
     seen = {}
     pair = comparison.pair
@@ -183,7 +181,7 @@ def assert_maps_are_what_predicts(model: nn.Module, data: dict) -> None:
         return pair(step, recorded, asked)
 
     comparison.pair = spy
-    # As at inference, but that the heads and backbones give what they give in training.
+    # As at inference, but heads and backbones return what they do in training.
     calibrate(model)
     model.eval()
     for module in (model, getattr(model, 'backbone', None), model.decode_head):

@@ -10,7 +10,7 @@ QUERYINST = 'queryinst/queryinst_r50_fpn_1x_coco.py'
 
 
 def kept(comparison, name: str) -> list:
-    """What a step of the comparison will return."""
+    """A list that collects what a method of the comparison returns."""
     results, step = [], getattr(comparison, name)
 
     def keep(*args):
@@ -23,11 +23,10 @@ def kept(comparison, name: str) -> list:
 
 @pytest.mark.parametrize('path', [SPARSE, QUERYINST])
 def test_a_copy_of_the_student_has_the_same_queries(path):
-    """Recorded in the student's loss, and asked of the teacher: two ways to one end."""
-    # In float64: each of the six stages makes a difference ten times as large.
+    """The student's are recorded in its loss, the teacher's computed by mmdist."""
+    # In float64: each of the six stages amplifies a difference tenfold.
     model = build_pair(path, factors=(8, 8)).double()
-    # mmcv's MultiheadAttention takes the `dropout` that one was built with for the
-    # default of the next, so a DETR that was built before leaves its own here.
+    # mmcv's MultiheadAttention keeps the `dropout` of those built before, as in a DETR.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()

@@ -1,4 +1,4 @@
-"""Where pixels come from, against images whose pixels say where they were."""
+"""Tracking where pixels come from, on images whose pixels store their position."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ GEOMETRIC = [
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    """Six images with x and y in their channels; the last has no boxes."""
+    """Six images whose channels hold x and y; the last one has no boxes."""
     register_mmdet(init_default_scope=False)
     register_mmseg(init_default_scope=False)
     root = tmp_path_factory.mktemp('places')
@@ -110,7 +110,7 @@ def root(tmp_path_factory):
 
 
 def dataset(root, transforms, load=LOAD):
-    """A data set with a pipeline; the transforms that mix images are in a wrapper."""
+    """A data set with a pipeline; YOLOX, which mixes images, needs a wrapper."""
     cfg = dict(
         type='CocoDataset',
         ann_file=str(root / 'train.json'),
@@ -126,7 +126,7 @@ def dataset(root, transforms, load=LOAD):
 
 
 def followed(data):
-    """The data set, whose pipeline notes where pixels come from."""
+    """The data set, with a pipeline that records where pixels come from."""
     inner = getattr(data, 'dataset', None)
     if inner is None:
         follow([data.pipeline.transforms], 'boxes', 'here')
@@ -136,7 +136,7 @@ def followed(data):
 
 
 def samples(data, number, indices=range(6), seed=0):
-    """What a data set gives, with random numbers of a seed."""
+    """Samples of a data set, drawn with a fixed seed."""
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     indices = list(indices)
     found = [data[indices[i % len(indices)]] for i in range(number)]
@@ -144,7 +144,7 @@ def samples(data, number, indices=range(6), seed=0):
 
 
 def of_labels(root, sample):
-    """The boxes of the annotation file, moved as answers would be."""
+    """The boxes of the annotation file, moved like stored answers."""
     entries = json.loads((root / 'train.json').read_text())['annotations']
     found = [torch.zeros(0, 4)]
     for file, moves in sample.metainfo[FRAMES]:
@@ -157,7 +157,7 @@ def of_labels(root, sample):
 
 @pytest.mark.parametrize('transforms', [YOLOX, RTMDET, SSD, DETR, GEOMETRIC])
 def test_answers_move_as_labels_do_and_these_stay_to_the_bit(root, transforms):
-    """The labels themselves as answers: mmdet says where they belong."""
+    """The labels themselves are the answers. Oracle: mmdet's own labels."""
     plain = samples(dataset(root, transforms), 24, range(5))
     tracked = samples(followed(dataset(root, transforms)), 24, range(5))
     kinds, matched = set(), 0
@@ -170,10 +170,10 @@ def test_answers_move_as_labels_do_and_these_stay_to_the_bit(root, transforms):
             assert torch.equal(a.labels, b.labels)
         labels = [sample.gt_instances.bboxes, sample.ignored_instances.bboxes]
         labels = torch.cat([x.tensor for x in labels])
-        # some transforms keep what they have clipped to nothing
+        # some transforms keep boxes that they clipped to nothing
         labels = labels[((labels[:, 2:] - labels[:, :2]) > 0).all(1)]
         answers = of_labels(root, sample)
-        # of each label the answer is there; mmdet may have dropped others since
+        # each label has its answer; mmdet may have dropped other labels
         distance = torch.cdist(labels, answers, p=1)
         assert distance.numel() == 0 or distance.amin(1).max() < 1e-4
         matched += len(labels)
@@ -185,7 +185,7 @@ def test_answers_move_as_labels_do_and_these_stay_to_the_bit(root, transforms):
 
 
 class Places:
-    """Moves no pixel; an own transform says so."""
+    """A custom transform that moves no pixel, and says so."""
 
     keeps_geometry = True
 
@@ -203,19 +203,19 @@ class Places:
     ],
 )
 def test_an_image_without_boxes_moves_all_the_same(root, transform):
-    """Its pixels say where they were."""
+    """Oracle: its pixels, which store their position."""
     data = followed(dataset(root, [transform, PACK]))
     checked = 0
     for image, sample in samples(data, 20, [5]):
         ((_, moves),) = sample.metainfo[FRAMES]
-        # of a pixel well inside, a box of that pixel
+        # boxes of single pixels well inside
         marks = torch.tensor([[x, y, x + 1.0, y + 1.0] for x, y in MARKS])
         boxes = moved(marks, [m for m in moves if m[0] != 'clip_'])
         for (x, y), box in zip(MARKS, boxes, strict=True):
             column, row = ((box[:2] + box[2:]) / 2 - 0.5).round().int().tolist()
             if 1 <= row < image.shape[1] - 1 and 1 <= column < image.shape[2] - 1:
                 found = image[:2, row, column]
-                # rounded to a whole pixel, and the image may be half as large
+                # rounded to a whole pixel, and the image can be half as large
                 assert (found - torch.tensor([x, y])).abs().max() <= 1.5
                 checked += 1
     assert checked > 10
@@ -356,13 +356,13 @@ def test_a_matrix_says_where_each_pixel_was(root, name):
         assert (file['height'], file['width']) == (HEIGHT, WIDTH)
         y, x = np.mgrid[: image.shape[1], : image.shape[2]] + 0.5
         points = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(matrix).T
-        points = points[..., :2] - 0.5  # as the image counts
+        points = points[..., :2] - 0.5  # in pixel indices
         inside = np.ones(x.shape, bool)
-        for seen, size in views:  # OpenCV repeats the edge, so not that
+        for seen, size in views:  # not the edge, which OpenCV repeats
             there = (points + 0.5) @ seen[:2, :2].T + seen[:2, 2]
             inside &= ((there >= 3) & (there <= np.array(size[::-1]) - 3)).all(-1)
         assert inside.mean() > 0.3
-        # OpenCV interpolates at steps of 1/32
+        # OpenCV interpolates in steps of 1/32
         difference = np.abs(image[:2].permute(1, 2, 0).numpy() - points)[inside]
         assert difference.max() < 0.05
 

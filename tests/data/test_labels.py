@@ -1,4 +1,4 @@
-"""Labels, heads and class lists that do not fit: a sentence before the first step."""
+"""Labels, heads and class lists that do not fit raise errors before the first step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmdist.teachers.teacher import build_model, load_config
 
 
 def write_pair(folder: Path, text: str, **changes: str) -> Config:
-    """A pair of a right teacher and a student whose config is changed."""
+    """A pair of a correct teacher and a student whose config is changed."""
     (folder / 'teacher.py').write_text(text)
     for old, new in changes.items():
         assert old in text
@@ -39,14 +39,14 @@ def write_pair(folder: Path, text: str, **changes: str) -> Config:
 
 
 def train(cfg: Config, folder: Path) -> None:
-    """As the libraries' own tools/train.py does."""
+    """Train as the libraries' own tools/train.py does."""
     cfg.work_dir = str(folder / 'work')
     Runner.from_cfg(cfg).train()
 
 
 @pytest.fixture
 def own_labels(tmp_path, seg_root, seg_config):
-    """Config of the data with other label maps."""
+    """A function that changes a copy of the label maps and returns the config text."""
 
     def config(change) -> str:
         root = shutil.copytree(seg_root, tmp_path / 'own')
@@ -156,7 +156,7 @@ def test_a_data_set_without_a_known_class(det_config):
     ],
 )
 def test_a_file_that_is_no_annotation_file(det_config, coco_root, tmp_path, content):
-    """Also where only what is behind the categories is missing."""
+    """Also if only the end of the file, after the categories, is missing."""
     root = shutil.copytree(coco_root, tmp_path / 'own')
     file = root / 'train.json'
     whole = json.dumps(dict(sorted(json.loads(file.read_text()).items())[::-1]))
@@ -194,7 +194,7 @@ def test_what_is_right_passes(seg_config, det_config):
             samples = dataset_batch(cfg)['data_samples']
         names = cfg.train_dataloader.dataset.metainfo.classes
         check_labels(model, samples, names)
-        samples[0].set_metainfo(dict(unlabelled=True))  # whatever its labels are
+        samples[0].set_metainfo(dict(unlabelled=True))  # so its labels are not checked
         delattr(
             samples[0], 'gt_sem_seg' if 'gt_sem_seg' in samples[0] else 'gt_instances'
         )

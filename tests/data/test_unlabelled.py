@@ -1,4 +1,4 @@
-"""Images without labels are distilled, and the student's own losses do not see them."""
+"""Images without labels are distilled; the student's own losses ignore them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_before():
 
 
 def as_it_is(cfg, original, factor):
-    """What shrinking cannot know."""
+    """Undo what shrinking breaks."""
     if original.type in ('DINO', 'DDQDETR'):
         keep_transformer(cfg, original, factor)
     elif original.type == 'YOLOV3':
@@ -74,7 +74,7 @@ def segmentor(name: str) -> nn.Module:
 
 
 def freeze_norms(model: nn.Module) -> nn.Module:
-    """Let batch norm treat an image alike whatever the batch is."""
+    """Make batch norm treat an image the same in any batch."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -94,7 +94,7 @@ def as_double(model: nn.Module, data: dict) -> None:
 
 
 def mark(data: dict, *indices: int, garbage: bool = False) -> dict:
-    """A copy of a batch, some of its images unlabelled."""
+    """A copy of a batch with some images marked as unlabelled."""
     data = copy.deepcopy(data)
     for index in indices:
         sample = data['data_samples'][index]
@@ -105,7 +105,7 @@ def mark(data: dict, *indices: int, garbage: bool = False) -> dict:
 
 
 def spoil(sample) -> None:
-    """Labels that would raise or give NaN if anything read them."""
+    """Set labels that would raise or give NaN if anything read them."""
     if 'gt_instances' in sample:
         sample.gt_instances = InstanceData(
             bboxes=torch.full((3, 4), float('nan')), labels=torch.full((3,), 10**6)
@@ -134,7 +134,7 @@ def assert_close(a: dict, b: dict, **tolerance) -> None:
             torch.testing.assert_close(x, y, **tolerance, msg=key)
 
 
-# One of each way in which mmdist takes a batch apart is quick.
+# One for each way in which mmdist splits a batch; the others are slow.
 QUICK = ('RetinaNet', 'PAA', 'Faster R-CNN', 'SOLO', 'DETR', 'PSPNet', 'MaskFormer')
 EVERY = [
     pytest.param(kind, name, marks=() if name in QUICK else pytest.mark.slow)
@@ -145,7 +145,7 @@ EVERY = [
 
 @pytest.fixture
 def without_onednn():
-    """Convolutions that round an image alike in any batch; proposals depend on it."""
+    """Make convolutions round an image alike in any batch; proposals depend on it."""
     with torch.backends.mkldnn.flags(enabled=False):
         yield
 
@@ -153,13 +153,13 @@ def without_onednn():
 @pytest.mark.usefixtures('without_onednn')
 @pytest.mark.parametrize(('kind', 'name'), EVERY)
 def test_own_losses_are_those_of_the_labelled_images(kind, name):
-    """Whatever the labels of the others hold; and these are distilled."""
+    """Whatever labels the other images have; those images are distilled."""
     model = freeze_norms(detector(name) if kind == 'det' else segmentor(name))
     data = data_for(kind, name, model)
     if name == 'Sparse R-CNN':  # rounding grows from stage to stage
         as_double(model, data)
     other = name in ('RetinaNet', 'Faster R-CNN', 'Deformable DETR', 'PSPNet')
-    labelled, unlabelled = other, 1 - other  # any image may be the one without
+    labelled, unlabelled = other, 1 - other  # either image can be the unlabelled one
     mixed = losses_of(model, mark(data, unlabelled))
     own, added = split(mixed)
     terms = [k for k in added if k.startswith('loss')]
@@ -172,12 +172,12 @@ def test_own_losses_are_those_of_the_labelled_images(kind, name):
     assert_close(mixed, spoiled, rtol=0, atol=0)
     alone = {k: x[labelled : labelled + 1] for k, x in data.items()}
     expected, without = split(losses_of(model, alone))
-    # PointRend draws points, which depend on the number of images
+    # PointRend draws points, whose choice depends on the number of images
     own, expected = (
         {k: v for k, v in x.items() if 'point' not in k} for x in (own, expected)
     )
     assert_close(own, expected, rtol=2e-4, atol=1e-5)
-    # the rows of the unlabelled image count: without it the term is another
+    # the rows of the unlabelled image count: without it the term differs
     assert any(added[k].item() != without[k].item() for k in terms)
 
 
@@ -193,7 +193,7 @@ def test_without_any_label_only_distillation_learns(kind, name):
     total.backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
-    # all that a labelled image would train is in the graph: DDP waits for it
+    # all parameters that labels would train are in the graph: DDP waits for them
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     total, _ = model.parse_losses(losses_of(model, data_for(kind, name, model)))
@@ -203,7 +203,7 @@ def test_without_any_label_only_distillation_learns(kind, name):
 
 
 def test_a_batch_in_two_parts_has_one_pass_of_the_backbone():
-    """Batch norm sees one batch; what is recorded there is of all images."""
+    """Batch norm sees one batch, and what is recorded there covers all images."""
     features = dict(type='mmdist.Features', student='neck', adapt=True)
     path = FAMILIES['Faster R-CNN']
     model = build_pair(

@@ -1,4 +1,4 @@
-"""Loading and mixing images without labels; docs/unlabelled.md, run word by word."""
+"""Loading and mixing images without labels; the configs of docs/unlabelled.md run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCKS = dict(zip(('seg', 'det'), code('docs/unlabelled.md'), strict=True))
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Five images in two folders, and a file that is none."""
+    """Five images in a folder and its subfolders, and a file that is not an image."""
     rng = np.random.default_rng(0)
     for name in ('a/0.png', 'a/1.jpg', 'b/2.png', 'b/3.JPG', '4.png'):
         path = tmp_path / 'images' / name
@@ -54,7 +54,7 @@ def test_all_images_of_a_folder_are_found(folder, tmp_path):
 
 @pytest.mark.parametrize('color_type', ['color', 'color_ignore_orientation'])
 def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
-    """A camera that was turned says so in EXIF data."""
+    """EXIF data say whether the camera was rotated."""
     exif = Image.Exif()
     exif[274] = 6
     Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg', exif=exif)
@@ -66,7 +66,7 @@ def test_the_size_is_that_of_the_image_as_it_is_loaded(tmp_path, color_type):
 
 
 def test_an_image_that_cannot_be_used_is_left_out_by_name(folder, tmp_path, caplog):
-    """Not at its turn in a training, when the error names no file."""
+    """At once, not during training, where the error would name no file."""
     odd = tmp_path / 'odd'
     odd.mkdir()
     (odd / 'text.jpg').write_text('not an image')
@@ -116,7 +116,7 @@ def test_a_sample_is_marked_and_loses_its_labels():
 
 
 class Numbers(BaseDataset):
-    """Data without files."""
+    """A data set without files."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -145,7 +145,7 @@ def test_every_batch_has_its_share_of_each_data_set():
     for batch in seen:
         assert sum(i < 6 for i in batch) == 2 and len(batch) == 3
     counts = Counter(i for batch in seen for i in batch)
-    # the first is shown once in each epoch, the second goes on where it was
+    # the first is shown once per epoch, the second continues where it stopped
     assert all(counts[i] == 5 for i in range(6))
     assert sorted(counts[i] for i in range(6, 16)) == [1] * 5 + [2] * 5
     first, second = (batches((6, 10), (2, 1), epoch) for epoch in (0, 1))
@@ -162,7 +162,7 @@ def test_processes_share_an_epoch():
 
 
 def test_training_by_iterations_goes_on_where_it_was():
-    """mmengine starts anew and skips what was trained, over the end of an epoch too."""
+    """mmengine restarts and skips what was trained, also beyond the end of an epoch."""
 
     def indices(skip: int) -> list[list[int]]:
         data = ConcatDataset([Numbers(6), Numbers(10)])
@@ -194,7 +194,7 @@ def test_wrong_numbers_are_an_error():
 
 @pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_the_page_trains(family, request, folder, tmp_path):
-    """Its config on a tiny student and data; by iterations (seg), by epochs (det)."""
+    """Its config on a tiny student and data, by iterations (seg) or epochs (det)."""
     distilled_config(tmp_path, request.getfixturevalue(f'{family}_config'))
     size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
     block = BLOCKS[family]

@@ -1,4 +1,4 @@
-"""A family is one file and one line; families know nothing of comparisons."""
+"""A new family takes a file and a line; families know nothing of comparisons."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mmdist.registry import MODELS
 
 @MMDET_MODELS.register_module()
 class CellDetector(BaseDetector):
-    """A detector like none of mmdet's: it classifies the four quarters of an image."""
+    """A detector unlike any of mmdet's: it classifies cells of 32 x 32 pixels."""
 
     def __init__(self, data_preprocessor=None):
         super().__init__(data_preprocessor)
@@ -41,7 +41,7 @@ class CellDetector(BaseDetector):
 
 
 def cells() -> ModuleType:
-    """The one file that such a family needs."""
+    """The only file that this family needs."""
     reader = ModuleType('mmdist.families.cells')
     reader.ASSIGNED = 'overlap or best'
     reader.modules = lambda model, refuse=None: [model.cells]
@@ -60,7 +60,7 @@ def cells() -> ModuleType:
 
 
 def test_a_new_family_is_a_file_and_a_line(monkeypatch):
-    """And is taught by any detector."""
+    """And any detector can teach it."""
     register_all_modules()
     monkeypatch.setitem(sys.modules, 'mmdist.families.cells', cells())
     monkeypatch.setitem(families.FAMILIES, 'CellDetector', 'cells')

@@ -1,4 +1,4 @@
-"""The ways in which DISTLoss is computed."""
+"""The code paths of DISTLoss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATHS = [
     'plain',
     'cpu',
     'cpu in many tiles',
-    # interpreted, each call takes long; the quick tests are in test_correlations_gpu.py
+    # slow when interpreted; the quick tests are in test_correlations_gpu.py
     pytest.param(
         'gpu',
         marks=[
@@ -28,7 +28,7 @@ PATHS = [
 
 
 def of(name: str, tile_size: int = 40) -> Path:
-    """What ``DISTLoss.path`` takes."""
+    """The value of ``DISTLoss.path`` for a path's name."""
     if name == 'cpu in many tiles':
         return functools.partial(cpu.correlations, tile_size=tile_size)
     return name

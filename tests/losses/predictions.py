@@ -1,4 +1,4 @@
-"""Logits that are hard on a loss, and what a loss makes of them."""
+"""Logits that are numerically hard, and a loss's value and gradient on them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMES = [
     'classes that never occur at all',
     'background',
 ]
-# of which fp32 leaves no digits after centring
+# fp32 leaves no digits of these after centring
 FLAT = ['more nearly uniform', 'the same in every row']
 
 
@@ -57,5 +57,5 @@ def run(loss, student, teacher, *args):
 
 def assert_close(ours, oracle, value_tol=1e-5, grad_tol=1e-4):
     assert ((ours[0] - oracle[0]) / oracle[0]).abs() < value_tol
-    # of saturated scores the whole gradient may be less than 1e-10
+    # the whole gradient of saturated scores can be below 1e-10
     assert (ours[1] - oracle[1]).norm() < grad_tol * max(oracle[1].norm(), 1e-5)

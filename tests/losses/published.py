@@ -7,7 +7,7 @@ from scipy.special import expit, softmax
 
 
 def is_constant(scores: np.ndarray, activation: str) -> np.ndarray:
-    """Rows that have no relation, as the docstring of ``DISTLoss`` says it."""
+    """Rows that have no relation, as the docstring of ``DISTLoss`` defines it."""
     size = np.abs(scores.mean(1))
     if activation != 'identity':
         size = np.minimum(size, np.maximum(1 - size, 1e-6))
@@ -55,11 +55,7 @@ def value_and_gradient(
     eps: float = 0.0,
     mask: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray, float]:
-    """The loss, and its gradient with respect to the student's logits.
-
-    Returns:
-        The two, and the norm of the gradient before its terms cancel.
-    """
+    """Loss, gradient by the student's logits, and its norm before its terms cancel."""
     s, t = scores(student, activation, tau), scores(teacher, activation, tau)
     keep = np.full(len(s), True) if mask is None else mask.reshape(-1)
     s, t = s[keep], t[keep]

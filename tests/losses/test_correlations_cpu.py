@@ -1,4 +1,4 @@
-"""The path of a CPU and the plain one against the textbook formula in float64."""
+"""The CPU path and the plain path against the textbook formula in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def set_threads():
 
 
 def in_tiles(**kwargs) -> DISTLoss:
-    """The loss in more tiles than logits of these sizes are cut into."""
+    """The loss with tiles so small that these logits are cut into several."""
     loss = DISTLoss(**kwargs)
     loss.path = paths.of('cpu in many tiles', tile_size=2**12)
     return loss
@@ -91,7 +91,7 @@ def test_gradient_keeps_the_layout():
 
 
 def test_gradient_is_not_copied():
-    """Autograd copies a gradient that somebody else still refers to."""
+    """Autograd copies a gradient that something else still refers to."""
     student, teacher = prediction('ordinary', (2, 19, 96, 128))
     student.requires_grad_()
     given = []
@@ -144,7 +144,7 @@ def test_same_result_every_time_whatever_the_threads(set_threads):
 
 @pytest.mark.slow
 def test_starts_no_threads():
-    """While threads of ours used torch, its own took twice as long for an operation."""
+    """While threads of ours used torch, its own operations took twice as long."""
     code = (
         'import threading, torch; from mmdist.losses import DISTLoss\n'
         'torch.set_num_threads(2); before = threading.active_count()\n'
@@ -152,7 +152,7 @@ def test_starts_no_threads():
         'DISTLoss()(x, torch.randn_like(x)).backward()\n'
         'assert threading.active_count() == before'
     )
-    # a process of its own: threads that another test has started would not be new
+    # a process of its own, in which no other test has started threads
     subprocess.run([sys.executable, '-c', code], check=True)
 
 

@@ -1,8 +1,7 @@
-"""The kernels for a GPU against the textbook formula in float64.
+"""The GPU kernels against the textbook formula in float64.
 
-Where there is no GPU, Triton interprets them: the same arithmetic in numpy, slowly.
-That they compile is seen for GPUs that need not be there. `test_dist_loss.py` and
-`test_sync.py` run all their tests on them too.
+Without a GPU, Triton interprets them: the same arithmetic in numpy, but slow. Compiling
+them needs no GPU. `test_dist_loss.py` and `test_sync.py` run on them too.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def by_kernels(path='gpu', **kwargs) -> DISTLoss:
 
 
 def quick_first(*parameters):
-    """All but the first combination are slow: interpreted, each takes a second."""
+    """Mark all combinations but the first as slow: interpreted, each takes a second."""
     first, *others = itertools.product(*parameters)
     return [first, *(pytest.param(*x, marks=pytest.mark.slow) for x in others)]
 
@@ -104,13 +103,13 @@ def test_nothing_large_is_kept():
     ):
         by_kernels()(student, teacher)
     shapes = sorted(tuple(x.shape) for x in kept if x.numel() > student.numel() / 40)
-    inputs = (1, 40, 256)  # small images as one; a view of the student, the teacher's
+    inputs = (1, 40, 256)  # small images as one; views of student and teacher
     assert shapes == [inputs, inputs, (2, 256)]
 
 
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
-    """The warnings about kernels that are not taken; nothing of them is known yet."""
+    """The warnings about kernels that are not used; no earlier result is known."""
     correlations._WORK.clear()
     correlations._warn_once.cache_clear()
     texts = []
@@ -207,7 +206,7 @@ def test_without_triton(warnings, monkeypatch):
     assert 'triton' in text
 
 
-# One process for all: the kernels of this one are for the interpreter.
+# One new process for all: the kernels of this one are for the interpreter.
 COMPILE = """
 import itertools, sys
 import triton

@@ -49,7 +49,7 @@ def test_constant_has_no_relation(shape, value, dtype):
 
 
 def test_relation_does_not_depend_on_scale():
-    """Classes that hardly ever occur still have one."""
+    """Classes that hardly ever occur still have a relation."""
     rng = np.random.default_rng(0)
     a, b = rng.random((2, 50, 3))
     oracle = pearsonr(a, b, axis=0).statistic

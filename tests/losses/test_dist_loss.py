@@ -32,13 +32,12 @@ SETTINGS = [
 
 @pytest.fixture(params=paths.PATHS)
 def path(request) -> str:
-    """Each of the ways in which the loss is computed."""
     return request.param
 
 
 @pytest.fixture
 def make_loss(path) -> Callable[..., DISTLoss]:
-    """Builds the loss, to be computed in one of these ways."""
+    """Builds the loss with one of these code paths."""
 
     def make(**kwargs) -> DISTLoss:
         loss = DISTLoss(**kwargs)
@@ -49,7 +48,7 @@ def make_loss(path) -> Callable[..., DISTLoss]:
 
 
 def logits(shape, seed=0, scale=2.0):
-    """Student's and teacher's logits, which agree somewhat."""
+    """Student's and teacher's logits, which partly agree."""
     rng = np.random.default_rng(seed)
     teacher = rng.normal(size=shape) * scale
     return teacher * 0.5 + rng.normal(size=shape) * scale, teacher
@@ -176,7 +175,7 @@ def degenerate(name):
 
 @pytest.mark.parametrize('name', [*DEGENERATE, 'one row', 'one class'])
 def test_degenerate_input(make_loss, name):
-    """In half precision, where most can go wrong; it is read as it is."""
+    """In half precision, where most can go wrong; the loss reads it as it is."""
     for activation in ('softmax', 'sigmoid', 'identity'):
         student, teacher = (x.half() for x in degenerate(name))
         student.requires_grad_()
@@ -206,7 +205,7 @@ def test_autocast_changes_nothing(make_loss):
 
 
 def test_zero_student_gets_no_gradient(make_loss):
-    """The published formula gives it 5.6e6: its teacher's norm / eps."""
+    """The published formula gives it a gradient of 5.6e6, the teacher's norm / eps."""
     for shape in ((8, 5), (1, 81), (2, 19, 6, 6)):
         student = torch.zeros(shape, requires_grad=True)
         make_loss()(student, torch.randn(shape)).backward()
@@ -255,7 +254,7 @@ def test_a_new_retinanet_head_and_its_copy_correlate_at_1():
 
 
 def test_a_row_that_is_saturated_as_a_whole_has_a_relation():
-    """And p and 1 - p the same one; see the docstring of `DISTLoss`."""
+    """And p and 1 - p have the same one; see the docstring of `DISTLoss`."""
     teacher = torch.tensor([[14.0, 17.0, 20.0], [-3.0, 2.0, 1.0]])
     student = torch.tensor([[20.0, 15.0, 16.0], [1.0, -1.0, 2.0]])
     loss = DISTLoss(activation='sigmoid', gamma=0)
@@ -280,7 +279,7 @@ def test_gradient_is_bounded_near_a_constant(make_loss, size, activation):
     assert grad.isfinite().all()
     # one row's correlation: 1 / (MIN_SPREAD * norm), times the scores' own slope
     assert grad.norm(dim=1).max() <= 1.1e6 / len(student)
-    if size > 1e-4:  # and well above rounding it is the true gradient
+    if size > 1e-4:  # well above rounding, it is the true gradient
         _, oracle, _ = published.value_and_gradient(student, teacher, activation)
         error = np.linalg.norm(grad.numpy() - oracle) / np.linalg.norm(oracle)
         assert error < 1e-4
@@ -302,7 +301,7 @@ def test_second_derivative(make_loss, masked):
 @pytest.mark.parametrize('activation', ['softmax', 'sigmoid', 'identity'])
 @pytest.mark.parametrize('shape', [(1000, 2), (2, 20), (2, 2)])
 def test_two_scores_have_no_gradient(make_loss, shape, activation):
-    """They correlate at 1 or -1, to whatever they change."""
+    """They correlate at 1 or -1, whatever their values."""
     student, teacher = map(np.float32, logits(shape, scale=0.1))
     kwargs = dict(activation=activation)
     if shape != (2, 2):
@@ -454,7 +453,7 @@ def test_correlations_of_the_last_call(make_loss):
 
 
 def test_terms_of_one_call():
-    """Other settings for one call; the correlation of a term of weight 0 is None."""
+    """A call can change settings; the correlation of a term with weight 0 is None."""
     student, teacher = (torch.tensor(x, requires_grad=True) for x in logits((9, 4)))
     loss = DISTLoss()
     both = loss.terms(student, teacher)

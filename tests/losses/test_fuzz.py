@@ -11,7 +11,7 @@ import torch
 from mmdist.losses import DISTLoss
 
 CASES = {'plain': 500, 'cpu': 700, 'cpu in many tiles': 500, 'gpu': 24}
-# Of the gradient's norm: what its own dtype rounds away
+# what each dtype rounds away, relative to the gradient's norm
 ROUNDING = {
     torch.float16: 1e-3,
     torch.bfloat16: 8e-3,
@@ -39,7 +39,7 @@ def random_case(rng: np.random.Generator) -> dict:
         (int(rng.integers(1, 4)), classes, *rng.integers(1, 6, 2).tolist()),
         (2, classes, int(rng.integers(1, 20))),
     ][rng.integers(3)]
-    # from nearly uniform scores to rows that are saturated as a whole
+    # from nearly uniform scores to fully saturated rows
     scale = np.exp(rng.uniform(np.log(1e-2), np.log(18)))
     offset = rng.choice([0.0, -4.6, 8.0])
     agreement = rng.uniform(-1, 1.5)
@@ -104,7 +104,7 @@ def test_random_logits(name):
         what = f'case {number}: {tuple(student.shape)}, {dtype}, {settings}'
         error = abs(value.item() - oracle) / settings['tau'] ** 2
         assert error < VALUE.get(dtype, 2e-5), what
-        # below the smallest number of fp16 a gradient is 0
+        # a gradient below the smallest number of its dtype is 0
         nothing = torch.finfo(dtype).smallest_normal * gradient.size**0.5
         error = np.linalg.norm(student.grad.double().numpy() - gradient)
         bound = ROUNDING[dtype] * np.linalg.norm(gradient) + 1e-5 * size + nothing

@@ -1,4 +1,4 @@
-"""`sync=True`: k processes are one process on the concatenated batch."""
+"""`sync=True`: k processes equal one process on the concatenated batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmdist.losses import DISTLoss
 
 CLASSES = 6
-# the number of processes, what their batches are like, and the loss
+# number of processes, kind of batches, arguments of the loss
 CASES = [
     (2, 'uneven', {}),
     (2, 'no mask', dict(activation='sigmoid', tau=2.0)),
@@ -31,12 +31,12 @@ def make_model():
 
 
 def make_batch(rank, case):
-    """Images, teacher's logits and mask of one process: uneven in all of them."""
+    """Images, teacher's logits and mask of one process; all differ by process."""
     g = torch.Generator().manual_seed(10 + rank)
     n = 1 + rank
     if case == 'no images' and rank == 1:
         n = 0
-    # each process sees other classes, as images do
+    # processes see different classes, as images do
     images = torch.randn((n, 5, 4, 3), generator=g).double() + 2 * rank
     teacher = torch.randn((n, CLASSES, 4, 3), generator=g).double() * 2
     teacher[:, rank % CLASSES] += 3
@@ -48,12 +48,12 @@ def make_batch(rank, case):
 
 
 def in_each_process(case, kwargs):
-    """The loss, both correlations and the gradients, with the batch of this process."""
+    """The loss, both correlations and the gradients for the batch of this process."""
     rank = dist.get_rank()
     model = DistributedDataParallel(make_model())
     images, teacher, mask = make_batch(rank, case)
     loss = DISTLoss(sync=True, **kwargs)
-    # the ways of computing the loss exchange the same sums
+    # the code paths of the loss exchange the same sums
     if rank == 0:
         loss.path = 'plain'
     if rank == 1 and paths.INTERPRETED:
@@ -86,7 +86,7 @@ def test_processes_equal_one(group_of, world_size, case, kwargs):
 
 
 def test_without_sync_is_not_global():
-    """The difference is real: the mean over processes of the local loss is another."""
+    """The mean of the processes' local losses is a different value."""
     batches = [make_batch(rank, 'uneven') for rank in range(2)]
     model = make_model()
     local = [DISTLoss()(model(x), y, m).item() for x, y, m in batches]

@@ -1,4 +1,4 @@
-"""Distilled configs that are quick to train, and Runners that are watched."""
+"""Distilled configs that train quickly, and Runners with a WatchHook."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ val_evaluator = None
 
 @pytest.fixture
 def pair(group_of):
-    """Calls a function in two processes, and gives what each returned."""
+    """Calls a function in two processes; returns both results."""
     return group_of(2)
 
 
 @pytest.fixture(scope='module')
 def make_config(det_config, seg_config, tmp_path_factory):
-    """Makes a distilled config of a family: its path, to be changed by options."""
+    """Makes the distilled config of a family, changed by options."""
     folder = tmp_path_factory.mktemp('configs')
     paths = {}
     for family, text in dict(det=det_config, seg=seg_config).items():
@@ -41,7 +41,7 @@ def make_config(det_config, seg_config, tmp_path_factory):
     def make(family: str, work_dir, **options) -> Config:
         cfg = Config.fromfile(paths[family])
         cfg.work_dir = os.fspath(work_dir)
-        # else two runs that begin within a second share a message hub
+        # otherwise two runs that begin within a second share a message hub
         cfg.experiment_name = uuid.uuid4().hex
         cfg.merge_from_dict(options)
         return cfg
@@ -51,7 +51,7 @@ def make_config(det_config, seg_config, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def train():
-    """Trains and returns the Runner and what the WatchHook saw."""
+    """Trains; returns the Runner and its WatchHook."""
     from mmengine.runner import Runner
 
     def train(cfg: Config) -> tuple[Runner, WatchHook]:

@@ -1,4 +1,4 @@
-"""Bad input: each row of docs/reliability.md that no other test holds."""
+"""Bad input: the rows of docs/reliability.md that no other test covers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def losses_of(model, data: dict) -> dict:
 
 
 def assert_trains(model, data: dict) -> dict:
-    """Losses and gradients of a step are finite."""
+    """Assert that losses and gradients of a step are finite; returns the losses."""
     losses = losses_of(model, data)
     assert all(value.isfinite().all() for value in losses.values()), losses
     sum(v for k, v in losses.items() if 'loss' in k).backward()
@@ -66,7 +66,7 @@ def test_a_teacher_with_nan_in_its_weights(make_config, tmp_path, family):
 
 @pytest.mark.parametrize('whose', ['images', 'teacher', 'student'])
 def test_nan_is_not_hidden(make_config, tmp_path, family, whose):
-    """Whatever the losses mask and clamp."""
+    """Not even by losses that mask and clamp."""
     cfg = make_config(family, tmp_path)
     model, data = build(cfg), dataset_batch(cfg)
     if whose == 'images':
@@ -88,7 +88,7 @@ def test_nan_is_not_hidden(make_config, tmp_path, family, whose):
 
 
 def test_images_without_ground_truth(make_config, tmp_path, family):
-    """A detector learns from its teacher there; void pixels are left out."""
+    """A detector still learns from its teacher; a segmentor skips void pixels."""
     cfg = make_config(family, tmp_path)
     data = dataset_batch(cfg)
     for sample in data['data_samples']:
@@ -114,10 +114,7 @@ def test_images_smaller_than_the_stride(make_config, tmp_path, family):
 
 
 def test_a_batch_of_one_with_batch_norm(make_config, tmp_path):
-    """PSPNet pools to a single value, which batch norm cannot train on: its own error.
-
-    The teacher is in eval, and a student without such a layer trains.
-    """
+    """PSPNet's single pooled value fails in batch norm, except in a teacher (eval)."""
     cfg = make_config('seg', tmp_path)
     data = dataset_batch(cfg, size=1)
     for config in (cfg.model, cfg.model.student):
@@ -144,7 +141,7 @@ def test_a_work_dir_that_is_not_writable(make_config, tmp_path):
 
 def train_until_the_disk_is_full(cfg: Config) -> str:
     def fill(runner, _):
-        if runner.iter == 2:  # of the checkpoint after the next iteration, half fits
+        if runner.iter == 2:  # half of the checkpoint after the next iteration fits
             size = (Path(cfg.work_dir) / 'iter_2.pth').stat().st_size // 2
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
 
@@ -160,10 +157,10 @@ def train_until_the_disk_is_full(cfg: Config) -> str:
 
 @pytest.mark.slow
 def test_a_disk_that_is_full(make_config, tmp_path):
-    """The training stops with the system's word for it, and can be resumed."""
+    """The training stops with the system's error, and can be resumed."""
     cfg = make_config('seg', tmp_path / 'work')
     message = in_process(train_until_the_disk_is_full, cfg)
-    assert 'too large' in message  # of a real disk: no space left on device
+    assert 'too large' in message  # on a real disk: no space left on device
     assert (tmp_path / 'work' / 'iter_4.pth').exists()
     path, checkpoint = last_whole_checkpoint(tmp_path / 'work')
     assert path.endswith('iter_2.pth')

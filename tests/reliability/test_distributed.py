@@ -1,4 +1,4 @@
-"""Training in two processes: DistributedDataParallel over gloo, by the real Runner."""
+"""Training in two processes: DistributedDataParallel over gloo in a real Runner."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def first_weights(runner, _) -> torch.Tensor:
 
 
 def train_and_tell(cfg: Config) -> dict:
-    """In each process: train, and tell what DDP was given and what came out."""
+    """Train in each process; returns what DDP was given and what came out."""
     calls = []
     runner = Runner.from_cfg(cfg)
     model = student(runner)
@@ -72,17 +72,17 @@ def train_and_tell(cfg: Config) -> dict:
 
 @pytest.fixture
 def train_in_two(pair, make_config, tmp_path):
-    """Trains a segmentor in two processes, and gives what each tells."""
+    """Trains a segmentor in two processes; returns what each reports."""
 
     def train(**options) -> list[dict]:
         cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
         first, second = results = pair(train_and_tell, cfg)
-        # the processes saw different images, and ended with the same weights
+        # the processes saw different images and ended with the same weights
         assert first['losses'] != second['losses']
         for name in first['weights'].keys() - set(first['buffers']):
-            # (buffers are each process's own, or broadcast when the next step begins)
+            # (each process has its own buffers, or they are broadcast before a step)
             assert torch.equal(first['weights'][name], second['weights'][name]), name
-        # DDP knows the student's tensors, and not one of the teacher's
+        # DDP knows the student's tensors and none of the teacher's
         for result in results:
             assert result['teacher_tensors'] > 0
             for what in ('tensors', 'bytes', 'buffers'):
@@ -109,7 +109,7 @@ def train_without_labels(cfg: Config) -> dict:
 def test_processes_with_other_mixes_of_labels_do_not_wait(
     pair, make_config, tmp_path, family
 ):
-    """All images, some or none are labelled; the relations are over both processes."""
+    """All, some or no images are labelled; relations span both processes."""
     last = {'seg': {'train_cfg.max_iters': 4}, 'det': {'train_cfg.max_epochs': 2}}
     loss = dict(type='mmdist.DISTLoss', sync=True)
     kind = {'seg': 'mmdist.SegLogits', 'det': 'mmdist.DenseLogits'}[family]
@@ -132,7 +132,7 @@ def test_processes_with_other_mixes_of_labels_do_not_wait(
 
 
 def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
-    """Three steps; in each another mix of labelled images than the other process."""
+    """Three steps, each with another mix of labelled images than the other process."""
     model = build_pair(path, distill=distill)
     data = batch(model)
     model = DistributedDataParallel(model)
@@ -171,7 +171,7 @@ def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, ki
 
 @pytest.mark.parametrize('find_unused', [False, *slow([True])])
 def test_processes_end_with_the_same_weights(train_in_two, find_unused):
-    """And with buffers broadcast, or not, which is mmengine's default."""
+    """With and without broadcast buffers; mmengine's default is without."""
     wrapper = dict(
         WRAPPER, find_unused_parameters=find_unused, broadcast_buffers=find_unused
     )
@@ -182,7 +182,7 @@ def test_processes_end_with_the_same_weights(train_in_two, find_unused):
 
 @pytest.mark.slow
 def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
-    """After the stop the adapters take no part in the loss; DDP must not stop."""
+    """After the stop, the adapters take no part in the loss; DDP must go on."""
     results = train_in_two(
         model_wrapper_cfg=WRAPPER,
         **{
@@ -205,7 +205,7 @@ def test_adapters_train_and_the_schedule_stops_the_teacher(train_in_two):
 
 
 def cascade_step() -> dict:
-    """A step of a cascade; the second process has no proposals, and stops early."""
+    """A step of a cascade; the second process has no proposals and stops early."""
     sync = dict(type='mmdist.RoILogits', loss=dict(type='mmdist.DISTLoss', sync=True))
     model = build_pair(
         'cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py', distill=dict(dist=sync)
@@ -221,9 +221,9 @@ def cascade_step() -> dict:
 
 
 def test_a_cascade_that_stops_early_keeps_the_processes_in_step(pair):
-    """With `sync` each process calls the loss of every stage, or the others hang."""
+    """With `sync`, each process must call every stage's loss, or the others hang."""
     first, second = pair(cascade_step)
-    assert first == pytest.approx(second, abs=1e-6)  # of the first process's rows
+    assert first == pytest.approx(second, abs=1e-6)  # from the first process's rows
     for stage in range(3):
         assert 0 < first[f'loss_dist_s{stage}'] < 4
         assert first[f'dist_s{stage}_intra'] != 0
@@ -244,7 +244,7 @@ def test_gradients_are_accumulated(train_in_two):
 
 
 def test_sync_batch_norm_is_the_students_alone(make_config, tmp_path):
-    """It runs on GPUs only; on a CPU it is seen where mmengine puts it."""
+    """It runs on GPUs only; a CPU can check where mmengine puts it."""
     cfg = make_config('seg', tmp_path)
     init_default_scope('mmseg')
     theirs = copy.deepcopy(cfg.model.student)
@@ -266,7 +266,7 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason='trains over gloo
 
 
 def launched(*command, **environ: str) -> str:
-    """What a launcher in bash prints; the programs of the environment are found."""
+    """Run a launcher with this environment's programs on PATH; returns its output."""
     path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
     environ = dict(os.environ, OMP_NUM_THREADS='1', PATH=path) | environ
     environ['PATH'] = environ.pop('FIRST', '') + environ['PATH']
@@ -283,7 +283,7 @@ def launched(*command, **environ: str) -> str:
 @pytest.mark.slow
 @on_cpus
 def test_dist_train_script(make_config, tmp_path):
-    """`tools/dist_train.sh CONFIG 2` on a machine without GPUs; 30 seconds alone."""
+    """`tools/dist_train.sh CONFIG 2` without GPUs; takes 30 seconds."""
     cfg = make_config('seg', tmp_path / 'work', custom_hooks=[])
     cfg.dump(tmp_path / 'distilled.py')
     assert shutil.which('torchrun', path=Path(sys.executable).parent)
@@ -293,7 +293,7 @@ def test_dist_train_script(make_config, tmp_path):
     assert (tmp_path / 'work' / 'iter_4.pth').exists()
 
 
-# What Slurm does: it starts the command once for each task and tells which it is.
+# Like Slurm, start the command once for each task and tell it which one it is.
 SRUN = """#!/usr/bin/env bash
 set -u
 tasks=1
@@ -312,14 +312,14 @@ for pid in "${pids[@]}"; do
 done
 """
 SCONTROL = '#!/usr/bin/env bash\necho 127.0.0.1\n'
-# mmengine's launcher for Slurm chooses a GPU, without asking whether there is one
+# mmengine's launcher for Slurm chooses a GPU without checking that there is one
 NO_GPU = 'import torch\ntorch.cuda.set_device = lambda device: None\n'
 
 
 @pytest.mark.slow
 @on_cpus
 def test_slurm_train_script(make_config, tmp_path):
-    """`tools/slurm_train.sh` with a stand-in for srun; 30 seconds alone."""
+    """`tools/slurm_train.sh` with a stand-in for srun; takes 30 seconds."""
     for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -1,7 +1,4 @@
-"""What users get wrong ends in a sentence: the table of docs/reliability.md.
-
-Each is made in a pair that trains, and `tools/train.py` prints the sentence alone.
-"""
+"""The mistakes of docs/reliability.md: `tools/train.py` prints a sentence for each."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from tools import train as tools_train
 
 
 class Mistake(NamedTuple):
-    """A row of the table, and how it comes about."""
+    """A row of the table, and the change to a working pair that causes it."""
 
     words: str
-    says: str  # with `...` where a value or more words are
-    change: str | tuple[str, str] | Callable  # of the pair, the student, label maps
+    says: str  # `...` stands for a value or more words
+    change: str | tuple[str, str] | Callable  # to the pair, student, label maps
     family: str = 'seg'
 
 
@@ -34,12 +31,12 @@ DISTILL = "model['distill'] = dict(dist=dict(type='mmdist.SegLogits', loss=dict(
 
 
 def teacher(config: str | dict = 'teacher.py', **more: str | dict) -> str:
-    """The teacher's arguments."""
+    """Config line with the teacher's arguments."""
     return f"model['teacher'] = dict(config={config!r}, **{more})"
 
 
 def finished(config: str | None) -> str:
-    """A run of a config is in the work_dir."""
+    """Code that leaves a run of a config in the work_dir."""
     return f"""
 import torch
 from pathlib import Path
@@ -269,7 +266,7 @@ def test_it_ends_in_a_sentence(mistake, request, tmp_path, monkeypatch):
     pair = distilled_text(more, config='teacher.py', allow_random=True)
     config = tmp_path / f'pair_{tmp_path.name}.py'  # mmengine names loggers by it
     config.write_text(pair)
-    # line breaks in what a Runner writes take a second
+    # formatting the config that a Runner writes takes a second
     monkeypatch.setattr(mmengine_config, 'FormatCode', lambda text, **_: (text, True))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['train.py', str(config), '--work-dir', 'work'])

@@ -26,7 +26,7 @@ def after(monkeypatch):
 
 @pytest.fixture
 def amp_on_cpu(monkeypatch):
-    """mmengine asks for a GPU, or for bfloat16; torch's autocast and scaler do not."""
+    """mmengine requires a GPU or bfloat16; torch's autocast and scaler do not."""
     autocast = functools.partial(torch.autocast, 'cpu')
     monkeypatch.setattr(amp, 'autocast', autocast)
     monkeypatch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
@@ -56,7 +56,7 @@ def test_mixed_precision(
     wrapper = dict(
         type='AmpOptimWrapper',
         dtype=dtype,
-        # the first step overflows and is skipped, the following are taken
+        # the first step overflows and is skipped; later ones are taken
         loss_scale=dict(init_scale=2.0**127, backoff_factor=2.0**-120),
     )
     options = {'optim_wrapper': wrapper, 'model.balance': None}
@@ -118,7 +118,7 @@ def test_ema_keeps_evaluates_and_saves_the_student_alone(
 
 @pytest.mark.slow
 def test_the_export_holds_the_average(make_config, train, tmp_path, after):
-    """Recomputed by hand, in float64, from the weights after each step."""
+    """Recomputed in float64 from the weights after each step."""
     after(
         lambda runner, _: {
             k: v.detach().double() for k, v in student(runner).state_dict().items()
@@ -133,7 +133,7 @@ def test_the_export_holds_the_average(make_config, train, tmp_path, after):
     for weights in watch.seen[1:]:
         for name, weight in weights.items():
             expected[name] = (1 - momentum) * expected[name] + momentum * weight
-    # buffers are not averaged, but those of the last step
+    # buffers are not averaged; those of the last step are kept
     averaged = {name for name, _ in student(runner).named_parameters()}
     expected |= {k: v for k, v in watch.seen[-1].items() if k not in averaged}
 
@@ -153,7 +153,7 @@ def test_the_export_holds_the_average(make_config, train, tmp_path, after):
 
 
 def count(name: str) -> int:
-    """Models of a class, distilled or not, that are alive."""
+    """Number of live models of a class, distilled or not."""
     return sum(
         any(cls.__name__ == name for cls in type(x).__mro__) for x in gc.get_objects()
     )
@@ -171,7 +171,7 @@ def plain_losses(make_config, train, tmp_path_factory) -> dict:
         *slow(
             [
                 {'model.student.backbone.with_cp': True},
-                # dynamo alone, 1 minute; with the code that inductor makes, 7 minutes
+                # dynamo alone takes 1 minute; with inductor's code, 7 minutes
                 {'compile': dict(backend='eager')},
                 {'compile': dict(backend='inductor')},
             ]
@@ -185,9 +185,8 @@ def test_it_changes_no_loss(
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'inductor'))
     _, watch = train(make_config('seg', tmp_path, **options))
     assert watch.losses.keys() == plain_losses.keys()
-    # Compiled, DISTLoss takes its plain path, and inductor rounds differently too.
-    # Each step of training makes that five times larger; the second one shows that the
-    # first one's gradients were right.
+    # Compiled, DISTLoss takes its plain path and inductor rounds differently. Each step
+    # multiplies that by 5; the second shows that the first one's gradients are right.
     steps = 2 if 'compile' in options else 4
     for i in range(steps):
         expected = pytest.approx(plain_losses[i], rel=1e-3, abs=1e-4)
@@ -195,7 +194,7 @@ def test_it_changes_no_loss(
 
 
 def test_a_map_within_activation_checkpointing_is_refused(make_config, tmp_path):
-    """It has no gradient there, and nothing would be learned."""
+    """It has no gradient there, so nothing would be learned."""
     cfg = make_config('seg', tmp_path)
     cfg.model.student.backbone.with_cp = True
     cfg.model.distill = dict(

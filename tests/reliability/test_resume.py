@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never killed, to the bit."""
+"""A run that is killed and resumed equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from watch import WatchHook, student, watched
 
 from mmdist.work_dir import last_whole_checkpoint
 
-# augmentation in a worker, whose random numbers are repeated when the data are skipped
+# augmentation in a worker, which repeats its random draws when data are skipped
 OPTIONS = {
     'custom_hooks': [
         dict(type='WatchHook'),
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def train(cfg: Config, kill_at: int | None = None, while_saving: bool = False) -> dict:
-    """Train, and die at an iteration if so asked."""
+    """Train; die in iteration ``kill_at`` if it is given."""
 
     def die(runner, _) -> None:
         if runner.iter != kill_at:
@@ -89,8 +89,8 @@ def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
     """SIGKILL within an iteration; by iterations (seg) and by epochs (det)."""
     options, kill_at, resumed_at = SCHEDULES[family]
     if family == 'seg' and hasattr(InfiniteSampler, 'skip'):
-        # The onedl fork does not read the data that were seen, so that the worker does
-        # not draw again what it drew: without augmentation, it need not.
+        # The onedl fork skips seen data without reading it, so a worker does not repeat
+        # its random draws; without augmentation there are none.
         options = dict(options, **{'train_dataloader.dataset.pipeline': PLAIN})
     whole = make_config(family, tmp_path / 'whole', **OPTIONS, **options)
     cut = make_config(family, tmp_path / 'cut', **OPTIONS, **options)
@@ -110,7 +110,7 @@ def test_a_killed_run_is_resumed_to_the_bit(make_config, tmp_path, family):
 
 
 def test_killed_while_a_checkpoint_is_written(make_config, tmp_path):
-    """What is left is cut off; the run goes on from the one before."""
+    """The last checkpoint is cut off; the run resumes from the one before."""
     cfg = make_config('seg', tmp_path / 'work')
     killed = in_process(train, cfg, 3, True)
     assert killed == -signal.SIGKILL

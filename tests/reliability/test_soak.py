@@ -1,4 +1,4 @@
-"""Many steps: nothing grows, and what is recorded is released at once."""
+"""Over many steps nothing grows, and recorded tensors are released at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MB = 2**20
 
 
 def usage() -> dict[str, int]:
-    """What this process holds: memory in bytes, open files and tensors."""
+    """What this process holds: bytes of memory, open files and tensors."""
     gc.collect()
     with open('/proc/self/statm') as file:
         resident = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
@@ -32,7 +32,7 @@ def usage() -> dict[str, int]:
 @pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads /proc')
 @pytest.mark.slow
 def test_nothing_grows(make_config, train, tmp_path, monkeypatch, steps=2000):
-    """All kinds of terms on images of 32x32; three minutes alone."""
+    """All kinds of terms, on images of 32x32; takes three minutes."""
 
     def look(runner, outputs):
         if runner.iter + 1 in (100, steps):
@@ -67,7 +67,7 @@ def test_nothing_grows(make_config, train, tmp_path, monkeypatch, steps=2000):
 def test_recorded_tensors_die_with_their_step(
     make_config, tmp_path, monkeypatch, family
 ):
-    """By reference counts alone: no cycle keeps them for the garbage collector."""
+    """By reference counts alone: no cycle leaves them to the garbage collector."""
     recorded = []
     leave = Recorder.__exit__
 

@@ -1,4 +1,4 @@
-"""The strategies of mmengine's FlexibleRunner: they distil, or it is refused."""
+"""Strategies of mmengine's FlexibleRunner: they distil or are refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, RUNNERS, STRATEGIES, init_default_scope
 from watch import Unlabel, student, watched
 
-# On CPUs both wrappers are told so; mmengine names a GPU to them.
+# Both wrappers are put on CPUs; mmengine's default is a GPU.
 STRATEGIES_OF_TWO = dict(
     ddp=dict(
         type='DDPStrategy',
@@ -64,10 +64,7 @@ def test_a_single_device(make_config, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('unlabelled', [False, True])
 def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled):
-    """FSDP in two processes, on CPUs over gloo: the same losses; 30 seconds alone.
-
-    With images without labels, each process has another mix of them.
-    """
+    """FSDP in two processes over gloo, also with different mixes of labels; 30 s."""
     results = {}
     for name, strategy in STRATEGIES_OF_TWO.items():
         cfg = make_config(
@@ -83,7 +80,7 @@ def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled
             assert fsdp['losses'][i] == pytest.approx(losses, rel=1e-4, abs=1e-5)
             assert losses['loss_dist'] > 0
         assert fsdp['teacher'] == ddp['held']  # here it is as large as the student
-    # Each process holds a part of the student; the teacher is whole, and no part.
+    # Each process holds a part of the student, and a whole teacher apart from it.
     assert sum(x['held'] for x in results['fsdp']) == results['ddp'][0]['held']
     assert all(x['held'] < results['ddp'][0]['held'] for x in results['fsdp'])
     shards = Path(tmp_path / 'fsdp' / 'iter_4.pth').iterdir()
@@ -92,7 +89,7 @@ def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled
 
 @pytest.mark.parametrize('name', ['DeepSpeedStrategy', *slow(['ColossalAIStrategy'])])
 def test_other_engines_are_refused(make_config, tmp_path, monkeypatch, name):
-    """Before the first step. (They are not installed: another stands in for them.)"""
+    """Before the first step. They are not installed, so a stand-in replaces them."""
 
     def stand_in(train_micro_batch_size_per_gpu=None, **kwargs):
         return SingleDeviceStrategy(**kwargs)
@@ -109,10 +106,9 @@ def test_other_engines_are_refused(make_config, tmp_path, monkeypatch, name):
 
 
 def test_the_teacher_follows_the_batch(make_config, tmp_path):
-    """FSDP moves the student's tensors past ``_apply``, and the teacher stays behind.
+    """FSDP moves the student without ``_apply``, which would leave the teacher behind.
 
-    The device that has no storage stands in for a GPU; the student's loss itself does
-    not run there.
+    The meta device stands in for a GPU; the student's own loss fails on it.
     """
     cfg = make_config('seg', tmp_path)
     init_default_scope('mmseg')

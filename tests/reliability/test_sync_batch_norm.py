@@ -1,7 +1,7 @@
-"""Synchronised batch norm in two processes, with other mixes of labelled images.
+"""Synchronised batch norm in two processes with different mixes of labelled images.
 
-Such a norm waits in each call for the other process. Those of torch and mmcv need a
-GPU; here are norms that decide as they do and exchange over gloo.
+Each call of such a norm waits for the other process. The norms of torch and mmcv need a
+GPU; those here decide as they do and exchange over gloo.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEGMENTORS = {
 
 
 class Exchange(torch.autograd.Function):
-    """Sum over the processes, in both directions; every call is told."""
+    """Sum over the processes, in both directions; ``told`` records every call."""
 
     @staticmethod
     def forward(ctx, x: Tensor, told: list, name: str) -> Tensor:
@@ -49,7 +49,7 @@ class Exchange(torch.autograd.Function):
 
 
 class Norm:
-    """What both share."""
+    """The part that both norms share."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -83,11 +83,7 @@ class LikeMMCV(Norm, MMSyncBatchNorm):
 
 
 def synchronise(model: nn.Module, kind: type[Norm]) -> list:
-    """Replace all norms of a model by those of a kind, in training mode.
-
-    Returns:
-        What they will tell.
-    """
+    """Replace all norms by a kind, in training mode; returns a list of their calls."""
     told = []
     for path, parent in list(model.named_modules()):
         for name, norm in list(parent.named_children()):
@@ -101,7 +97,7 @@ def synchronise(model: nn.Module, kind: type[Norm]) -> list:
 
 
 def with_norms(cfg, original, factor) -> None:
-    """Batch norm in heads that have none."""
+    """Add batch norm to heads that have none."""
     norm = dict(type='BN')
     if 'roi_head' in cfg:
         head = cfg.roi_head.bbox_head
@@ -123,7 +119,7 @@ def model_and_batch(name: str) -> tuple[nn.Module, dict]:
 
 
 def steps(name: str, kind: type[Norm]) -> dict:
-    """Three steps; in each another mix of labelled images than the other process."""
+    """Three steps, each with another mix of labelled images than the other process."""
     model, data = model_and_batch(name)
     told = synchronise(model, kind)
     model = DistributedDataParallel(model)
@@ -142,14 +138,14 @@ def steps(name: str, kind: type[Norm]) -> dict:
 @pytest.mark.parametrize(
     ('name', 'kind'),
     [
-        ('Faster R-CNN', LikeMMCV),  # in two passes, as are DETR and MaskFormer
+        ('Faster R-CNN', LikeMMCV),  # in two passes, like DETR and MaskFormer
         *slow([('PSPNet', LikeTorch), ('RetinaNet', LikeTorch)]),
         *slow([('Faster R-CNN', LikeTorch), ('MaskFormer', LikeTorch)]),
         *slow([('Deformable DETR', LikeMMCV)]),
     ],
 )
 def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind):
-    """A norm without its counterpart would wait, or get the sums of another norm."""
+    """A norm without its counterpart would hang, or get the sums of another norm."""
     first, second = pair(steps, name, kind)
     assert first['told'] == second['told']
     assert {name for _, name in first['told']} == first['means'].keys()
@@ -157,13 +153,13 @@ def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind)
     for name, gradient in first['gradients'].items():
         assert gradient.isfinite().all()
         assert torch.equal(gradient, second['gradients'][name]), name
-    # all images of both processes count, but in heads that run twice
+    # all images of both processes count, except in heads that run twice
     for name, mean in first['means'].items():
         assert torch.equal(mean, second['means'][name]) or 'head' in name, name
 
 
 def norms_of_the_libraries() -> list[str]:
-    """What torch's norm says, in a usual part of a batch and beside a labelled one."""
+    """What torch's norm says in usual and unlabelled parts, and mmcv's group sizes."""
     said = []
     for is_unlabelled in (False, True):
         norm = nn.SyncBatchNorm(3)
@@ -182,7 +178,7 @@ def norms_of_the_libraries() -> list[str]:
 
 
 def test_the_libraries_norms_decide_so(pair):
-    """torch's stops for want of a GPU where it would wait for the other process."""
+    """torch's asks for a GPU exactly where it would wait for the other process."""
     for said in pair(norms_of_the_libraries):
         assert 'expected input tensor to be on GPU' in said[0]
         assert said[1:] == ['torch.Size([2, 3, 4, 4])', 1, 2]

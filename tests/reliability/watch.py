@@ -1,4 +1,4 @@
-"""A hook that sees a training, and one that takes labels away."""
+"""A hook that watches a training, and one that removes labels."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class WatchHook(Hook):
 
 
 class Unlabel(Hook):
-    """Takes the labels of another mix of images in each process and iteration."""
+    """Removes labels, of other images in each process and iteration."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
         unlabel(data_batch['data_samples'], runner.iter)
 
 
 def unlabel(data_samples: list, iteration: int) -> None:
-    """Of two images both, the first or none is unlabelled: by iteration and rank."""
+    """Mark both, the first or none of two images unlabelled, by iteration and rank."""
     turn = (iteration + get_rank()) % 3
     for i, sample in enumerate(data_samples):
         sample.set_metainfo(dict(unlabelled=turn == 0 or (turn == 1 and i == 0)))

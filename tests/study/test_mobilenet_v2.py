@@ -1,4 +1,4 @@
-"""The cut-off MobileNetV2, and torchvision's weights in it."""
+"""The truncated MobileNetV2, and torchvision's weights in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAPER = [
 
 
 def conv_bn(state: dict, conv: str, bn: str, *shape: int) -> None:
-    """A random convolution and BN, scaled to keep the variance of what goes through."""
+    """Add a random convolution and BN, scaled to keep the variance of activations."""
     fan_in = math.prod(shape[1:])
     state[f'{conv}.weight'] = torch.randn(shape) * (2 / fan_in) ** 0.5
     state[f'{bn}.weight'] = 1 + 0.1 * torch.randn(shape[0])
@@ -29,7 +29,7 @@ def conv_bn(state: dict, conv: str, bn: str, *shape: int) -> None:
 
 
 def layers(channels: int = 32):
-    """For each block its stage, stride, and convolutions: (name, bn, shape)."""
+    """Yield the stage, stride and convolutions (name, bn, shape) of each block."""
     block = 0
     for stage, (expansion, out, blocks, stride) in enumerate(PAPER):
         for i in range(blocks):
@@ -46,7 +46,7 @@ def layers(channels: int = 32):
 
 @pytest.fixture(scope='module')
 def weights() -> dict:
-    """A state dict with the keys of torchvision's mobilenet_v2, as it is published."""
+    """A random state dict with the keys of torchvision's published mobilenet_v2."""
     torch.manual_seed(0)
     state: dict = {}
     conv_bn(state, 'features.0.0', 'features.0.1', 32, 3, 3, 3)
@@ -60,7 +60,7 @@ def weights() -> dict:
 
 
 def published_forward(state: dict, x: torch.Tensor) -> list[torch.Tensor]:
-    """The network of the paper, from torchvision's keys: the map of each stage."""
+    """The map of each stage of the paper's network, with torchvision's keys."""
 
     def run(x, conv, bn, stride=1, groups=1, relu=True):
         weight = state[f'{conv}.weight']

@@ -1,4 +1,4 @@
-"""The study: its tables, its grid, and cells that are skipped, resumed, redone."""
+"""The study: its tables, its grid, and cells that are skipped, resumed or redone."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         torch.manual_seed(0)
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             model = MODELS.build(cfg.model).train()
-            model.init_weights()  # DINO leaves memory as it is
-            model.balance = None  # which leaves no gradient in the first step
+            model.init_weights()  # DINO's constructor leaves memory uninitialised
+            model.balance = None  # balancing leaves no gradient in the first step
             size = 96, 128
             data = (
                 make_batch(11, size) if task == 'camvid' else batch(model, (size,) * 2)
@@ -164,7 +164,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
         total = sum(sum(v) if isinstance(v, list) else v for v in ours.values())
         total.backward()
         assert 0 < total.item() < 1e4
-        # the head's for the logits, the backbone's for all
+        # every comparison reaches the backbone
         gradient = model.backbone.conv1.conv.weight.grad
         assert gradient is not None and gradient.isfinite().all() and gradient.any()
     has_boxes = task in ('bccd-retinanet', 'bccd-faster-rcnn')
@@ -181,7 +181,7 @@ def test_every_method_has_a_loss_with_a_gradient(task, tmp_path):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch, seg_config) -> Path:
-    """A study of one tiny task, three classes and 4 steps; its folder of configs."""
+    """The config folder of a study with one tiny task: three classes, 4 steps."""
     folder = tmp_path / 'configs' / 'tiny'
     folder.mkdir(parents=True)
     for part in ('student', 'teacher'):
@@ -201,7 +201,7 @@ def main(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_whole_study_and_again(tiny, capsys, monkeypatch):
-    """Trained once, tested, skipped, and trained anew when a setting is another."""
+    """Trained once, tested, then skipped, and trained again if a setting changes."""
     main('--methods', 'alone', 'default', '--test')
     rows = [json.loads(li) for li in Path('out/results.jsonl').read_text().splitlines()]
     assert [r['method'] for r in rows] == ['alone', 'teacher', 'default']
@@ -226,7 +226,7 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
     assert len(Path('out/results.jsonl').read_text().splitlines()) == 3
     assert Path('out/results.md').read_text() == page
 
-    # Another teacher: it and its student are out of date, the student alone is not.
+    # Another teacher: it and its student are outdated, the student alone is not.
     with (tiny / 'teacher.py').open('a') as file:
         file.write('optim_wrapper = dict(optimizer=dict(lr=0.001))\n')
     runs.read_config.cache_clear()  # as in another process

@@ -1,4 +1,4 @@
-"""Classes are matched by name, or it stops with both lists."""
+"""Classes are matched by name; if that fails, the error prints both lists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_another_order_or_a_subset_is_mapped_by_name(
     student, teacher, columns_s, columns_t
 ):
     match = match_classes(list(student), list(teacher))
-    # a column holds the number of its class
+    # each column holds its class's letter as a number
     logits_s = torch.tensor([[*map(ord, student)]])
     logits_t = torch.tensor([[*map(ord, teacher)]])
     selected_s, selected_t = match.select(logits_s, logits_t)
@@ -45,11 +45,10 @@ def test_another_order_or_a_subset_is_mapped_by_name(
     assert (selected_t is logits_t) == (student == teacher)  # nothing is copied
 
 
-# ---- what only one side knows ----------------------------------------------------
+# ---- classes that only one side knows --------------------------------------------
 
 
 def test_the_probability_of_unknown_classes_is_the_background():
-    """The student knows no bicycle: to it, a bicycle is background."""
     teacher = torch.tensor([[0.005, 0.97, 0.02, 0.005]]).log()
     expected = [[0.005, 0.02, 0.975]]
     student = torch.randn(1, 3)
@@ -64,7 +63,6 @@ def test_the_probability_of_unknown_classes_is_the_background():
 @pytest.mark.parametrize('offset', [0.0, 300.0, -300.0])
 @pytest.mark.parametrize('dim', [1, 2])
 def test_probabilities_of_a_softmax_are_added(dim, offset):
-    """Of any size of the logits, along any dimension, against sums in float64."""
     logits = 5 * torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(0))
     match = match_classes(['d', 'a'], list('abcde'))
     _, selected = match.select(logits.narrow(dim, 0, 3), logits + offset, dim)
@@ -93,7 +91,7 @@ def test_probabilities_as_such_are_added():
 
 
 def test_independent_scores_stay_as_they_are():
-    """Those of a sigmoid, and those without a background."""
+    """Sigmoid scores, and scores without a background column."""
     teacher = torch.tensor(logit([[0.1, 0.9, 0.3]]))
     match = match_classes(FEW, MANY)
     for activation in ('sigmoid', 'softmax', 'identity'):
@@ -102,7 +100,7 @@ def test_independent_scores_stay_as_they_are():
 
 
 def test_where_a_teacher_mostly_sees_what_the_student_does_not_know():
-    """There a softmax over the common classes would tell the two least ones apart."""
+    """There, a softmax over the shared classes would compare two tiny probabilities."""
     probabilities = torch.tensor(
         [[0.3, 0.4, 0.3], [0.3, 0.6, 0.1], [0.0, 0.98, 0.02], [0.02, 0.0, 0.98]]
     )
@@ -147,7 +145,7 @@ def test_classes_that_cannot_be_matched_print_both_lists():
     ('class_map', 'lacks'),
     [
         ({'cat': 'bird'}, "the teacher has no class ['bird']."),
-        # the student has a 'train', which is no help
+        # the student has a 'train', which does not help
         ({'cat': 'train'}, "the teacher has no class ['train']."),
         ({'dog': 'dog'}, "the student has no class ['dog']."),
         (
@@ -170,7 +168,7 @@ def test_a_class_map_with_unknown_names_says_which_side_lacks_which(class_map, l
     ],
 )
 def test_a_class_of_the_teacher_stands_for_one_of_the_students(class_map, two):
-    """Twice in a row, it would distort every softmax over the row."""
+    """A column that is used twice would distort every softmax over its row."""
     with pytest.raises(ValueError, match=f"student's {two}"):
         match_classes(['car', 'cat', 'dog'], ['car', 'animal'], class_map)
 
@@ -188,14 +186,14 @@ def test_a_class_map_needs_the_names_of_both_sides(student, teacher, whose):
 
 
 def test_the_name_of_a_single_class_may_be_a_string():
-    """So it is in the metainfo of a data set with `classes='tree'`."""
+    """A data set with `classes='tree'` stores a string in its metainfo."""
     assert match_classes(None, ['a']).teacher is None  # unknown names pass
     assert match_classes('tree', ('tree',)) == ClassMatch()
     assert match_classes(['tree'], ['car', 'tree']).teacher == [(1,)]
     assert match_classes('tree', ['car', 'tree']).teacher == [(1,)]
 
 
-# ---- several names for one class, and classes that both know -----------------------
+# ---- several names for one class, and shared classes -------------------------------
 
 VEHICLES = ['person', 'car', 'truck', 'bus', 'dog']
 MAP = {'vehicle': ['car', 'truck', 'bus']}
@@ -204,7 +202,7 @@ MAP = {'vehicle': ['car', 'truck', 'bus']}
 @pytest.mark.parametrize('background', [False, True])
 @pytest.mark.parametrize('order', [['person', 'vehicle'], ['vehicle', 'person']])
 def test_several_classes_of_the_teacher_are_one_of_the_students(background, order):
-    """Their probabilities are added, what is unknown goes to the background."""
+    """Their probabilities are added; unknown classes count as background."""
     logits = 4 * torch.randn(6, 5 + background, dtype=torch.float64)
     _, selected = match_classes(order, VEHICLES, MAP).select(logits[:, :3], logits)
     p = softmax(logits.numpy(), 1)
@@ -237,7 +235,7 @@ def test_what_both_know_is_compared_if_asked_for():
         'Only the student knows (1): drone. Only the teacher knows (1): cat.'
     )
 
-    # with a background, what only one side knows is background to the other
+    # with a background, a class that only one side knows is background to the other
     p = softmax(np.arange(4.0)[None], 1)
     a, b = match.select(torch.arange(4.0)[None], torch.arange(4.0)[None])
     np.testing.assert_allclose(
@@ -259,7 +257,6 @@ def test_the_error_offers_shared_classes_and_close_names():
 
 
 def test_ade20k_teaches_cityscapes():
-    """By the shipped map, which the error names."""
     config = Config.fromstring(
         "_base_ = 'mmdist::_base_/class_maps/cityscapes_from_ade20k.py'", '.py'
     )
@@ -290,7 +287,7 @@ def test_ade20k_teaches_cityscapes():
     ],
 )
 def test_a_class_map_of_another_form_is_refused(class_map):
-    """A name that stands twice in a list would count twice."""
+    """A name listed twice would count twice."""
     with pytest.raises(ValueError, match=r'`teacher.class_map` must be a dict .*, got'):
         Teacher({}, class_map=class_map)
 
@@ -304,11 +301,11 @@ def test_two_classes_of_one_name_are_refused():
         match_classes(['car', None], FEW)
 
 
-# ---- of a teacher that is loaded ---------------------------------------------------
+# ---- a loaded teacher --------------------------------------------------------------
 
 
 def test_names_of_a_teacher_that_is_loaded(det_config, tmp_path, monkeypatch):
-    """As many as its head has; else columns without a name would be the background."""
+    """One per class of its head; a column without a name would count as background."""
     (tmp_path / 'config.py').write_text(det_config)
     teacher = Teacher(str(tmp_path / 'config.py'), str(tmp_path / 'a.pth'))
     model = teacher.build()
@@ -336,7 +333,7 @@ def test_names_of_a_teacher_that_is_loaded(det_config, tmp_path, monkeypatch):
 
 
 def binary_student(channels: int, match: ClassMatch):
-    """What a tiny PSPNet of two classes is compared with: (model, student, teacher)."""
+    """Run a tiny binary PSPNet; returns it, its own logits and the compared pair."""
     init_default_scope('mmseg')
     student, teacher = (zoo_model('pspnet/pspnet_r18-d8') for _ in range(2))
     for head in (student.decode_head, student.auxiliary_head):
@@ -366,7 +363,7 @@ def binary_student(channels: int, match: ClassMatch):
     ],
 )
 def test_a_binary_student_learns_from_other_classes(channels, names, class_map):
-    """With one channel as with two: the share of the road, in numpy."""
+    """With one channel or two, it learns the road's share, computed here in numpy."""
     match = match_classes(['rest', 'road'], names, class_map)
     model, own, pair = binary_student(channels, match)
     guest = model.teacher.model

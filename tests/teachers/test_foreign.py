@@ -1,4 +1,4 @@
-"""Models of other libraries as teachers, by the contract of ForeignTeacher."""
+"""Teachers from other libraries, through ForeignTeacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEAN, STD = [110.0, 120.0, 130.0], [60.0, 62.0, 64.0]
 
 @MODELS.register_module()
 class ConvSegmentor(ForeignTeacher):
-    """A segmentor that knows neither mmseg nor mmdet."""
+    """A segmentor that uses neither mmseg nor mmdet."""
 
     def __init__(self, class_names, gives='pixels', rgb=True):
         self.gives = gives
@@ -35,7 +35,7 @@ class ConvSegmentor(ForeignTeacher):
 
 @MODELS.register_module()
 class Formula(ForeignTeacher):
-    """It has no parameters, as a model that another program runs."""
+    """A segmentor without parameters, like a model that another program runs."""
 
     def __init__(self, class_names):
         super().__init__(class_names, MEAN, STD)
@@ -46,7 +46,7 @@ class Formula(ForeignTeacher):
 
 @MODELS.register_module()
 class GridDetector(ForeignTeacher):
-    """A box of 16 pixels in each cell of a grid."""
+    """A detector with one box of 16x16 pixels in each cell of a grid."""
 
     gives = 'boxes'
 
@@ -84,7 +84,7 @@ def detector(distill: dict | None = None, **teacher) -> nn.Module:
 
 @pytest.mark.parametrize('kind', ['ConvSegmentor', 'Formula'])
 def test_a_segmentor_teaches_with_weights_of_its_own(kind):
-    """No checkpoint, no `allow_random`, no decode head, no dataset of its own."""
+    """It needs no checkpoint, `allow_random`, decode head or data set."""
     model = segmentor(type=f'mmdist.{kind}')
     data = make_batch(19)
     losses = model(**copy.deepcopy(data), mode='loss')
@@ -114,14 +114,14 @@ def test_it_gets_images_in_its_own_normalisation(rgb):
 
 
 def test_a_detector_teaches_by_its_boxes_after_nms():
-    """Anchors have the scores that it gave, all of them probabilities it is sure of."""
+    """Anchors get the scores that it gave to its boxes."""
     model = detector(dict(dist=dict(type='mmdist.Detections', min_iou=0.3)))
     with Recorder([model.distill['dist']]) as recorder:
         losses = model(**batch(model), mode='loss')
     assert 0 < losses['loss_dist'].item() < 6
     losses['loss_dist'].backward()
     assert model.neck.lateral_convs[0].conv.weight.grad.abs().sum() > 0
-    # its boxes are cells of a grid, so that NMS removes none; of 0.05 and above
+    # its boxes are cells of a grid, so NMS removes none; scores below 0.05 are dropped
     given = model.teacher.model.given
     wanted = {round(x, 4) for _, s in given for x in s.flatten().tolist() if x > 0.05}
     pairs = recorder.calls(model.distill['dist'])[0].args[1]
@@ -155,7 +155,7 @@ def test_what_it_does_not_give_is_refused():
 
 
 def test_its_own_names_are_matched():
-    """There is no fake dataloader to name them."""
+    """Its config needs no dataloader to name them."""
     model = segmentor()
     match = model.teacher.match_classes(names(19)[::-1])
     assert match.teacher == [(i,) for i in range(19)][::-1]

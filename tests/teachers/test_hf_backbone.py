@@ -1,4 +1,4 @@
-"""Image encoders of transformers give maps that are those of transformers itself."""
+"""Image encoders from transformers give the library's own feature maps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MODELS_OF = {
         **PROMPTS,
     ),
 }
-# Class token and registers, which come before the patches.
+# Number of tokens before the patches: class token and registers.
 PREFIX = dict(
     dinov2=1, dinov2_with_registers=4, dinov3_vit=3, dinov3_convnext=1, siglip=0,
     clip=1, vit=1,
@@ -72,7 +72,7 @@ def saved(tmp_path):
 
 
 def by_hand(kind: str, folder: str, images: torch.Tensor) -> torch.Tensor:
-    """The map, by transformers alone; the images are of whole patches."""
+    """The map from transformers alone, for images of whole patches."""
     model = transformers.AutoModel.from_pretrained(folder).eval()
     stride = 32 if kind == 'dinov3_convnext' else 8
     n, h, w = len(images), images.size(2) // stride, images.size(3) // stride
@@ -124,7 +124,7 @@ def test_a_segmentor_learns_from_its_features(loss, saved, monkeypatch):
         teacher, 'print_log', lambda text, *args, **kw: said.append(text)
     )
     assert model.teacher.match_classes(['road', 'sky']) == ClassMatch()
-    assert not said  # it knows no classes, and nothing is wrong with that
+    assert not said  # it knows no classes, which is fine
 
 
 def test_others_are_refused(saved, tmp_path):

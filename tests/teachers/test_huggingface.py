@@ -1,4 +1,4 @@
-"""Teachers of Hugging Face transformers, of random weights and saved to a folder."""
+"""Teachers from Hugging Face transformers, with random weights saved to a folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mmdist.teachers import Renormalize, Teacher, huggingface
 
 @pytest.fixture(autouse=True)
 def unsure(monkeypatch):
-    """Random weights are sure of nothing."""
+    """Keep low scores: random weights give no high ones."""
     monkeypatch.setattr(detections, 'MIN_SCORE', 0.0)
 
 
@@ -58,7 +58,7 @@ def saved(tmp_path_factory):
 
 
 FILL = list(map(str, range(80)))  # classes that the teacher does not know
-# Image processors of kinds that have none of their own.
+# Several kinds share an image processor.
 PROCESSORS = {
     **dict.fromkeys(('detr', 'table-transformer'), 'DetrImageProcessor'),
     **dict.fromkeys(('conditional_detr', 'dab-detr'), 'ConditionalDetrImageProcessor'),
@@ -78,7 +78,7 @@ def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
 def as_of_the_student(
     teacher: nn.Module, images: list[np.ndarray] | None = None
 ) -> torch.Tensor:
-    """The same images, normalised and padded for a student and mapped from there."""
+    """The images, normalised and padded for a student, renormalised for the teacher."""
     student = ImgDataPreprocessor([123.7, 116.3, 103.5], [58.4, 57.1, 57.4])
     student._channel_conversion = True  # BGR images to RGB
     images = images or pictures()
@@ -112,7 +112,7 @@ def run(
     images: list[np.ndarray] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple:
-    """The teacher's answer to the same images, of the same type as the pipeline's."""
+    """The teacher's answer for the same images and dtype as the pipeline's."""
     images = images or pictures()
     batch = as_of_the_student(model, images).to(dtype)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def run(
 
 
 def sees(of_two_images: Sequence[torch.Tensor]) -> bool:
-    """Whether random weights say something else of another image."""
+    """Whether the random model answers differently for another image."""
     return (of_two_images[0] - of_two_images[1]).abs().max().item() > 1e-2
 
 
@@ -140,7 +140,7 @@ def load(kind: str, folder: str, **more) -> nn.Module:
     return model
 
 
-# One of each way to read a model is quick.
+# One quick model for each kind of handling; the others are slow.
 FEW_SEGMENTORS = ('segformer', 'dpt', 'mask2former')
 FEW_DETECTORS = ('detr', 'deformable_detr', 'rt_detr')
 
@@ -171,10 +171,7 @@ def test_a_segmentor_gives_what_its_own_pipeline_gives(name, saved):
 
 @pytest.mark.parametrize('name', quick(FEW_DETECTORS, DETECTORS))
 def test_a_detector_gives_what_its_own_pipeline_gives(name, saved):
-    """Its own image processor, model and post-processing, with no box filtered out.
-
-    Those that mask the padding see images of two sizes in one batch.
-    """
+    """No box is filtered out; models that mask padding get images of two sizes."""
     folder = saved(DETECTORS[name], PROCESSORS[name])
     model = load('HFDetector', folder)
     images = pictures((SIZE, SIZE), (24, 40) if model.takes_mask else (SIZE, SIZE))
@@ -198,7 +195,7 @@ def test_a_detector_gives_what_its_own_pipeline_gives(name, saved):
             scores, labels, boxes = scores[: len(best)], best % 3, boxes[best // 3]
         torch.testing.assert_close(scores, image['scores'], atol=1e-5, rtol=0)
         assert torch.equal(labels, image['labels'])
-        close = dict(atol=1e-5 * SIZE, rtol=0)  # as a part of the image
+        close = dict(atol=1e-5 * SIZE, rtol=0)  # relative to the image
         torch.testing.assert_close(boxes, image['boxes'], **close)
 
 
@@ -214,7 +211,7 @@ def test_a_model_of_one_size_gets_the_batch_resized(name, saved):
 
 
 def taught(student: str, names: list[str], kind: str, folder: str, **more):
-    """A student of these classes, and its teacher, which knows some of them."""
+    """A student with these classes, and its teacher, which knows some of them."""
     config = dict(type=f'mmdist.{kind}', name=folder, **more)
     model = distil(student, config, class_match='shared')
     model.teacher.classes = model.teacher.match_classes(names)
@@ -244,7 +241,7 @@ def test_it_teaches_a_detector(saved):
 
 @pytest.mark.parametrize('make', [grounding_dino, *slow([mm_grounding_dino])])
 def test_grounding_dino_detects_what_prompts_say(make, saved):
-    """The score of a prompt is that of its best token."""
+    """A prompt's score is the score of its best token."""
     folder = saved(make, 'GroundingDinoImageProcessor')
     tokenizer(folder, ['red', 'car', 'person', 'drone'])
     prompts = ['person', 'red car', 'drone']
@@ -279,7 +276,7 @@ def test_grounding_dino_detects_what_prompts_say(make, saved):
 
 
 def test_oneformer_is_told_its_task(saved):
-    """Its image processor names a file of another repository, which is not needed."""
+    """Its image processor names a file in another repository, which is not needed."""
     folder = saved(oneformer, 'OneFormerImageProcessor')
     edit(folder, 'preprocessor_config.json', class_info_file='ade20k_panoptic.json')
     words = ['the', 'task', 'is', 'semantic', 'instance']
@@ -307,7 +304,7 @@ def test_oneformer_is_told_its_task(saved):
     ],
 )
 def test_what_no_prediction_needs_may_be_in_the_file(name, key, saved):
-    """Keys that published checkpoints hold, and that older versions of a model had."""
+    """Published checkpoints hold such keys, which older versions of the models had."""
     make = {**SEGMENTORS, **DETECTORS, 'oneformer': oneformer}[name]
     folder = saved(make, 'DetrImageProcessor')
     tokenizer(folder, [])
@@ -327,7 +324,7 @@ def test_weights_of_half_precision_are_loaded_as_float32(saved):
 
 
 def test_classes_of_coco_are_found_among_the_91_ids_of_detr(tmp_path):
-    """A column of DETR is an id of COCO, and the unused ids are all 'N/A'."""
+    """DETR's columns are COCO's ids; all unused ids are named 'N/A'."""
     names = CocoDataset.METAINFO['classes']
     unused = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
     ids = [i for i in range(91) if i not in unused]
@@ -353,7 +350,7 @@ def test_a_missing_model_stops_before_the_first_step(tmp_path):
 
 
 def test_weights_that_do_not_fit_are_an_error(saved):
-    """transformers alone would initialise them at random and warn."""
+    """transformers itself would initialise them at random and only warn."""
     folder = saved(SEGMENTORS['segformer'], 'SegformerImageProcessor')
     bare = saved(SEGMENTORS['segformer'], 'SegformerImageProcessor')
     config = transformers.AutoConfig.from_pretrained(bare)
@@ -372,7 +369,7 @@ def test_weights_that_do_not_fit_are_an_error(saved):
 
 
 def test_prompts_that_do_not_fit_are_an_error(saved):
-    """Grounding DINO would leave out the last ones and say nothing."""
+    """Grounding DINO itself would silently drop the last ones."""
     folder = saved(grounding_dino, 'GroundingDinoImageProcessor')
     tokenizer(folder, ['person'])
     build('HFDetector', folder, prompts=['person'] * 15)
@@ -389,7 +386,6 @@ def test_other_kinds_of_models_are_refused(saved):
 
 
 def test_without_transformers_only_these_teachers_are_missing(monkeypatch):
-    """mmdist itself neither needs nor imports it."""
     monkeypatch.setitem(sys.modules, 'transformers', None)
     with pytest.raises(ImportError, match=r'pip install mmdist\[hf\]'):
         build('HFSegmentor', 'a')

@@ -1,4 +1,4 @@
-"""The student's own mean as its teacher: closed form, checkpoint, resume."""
+"""The running mean of the student as its teacher: closed form, checkpoint, resume."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MOMENTUM = 0.75
 
 @HOOKS.register_module()
 class KeepStudent(Hook):
-    """What the student's parameters are before each step, in float64."""
+    """Keeps the student's parameters before each step, in float64."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, np.ndarray]] = []
@@ -87,7 +87,6 @@ def test_it_is_the_mean_of_the_student_in_closed_form(config):
 
 @pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_a_resumed_run_goes_on_with_the_same_teacher(family, request, tmp_path):
-    """To the bit, by iterations and by epochs."""
     half, whole = {'seg': (3, 6), 'det': (1, 2)}[family]
     unit = {'seg': 'iters', 'det': 'epochs'}[family]
     text = request.getfixturevalue(f'{family}_config')
@@ -98,7 +97,7 @@ def test_a_resumed_run_goes_on_with_the_same_teacher(family, request, tmp_path):
             f'train_cfg.max_{unit}': whole,
             'default_hooks.checkpoint.interval': half,
             'custom_hooks': [dict(type='mmdist.IterSeedHook')],
-            # a worker draws its random numbers anew when data are skipped
+            # a worker repeats its random draws when data are skipped
             'train_dataloader.num_workers': 1,
         },
     )
@@ -126,7 +125,7 @@ class Stepper:
         self.model(**copy.deepcopy(self.data), mode='loss')
 
     def step(self, gradient: float = -2.0) -> None:
-        """As AMP does it: not at all if the gradient is not finite."""
+        """Step as AMP does, which skips gradients that are not finite."""
         bias = self.model.decode_head.conv_seg.bias
         bias.grad = torch.full_like(bias, gradient)
         scaler = torch.amp.GradScaler('cpu', init_scale=1.0)
@@ -135,14 +134,13 @@ class Stepper:
 
     @property
     def mean(self) -> float:
-        """Of that bias, which is 0 at first."""
+        """The teacher's value of that bias, which starts at 0."""
         (value,) = self.model.teacher.model.decode_head.conv_seg.bias.unique().tolist()
         return value
 
 
 @pytest.fixture
 def stepper(config):
-    """Makes one."""
     init_default_scope('mmseg')
     raw = dataset_batch(config)
 
@@ -157,7 +155,7 @@ def stepper(config):
 
 @pytest.mark.parametrize('factor', [0.0, 1.0])
 def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
-    """Not with each forward: gradients are accumulated, or overflow. Paused, too."""
+    """Not with each forward, as gradients accumulate or overflow; also while paused."""
     one, other = stepper(), stepper()
     one.model.distill_factor = factor
     for expected in (0.0, 0.25 * 2, 0.75 * 0.5 + 0.25 * 4):
@@ -172,13 +170,12 @@ def test_it_moves_on_with_each_step_of_the_optimizer(stepper, factor):
 
 
 def test_each_model_in_a_process_has_a_mean_of_its_own(stepper):
-    """Two models, and a copy in the midst of the training."""
     one, two = stepper(), stepper()
     for _ in range(2):
         one.loss(), two.loss()
         one.step()
     copied = copy.deepcopy(one.model)
-    assert copied.teacher.model is None  # it holds no memory, and EMA needs none
+    assert copied.teacher.model is None  # saves memory, and an EMA copy needs none
     copied = Stepper(copied, one.data)
     for _ in range(3):
         copied.loss(), two.loss()

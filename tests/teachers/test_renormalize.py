@@ -1,4 +1,4 @@
-"""The teacher sees its own normalisation: against numpy."""
+"""The teacher sees its own normalisation; checked against numpy."""
 
 from __future__ import annotations
 

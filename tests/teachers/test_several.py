@@ -1,4 +1,4 @@
-"""Several teachers, and a teacher that sees the mirrored image too."""
+"""Several teachers, and a teacher that also sees the mirrored image."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_term_is_the_weighted_mean_over_the_teachers():
 
 
 def test_each_teacher_keeps_its_own_normalisation_and_classes():
-    """One of them gets BGR and 0 to 255, and has its classes in another order."""
+    """The second one gets pixels of 0 to 255 and has its classes in reverse order."""
     model = two()
     data = make_batch(19)
     other = model.teachers['b']
@@ -107,7 +107,6 @@ def test_each_teacher_keeps_its_own_normalisation_and_classes():
 
 
 def test_teachers_of_two_architectures_with_the_comparison_chosen_for_each():
-    """A dense one of the same kind, and one whose boxes are compared."""
     same, other = (
         dict(config=model_config(path), allow_random=True) for path in (RETINANET, FCOS)
     )
@@ -151,7 +150,6 @@ def pair_of(model: nn.Module, data: dict):
 
 
 def test_probabilities_of_a_per_pixel_teacher_are_averaged():
-    """Of both forward passes, in numpy."""
     data = make_batch(19)
     twice = teacher(PSPNET, 1 / 4, views=['flip'])
     model = build(seg(ignore_mask=False), teacher=twice)

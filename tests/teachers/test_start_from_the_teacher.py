@@ -1,4 +1,4 @@
-"""The student's neck and head start from the teacher's, by mmengine's own means."""
+"""The student's neck and head start from the teacher's, through `init_cfg`."""
 
 from __future__ import annotations
 

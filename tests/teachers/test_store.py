@@ -1,4 +1,4 @@
-"""The stored answers of a teacher: exact, strict, and whole whatever happens."""
+"""Stored answers are exact, checked strictly, and survive crashes and full disks."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def images(number: int) -> list[dict]:
 
 
 def add(writer: StoreWriter, i: int, kind: str = 'boxes') -> None:
-    # what is stored is rounded
+    # storing rounds the values
     scores = (some_map(i) - 0.4).clamp(min=0) / 255
     answer = some_boxes(i) if kind == 'boxes' else scores
     writer.add(image(i)['img_path'], (480, 640 + i), answer)
 
 
 def write(folder: Path, number: int = 4, kind: str = 'boxes') -> Path:
-    """A store of so many images."""
+    """Write a store of ``number`` images."""
     writer = StoreWriter(folder, dict(MANIFEST, kind=kind))
     for i in range(number):
         add(writer, i, kind)
@@ -86,12 +86,12 @@ def test_images_are_found_where_the_data_were_moved(tmp_path, monkeypatch):
     for i, name in enumerate(names):
         writer.add(f'/data/coco/{name}', (4, 6), some_boxes(i))
     store = Store(tmp_path / 'a')
-    monkeypatch.chdir(tmp_path)  # a relative path counts from here
+    monkeypatch.chdir(tmp_path)  # relative paths start here
     for root in ('/data/coco', '/ssd/coco', 'coco'):
         for i, name in enumerate(names):
             found = store.answer(dict(img_path=f'{root}/{name}'))
             assert torch.equal(found, some_boxes(i))
-    # another image may have the same name
+    # another image can have the same name
     for other in ('val/1.jpg', 'train/c/1.jpg', 'b/1.jpg', '1.jpg'):
         assert store.key(dict(img_path=f'/ssd/coco/{other}')) is None
     assert store.key({}) is None
@@ -101,7 +101,7 @@ def test_images_are_found_where_the_data_were_moved(tmp_path, monkeypatch):
 
 
 def damage(part: str, change):
-    """Change a file of a store."""
+    """A function that changes a file of a store."""
 
     def harm(folder: Path) -> None:
         (folder / part).write_bytes(change((folder / part).read_bytes()))
@@ -110,7 +110,7 @@ def damage(part: str, change):
 
 
 def answer(*row: float):
-    """Another box, the first of the second image."""
+    """A function that replaces the first box of the second image."""
     row = np.array(row, '<f4').tobytes()
     return damage('part-0-0.bin', lambda x: x[:120] + row + x[144:])
 
@@ -189,7 +189,7 @@ def test_another_size_is_named(tmp_path):
         store.check(other)
     with pytest.raises(ValueError, match=words):
         store.answer(other[0])
-    store.check([image(0), image(1, height=None, width=None)])  # not known
+    store.check([image(0), image(1, height=None, width=None)])  # unknown size
     with pytest.raises(ValueError, match=r'/8\.jpg, .*/12\.jpg and 2 more\. Ask'):
         store.check(images(15)[8:])
 
@@ -320,7 +320,7 @@ def test_a_coco_results_file(tmp_path):
     store = Store(results(tmp_path, found))
     assert (store.kind, store.is_by_id, store.class_names) == ('boxes', True, None)
     store.name_classes({1: 'cat', 2: 'dog', 3: 'cow'})
-    store.name_classes({1: 'cat', 2: 'dog', 3: 'cow'})  # it may be told twice
+    store.name_classes({1: 'cat', 2: 'dog', 3: 'cow'})  # twice is fine
     assert store.class_names == CLASSES
     found = store.answer(dict(img_id=7, img_path='x.jpg', height=4, width=6))
     assert found.tolist() == [[1, 2, 4, 6, 0.25, 2], [1, 2, 4, 6, 0.5, 0]]
@@ -377,7 +377,7 @@ def test_a_path_that_is_not_there():
 
 
 def test_many_boxes_are_read_in_seconds(tmp_path):
-    """20,000 images with 50 boxes; COCO has 118,000."""
+    """20,000 images with 50 boxes each; COCO has 118,000 images."""
     writer = StoreWriter(tmp_path, MANIFEST)
     writer.add('/data/train/0.jpg', (4, 6), some_boxes(0, 50))
     line, rows = ((tmp_path / f'part-0-0.{x}').read_bytes() for x in ('jsonl', 'bin'))

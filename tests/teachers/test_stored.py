@@ -1,4 +1,4 @@
-"""Answers of a teacher that is a file: as those of one that is asked in each step."""
+"""Stored answers teach like a teacher that is asked in each step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HOOK = "custom_hooks = [dict(type='mmdist.StoredTeacherHook')]"
 
 
 def write(path: Path, kind: str, classes, answers: dict) -> str:
-    """A store of answers, a dict of file -> (size, answer)."""
+    """Write a store of answers, a dict of file -> (size, answer)."""
     manifest = dict(kind=kind, class_names=list(classes))
     manifest['teachers'] = [dict(config='c', checkpoint='w.pth', sha256='0')]
     writer = StoreWriter(path, manifest)
@@ -47,7 +47,7 @@ def write(path: Path, kind: str, classes, answers: dict) -> str:
 
 
 def with_stored(model, path, **options):
-    """The same model, which learns from stored answers."""
+    """Replace the model's teacher by stored answers."""
     teacher = build_teacher(dict(stored=path, **options), {})
     model.teachers, model._is_checked = {'': teacher}, False
     model._load_teachers()
@@ -55,7 +55,7 @@ def with_stored(model, path, **options):
 
 
 def note(data, names=('a', 'b')):
-    """Say that each image is a whole file."""
+    """Mark each image as showing a whole file."""
     for sample, name in zip(data['data_samples'], names, strict=True):
         size = tuple(sample.img_shape[:2])
         file = dict(img_path=f'/images/{name}', height=size[0], width=size[1])
@@ -73,7 +73,7 @@ def for_its_family(cfg, original, factor):
 
 
 def ask(model, data):
-    """What its teacher detects in a batch."""
+    """Its teacher's detections in a batch."""
     teacher = model.teachers['']
     step = Step(model, teacher, ClassMatch(), data['inputs'], data['data_samples'])
     with teacher.running():
@@ -94,7 +94,7 @@ def stored_detections(path: Path, found, names=('a', 'b')) -> str:
 
 @pytest.mark.parametrize('student', ['RetinaNet', 'Faster R-CNN', 'DINO'])
 def test_without_augmentation_the_losses_are_those_of_the_teacher(student, tmp_path):
-    """Of the boxes too, as a teacher of another family is asked what it detects."""
+    """Class and box losses, of a teacher of another family that gives detections."""
     distill = dict(
         dist=dict(type='mmdist.Detections'), box=dict(type='mmdist.Boxes', min_score=0)
     )
@@ -153,7 +153,7 @@ class Rectangles(ForeignTeacher):
 
 @pytest.fixture
 def rectangles(tmp_path) -> Path:
-    """COCO data of bright rectangles, and where they are."""
+    """COCO data of bright rectangles, and a results file with their boxes."""
     import cv2
 
     rng = np.random.default_rng(0)
@@ -183,7 +183,7 @@ def rectangles(tmp_path) -> Path:
 
 
 def test_with_resize_and_flip_boxes_are_those_of_the_teacher_asked_then(rectangles):
-    """By a COCO results file that mmdist did not write."""
+    """From a COCO results file that mmdist did not write."""
     register()
     model = build_pair(
         FAMILIES['RetinaNet'], distill=dict(dist=dict(type='mmdist.Detections'))
@@ -310,7 +310,7 @@ def test_where_the_file_is_not_shown_no_pixel_counts(tmp_path):
     with_stored(model, write(tmp_path / 'store', 'maps', names, answers))
     for sample in data['data_samples']:
         ((file, _),) = sample.metainfo[FRAMES]
-        right = np.array([[1, 0, 32], [0, 1, 0], [0, 0, 1.0]])  # by half of the image
+        right = np.array([[1, 0, 32], [0, 1, 0], [0, 0, 1.0]])  # by half an image
         frame = Frame(file, (View(np.eye(3), (64, 64)), View(right, (64, 64))))
         sample.set_metainfo({FRAMES: (frame,)})
         sample.gt_sem_seg.data.fill_(0)  # no pixel is ignored
@@ -322,7 +322,7 @@ def test_where_the_file_is_not_shown_no_pixel_counts(tmp_path):
 
 
 def test_answers_follow_a_batch_that_is_resized_and_none_comes_back(tmp_path):
-    """A box that is clipped to a line is gone, whatever a shear makes of the line."""
+    """A box clipped to a line stays gone, even if a shear gives the line an area."""
     rows = torch.tensor([[10.0, 10, 30, 30, 0.9, 0], [50, 10, 90, 30, 0.8, 1]])
     path = write(
         tmp_path / 'store', 'boxes', NAMES[:2], {'/images/a': ((96, 96), rows)}
@@ -340,11 +340,11 @@ def test_answers_follow_a_batch_that_is_resized_and_none_comes_back(tmp_path):
     assert found.labels.tolist() == [0]
 
 
-# ---- a training ----------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------
 
 
 def results_of(coco_root, path: Path, change=lambda entry: entry) -> str:
-    """The labels of the tiny COCO data as a results file."""
+    """Write the labels of the tiny COCO data as a results file."""
     entries = json.loads((coco_root / 'train.json').read_text())['annotations']
     keys = ('image_id', 'category_id', 'bbox')
     entries = [dict({k: e[k] for k in keys}, score=0.9) for e in entries]
@@ -385,7 +385,7 @@ PLAIN = [*MOSAIC[:2], dict(type='Resize', scale=(96, 96)), MOSAIC[-1]]
 def test_a_student_is_trained_by_a_results_file(
     det_config, coco_root, tmp_path, workers
 ):
-    """Through mosaic and mixup, and through what RTMDet's hook switches to."""
+    """Through mosaic and mixup, and the pipeline that RTMDet's hook switches to."""
     stored = results_of(coco_root, tmp_path / 'results.bbox.json')
     config = make_config(det_config, tmp_path, stored)
     config.train_dataloader.dataset.pipeline = MOSAIC
@@ -434,7 +434,7 @@ def test_a_yolox_is_trained(det_config, coco_root, tmp_path):
 
 @HOOKS.register_module()
 class Batches(Hook):
-    """Keeps images and labels of all batches."""
+    """Keeps the images and labels of all batches."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         labels = [s.gt_sem_seg.data for s in data_batch['data_samples']]
@@ -448,7 +448,7 @@ def seen(runner):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_segmentor_is_trained(seg_config, seg_root, tmp_path, workers):
-    """By maps; its images and labels are those of a training without a teacher."""
+    """By maps; its images and labels equal those of training without a teacher."""
     files = sorted((seg_root / 'images').iterdir())
     maps = torch.rand(len(files), 3, 12, 16)
     answers = {str(f): (SIZE, m) for f, m in zip(files, maps, strict=True)}
@@ -488,7 +488,7 @@ def test_it_mixes_with_a_teacher_that_is_asked(det_config, coco_root, tmp_path):
     assert 'train/dist_intra_a' in scalars and 'train/loss_dist' in scalars
 
 
-# ---- what is refused -----------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

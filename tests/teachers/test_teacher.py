@@ -1,4 +1,4 @@
-"""The teacher's config, in every form, and what is asked of it."""
+"""The teacher's config in every form, and mistakes in it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_of_a_distillation_config_the_student_is_the_teacher(tmp_path):
 
 
 def test_a_data_preprocessor_of_the_config_is_the_models(det_config, tmp_path):
-    """As it is to the Runner; without, the teacher would be shown raw pixels."""
+    """As in the Runner; without it, the teacher would see raw pixels."""
     path = tmp_path / 'config.py'
     path.write_text(det_config)
     plain = Config.fromfile(path)
@@ -49,7 +49,7 @@ def test_a_data_preprocessor_of_the_config_is_the_models(det_config, tmp_path):
 
 
 def test_copies_of_a_student_share_no_teacher(det_config, tmp_path):
-    """They may be cast, moved and trained, and load it when they are trained."""
+    """They can be cast, moved and trained; training loads their own teacher."""
     path = tmp_path / 'config.py'
     path.write_text(det_config)
     config = Config.fromfile(path)
@@ -174,7 +174,7 @@ def test_random_weights_ask_for_no_file(config, monkeypatch):
 
 
 def test_building_a_teacher_touches_no_gpu(monkeypatch):
-    """The state of each GPU's generator would be read, and a context made on it."""
+    """Reading the state of a GPU's generator would create a context on it."""
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
 
     def refuse(*args):

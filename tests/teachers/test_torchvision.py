@@ -1,4 +1,4 @@
-"""Models of torchvision as teachers, as docs/teachers.md and ForeignTeacher show."""
+"""torchvision teachers: the examples of docs/teachers.md and ForeignTeacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmdist import MODELS, ForeignTeacher
 from mmdist.comparisons import detections
 from mmdist.teachers import Renormalize
 
-# Not among the pinned packages: the wheel of the package index needs CUDA's libraries.
+# Not a pinned package: the wheel on the package index needs CUDA's libraries.
 pytest.importorskip('torchvision', reason='torchvision is not installed')
 from torchvision.models import detection, segmentation
 from torchvision.transforms._presets import SemanticSegmentation
@@ -29,7 +29,7 @@ SIZES = [(40, 64), (48, 40)]  # the shorter side is torchvision's `min_size` of 
 
 @pytest.fixture(autouse=True)
 def forgotten():
-    """The examples are registered for a test only, since other tests run them too."""
+    """Unregister the examples after each test, since other tests run them too."""
     names = 'TorchvisionRetinaNet', 'LRASPP'
     before = {name: MODELS.module_dict.pop(name, None) for name in names}
     yield
@@ -40,7 +40,7 @@ def forgotten():
 
 
 def run_code(code: str, name: str) -> type:
-    """The class of this name in an example."""
+    """Run an example; returns its class of this name."""
     there = {'ForeignTeacher': ForeignTeacher, 'MODELS': MODELS, 'torch': torch}
     exec(code, there)
     return there[name]
@@ -63,13 +63,13 @@ def lraspp() -> type:
 
 
 def pictures() -> list[torch.Tensor]:
-    """RGB images, (3, H, W), of values from 0 to 255."""
+    """RGB images, (3, H, W), with values from 0 to 255."""
     rng = np.random.default_rng(0)
     return [torch.from_numpy(rng.integers(0, 256, (3, *size)) / 1.0) for size in SIZES]
 
 
 def as_of_the_student(teacher: nn.Module, images: list[torch.Tensor]) -> torch.Tensor:
-    """The images, normalised and padded for a student of BGR and mapped from there."""
+    """The images, padded and normalised for a BGR student, then for the teacher."""
     student = ImgDataPreprocessor([103.5, 116.3, 123.7], [57.4, 57.1, 58.4])
     inputs = torch.zeros(len(images), 3, 64, 64, dtype=torch.float64)
     for cells, image in zip(inputs, images, strict=True):
@@ -80,7 +80,7 @@ def as_of_the_student(teacher: nn.Module, images: list[torch.Tensor]) -> torch.T
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights that tell classes and places apart."""
+    """Set random weights that tell classes and locations apart."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -88,7 +88,6 @@ def randomise(model: nn.Module) -> None:
 
 
 def test_retinanet_gives_all_boxes_that_its_own_pipeline_filters():
-    """Its own normalisation, padding, head, decoding and post-processing."""
     teacher = retinanet()(weights=None).double().eval()
     library = teacher.model
     randomise(library)
@@ -106,7 +105,7 @@ def test_retinanet_gives_all_boxes_that_its_own_pipeline_filters():
         assert scores.shape[1] == len(teacher.class_names) == 91
         assert len(image['scores']) == scores.numel()
         high = torch.tensor([width, height, width, height])
-        boxes = boxes.clamp(min=0).minimum(high)  # to the image, as torchvision does
+        boxes = boxes.clamp(min=0).minimum(high)  # as torchvision does
         for label in (1, 17, 90):
             of_label = image['labels'] == label
             column, order = scores[:, label].sort(descending=True)
@@ -141,7 +140,7 @@ def segmentor_of_torchvision(folder: Path) -> nn.Module:
 
 
 def test_retinanet_teaches_mmdets_retinanet(monkeypatch):
-    monkeypatch.setattr(detections, 'MIN_SCORE', 0.0)  # its random weights are unsure
+    monkeypatch.setattr(detections, 'MIN_SCORE', 0.0)  # random weights give low scores
     retinanet()
     names = detection.RetinaNet_ResNet50_FPN_V2_Weights.DEFAULT.meta['categories']
     names = [name for name in names if name not in ('__background__', 'N/A')]

@@ -1,4 +1,4 @@
-"""Tools as a user runs them, but in the process of the test."""
+"""Run tools as a user does, but in the test's process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ TOOLS = Path(__file__).parents[2] / 'tools'
 
 
 class Ran(NamedTuple):
-    """What a tool did."""
+    """The result of a tool."""
 
     status: int
     out: str  # what it printed
-    said: str  # what it stopped with, and printed to stderr, in a line
+    said: str  # its error and what it printed to stderr, in a line
 
     @property
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""A pair of two models of one tiny config, as the files that a tool reads."""
+"""Write a pair of two models of one tiny config, as files that tools read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def write_pair(
     """Write `student.py` and `pair.py`, in which `teacher.pth` teaches the student.
 
     Args:
-        folder: Where they go.
+        folder: Where to write them.
         student: Text of the student's config.
         more: Lines at the end of `pair.py`.
         distill: What is compared; empty takes the default.
-        teacher: Arguments of the teacher, beside or instead of these.
+        teacher: Arguments of the teacher, in addition to or instead of the defaults.
     """
     (folder / 'student.py').write_text(student)
     teacher = dict(config='student.py', checkpoint='teacher.pth') | teacher
@@ -40,8 +40,8 @@ def write_weights(
     Args:
         folder: Where `student.py` is.
         name: Name of the file, without its suffix.
-        seed: Of the weights.
-        std: Deviation of all of them; as the model is initialised, if omitted.
+        seed: Seed of the weights.
+        std: Standard deviation of all weights; the model's own initialisation if None.
     """
     weights = _random_weights((folder / 'student.py').read_text(), seed, std)
     torch.save(dict(state_dict=weights), folder / f'{name}.pth')

@@ -17,7 +17,7 @@ from mmengine.visualization import LocalVisBackend
 
 @pytest.fixture
 def compare(run_tool):
-    """Run the tool where the logs are; gives what it printed, or stopped with."""
+    """Run the tool; returns what it printed, or its error."""
 
     def run(*args: str, ok: bool = True) -> str:
         ran = run_tool('compare', *args)
@@ -35,9 +35,9 @@ def write_log(
     correlation: float | None = None,
     timestamp: str = '20260101_000000',
 ) -> Path:
-    """The log of a run, by mmengine's own backend: the metric by step.
+    """Write a run's log of a metric by step, with mmengine's own backend.
 
-    ``correlation`` is logged as `dist_inter` and, less a tenth, as `dist_intra`.
+    ``correlation`` is logged as `dist_inter` and, minus 0.1, as `dist_intra`.
     """
     folder = work_dir / timestamp / 'vis_data'
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def write_log(
 
 
 def rows(output: str) -> list[list[str]]:
-    """The cells of the table's lines, without the heading."""
+    """The cells of the table's rows, without the heading."""
     lines = [line for line in output.splitlines() if line.startswith('|')][2:]
     return [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
 
@@ -66,7 +66,7 @@ def test_table_has_the_last_values_over_seeds_and_paired_differences(compare, tm
         write_log(tmp_path / f'a{seed}', {2: 1.0, 4: alone[seed]}, seed)
         write_log(tmp_path / f'd{seed}', {2: 9.0, 4: dist[seed]}, seed, correlation=0.5)
         names += [f'alone=a{seed}', f'DIST=d{seed}']
-    # a seed that the first method does not have is in the mean alone
+    # a seed that the first method lacks only counts in the mean
     write_log(tmp_path / 'd7', {4: 50.0}, 7)
 
     output = compare(*names, 'DIST=d7', '--out', 'out.png')
@@ -181,7 +181,7 @@ def test_a_real_training(compare, seg_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile('distilled.py')
     cfg.work_dir = 'work'
-    cfg.visualizer.name = str(tmp_path)  # that of another test logs to another place
+    cfg.visualizer.name = str(tmp_path)  # another test's logs to another place
     runner = Runner.from_cfg(cfg)
     runner.train()
     score = runner.message_hub.get_scalar('val/mIoU').current()

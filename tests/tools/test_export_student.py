@@ -28,7 +28,7 @@ work_dir = 'work'
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, det_config) -> Path:
-    """A student's config, and a checkpoint of it that was distilled with EMA."""
+    """A student's config and its checkpoint, distilled with EMA."""
     root = tmp_path_factory.mktemp('export')
     (root / 'student.py').write_text(det_config)
     (root / 'distilled.py').write_text(

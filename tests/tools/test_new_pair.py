@@ -22,7 +22,7 @@ SEGMENTORS = (
 
 @pytest.fixture
 def new_pair(run_tool):
-    """Run the tool; gives what it printed, or stopped with."""
+    """Run the tool; returns what it printed, or its error."""
 
     def run(student: str, teacher: str, *args: str) -> str:
         argv = ['--student', student, '--teacher', *teacher.split(), *args]
@@ -40,7 +40,7 @@ def test_detectors(new_pair, tmp_path):
         'DenseLogits with DISTLoss, sigmoid chosen because student and teacher are of',
         'pairs 5: 2x720x32x40, 2560 rows, 100.0% count; 2x720x16x20, 640 rows',
         'Classes that are compared (80): person, bicycle',
-        # Caffe's weights want BGR, mean only.
+        # Caffe's weights take BGR with only the mean subtracted.
         'channels swapped, mean and std changed. Student: RGB, mean 123.7',
         ', loss_dist ',
     ):
@@ -50,7 +50,7 @@ def test_detectors(new_pair, tmp_path):
     model = Config.fromfile(config).model
     assert model.type == 'mmdist.Distiller'
     assert model.teacher.config == teacher
-    # mmdet's metafile
+    # from mmdet's metafile
     assert model.teacher.checkpoint.endswith('_caffe_fpn_1x_coco_20200531-f11027c5.pth')
     assert model.student == Config.fromstring(f'_base_ = {student!r}', '.py').model
 
@@ -66,7 +66,7 @@ def test_configs_and_weights_of_ones_own_hold_in_any_directory(
         *('--checkpoint', 'own.pth', '--out', 'mine/pair.py'),
     )
     assert 'SegformerHead' in found
-    # The smaller map of the two, 1/8, is compared; SegFormer has no auxiliary head.
+    # The smaller map, 1/8, is compared; SegFormer has no auxiliary head.
     assert 'SegLogits with DISTLoss, softmax' in found
     assert 'pairs 1: 2x19x32x40' in found
     assert 'own.pth, which does not exist' in found
@@ -107,7 +107,7 @@ def test_a_teacher_of_another_library(new_pair, tmp_path, seg_config):
 
 
 def own_classes(library: str, names: list[str], columns: int) -> str:
-    """A config of a data set of one's own with these classes."""
+    """Config of a custom data set with these classes."""
     base, dataset, model = {
         'mmdet': (DETECTORS[0], 'CocoDataset', TINY_RETINANET),
         'mmseg': (SEGMENTORS[1], 'BaseSegDataset', TINY_SEGMENTOR),
@@ -132,9 +132,9 @@ train_dataloader = dict(dataset=dict(
     ],
 )
 def test_any_number_of_classes(new_pair, tmp_path, library, number):
-    """One class is what aerial images of trees have; `low >= high` was the answer."""
+    """One class, as for trees in aerial images, once failed with `low >= high`."""
     names = [f'class {i}' for i in range(number)]
-    if library == 'mmseg' and number == 1:  # it has the background as a class
+    if library == 'mmseg' and number == 1:  # the background is a class
         names.append('other')
     (tmp_path / 'own.py').write_text(own_classes(library, names, len(names)))
     found = new_pair('own.py', 'own.py', '--checkpoint', 'own.pth')

@@ -1,4 +1,4 @@
-"""tools/preflight.py: what it prints of real pairs, and which mistakes it finds."""
+"""tools/preflight.py: what it prints about real pairs, and the mistakes it finds."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ RAMP = (
 
 @pytest.fixture
 def preflight(run_tool):
-    """Run the tool."""
     return functools.partial(run_tool, 'preflight')
 
 
 def write_pair(
     folder: Path, student: str, weights: dict | None = None, **options
 ) -> None:
-    """As :func:`pairs.write_pair`, with the teacher's weights; random if omitted."""
+    """Like :func:`pairs.write_pair`, with the teacher's weights; random if omitted."""
     pairs.write_pair(folder, student, **options)
     if weights is None:
         pairs.write_weights(folder)
@@ -48,7 +47,7 @@ COLOURS = np.array([(255, 40, 40), (40, 255, 40), (40, 40, 255)])
 
 
 def coloured_images(folder: Path, num_classes: int) -> str:
-    """Four images whose colours are their classes; gives a segmentor's config."""
+    """Write four images coloured by their classes; returns a segmentor's config."""
     rng = np.random.default_rng(0)
     for name in ('images', 'labels'):
         (folder / name).mkdir()
@@ -68,7 +67,7 @@ def coloured_images(folder: Path, num_classes: int) -> str:
 
 @pytest.fixture(scope='session')
 def learned(tmp_path_factory) -> tuple[str, dict]:
-    """A segmentor's config, and weights with which it knows colours by their names."""
+    """A segmentor's config, and weights that tell its classes by colour."""
     text = coloured_images(tmp_path_factory.mktemp('coloured'), 3)
     config = Config.fromstring(text, '.py')
     torch.manual_seed(0)
@@ -87,7 +86,7 @@ def learned(tmp_path_factory) -> tuple[str, dict]:
 
 
 def classifier(weights: dict, change) -> dict:
-    """Weights with the classifiers, (classes, ...), changed."""
+    """The weights with changed classifiers, (classes, ...)."""
     return {k: change(v) if 'conv_seg' in k else v for k, v in weights.items()}
 
 
@@ -118,7 +117,7 @@ def test_a_good_pair_of_segmentors(preflight, tmp_path, learned):
         's with the teacher, ',
     ):
         assert text in found.text
-    # the student has the weights of its teacher
+    # the student starts from the teacher's weights
     teacher, student = (line for line in lines if 'mIoU' in line)
     assert teacher.startswith('  teacher') and student.startswith('  student')
     assert miou(teacher) == miou(student) > 80
@@ -136,13 +135,13 @@ def test_a_good_pair_of_detectors(preflight, tmp_path, det_config):
     assert re.search(r'gradient distillation has \d+\.?\d* times', found.text)
     assert 'SCORE' not in found.text
     assert '3 of 5 pairs have few rows per process (fewest: 2)' in found.text
-    # its gradient is far above that of the labels, and balanced
+    # its gradient is far larger than the labels', and balanced
     assert 'balance limits this to 3 times their norm in training' in found.text
     assert 'GO ON' in found.text
 
 
 def test_images_and_classes_of_another_teacher(preflight, tmp_path, learned):
-    """Its classes are brought into the student's order, its images normalised."""
+    """Its classes are put into the student's order, its images renormalised."""
     text, weights = learned
     order = [2, 0, 1]
     write_pair(tmp_path, text, classifier(weights, lambda x: x[order]))
@@ -235,7 +234,7 @@ class Oracle(ForeignTeacher):
 def test_a_detector_of_another_library(
     preflight, monkeypatch, tmp_path, coco_root, det_config
 ):
-    """Every image is a red person, a green car and a blue dog, which Oracle sees."""
+    """Every image has a red person, a green car and a blue dog, which Oracle finds."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / 'oracle.py').write_text(ORACLE)
     root = shutil.copytree(coco_root, tmp_path / 'coloured')
@@ -245,7 +244,7 @@ def test_a_detector_of_another_library(
         for box in data['annotations']:
             if box['image_id'] == image['id']:
                 x, y, width, height = box['bbox']
-                # the boxes overlap, but not in a channel; BGR
+                # BGR; boxes overlap, but not within a channel
                 pixels[y : y + height, x : x + width, 3 - box['category_id']] = 255
         cv2.imwrite(str(root / 'images' / image['file_name']), pixels)
     student = det_config.replace(str(coco_root), str(root))
@@ -257,7 +256,7 @@ def test_a_detector_of_another_library(
         (tmp_path / 'pair.py').write_text(pair)
         found = preflight('pair.py', '--images', '2')
         assert found.status == status
-        # of the two images, not of all four
+        # over the two images, not all four
         average = float(re.search(r'bbox_mAP ([\d.]+)', found.text)[1])
         assert average > 0.95 or status
         wrong = 'look permuted: it takes person for car, car for person.'
@@ -267,7 +266,7 @@ def test_a_detector_of_another_library(
 
 @pytest.mark.slow
 def test_a_constant_teacher(preflight, tmp_path, learned):
-    """Biases alone: each class has its score, the same everywhere."""
+    """Biases alone: each class has the same score everywhere."""
     text, weights = learned
 
     def constant(x):
@@ -300,7 +299,6 @@ def test_two_classes(preflight, tmp_path):
 def test_a_training_that_would_not_start(
     preflight, tmp_path, det_config, seg_config, option, says
 ):
-    """A sentence each, and no traceback."""
     pairs.write_pair(tmp_path, det_config)
     pairs.write_weights(tmp_path, 'other')
     (tmp_path / 'hello.pth').write_text('hello')
@@ -341,7 +339,7 @@ def test_a_weight_of_0_has_no_gradient(preflight, tmp_path, det_config):
     assert found.status == 1
     assert '`loss_dist` is 0 in the first step.' in found.text
     assert 'No gradient of distillation reaches the student.' in found.text
-    assert 'chosen' not in found.text  # by the user
+    assert 'chosen' not in found.text  # the user chose
 
 
 @pytest.mark.parametrize(
@@ -387,11 +385,11 @@ def test_the_verdict_fits_the_gradient(
     assert verdict in text.splitlines() and re.search(says, ' '.join(text.split()))
 
 
-# ---- what a score says --------------------------------------------------------------
+# ---- judging a score ----------------------------------------------------------------
 
 
 def confusion(order: list[int], share: list[float], right: float) -> torch.Tensor:
-    """Of classes with these shares: ``right`` of each are taken for ``order``."""
+    """Table for classes of these shares; ``right`` of each is taken for ``order``."""
     n = len(order)
     table = torch.full((n, n + 1), (1 - right) / n)
     table[:, -1] = 0

@@ -1,4 +1,4 @@
-"""tools/store_teacher.py: what it stores is what mmdet and mmseg answer in a test."""
+"""tools/store_teacher.py stores what mmdet and mmseg predict in a test."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mmdist.teachers.store import Store
 from mmdist.teachers.teacher import build_model, load_config
 
 TOOLS = Path(__file__).parents[2] / 'tools'
-TWICE = "dict(type='Resize', scale=(256, 192), keep_ratio=True),"  # the size of a file
+TWICE = "dict(type='Resize', scale=(256, 192), keep_ratio=True),"  # files are 128x96
 PLAIN = "dict(type='Resize', scale=(128, 96)),"
 
 
@@ -39,7 +39,7 @@ def store(run_tool):
 
 @pytest.fixture
 def answers(store):
-    """Run the tool to its end, and read what it wrote."""
+    """Run the tool to its end and read what it wrote."""
 
     def run(*args: str) -> Store:
         ran = store(*args)
@@ -52,7 +52,7 @@ def answers(store):
 def write_teacher(
     folder: Path, text: str, name: str = 'teacher', seed: int = 1
 ) -> None:
-    """Write a teacher's config and weights with which it is sure of something."""
+    """Write a teacher's config, and weights that give high scores."""
     (folder / f'{name}.py').write_text(text)
     torch.manual_seed(seed)
     model = build_model(load_config(folder / f'{name}.py'), random=True)
@@ -74,7 +74,7 @@ def write_pair(folder: Path, student: str, teacher: str, **options) -> None:
 
 
 def asked_of_mmdet(image: Path | np.ndarray, config: str = 'teacher') -> np.ndarray:
-    """The teacher's boxes of an image, asked by mmdet's own API, (M, 6)."""
+    """The teacher's boxes in an image by mmdet's own API, (M, 6)."""
     cfg = Config.fromfile(f'{config}.py')
     if isinstance(image, Path):
         image = str(image)
@@ -91,7 +91,7 @@ def asked_of_mmdet(image: Path | np.ndarray, config: str = 'teacher') -> np.ndar
 
 
 def asked_of_mmseg(image: Path | np.ndarray, config: str = 'teacher') -> torch.Tensor:
-    """The teacher's probabilities, (classes, h, w), while mmseg's own API asks it."""
+    """The teacher's probabilities by mmseg's own API, (classes, h, w)."""
     cfg = Config.fromfile(f'{config}.py')
     cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     model = init_model(cfg, f'{config}.pth', device='cpu')
@@ -102,7 +102,7 @@ def asked_of_mmseg(image: Path | np.ndarray, config: str = 'teacher') -> torch.T
 
 
 def view_of(image: np.ndarray, scale: float, flip: bool) -> np.ndarray:
-    """An image at another size, and mirrored."""
+    """Resize an image and, with ``flip``, mirror it."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, scale_factor=scale, mode='bilinear')[0]
     pixels = pixels.permute(1, 2, 0).numpy()
@@ -148,10 +148,7 @@ def test_maps_are_those_of_mmseg(answers, tmp_path, seg_config, seg_root):
 
 
 def published_fusion(rows: np.ndarray, models: int, min_iou: float = 0.55) -> list:
-    """Section 3 of Solovyev et al., arXiv 1910.13302, step by step, with lists.
-
-    Without numpy's vectors, and clusters are kept as the lists that the paper has.
-    """
+    """Section 3 of Solovyev et al., arXiv 1910.13302, step by step, with its lists."""
     clusters, fused = [], []  # L and F
     for box in sorted(rows.tolist(), key=lambda row: -row[4]):  # step 1
         best, where = min_iou, None  # steps 2 and 3
@@ -189,7 +186,7 @@ def test_the_fusion_is_the_published_one(tools, number):
     expected = np.array(published_fusion(rows, 4)).reshape(-1, 6)
     assert len(expected) < number or number < 2
     answers = [torch.from_numpy(part) for part in np.array_split(rows, 4)]
-    # what has no area or no score is nothing
+    # boxes without an area or a score are ignored
     answers[0] = torch.cat(
         [torch.tensor([[1, 1, 1, 5, 0.5, 0], [1, 1, 5, 5, 0, 0]])] * 2 + [answers[0]]
     )
@@ -279,7 +276,7 @@ def test_processes_share_the_images(tmp_path, det_config, coco_root, group_of):
 
 
 def write_two(folder: Path, text: str, classes: tuple, theirs: tuple) -> None:
-    """A pair with two teachers; the second one has other classes."""
+    """Write a pair with two teachers; the second one has other classes."""
     write_pair(folder, text, text)
     other = text.replace(str(classes), str(theirs))
     assert other != text
@@ -341,7 +338,7 @@ def test_maps_of_windows_are_put_together(answers, tmp_path, seg_config, seg_roo
 
 
 def test_each_image_is_asked_about_once(store, tmp_path, seg_config, seg_root):
-    """Through wrappers, images without labels too, and labels are not read."""
+    """Through wrappers, images without labels included; labels are not read."""
     shutil.copytree(seg_root / 'images', tmp_path / 'unlabelled')
     shutil.copytree(seg_root / 'labels', tmp_path / 'labels')
     shutil.copytree(seg_root / 'images', tmp_path / 'images')

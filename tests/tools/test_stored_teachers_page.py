@@ -1,4 +1,4 @@
-"""docs/stored_teachers.md, word by word: store, train, and a COCO results file."""
+"""docs/stored_teachers.md, run word for word: store, train, and a COCO results file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = 'docs/stored_teachers.md'
 
 @pytest.fixture
 def data(tmp_path, coco_root) -> Path:
-    """A detector, a student and a pair on data that lie as the page says."""
+    """A detector, a student and a pair, with data laid out as the page says."""
     coco = tmp_path / 'data/coco'
     (coco / 'annotations').mkdir(parents=True)
     annotations = coco / 'annotations/instances_train2017.json'

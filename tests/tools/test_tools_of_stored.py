@@ -1,4 +1,4 @@
-"""Tools with a stored teacher that knows the labels."""
+"""Tools with a stored teacher whose answers are the labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOOK = "custom_hooks = [dict(type='mmdist.StoredTeacherHook')]"
 
 
 def write_results(coco_root: Path, file: Path, categories=(1, 2, 3)) -> None:
-    """The labels as a COCO results file, of these categories instead of 1, 2, 3."""
+    """Write the labels as a COCO results file, with these categories for 1, 2, 3."""
     labels = json.loads((coco_root / 'train.json').read_text())['annotations']
     keys = 'image_id', 'category_id', 'bbox'
     results = [{key: x[key] for key in keys} | dict(score=0.9) for x in labels]
@@ -34,7 +34,7 @@ def write_results(coco_root: Path, file: Path, categories=(1, 2, 3)) -> None:
 def write_maps(
     seg_root: Path, folder: Path, order=(0, 1, 2), names=SEG_CLASSES
 ) -> None:
-    """The labels as stored maps, with the classes in another order."""
+    """Write the labels as stored maps, with the classes in this order."""
     files = sorted((seg_root / 'images').glob('*.png'))
     manifest = dict(
         kind='maps',
@@ -55,10 +55,7 @@ def family(request) -> str:
 
 @pytest.fixture
 def write(family, request, tmp_path):
-    """Write a pair whose teacher is stored, the student's checkpoint and the answers.
-
-    ``order``: whose place in the labels each class takes.
-    """
+    """Write answers with their classes in ``order``, a pair, and a checkpoint."""
     config = request.getfixturevalue(f'{family}_config')
     root = request.getfixturevalue('coco_root' if family == 'det' else 'seg_root')
 
@@ -126,7 +123,7 @@ def test_preflight_names_images_without_an_answer(run_tool, family, write, tmp_p
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[dict]:
-    """The axes of each picture that is drawn, by their titles."""
+    """The axes of each saved picture, by their titles."""
     figures = []
 
     def keep(self, *args, **options):
@@ -137,7 +134,7 @@ def drawn(monkeypatch) -> list[dict]:
 
 
 def boxes_of(axis) -> np.ndarray:
-    """Boxes of the same picture, (M, 4), in order."""
+    """Sorted boxes of a picture, (M, 4) as x, y, width, height."""
     found = [(*x.get_xy(), x.get_width(), x.get_height()) for x in axis.patches]
     return np.array(sorted(found))
 
@@ -145,7 +142,7 @@ def boxes_of(axis) -> np.ndarray:
 def test_visualize_shows_them_where_the_labels_are(
     run_tool, family, write, drawn, tmp_path
 ):
-    """In the augmented image: what knows the labels lies on the labels."""
+    """After augmentation, the stored labels still lie on the labels."""
     write()
     scale, crop = 'scale=(160, 120), keep_ratio=True', 'crop_size=(96, 128)'
     pipeline = [
@@ -177,7 +174,7 @@ def test_visualize_shows_them_where_the_labels_are(
         labels, teacher = (x.images[0].get_array() for x in (labels, teacher))
         assert labels.shape == teacher.shape == (96, 128, 3)
         same = (labels == teacher).all(-1)
-        rows = same.mean(1) > 0.5  # the others are void
+        rows = same.mean(1) > 0.5  # the other rows are void
         assert rows.mean() > 0.7 and same[rows].mean() > 0.97
     page = (tmp_path / 'page/index.html').read_text()
     assert 'answers are stored,\nand moved like the images' in page

@@ -28,7 +28,7 @@ TOOLS = dict(
 
 
 def run(script: Path, *args, cwd: Path, ok: bool = True, fresh: bool = False) -> str:
-    """What a script prints; in a ``fresh`` interpreter nothing has imported mmdist."""
+    """The output of a script; a ``fresh`` interpreter has not imported mmdist."""
     if fresh:
         done = subprocess.run(
             [sys.executable, script, *map(str, args)],
@@ -54,7 +54,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope='module')
 def folder(family, tmp_path_factory, request) -> Path:
-    """A folder with a student, its config for distillation, and a teacher's weights."""
+    """A folder with a student, its distillation config, and a teacher's weights."""
     folder = tmp_path_factory.mktemp(family)
     write_pair(folder, request.getfixturevalue(f'{family}_config'))
     write_weights(folder)
@@ -91,7 +91,7 @@ def test_distilled_training_and_testing(family, folder, tools):
     finally:
         hidden.rename(folder / 'teacher.pth')
 
-    # What was trained is the plain student.
+    # The trained model is the plain student.
     init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
     plain = mmengine.registry.MODELS.build(Config.fromfile(folder / 'student.py').model)
     state = torch.load(checkpoint, map_location='cpu', weights_only=False)['state_dict']
@@ -119,7 +119,7 @@ else:
 
 @pytest.mark.slow
 def test_the_apis_run_what_was_trained(family, folder):
-    """In a process that knows nothing of mmdist."""
+    """In a process that has not imported mmdist."""
     classes = {'det': DET_CLASSES, 'seg': SEG_CLASSES}[family]
     checkpoint = torch.load(folder / 'teacher.pth')
     meta = dict(dataset_meta=dict(classes=classes))

@@ -1,4 +1,4 @@
-"""`tools/train.py` in a work_dir where another run has been."""
+"""`tools/train.py` in a work_dir that holds another run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ randomness = dict(seed=None)
 
 @pytest.fixture(scope='module')
 def run(seg_config, tmp_path_factory):
-    """Calls tools/train.py in a copy of a folder in which it has trained."""
+    """Calls tools/train.py with a work_dir; it has trained in ``run.trained``."""
     folder = tmp_path_factory.mktemp('trained')
     (folder / 'student.py').write_text(seg_config)
     numbers = itertools.count()
 
     def run(work_dir: Path, *args: str) -> None:
-        # mmengine finds a logger by the config's name and the second: two runs of one
-        # name within a second would write to the log of the first
+        # mmengine finds a logger by the config's name and the second, so two runs with
+        # one name within a second would share a log
         config = folder / f'config_{next(numbers)}.py'
         config.write_text(CONFIG)
         with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +78,13 @@ def test_a_mistake_is_one_sentence_and_the_config_is_in_the_log(run, work_dir, c
     assert 'train_pipeline' in log_of(work_dir)
     with pytest.raises(RuntimeError, match='cannot be resumed with this model'):
         run(work_dir, '--resume', '--traceback', *options)
-    # what is no known mistake keeps its traceback
+    # an unknown mistake keeps its traceback
     with pytest.raises(TypeError, match='not supported'):
         run(work_dir, '--resume', '--cfg-options', 'optim_wrapper.optimizer.lr=a')
 
 
 def test_sync_bn_is_replaced_in_several_processes_on_cpus(run, tmp_path, monkeypatch):
-    """torch has it on GPUs only, and DDP refuses to wrap it, in one process too."""
+    """torch's needs a GPU, and DDP refuses to wrap it, even in one process."""
     values = dict(RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -117,11 +117,11 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
     with pytest.raises(SystemExit, match=r'these differ: optim_wrapper\)'):
         run(work_dir, *options, other)
     assert (work_dir / 'iter_3.pth').stat().st_mtime == before
-    # a folder of its own, the same config, or a checkpoint that lies in the work_dir
+    # a new folder, the same config, or a checkpoint in the work_dir is fine
     run(tmp_path / 'new', *options, other)
     run(work_dir, *options[:2])
     run(work_dir, '--resume', str(work_dir / 'iter_2.pth'), '--cfg-options', other)
-    # nothing whole is left to be mixed with
+    # no intact checkpoint is left to be mixed with
     for path in work_dir.glob('*.pth'):
         path.write_bytes(path.read_bytes()[:-300])
     run(work_dir, *options, other)
@@ -129,7 +129,7 @@ def test_resuming_elsewhere_does_not_mix_either(run, work_dir, tmp_path):
 
 
 def test_flexible_runner(run, work_dir, tmp_path):
-    """It builds its model late: what is resumed is checked all the same."""
+    """It builds its model late, but what it resumes is still checked."""
     strategy = 'strategy.type=SingleDeviceStrategy'
     with pytest.raises(SystemExit, match="`runner_type = 'FlexibleRunner'`"):
         run(tmp_path / 'new', '--cfg-options', strategy)

@@ -1,4 +1,4 @@
-"""docs/use_the_student.md, done where mmdist cannot be imported."""
+"""docs/use_the_student.md, run where mmdist cannot be imported."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PAGE = (ROOT / 'docs' / 'use_the_student.md').read_text()
 BLOCKS = code('docs/use_the_student.md')
 COMPARED = dict(det='adapt=True', seg="adapt=True, student='backbone'")
 STEPS = dict(det='train_cfg.max_epochs=1', seg='train_cfg.max_iters=2')
-# what of mmdist a training uses, and testing must not
+# a part of mmdist that training uses and testing must not
 HOOK = "custom_hooks = [dict(type='mmdist.DistillScheduleHook', stop=100)]"
 NAMES = dict(det='detector', seg='segmentor')
 
 
 def run(command: list, folder: Path, path: Path = ROOT) -> str:
-    """Run a command in a folder, with another one first on Python's path."""
+    """Run a command in a folder, with ``path`` first on Python's path."""
     environ = dict(os.environ, PYTHONPATH=str(path), OMP_NUM_THREADS='1')
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', *map(str, command)],
@@ -42,7 +42,7 @@ def run(command: list, folder: Path, path: Path = ROOT) -> str:
 
 @pytest.fixture(scope='module')
 def no_mmdist(tmp_path_factory) -> Path:
-    """First on Python's path, it makes `import mmdist` an error."""
+    """A folder that, first on Python's path, makes `import mmdist` fail."""
     folder = tmp_path_factory.mktemp('no_mmdist')
     text = "raise ImportError('mmdist is not to be imported')\n"
     (folder / 'mmdist.py').write_text(text)
@@ -55,7 +55,7 @@ def no_mmdist(tmp_path_factory) -> Path:
 
 
 def exported(family: str, config: str, data: Path, folder: Path) -> Path:
-    """A student that is distilled and exported, under the names of the page."""
+    """Distil and export a student, under the page's names."""
     os.link(next((data / 'images').glob('*.png')), folder / 'image.png')
     (folder / 'student.py').write_text(config)
     distill = f"dict(mimic=dict(type='mmdist.Features', {COMPARED[family]}))"
@@ -80,7 +80,7 @@ def exported(family: str, config: str, data: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def det(det_config, coco_root, tmp_path_factory) -> Path:
-    # one step of training makes no box sure
+    # so short a training gives no high scores
     config = det_config.replace('bbox_head=', 'test_cfg=dict(score_thr=0), bbox_head=')
     return exported('det', config, coco_root, tmp_path_factory.mktemp('det'))
 
@@ -114,7 +114,7 @@ def test_the_config_is_complete_and_knows_nothing_of_mmdist(family, request):
 def test_a_detector_predicts(det, no_mmdist):
     save = "\nimport numpy as np\nnp.savez('first.npz', **first)\n"
     run_block('DetInferencer', save, det, no_mmdist)
-    # what the distilled model itself says, read from the training's checkpoint
+    # the distilled model's own result, from the training's checkpoint
     model = mmdet.apis.init_detector(
         str(det / 'student.py'), str(det / 'distilled.pth'), device='cpu'
     )
@@ -128,11 +128,11 @@ def test_a_detector_predicts(det, no_mmdist):
 
 
 def expected_map(folder: Path) -> torch.Tensor:
-    """What the distilled segmentor itself says, from the training's checkpoint."""
+    """The distilled segmentor's own label map, from the training's checkpoint."""
     model = mmseg.apis.init_model(
         str(folder / 'student.py'), str(folder / 'distilled.pth'), device='cpu'
     )
-    # this API reads `test_pipeline` instead, which the tiny config leaves as it was
+    # this API reads `test_pipeline` instead, which the tiny config does not change
     model.cfg.test_pipeline = model.cfg.test_dataloader.dataset.pipeline
     found = mmseg.apis.inference_model(model, str(folder / 'image.png'))
     return found.pred_sem_seg.data[0]

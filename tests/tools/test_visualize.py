@@ -22,14 +22,13 @@ from mmdist.teachers.teacher import build_model, load_config
 
 class Result(NamedTuple):
     status: int
-    text: str  # what it printed to stderr, and what it stopped with
+    text: str  # its error and what it printed to stderr
     page: str
-    correlations: dict[str, float]  # of the classes, in the order of the page
+    correlations: dict[str, float]  # by class, in the page's order
 
 
 @pytest.fixture
 def visualize(run_tool, tmp_path):
-    """Run the tool."""
 
     def run(*args: str) -> Result:
         ran = run_tool('visualize', *args, '--out', 'page')
@@ -44,16 +43,16 @@ def visualize(run_tool, tmp_path):
 
 @pytest.fixture
 def tool(tools):
-    """The functions of the tool."""
+    """The tool as a module."""
     import visualize
 
     return visualize
 
 
 def write_pair(folder: Path, student: str, same: bool = False, distill: str = ''):
-    """As :func:`pairs.write_pair`, with `teacher.pth` and `student.pth`."""
+    """Like :func:`pairs.write_pair`, with `teacher.pth` and `student.pth`."""
     pairs.write_pair(folder, student, distill=distill)
-    # away from the same few scores
+    # the large std makes scores vary
     pairs.write_weights(folder, 'teacher', seed=1, std=0.1)
     pairs.write_weights(folder, 'student', seed=1 if same else 2, std=0.1)
 
@@ -74,7 +73,7 @@ def test_segmentors(visualize, tmp_path, seg_config):
     assert found.status == 0, found.text
     check_pictures(tmp_path / 'page', 2)
     assert 'SegLogits with DISTLoss, softmax' in found.page
-    assert '320 pixels' in found.page  # of 2 x 12x16, without the void of the labels
+    assert '320 pixels' in found.page  # of 2 x 12x16, without void labels
     assert sorted(found.correlations) == ['road', 'sky', 'tree']
     values = list(found.correlations.values())
     assert values == sorted(values) and values[0] < 0.999
@@ -109,7 +108,7 @@ def test_images_of_segmentors_against_numpy(visualize, tmp_path, seg_config, seg
 
 
 def probabilities_of(folder: Path, name: str, files: list[str]) -> np.ndarray:
-    """What a plain model gives for images, (images, classes, height, width)."""
+    """A plain model's class probabilities, (images, classes, height, width)."""
     model = build_model(load_config(folder / 'student.py')).eval()
     model.load_state_dict(torch.load(folder / f'{name}.pth')['state_dict'])
     outputs = []
@@ -270,7 +269,6 @@ def test_errors(visualize, tmp_path, seg_config, args, status, says):
 
 @pytest.mark.slow
 def test_an_entry_of_several_teachers(visualize, tmp_path, seg_config):
-    """One of them is the student itself, the other one is not."""
     write_pair(tmp_path, seg_config)
     pair = (tmp_path / 'pair.py').read_text()
     one, two = (

@@ -1,10 +1,10 @@
-# A teacher of ADE20K for a student of Cityscapes:
+# For an ADE20K teacher of a Cityscapes student:
 #
 #     _base_ = [..., 'mmdist::_base_/class_maps/cityscapes_from_ade20k.py']
 #     teacher=dict(..., class_map=_base_.class_map, class_match='shared')
 #
-# Only what means the same in both. ADE20K has no rider, train or traffic sign (a
-# signboard is mostly an advertisement), and its wall is mostly that of a room.
+# Only classes with the same meaning in both. ADE20K has no rider, train or traffic sign
+# (a signboard is mostly an advertisement), and its wall is mostly a room's.
 class_map = dict(
     building=['building', 'house', 'skyscraper'],
     vegetation=['tree', 'plant', 'palm'],

@@ -1,4 +1,4 @@
-# PKD (arXiv 2207.02039): each channel of the FPN by its correlation.
+# PKD (arXiv 2207.02039): the correlation of each channel of the FPN.
 pkd = dict(
     pkd=dict(
         type='mmdist.Features',

@@ -23,7 +23,7 @@ model = dict(
         dropout_ratio=0,
         num_classes=10,
         norm_cfg=norm_cfg,
-        # the mean over the labelled pixels, as that of the distillation loss is
+        # the mean over the labelled pixels, like the distillation loss; below too
         loss_decode=dict(avg_non_ignore=True),
     ),
     auxiliary_head=dict(
@@ -33,7 +33,6 @@ model = dict(
         dropout_ratio=0,
         num_classes=10,
         norm_cfg=norm_cfg,
-        # the mean over the labelled pixels, as that of the distillation loss is
         loss_decode=dict(avg_non_ignore=True),
     ),
 )

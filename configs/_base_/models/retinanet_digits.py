@@ -1,5 +1,5 @@
-# A RetinaNet for 128x96 scenes, trained from scratch: BN that learns, three levels, and
-# anchors of 24 to 150 pixels that are square or tall, as digits are.
+# A RetinaNet for 128x96 scenes, trained from scratch: trainable BN, three levels, and
+# anchors of 24 to 150 pixels, square or tall like digits.
 _base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'
 model = dict(
     backbone=dict(

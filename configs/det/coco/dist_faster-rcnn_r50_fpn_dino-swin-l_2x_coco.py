@@ -1,4 +1,4 @@
-# What the teacher detects, at the student's proposals; see docs/detectors.md.
+# The teacher's detections, compared at the student's proposals; see docs/detectors.md.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py'
 model = dict(
     _delete_=True,

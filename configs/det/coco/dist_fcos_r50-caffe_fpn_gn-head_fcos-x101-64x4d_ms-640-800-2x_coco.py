@@ -1,4 +1,4 @@
-# The student is normalised as Caffe does, the teacher is not: it gets its own.
+# The student has Caffe's normalisation; the teacher gets its own.
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_ms-640-800-2x_coco.py'
 model = dict(
     _delete_=True,

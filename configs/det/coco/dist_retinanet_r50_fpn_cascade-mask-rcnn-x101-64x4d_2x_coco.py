@@ -1,4 +1,4 @@
-# What the teacher detects, at the student's anchors; see docs/detectors.md.
+# The teacher's detections, compared at the student's anchors; see docs/detectors.md.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_2x_coco.py'
 model = dict(
     _delete_=True,

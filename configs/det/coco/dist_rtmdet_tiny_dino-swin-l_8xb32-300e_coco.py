@@ -1,4 +1,4 @@
-# What the teacher detects, at the student's points; see docs/detectors.md.
+# The teacher's detections, compared at the student's points; see docs/detectors.md.
 _base_ = 'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py'
 model = dict(
     _delete_=True,

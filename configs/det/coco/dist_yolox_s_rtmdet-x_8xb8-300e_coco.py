@@ -1,4 +1,4 @@
-# YOLOX ranks by class times objectness, RTMDet has both in its class score.
+# YOLOX ranks by class score times objectness; RTMDet's class score holds both.
 _base_ = 'mmdet::yolox/yolox_s_8xb8-300e_coco.py'
 model = dict(
     _delete_=True,

@@ -1,4 +1,4 @@
-# The student, without a teacher: what distillation is compared with.
+# The student without a teacher, as the baseline.
 _base_ = [
     'mmseg::_base_/models/pspnet_r50-d8.py',
     '../../_base_/datasets/camvid.py',

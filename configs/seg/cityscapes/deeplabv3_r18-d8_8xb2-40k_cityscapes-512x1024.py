@@ -1,4 +1,4 @@
-# The student, without a teacher: what distillation is compared with.
+# The student without a teacher, as the baseline.
 _base_ = [
     'mmseg::deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py',
     '../../_base_/schedules/published_40k.py',

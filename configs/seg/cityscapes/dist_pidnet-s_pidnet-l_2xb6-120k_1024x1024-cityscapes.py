@@ -1,6 +1,6 @@
 _base_ = 'mmseg::pidnet/pidnet-s_2xb6-120k_1024x1024-cityscapes.py'
 student = _base_.model
-# With class weights mmseg's cross entropy stops at pixels without a label (255).
+# With class weights, mmseg's cross entropy fails at pixels without a label (255).
 student.decode_head.loss_decode[0].class_weight = None
 model = dict(
     _delete_=True,

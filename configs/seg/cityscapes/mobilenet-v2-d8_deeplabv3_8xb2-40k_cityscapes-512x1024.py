@@ -1,4 +1,4 @@
-# The authors' student, without a teacher: mmseg's has 512 channels in its decode head,
+# The authors' student without a teacher. mmseg's has 512 channels in its decode head,
 # and an auxiliary head.
 _base_ = [
     'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3_4xb2-80k_cityscapes-512x1024.py',

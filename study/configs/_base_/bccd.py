@@ -1,5 +1,5 @@
-# What all small models of the study on BCCD share: half the resolution, ImageNet's
-# MobileNetV2, and anchors from 24 pixels on.
+# Shared by all small BCCD models of the study: half the resolution, MobileNetV2 trained
+# on ImageNet, and anchors from 24 pixels.
 _base_ = ['./datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
 custom_imports = dict(imports=['study.mobilenet_v2'])
 scale = (320, 240)

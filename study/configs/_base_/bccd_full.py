@@ -1,4 +1,4 @@
-# What all usual models of the study on BCCD share: full resolution, for a GPU.
+# Shared by all full-size BCCD models of the study: full resolution, for a GPU.
 _base_ = ['./datasets/bccd.py', 'mmdet::_base_/default_runtime.py']
 max_iters = 4000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000)

@@ -1,5 +1,5 @@
-# What all models of the study on CamVid share: half the resolution, so that one of them
-# trains in minutes on a CPU. The labels are compared at their own size, 480x360.
+# Shared by all CamVid models of the study: half the resolution, so that one trains in
+# minutes on a CPU. Labels are compared at their own size, 480x360.
 _base_ = [
     '../../../configs/_base_/datasets/camvid.py',
     'mmseg::_base_/default_runtime.py',

@@ -1,5 +1,5 @@
-# DINO on the first four of MobileNetV2's seven stages. mmdet has no base config for it,
-# and 256 channels are written into its code; it has fewer layers, levels and queries.
+# DINO on the first four of MobileNetV2's seven stages, with fewer layers, levels and
+# queries. mmdet has no base config for DINO, and its code fixes 256 channels.
 _base_ = '../_base_/bccd.py'
 attention = dict(embed_dims=256, num_heads=8, dropout=0.0)
 deformable = dict(embed_dims=256, num_levels=3, dropout=0.0)

@@ -1,4 +1,4 @@
-# All of MobileNetV2, and twice the layers.
+# All of MobileNetV2 and twice the layers.
 _base_ = './student.py'
 model = dict(
     num_queries=150,

@@ -1,4 +1,4 @@
-# FCN on the first four of the seven stages, 0.28 M parameters, logits at 1/8.
+# FCN on the first four of MobileNetV2's seven stages, 0.28 M parameters, logits at 1/8.
 _base_ = '../_base_/camvid.py'
 model = dict(
     backbone=dict(
@@ -14,5 +14,5 @@ model = dict(
         concat_input=False,
     ),
 )
-# half a batch, for time; the teachers see 8
+# half a batch, to save time; the teachers use 8
 train_dataloader = dict(batch_size=4)

@@ -1,4 +1,4 @@
-"""The check of a GPU and its bundle, as far as they go without a GPU."""
+"""The GPU check and its bundle, as far as they run without a GPU."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_step_is_measured_in_a_setting(monkeypatch, capsys):
     ]  # fmt: skip
     assert all(row.count('|') == 6 for row in rows)
     with pytest.raises(SystemExit):
-        gpu_step.main(['RetinaNet'])  # three of them
+        gpu_step.main(['RetinaNet'])  # matches three pairs
 
 
 def test_memory_and_waits_have_goals():
@@ -163,7 +163,7 @@ def test_the_bundle_compiles_with_optimization(tmp_path, monkeypatch):
 
 
 def link_packages(site: Path) -> None:
-    """Give an environment what a GPU machine has: torch, Triton, and their needs."""
+    """Link what a GPU machine has: torch, Triton and their dependencies."""
     ours = Path(sysconfig.get_paths()['purelib'])
     names = (
         'torch', 'torchgen', 'functorch', 'triton', 'numpy', 'numpy.libs', 'scipy',
@@ -200,7 +200,7 @@ def test_the_bundle_runs_in_a_fresh_environment(tmp_path, monkeypatch, capsys):
     found = statuses(tmp_path / 'gpu_check')
     assert found.pop('machine') == 'passed'
     assert set(found.values()) == {'skipped'}
-    # the tests of stage 2 are found there, without the libraries of models
+    # stage 2's tests are found there, without the model libraries
     python, checkout = tmp_path / 'venv/bin/python', tmp_path / 'mmdist'
     environ['PYTHONPATH'] = f'{checkout}:{checkout / "site"}'
     (part,) = (x for x in gpu_check.parts_of(gpu_check.parse_args([])) if x.stage == 2)

@@ -1,4 +1,4 @@
-"""The digit scenes: what the files hold, against a numpy reading of them."""
+"""The files of the digit scenes, read with numpy."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_label_maps_agree_with_the_coco_masks(root):
             assert set(np.unique(ann)) <= {*range(11), 255}
             ink = np.stack([coco.annToMask(a) for a in anns]).astype(bool)
             value = np.array([a['category_id'] for a in anns])
-            # Where one digit alone has ink, the map says that digit or nothing.
+            # Where a single digit has ink, the map holds that digit or void.
             alone = ink.sum(0) == 1
             expected = (ink * value[:, None, None]).sum(0)
             labelled = alone & (ann != 255)
@@ -106,7 +106,7 @@ def test_label_maps_agree_with_the_coco_masks(root):
             assert labelled.sum() > 0.6 * alone.sum()
             assert (ann[ink.sum(0) > 1] == 255).all()
             assert not np.isin(ann[~ink.any(0)], range(1, 11)).any()
-            # The edge of the ink, seen from both sides, is ambiguous.
+            # The edges of the ink are ambiguous, hence void.
             assert (ann == 255).any()
             overlaps += (ink.sum(0) > 1).any()
         assert overlaps

@@ -1,4 +1,4 @@
-"""How an environment is built; pip and compilers are replaced."""
+"""Building an environment, with pip and compilers replaced."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def smi(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_fork_is_the_default_where_there_is_a_gpu(smi, monkeypatch):
-    # a bare Python: nothing but the standard library
+    # a bare Python: only the standard library
     command = [sys.executable, '-S', '-m', 'tools.dev.make_env', '--which']
     assert subprocess.check_output(command, cwd=ROOT, text=True) == 'onedl\n'
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '')
@@ -90,7 +90,7 @@ def test_what_the_system_lacks_is_named_with_its_packages(monkeypatch, tmp_path)
 
 @pytest.fixture
 def builder(monkeypatch, tmp_path) -> make_env.Builder:
-    """Builds an environment whose folders are there; its pip only keeps a list."""
+    """A builder with existing folders, whose pip only keeps a list of calls."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     builder = make_env.Builder('upstream', cuda=False)
     builder.venv = tmp_path
@@ -132,7 +132,7 @@ def test_what_mmcv_imports_is_there_before_it_and_the_libraries_do_without(build
     before, libraries, opencv = builder.installed
     names = {str(arg).partition('==')[0] for arg in before}
     assert names >= {'torch', 'numpy', 'packaging', 'platformdirs'}
-    assert '--no-deps' in libraries  # or they ask for mmcv, if a release of theirs does
+    assert '--no-deps' in libraries  # some of their releases would require mmcv
     lines = Path(libraries[-1]).read_text().splitlines()
     wanted = builder.requirements.read_text().splitlines()
     assert set(wanted) - set(lines) == {f'mmcv=={builder.pins["mmcv"]}'}
@@ -217,12 +217,12 @@ def test_the_end_of_the_log_of_what_failed_is_shown(builder):
 
 
 def test_mmcv_is_compiled_with_optimization(monkeypatch):
-    # without it RoIAlign and NMS take up to twice as long
+    # without it, RoIAlign and NMS take up to twice as long
     monkeypatch.setenv('CFLAGS', '-funroll-loops')
     code = (
         'from setuptools._distutils import ccompiler, sysconfig; '
         'compiler = ccompiler.new_compiler(); sysconfig.customize_compiler(compiler); '
-        'print(*compiler.compiler_so)'  # of C++ too, by torch's BuildExtension
+        'print(*compiler.compiler_so)'  # torch's BuildExtension uses it for C++ too
     )
     environ = {**os.environ, **mmcv_units.environment(units=True, cuda=False)}
     command = [sys.executable, '-c', code]

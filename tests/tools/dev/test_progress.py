@@ -1,4 +1,4 @@
-"""The line that shows how far a command is, on a terminal and in a file."""
+"""The progress line, on a terminal and in a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = 'a step with a name that is far too long for the terminal ' * 3
 
 
 class Clock:
-    """Time passes only when it is told to."""
+    """A clock that moves only when set."""
 
     time = 1000.0
 
@@ -36,7 +36,7 @@ def clock(monkeypatch) -> Clock:
 
 
 class Terminal:
-    """A pseudo-terminal of 60 columns, and what is seen on it."""
+    """A pseudo-terminal of 60 columns and its screen."""
 
     columns = 60
 
@@ -47,8 +47,8 @@ class Terminal:
         self.stream = os.fdopen(slave, 'w')
 
     def screen(self) -> list[str]:
-        """What has been written since the last call, as it is seen."""
-        # a read returns what has got through so far: read up to a mark
+        """Lines written since the last call, as they appear on the screen."""
+        # a read can return early, so read up to a mark
         self.stream.write('\0')
         self.stream.flush()
         written = b''
@@ -59,7 +59,7 @@ class Terminal:
             seen = ''
             for text in line.split('\r'):
                 seen = text + seen[len(text) :]
-                assert len(seen) < self.columns  # or it would be two on the screen
+                assert len(seen) < self.columns  # or it would wrap
             lines.append(seen.rstrip())
         return lines
 
@@ -77,7 +77,7 @@ def test_a_terminal_has_one_line_that_fits(clock):
         progress.done('mmcv: done')
         progress.show('check', 1)
         assert terminal.screen() == ['[env] 1/3 check; 1:01, about 0:01 left']
-    assert terminal.screen() == ['', '']  # what follows has a line of its own
+    assert terminal.screen() == ['', '']  # what follows starts a new line
 
 
 def test_a_line_that_stays_is_above_the_line(clock):
@@ -115,7 +115,7 @@ def test_the_estimate_follows_the_clock(clock):
     assert plan.left() == 180
     clock.time += 20
     assert plan.left() == 160
-    clock.time += 180  # it takes longer than expected, and nobody knows how long
+    clock.time += 180  # it takes longer than expected, by an unknown time
     assert plan.left() == 20 + 100 + 20
     plan.begin('compile')
     clock.time += 30
@@ -126,7 +126,7 @@ def test_what_a_step_reports_also_counts_for_the_later_ones(clock):
     plan = Plan(STEPS)
     plan.begin('compile')
     clock.time += 50
-    # 200 s in all: half as fast as expected, and so is what comes
+    # 200 s in all: half as fast as expected, so later steps are too
     assert plan.left(eta=150) == 150 + 2 * (60 + 20)
     plan.begin('download')
     assert plan.left() == 2 * (60 + 20)

@@ -1,4 +1,4 @@
-"""The quickstart: a dry run of all of it, and its configs."""
+"""The quickstart: the order of its parts, and a dry run of all of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(cwd: Path) -> str:
     done = subprocess.run(
         command, cwd=cwd, env=env, check=True, capture_output=True, text=True
     )
-    assert not done.stderr  # what the libraries warn of is in the log
+    assert not done.stderr  # the libraries' warnings are in the log
     return done.stdout
 
 
@@ -79,17 +79,17 @@ def test_dry_run(tmp_path):
             if ('retinanet' in name) == (task == 'det')
         }
         assert len(metrics) == 4
-        # Only DIST knows the correlations, and a distilled student is the student.
+        # Only DIST logs correlations; a distilled student is as large as a plain one.
         assert {n for n, m in metrics.items() if 'inter' in m} == {'dist'}
         sizes = sorted(m['parameters'] for m in metrics.values())
         assert sizes[0] == sizes[1] == sizes[2] < sizes[3] / 3
 
-    # The command that it prints runs the distilled student on an image.
+    # The printed command runs the distilled student on an image.
     for command in (li for li in output.splitlines() if ' -c "from mm' in li):
         subprocess.run(command, shell=True, cwd=tmp_path, check=True)
     assert list((work_dir / 'demo').rglob('*.png'))
 
-    # What is finished is skipped; what has no metrics file is made again.
+    # Finished parts are skipped; a part without a metrics file runs again.
     (work_dir / 'retinanet_w16_digits' / 'metrics.json').unlink()
     again = run(tmp_path)
     assert again.count('finished before') == 7

@@ -1,4 +1,4 @@
-"""How tools are run in processes of their own."""
+"""Tools that run in their own processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ with runs.tool('tool.py', [], Path('log')) as process:
 
 @pytest.mark.parametrize('name', runs.LIBRARIES)
 def test_what_is_imported_ahead_exists(name):
-    assert importlib.util.find_spec(name)  # a fork server does not report what is not
+    assert importlib.util.find_spec(name)  # a fork server ignores missing modules
 
 
 def test_a_tool_that_fails_shows_the_end_of_its_output(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-# BCCD, blood cells in COCO's format, 292 images to train on and 72 to validate.
+# BCCD, blood cells in COCO's format: 292 training and 72 validation images.
 data_root = 'data/bccd/'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 scale = (640, 480)
