@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 FORMAT = 'stored teacher of mmdist, version 2'
 DTYPES = dict(boxes=np.dtype('<f4'), maps=np.dtype('u1'))
@@ -209,14 +210,13 @@ class StoreWriter:
         manifest = json.loads(manifest)
         if process == 0:
             self._begin(manifest)
-        there = read_manifest(self.path)
-        for key in sorted(there.keys() | manifest):
-            if there.get(key) != manifest.get(key):
-                raise ValueError(
-                    f'{self.path} was started by another command: its `{key}` is '
-                    f'{there.get(key)}, but now it is {manifest.get(key)}. Store into '
-                    'another folder, or delete this one.'
-                )
+        there, now = map(_by_place, (read_manifest(self.path), manifest))
+        if other := [key for key in {**there, **now} if there.get(key) != now.get(key)]:
+            raise ValueError(
+                f'{self.path} was started by another command: manifest{other[0]} is '
+                f'{there.get(other[0])!r}, but now it is {now.get(other[0])!r}. Store '
+                'into another folder, or delete this one.'
+            )
         self.done = {name for name, _, _ in read_parts(self.path, manifest)}
         parts = (self.path / f'part-{process}-{run}.jsonl' for run in count())
         file = next(part for part in parts if not part.exists())
@@ -266,6 +266,13 @@ class StoreWriter:
                 f'{self.path} cannot be written: {error.strerror}. The answers so far '
                 f'are kept. Free some space. {AGAIN}'
             ) from None
+
+
+def _by_place(manifest: dict) -> dict[str, Any]:
+    """Flatten a manifest, without the teachers' paths: a hash identifies weights."""
+    places = {keystr(path): x for path, x in tree_leaves_with_path(manifest)}
+    paths = ("['config']", "['checkpoint']")
+    return {place: x for place, x in places.items() if not place.endswith(paths)}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

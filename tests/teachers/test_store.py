@@ -198,13 +198,20 @@ def test_another_size_is_named(tmp_path):
 
 
 def test_another_command_is_refused(tmp_path):
-    write(tmp_path)
-    other = dict(MANIFEST, teachers=[dict(checkpoint='b.pth')])
-    for process in (0, 1):
-        with pytest.raises(
-            ValueError, match=r'started by another .*`teachers`.*a.pth.*b.pth'
-        ):
-            StoreWriter(tmp_path, other, process)
+    def manifest(path, **options):
+        teacher = dict(checkpoint=path, weights_sha256='1f', views=[[1.0, False]])
+        return dict(MANIFEST, teachers=[{**teacher, **options}])
+
+    StoreWriter(tmp_path, manifest('a.pth'))._lock.close()
+    StoreWriter(tmp_path, manifest('b.pth'))._lock.close()  # the file was moved
+    for options, where in (
+        (dict(weights_sha256='2e'), r"\[0\]\['weights_sha256'\] is '1f', .* '2e'"),
+        (dict(views=[[1.0, True]]), r"\[0\]\['views'\]\[0\]\[1\] is False, .* True"),
+        (dict(views=[]), r"\[0\]\['views'\]\[0\]\[0\] is 1.0, .* None"),
+    ):
+        for process in (0, 1):
+            with pytest.raises(ValueError, match=r"manifest\['teachers'\]" + where):
+                StoreWriter(tmp_path, manifest('b.pth', **options), process)
 
 
 def test_a_second_writer_is_refused(tmp_path):

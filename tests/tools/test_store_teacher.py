@@ -244,7 +244,7 @@ def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
     file.write_bytes(whole)
     ran = store('--flip')
     assert ran.status == 1
-    assert 'answers was started by another command: its `teachers`' in ran.said
+    assert "answers was started by another command: manifest['teachers']" in ran.said
     ran = store()
     assert ran.status == 0, ran
     assert '4 images' in ran.out
