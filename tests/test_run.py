@@ -37,7 +37,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(seg_config, tmp_path, broke
     text = str(error.value)
     good = tmp_path / 'work' / 'iter_2.pth'
     assert f'The last checkpoint before it is {good}.' in text
-    terms = text.split(' became')[0].split('since ')[1].split(' and ')
+    terms = text.split(' became')[0].split('stopped: ')[1].split(' and ')
     own = ['aux.loss_ce', 'decode.loss_ce'] if 'back' in broken else ['aux.loss_ce']
     assert [term for term in terms if 'dist' not in term] == own
 
