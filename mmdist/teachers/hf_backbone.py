@@ -26,22 +26,13 @@ class HFBackbone(HFTeacher):
 
     DINOv2 (with or without registers), DINOv3 (ViT, ConvNeXt), SigLIP, CLIP, ViT and
     SAM. The module ``maps`` returns the last hidden state as one feature map, without
-    class token and registers.
+    class token and registers. docs/teachers.md has a config.
 
     Args:
         name: Name on the hub, or a folder written by ``save_pretrained``.
 
     Raises:
         ValueError: This kind of model is not supported.
-
-    Example:
-        The student's last stage learns the relations in the teacher's features::
-
-            teacher=dict(
-                config=dict(type='mmdist.HFBackbone', name='facebook/dinov2-base'))
-            distill=dict(features=dict(
-                type='mmdist.Features', loss=dict(type='mmdist.DISTLoss'),
-                student='backbone', levels=[-1], teacher='maps', teacher_levels=[0]))
     """
 
     gives = 'features'
