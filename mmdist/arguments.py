@@ -112,9 +112,10 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
                 f'`distill.{name}.from_teacher` names the unknown teachers {unknown}. '
                 f'`teachers=dict(<name>=dict(...))` has {teachers}.'
             )
-        numbers = [w for w in weights.values() if isinstance(w, (int, float))]
-        right = all(0 <= w < math.inf for w in numbers) and sum(numbers) > 0
-        if not right or len(numbers) < len(weights):
+        right = [
+            isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights.values()
+        ]
+        if not all(right) or not sum(weights.values()):
             raise ValueError(
                 f'`distill.{name}.from_teacher` has the weights {dict(weights)}: each '
                 'must be a finite number >= 0, and at least one must be above 0.'

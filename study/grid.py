@@ -15,17 +15,8 @@ ALONE = 'alone'
 STORED = 'stored'  # `default` with the fused answers of several teachers and views
 STORED_ONCE = 'stored-once'  # `default` with the stored answers of one teacher
 NO_LABELS = 'no-labels'  # `default` without reading labels
-METHODS = (
-    ALONE,
-    'kl',
-    'published',
-    'inter',
-    'intra',
-    'default',
-    STORED,
-    STORED_ONCE,
-    NO_LABELS,
-)
+METHODS = (ALONE, 'kl', 'published', 'inter', 'intra', 'default')
+METHODS += (STORED, STORED_ONCE, NO_LABELS)
 
 
 def kl_loss(classes: int) -> dict:
@@ -101,10 +92,11 @@ class Cell(NamedTuple):
     @property
     def its_teachers(self) -> list[Cell]:
         """Its teacher, or those whose answers are fused; the same for all seeds."""
-        tasks = [TASKS[self.task].other if self.teacher == 'other' else self.task]
-        if self.method == STORED and TASKS[self.task].fused:
-            tasks = TASKS[self.task].fused
+        fused, other = TASKS[self.task].fused, TASKS[self.task].other
+        task = other if self.teacher == 'other' else self.task
+        tasks = fused if fused and self.method == STORED else [task]
         cells = [Cell(self.scale, task, 'teacher', 'strong', 0) for task in tasks]
+        # not every task has models of every scale
         return [cell for cell in cells if len(cells) == 1 or cell.config.is_file()]
 
     @property

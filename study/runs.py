@@ -129,7 +129,8 @@ class Study:
         """Store the answers of a cell's teachers unless done; returns the folder."""
         names = [one.task.replace('-', '_') for one in cell.its_teachers]
         teachers = dict(zip(names, map(self.trained, cell.its_teachers), strict=True))
-        folder = self.work_dir / cell.scale / '-'.join([cell.method, *names])
+        mark = runs.fingerprint(''.join(map(self.fingerprint, cell.its_teachers)))[:16]
+        folder = self.work_dir / cell.scale / f'{cell.method}_{mark}'
         folder.mkdir(exist_ok=True)
         cfg = self.config(cell._replace(method='default'))
         cfg.model.teachers, cfg.model.teacher = teachers, None

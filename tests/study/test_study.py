@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,23 @@ def test_grid_trains_a_teacher_before_its_students_and_seed_by_seed():
         'bccd-retinanet/default_other_seed0',
         'bccd-retinanet/default_other_seed1',
     ]
+
+
+def test_answers_of_all_teachers_or_of_one_are_stored():
+    methods, teachers = ['stored', 'stored-once'], ['strong', 'other']
+    cells = grid.grid('small', ['bccd-retinanet'], methods, teachers, [0])
+    assert [str(cell.folder.relative_to('small')) for cell in cells] == [
+        'bccd-faster-rcnn/teacher_strong_seed0',
+        'bccd-retinanet/teacher_strong_seed0',
+        'bccd-dino/teacher_strong_seed0',
+        'bccd-retinanet/stored_strong_seed0',
+        'bccd-retinanet/teacher_strong_seed0',
+        'bccd-retinanet/stored-once_strong_seed0',
+        'bccd-faster-rcnn/teacher_strong_seed0',
+        'bccd-retinanet/stored-once_other_seed0',
+    ]
+    full = grid.Cell('full', 'bccd-retinanet', 'stored', 'strong', 0).its_teachers
+    assert [cell.task for cell in full] == ['bccd-faster-rcnn', 'bccd-retinanet']
 
 
 def test_teachers_that_no_task_has_are_refused(tmp_path):
@@ -236,22 +255,30 @@ def test_whole_study_and_again(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_students_of_stored_answers_and_without_labels(tiny):
-    main('--methods', 'stored', 'no-labels')
+def test_students_of_stored_answers_and_without_labels(tiny, monkeypatch):
+    shutil.copytree(tiny, tiny.with_name('tiny-2'))
+    task = replace(grid.TASKS['tiny'], fused=('tiny', 'tiny-2'))
+    monkeypatch.setitem(grid.TASKS, 'tiny', task)
+    monkeypatch.setitem(grid.TASKS, 'tiny-2', task)
+    main('--methods', 'stored', 'stored-once', 'no-labels')
     rows = [json.loads(li) for li in Path('out/results.jsonl').read_text().splitlines()]
-    assert [r['method'] for r in rows] == ['teacher', 'stored', 'no-labels']
-    assert all(-1 <= r['inter'] <= 1 for r in rows[1:])
+    methods = ['teacher', 'teacher', 'stored', 'stored-once', 'no-labels']
+    assert [r['method'] for r in rows] == methods
+    assert all(-1 <= r['inter'] <= 1 for r in rows[2:])
     made = Path('work/small/tiny')
-    config = Config.fromfile(made / 'stored_strong_seed0' / 'config.py')
-    assert set(config.model.teacher) == {'stored'}
-    manifest = json.loads(
-        (Path(config.model.teacher.stored) / 'manifest.json').read_text()
-    )
-    (asked,) = manifest['teachers']
-    assert asked['checkpoint'].endswith('teacher_strong_seed0/iter_4.pth')
-    assert sorted(map(tuple, asked['views'])) == [
-        (scale, flip) for scale in (0.75, 1.0, 1.25) for flip in (False, True)
-    ]
+    all_views = {(x, flip) for x in (0.75, 1.0, 1.25) for flip in (False, True)}
+    for method, tasks, views in (
+        ('stored', ['tiny', 'tiny-2'], all_views),
+        ('stored-once', ['tiny'], {(1.0, False)}),
+    ):
+        config = Config.fromfile(made / f'{method}_strong_seed0' / 'config.py')
+        assert set(config.model.teacher) == {'stored'}
+        file = Path(config.model.teacher.stored) / 'manifest.json'
+        asked = json.loads(file.read_text())['teachers']
+        assert [Path(x['checkpoint']).parts[-3:] for x in asked] == [
+            (task, 'teacher_strong_seed0', 'iter_4.pth') for task in tasks
+        ]
+        assert all(set(map(tuple, x['views'])) == views for x in asked)
     own = {
         key
         for entry in read_log(made / 'no-labels_strong_seed0')

@@ -138,3 +138,11 @@ def test_resume_continues(family, folder):
     assert re.search(
         r'resumed epoch: \d+, iter: [1-9]', run(*args, *options, cwd=folder)
     )
+
+
+@pytest.mark.parametrize('key', ['tta_model', 'tta_pipeline'])
+def test_tta_names_the_keys_that_it_needs(key, run_tool, tmp_path):
+    (tmp_path / 'config.py').write_text(f'model, {key} = dict(), dict()\n')
+    ran = run_tool('test', 'config.py', 'student.pth', '--tta')
+    assert ran.status == 1
+    assert '--tta needs `tta_model` and `tta_pipeline` in the config.' in ran.said
