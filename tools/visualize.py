@@ -71,8 +71,6 @@ def parse_args() -> argparse.Namespace:
         if not Path(path).is_file() or mmcv.imread(path) is None:
             parser.error(f'{path} does not exist or is not an image.')
     args.cfg = load_distilling(args, parser)
-    if not args.cfg.get('val_dataloader'):
-        parser.error(f'{args.config} has no `val_dataloader`.')
     return args
 
 
@@ -90,7 +88,9 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     stored = [t for t in model.teachers.values() if isinstance(t, StoredTeacher)]
     if stored and args.images:
         raise ValueError('A stored teacher knows only training images: omit IMAGES.')
-    loader = cfg.train_dataloader if stored else cfg.val_dataloader
+    name = 'train_dataloader' if stored else 'val_dataloader'
+    if not (loader := cfg.get(name)):
+        raise ValueError(f'{args.config} has no `{name}`.')
     lazy = dict(lazy_init=True) if args.images else {}  # without annotations
     dataset = DATASETS.build({**loader.dataset, **lazy})
     for teacher in stored:

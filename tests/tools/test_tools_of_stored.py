@@ -160,6 +160,7 @@ def test_visualize_shows_them_where_the_labels_are(
     steps = f'[{", ".join(pipeline)}]'
     with (tmp_path / 'pair.py').open('a') as file:
         file.write(f'\ntrain_dataloader = dict(dataset=dict(pipeline={steps}))\n')
+        file.write('val_dataloader = val_cfg = val_evaluator = None\n')  # not needed
     found = run_tool(
         'visualize', 'pair.py', 'student.pth', '--num', '2', '--out', 'page'
     )
