@@ -12,7 +12,7 @@ from benchmarks.measure import table
 from tools.dev.runs import replace_between
 from tools.logs import interval, mean_and_spread, paired
 
-from .grid import ALONE, METHODS, SINGLE, TASKS, TEACHERS, Cell
+from .grid import ALONE, METHODS, SINGLE, STORED, TASKS, TEACHERS, Cell
 
 BEGIN = '<!-- Made by `python -m study` from results.jsonl; do not edit. -->\n'
 END = '<!-- End of what is made. -->\n'
@@ -58,8 +58,19 @@ def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> st
             return ''
         return interval(paired(column(method, key), column(other, key)))
 
+    def of_gap(method: str) -> str:
+        """The gain over the student alone, as a share of the teacher's."""
+        every = (column(one, 'score') for one in (method, 'teacher', ALONE))
+        ours, theirs, alone = (list(scores.values()) for scores in every)
+        # fused teachers are better than each of them
+        if method in (*SINGLE, STORED) or not (theirs and alone):
+            return ''
+        start = np.mean(alone)
+        return f'{(np.mean(ours) - start) / (np.mean(theirs) - start):.0%}'
+
     label, has_test = TASKS[task].label, TASKS[task].has_test
-    head = ['', 'seeds', label, 'against alone', 'against published', 'minutes']
+    head = ['', 'seeds', label, 'against alone', 'of the gap', 'against published']
+    head += ['minutes']
     if has_test:
         head += [f'test {label}', 'against alone']
     lines = []
@@ -69,8 +80,8 @@ def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> st
             continue
         minutes = np.mean(list(column(method, 'seconds').values())) / 60
         line = [method, str(len(scores)), mean_and_spread(scores)]
-        line += [against(method, other) for other in (ALONE, 'published')]
-        line += [f'{minutes:.0f}']
+        line += [against(method, ALONE), of_gap(method)]
+        line += [against(method, 'published'), f'{minutes:.0f}']
         if has_test:
             line += [mean_and_spread(column(method, 'test'))]
             line += [against(method, ALONE, 'test')]

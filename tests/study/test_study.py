@@ -62,12 +62,14 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
         return f'{np.mean(np.subtract(a, b)):+.2f} [{low:+.2f}, {high:+.2f}]'
 
     assert cells('| default') == [
-        'default', '3', '43.00 ± 2.00', expected(ours, alone), expected(ours, theirs),
-        '2', '39.00 ± 2.00', expected(np.subtract(ours, 4), np.subtract(alone, 3)),
+        'default', '3', '43.00 ± 2.00', expected(ours, alone), '29%',
+        expected(ours, theirs), '2', '39.00 ± 2.00',
+        expected(np.subtract(ours, 4), np.subtract(alone, 3)),
     ]  # fmt: skip
-    assert cells('| teacher') == ['teacher', '1', '48.00', '', '', '2', '45.00', '']
-    assert cells('| alone')[:5] == ['alone', '3', '41.00 ± 1.00', '', '']
-    assert cells('| published')[3:] == [expected(theirs, alone), '', '2', '-', '-']
+    assert cells('| teacher') == ['teacher', '1', '48.00', *[''] * 3, '2', '45.00', '']
+    assert cells('| alone')[:6] == ['alone', '3', '41.00 ± 1.00', *[''] * 3]
+    gain = expected(theirs, alone)
+    assert cells('| published')[3:] == [gain, '7%', '', '2', '-', '-']
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     report.write_up(tmp_path)
     assert page.read_text() == text
