@@ -47,7 +47,10 @@ class Task:
         kind = self.kind if teacher == 'strong' else 'mmdist.Detections'
         published = dict(balance=None)
         if method == 'kl':
-            return dict(distill=dict(kl=dict(type=kind, loss=self.kl)))
+            loss = self.kl
+            if teacher == 'other':  # of weights 1, 10 and 100 the best, with seed 0
+                loss = dict(loss, loss_weight=1.0)
+            return dict(distill=dict(kl=dict(type=kind, loss=loss)))
         if method in ('inter', 'intra'):  # one term alone
             other = dict(gamma=0.0) if method == 'inter' else dict(beta=0.0)
             loss = dict(type='mmdist.DISTLoss', **other)
