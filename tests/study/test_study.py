@@ -40,6 +40,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     alone, ours, theirs = (41.0, 42.0, 40.0), (43.0, 45.0, 41.0), (42.0, 41.5, 41.0)
     rows = [row('teacher', 'strong', 0, 48.0, test=45.0)]
     rows += [row('alone', '', 0, 1.0)]  # trained again below
+    rows += [row('stored', 'strong', 0, 47.0)]
     for seed in range(3):
         rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
         rows.append(row('default', 'strong', seed, ours[seed], test=ours[seed] - 4))
@@ -70,6 +71,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     assert cells('| alone')[:6] == ['alone', '3', '41.00 ± 1.00', *[''] * 3]
     gain = expected(theirs, alone)
     assert cells('| published')[3:] == [gain, '7%', '', '2', '-', '-']
+    assert cells('| stored')[4] == ''  # its fused teachers have no score
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     report.write_up(tmp_path)
     assert page.read_text() == text
