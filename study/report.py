@@ -60,13 +60,13 @@ def _table(results: dict[Cell, dict], scale: str, task: str, teacher: str) -> st
 
     def of_gap(method: str) -> str:
         """The gain over the student alone, as a share of the teacher's."""
-        every = (column(one, 'score') for one in (method, 'teacher', ALONE))
-        ours, theirs, alone = (list(scores.values()) for scores in every)
-        # fused teachers are better than each of them
-        if method in (*SINGLE, STORED) or not (theirs and alone):
+        alone, teacher = column(ALONE, 'score'), column('teacher', 'score')
+        gain = paired(column(method, 'score'), alone)
+        # fused answers are not those of the teacher in the table
+        if method in (*SINGLE, STORED) or not (gain and teacher):
             return ''
-        start = np.mean(alone)
-        return f'{(np.mean(ours) - start) / (np.mean(theirs) - start):.0%}'
+        gap = np.mean([*teacher.values()]) - np.mean([*alone.values()])
+        return f'{gain.mean / gap:.0%}'
 
     label, has_test = TASKS[task].label, TASKS[task].has_test
     head = ['', 'seeds', label, 'against alone', 'of the gap', 'against published']

@@ -9,6 +9,7 @@ import paths
 import published
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 from scipy.special import expit
 from scipy.stats import pearsonr
@@ -468,6 +469,23 @@ def test_terms_of_one_call():
     assert loss(student, teacher) == both.loss  # for that one call only
     with pytest.raises(ValueError, match='sofmax'):
         loss.terms(student, teacher, activation='sofmax')
+
+
+def test_small_logits_have_large_gradients():
+    """What docs/how_dist_works.md says of them."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (2000,), generator=rng)
+    teacher = torch.randn(2000, 5, generator=rng) + 3 * F.one_hot(labels, 5)
+    noise = torch.randn(2000, 5, generator=rng)
+
+    def ratio(spread: float) -> float:
+        student = (spread * noise).requires_grad_()
+        losses = DISTLoss()(student, teacher), F.cross_entropy(student, labels)
+        norms = [torch.autograd.grad(loss, student)[0].norm() for loss in losses]
+        return float(norms[0] / norms[1])
+
+    assert ratio(0.03) == pytest.approx(40, rel=0.1)
+    assert ratio(5.0) < 1
 
 
 @pytest.mark.parametrize('masked', [False, True])

@@ -40,11 +40,11 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     alone, ours, theirs = (41.0, 42.0, 40.0), (43.0, 45.0, 41.0), (42.0, 41.5, 41.0)
     rows = [row('teacher', 'strong', 0, 48.0, test=45.0)]
     rows += [row('alone', '', 0, 1.0)]  # trained again below
-    rows += [row('stored', 'strong', 0, 47.0)]
     for seed in range(3):
         rows.append(row('alone', '', seed, alone[seed], test=alone[seed] - 3))
         rows.append(row('default', 'strong', seed, ours[seed], test=ours[seed] - 4))
         rows.append(row('published', 'strong', seed, theirs[seed]))
+        rows.append(row('stored', 'strong', seed, 47.0))
     (tmp_path / 'results.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     page = tmp_path / 'results.md'
     page.write_text(f'# By hand\n\n{report.BEGIN}old\n{report.END}\nmore by hand\n')
@@ -71,7 +71,7 @@ def test_page_holds_the_tables_and_keeps_what_is_around_them(tmp_path):
     assert cells('| alone')[:6] == ['alone', '3', '41.00 ± 1.00', *[''] * 3]
     gain = expected(theirs, alone)
     assert cells('| published')[3:] == [gain, '7%', '', '2', '-', '-']
-    assert cells('| stored')[4] == ''  # its fused teachers have no score
+    assert cells('| stored')[4] == ''  # their teachers' score is not in the table
     assert (tmp_path / 'results.png').read_bytes()[:4] == b'\x89PNG'
     report.write_up(tmp_path)
     assert page.read_text() == text
@@ -110,6 +110,16 @@ def test_answers_of_all_teachers_or_of_one_are_stored():
     ]
     full = grid.Cell('full', 'bccd-retinanet', 'stored', 'strong', 0).its_teachers
     assert [cell.task for cell in full] == ['bccd-faster-rcnn', 'bccd-retinanet']
+
+
+def test_kl_on_detections_has_a_weight_of_its_own():
+    for teacher, kind, weight in (
+        ('strong', 'mmdist.DenseLogits', 100.0),
+        ('other', 'mmdist.Detections', 1.0),
+    ):
+        (kl,) = grid.TASKS['bccd-retinanet'].changes('kl', teacher)['distill'].values()
+        loss = dict(type='mmdist.BinaryKLDivLoss', loss_weight=weight)
+        assert kl == dict(type=kind, loss=loss)
 
 
 def test_teachers_that_no_task_has_are_refused(tmp_path):

@@ -19,6 +19,8 @@ from scipy.stats import pearsonr
 from mmdist import MODELS, Pair
 from mmdist.teachers.teacher import build_model, load_config
 
+NO_VALIDATION = [f'val_{name}=None' for name in ('dataloader', 'cfg', 'evaluator')]
+
 
 class Result(NamedTuple):
     status: int
@@ -247,6 +249,11 @@ def test_agreement_of_boxes(tool):
         (['pair.py', 'student.pth', '--num', '0'], 2, '--num must be at least 1'),
         SLOW(['pair.py', 'nowhere.pth'], 1, "checkpoint 'nowhere.pth' does not exist"),
         (['pair.py', 'other.pth'], 1, "'other.pth' do not fit pair.py. 1 missing in"),
+        SLOW(
+            ['pair.py', 'student.pth', '--cfg-options', *NO_VALIDATION],
+            1,
+            'pair.py has no `val_dataloader`',
+        ),
         SLOW(
             ['pair.py', 'student.pth', '--entry', 'a'],
             1,
