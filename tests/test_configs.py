@@ -17,7 +17,7 @@ from docs_blocks import code
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.hub import get_config
-from mmengine.registry import DefaultScope
+from mmengine.registry import DATASETS, METRICS, DefaultScope
 from mmengine.utils import get_installed_path
 from one_step import train_a_step
 from torch import nn
@@ -245,3 +245,17 @@ def test_a_user_inherits_a_config_in_a_directory_of_his_own(tmp_path, monkeypatc
     assert (loss.gamma, loss.beta, loss.activation) == (2.0, 1.0, 'sigmoid')
     # `mim` and mmengine.hub find a config by the metafiles
     assert get_config(base).model.type == 'mmdist.Distiller'
+
+
+@pytest.mark.parametrize('name', ['camvid', 'digits_detection', 'digits_segmentation'])
+def test_own_data_sets_are_built_through_mmdist_paths(name):
+    """mmengine marks what it reads by `mmdist::` with the scope of mmdist."""
+    config = load(f'mmdist::_base_/datasets/{name}.py')
+    for loader in ('train', 'val', 'test'):
+        dataset = deepcopy(config[f'{loader}_dataloader'].dataset)
+        dataset.get('dataset', dataset).lazy_init = True
+        built = DATASETS.build(dataset | dict(lazy_init=True))
+        assert len(getattr(built, 'dataset', built).pipeline.transforms) >= 3
+    evaluator = config.val_evaluator | dict(prefix='own')
+    evaluator.pop('ann_file', None)
+    assert METRICS.build(evaluator).prefix == 'own'

@@ -2,6 +2,7 @@
 # video", Pattern Recognition Letters 2009), with the 11 classes and the 367 / 101 / 233
 # images of SegNet (Badrinarayanan et al., TPAMI 2017). The labels,
 # ann_dir/<split>/*.png, are 0 to 10, and 255 for void.
+# `_scope_`: read as `mmdist::...`, the types would be looked up in mmdist's scope.
 dataset_type = 'BaseSegDataset'
 metainfo = dict(
     classes=(
@@ -56,6 +57,7 @@ train_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
+        _scope_='mmseg',
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
@@ -69,6 +71,7 @@ val_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _scope_='mmseg',
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
@@ -82,6 +85,7 @@ test_dataloader = dict(
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _scope_='mmseg',
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
@@ -89,5 +93,5 @@ test_dataloader = dict(
         pipeline=test_pipeline,
     ),
 )
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = dict(_scope_='mmseg', type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

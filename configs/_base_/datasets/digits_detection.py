@@ -1,5 +1,6 @@
 # Scenes of handwritten digits, made by tools/dev/make_digits.py. The students train on
 # `train-few`; a teacher may train on all of `train`.
+# `_scope_`: read as `mmdist::...`, the types would be looked up in mmdist's scope.
 data_root = 'data/digits/'
 metainfo = dict(classes=tuple('0123456789'))
 
@@ -29,6 +30,7 @@ train_dataloader = dict(
     sampler=dict(type='DefaultSampler', shuffle=True),
     # As many steps as on all of `train`.
     dataset=dict(
+        _scope_='mmdet',
         type='RepeatDataset',
         times=4,
         dataset=dict(
@@ -46,6 +48,7 @@ val_dataloader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _scope_='mmdet',
         type='CocoDataset',
         data_root=data_root,
         metainfo=metainfo,
@@ -57,6 +60,9 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/val.json', metric='bbox'
+    _scope_='mmdet',
+    type='CocoMetric',
+    ann_file=data_root + 'annotations/val.json',
+    metric='bbox',
 )
 test_evaluator = val_evaluator

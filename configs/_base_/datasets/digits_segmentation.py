@@ -1,6 +1,7 @@
 # Scenes of handwritten digits, made by tools/dev/make_digits.py. The students train on
 # `train-few`; a teacher may train on all of `train`. The background, 0 in the maps, is
 # void: the classes are the ten digits.
+# `_scope_`: read as `mmdist::...`, the types would be looked up in mmdist's scope.
 data_root = 'data/digits/'
 metainfo = dict(
     classes=tuple('0123456789'),
@@ -34,6 +35,7 @@ train_dataloader = dict(
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
+        _scope_='mmseg',
         type='BaseSegDataset',
         data_root=data_root,
         metainfo=metainfo,
@@ -49,6 +51,7 @@ val_dataloader = dict(
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _scope_='mmseg',
         type='BaseSegDataset',
         data_root=data_root,
         metainfo=metainfo,
@@ -60,5 +63,5 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = dict(_scope_='mmseg', type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
