@@ -15,11 +15,10 @@ from torch import Tensor
 
 from mmdist.comparisons import Detections, SegLogits
 from mmdist.comparisons.detections import detected
-from mmdist.data.labels import inner_datasets
 from mmdist.families import SEG, family_of, seg
 from mmdist.step import Step
 from mmdist.teachers import ClassMatch, ForeignTeacher, Teacher
-from mmdist.teachers.classes import check_number
+from mmdist.teachers.classes import check_number, inner_datasets
 from mmdist.teachers.teacher import load_config
 
 LABELS = ('LoadAnnotations', 'LoadPanopticAnnotations', 'LoadProposals')
@@ -58,7 +57,7 @@ class Asked:
         check_number(self.names, self.model)
         with DefaultScope.overwrite_default_scope(self.scope):
             self.pipeline = Compose(self.steps)
-        gives = self.model.gives if isinstance(self.model, ForeignTeacher) else ''
+        gives = getattr(self.model, 'gives', '')
         is_map = gives in ('pixels', 'masks') or family_of(self.model) == SEG
         self.kind = 'maps' if is_map else 'boxes'
         (SegLogits if is_map else Detections)().check_pair(None, self.model)

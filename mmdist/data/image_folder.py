@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmdist.lookup import in_words
 from mmdist.registry import DATASETS
+from mmdist.teachers.class_map import first_few
 
 ORIENTATION = 274  # EXIF tag; values above 4 swap width and height
 MAX_ASPECT = 100
@@ -63,17 +64,10 @@ class ImageFolder(BaseDataset):
             except Exception as error:  # PIL raises any kind
                 left_out.append(f'{path} ({error})')
                 continue
-            data.append(
-                dict(
-                    img_path=path,
-                    img_id=len(data),
-                    width=width,
-                    height=height,
-                    seg_fields=[],  # mmseg's transforms expect it
-                    reduce_zero_label=False,
-                )
-            )
-        names = '; '.join(left_out[:5]) + '; ...' * (len(left_out) > 5)
+            info = dict(img_path=path, img_id=len(data), width=width, height=height)
+            # mmseg's transforms expect these two
+            data.append(dict(info, seg_fields=[], reduce_zero_label=False))
+        names = first_few(left_out, 5)
         if not data:
             raise FileNotFoundError(
                 f'There is no image ({", ".join(self.suffixes)}) in {self.data_root}'
@@ -83,8 +77,8 @@ class ImageFolder(BaseDataset):
             print_log(
                 f'mmdist: {len(left_out)} images in {self.data_root} cannot be used '
                 f'and are skipped; delete them, or save them again: {names}.',
-                logger='current',
-                level=logging.WARNING,
+                'current',
+                logging.WARNING,
             )
         return data
 

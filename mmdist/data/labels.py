@@ -14,15 +14,18 @@ from contextlib import contextmanager
 
 from mmengine.config import Config
 from mmengine.fileio import get_text
-from mmengine.registry import DATASETS, DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdist.lookup import is_a
 from mmdist.registry import why_not_built
 from mmdist.run import told
-from mmdist.teachers.class_map import as_list
-from mmdist.teachers.classes import class_names_of_config
+from mmdist.teachers.class_map import as_list, first_few
+from mmdist.teachers.classes import (
+    class_names_of_loader,
+    dataset_class,
+    inner_datasets,
+)
 
 # Heads with one column for each class of the data set.
 HEADS = (
@@ -40,10 +43,7 @@ def checked_labels(
 ) -> Iterator[None]:
     """Check the labels of the first batch, and those of a batch whose loss fails.
 
-    Args:
-        student: The student.
-        data_samples: The data samples of the batch.
-        classes: Class names of its data set; None if unknown.
+    Takes the arguments of :func:`check_labels`.
 
     Raises:
         ValueError: The labels, or the class lists of the run, do not match.
@@ -103,9 +103,8 @@ def check_labels(
             if labels.ndim != 3 or len(labels) != 1:
                 raise ValueError(
                     f'{file} has several channels: the labels have the shape '
-                    f'{tuple(labels.shape)} instead of (1, height, width). A label map '
-                    'has one channel, whose values are the indices of the classes; '
-                    'convert colours to indices.'
+                    f'{tuple(labels.shape)} instead of (1, height, width). Convert '
+                    'colours to indices of the classes, in one channel.'
                 )
         elif 'labels' in sample.get('gt_instances', ()):
             labels = sample.gt_instances.labels
@@ -121,16 +120,16 @@ def check_labels(
     check_heads(student, classes, labels=sorted(held))
     wrong = sorted(label for label in held if not 0 <= label < size)
     if wrong:
-        named = 'no classes' if classes is None else f'{len(classes)} classes'
+        named = 'no' if classes is None else len(classes)
+        or_void = '' if void is None else f', or {void} for void'
+        no_zero = ' If 0 is not a class, set `reduce_zero_label=True`.'
         raise ValueError(
-            f'The labels contain {_some(wrong)} ({held[wrong[0]]}), but the student '
-            f'has {size} classes and the data set names {named}: labels must be 0 to '
-            f'{size - 1}' + (f', or {void} for void' if void is not None else '') + '. '
-            'Convert the label maps to indices of the classes (for Cityscapes use the '
-            '*_labelTrainIds.png, not the *_labelIds.png), or change `num_classes` and '
-            "the data set's `metainfo`."
-            + ' If 0 is not a class, set `reduce_zero_label=True`.'
-            * (wrong == [size])
+            f'The labels contain {first_few(wrong)} ({held[wrong[0]]}), but the '
+            f'student has {size} classes and the data set names {named} classes: '
+            f'labels must be 0 to {size - 1}{or_void}. Convert the label maps to '
+            'indices of the classes (for Cityscapes use the *_labelTrainIds.png, not '
+            'the *_labelIds.png), or change `num_classes` and the `metainfo` of the '
+            f'data set.{no_zero if wrong == [size] else ""}'
         )
 
 
@@ -140,38 +139,31 @@ def check_heads(
     whose: str = 'student',
     labels: Sequence[int] = (),
 ) -> None:
-    """Check that the heads have as many classes as the data set names.
+    """Raise ValueError if a head has another number of classes than the data set.
 
-    Args:
-        model: A detector or a segmentor.
-        classes: The names; None if unknown.
-        whose: Whose model it is, for the message.
-        labels: Labels of a batch, for the message.
-
-    Raises:
-        ValueError: A head has a different number of classes.
+    ``classes`` are their names, None if unknown. The message says ``whose`` model it
+    is, and the ``labels`` of a batch.
     """
     if classes is None:
         return
     classes = as_list(classes)
     for name, head in _heads(model).items():
         if head.num_classes != len(classes):
-            held = f', and a batch holds the labels {_some(labels)}' if labels else ''
+            held = f', and a batch holds the labels {first_few(labels)}'
             raise ValueError(
                 f"The {whose}'s data set names {len(classes)} classes "
-                f'({_some(classes)}), but its `{name}` has num_classes='
-                f'{head.num_classes}{held}. Set `num_classes={len(classes)}` in every '
-                'head, or name the classes of the head in the data set: '
-                '`metainfo=dict(classes=(...))`.'
+                f'({first_few(classes)}), but its `{name}` has num_classes='
+                f'{head.num_classes}{held if labels else ""}. Set `num_classes='
+                f'{len(classes)}` in every head, or name the classes of the head in '
+                'the data set: `metainfo=dict(classes=(...))`.'
             )
 
 
 def _heads(model: nn.Module) -> dict[str, nn.Module]:
     """Return the heads with one column per class, by path."""
-    # things and stuff in separate heads, or classes given as a prompt
-    if hasattr(model, 'semantic_head') or hasattr(model, 'language_model'):
-        return {}
-    if is_a(model, 'RPN'):  # it treats all labels as 0
+    # things and stuff in separate heads; classes given as a prompt
+    apart = hasattr(model, 'semantic_head') or hasattr(model, 'language_model')
+    if apart or is_a(model, 'RPN'):  # an RPN treats all labels as 0
         return {}
     return {
         name: module
@@ -182,61 +174,35 @@ def _heads(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _some(values: Sequence) -> str:
-    values = list(values)
-    return ', '.join(map(str, values[:8])) + ', ...' * (len(values) > 8)
-
-
 def check_class_lists(cfg: Config, whole_files: bool = False) -> None:
-    """Check the class names of a config's data sets before they are built.
+    """Check the class names of a whole config's data sets before they are built.
 
-    Args:
-        cfg: A whole config.
-        whole_files: Read COCO files completely, not only their categories.
+    Reads only the categories of COCO files, unless ``whole_files``.
 
     Raises:
         ValueError: A COCO file is invalid, lacks a class that its data set names, or
             has another class order; or the orders of training and validation differ.
     """
-    scope = cfg.get('default_scope')
-    lists = {}
+    lists = []
     for loader in ('train_dataloader', 'val_dataloader'):
-        dataset = (cfg.get(loader) or {}).get('dataset')
-        alone = Config({'default_scope': scope, loader: dict(dataset=dataset)})
-        lists[loader] = class_names_of_config(alone) or ()
-        for inner in inner_datasets(dataset):
-            _check_coco_file(loader, inner, scope, whole_files)
-    train, val = lists.values()
+        lists.append(class_names_of_loader(cfg, loader) or ())
+        for inner in inner_datasets((cfg.get(loader) or {}).get('dataset')):
+            _check_coco_file(loader, inner, cfg.get('default_scope'), whole_files)
+    train, val = lists
     if train != val and sorted(train) == sorted(val):
         raise ValueError(
             '`val_dataloader` names the classes of `train_dataloader` in another order '
-            f'({_some(val)} instead of {_some(train)}). Predictions are numbered as in '
-            'training, so they would be scored as other classes: give both data sets '
-            'the same `metainfo=dict(classes=(...))`.'
+            f'({first_few(val)} instead of {first_few(train)}). Predictions are '
+            'numbered as in training, so they would be scored as other classes: give '
+            'both data sets the same `metainfo=dict(classes=(...))`.'
         )
-
-
-def inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
-    """Yield a data set's config without wrappers; for a concatenation, each part."""
-    if not isinstance(dataset, Mapping):
-        return
-    parts = [dataset.get('dataset'), *(dataset.get('datasets') or ())]
-    if not any(parts):
-        yield dataset
-    for part in parts:
-        yield from inner_datasets(part)
 
 
 def _check_coco_file(
     loader: str, dataset: Mapping, scope: str | None, whole: bool
 ) -> None:
     """Compare a data set's class names and their order with those in its file."""
-    kind = dataset.get('type')
-    with (
-        DefaultScope.overwrite_default_scope(dataset.get('_scope_', scope)),
-        DATASETS.switch_scope_and_registry(None) as registry,
-    ):
-        cls = registry.get(kind) if isinstance(kind, str) else kind
+    cls = dataset_class(dataset, scope)
     if not hasattr(cls, 'COCOAPI'):
         return
     from mmdet.datasets import CocoDataset
@@ -263,14 +229,16 @@ def _check_coco_file(
             return _check_coco_file(loader, dataset, scope, True)
         raise ValueError(
             f'{file}, the `ann_file` of {loader}, is not a COCO annotation file: '
-            f'{error!r}. It must be a complete JSON file with a dict of the lists '
-            '`images`, `annotations` and `categories`.'
+            f'{error!r}. It must be complete JSON, a dict of the lists `images`, '
+            '`annotations` and `categories`.'
         ) from error
-    named = f"{loader}'s data set names {_some(classes)}, but {file} has {_some(found)}"
+    names, theirs = first_few(classes), first_few(found)
+    named = f"{loader}'s data set names {names}, but {file} has {theirs}"
     if lacking := [name for name in classes if name not in found]:
         raise ValueError(
-            f'{named}: it has no class {_some(lacking)}. Its objects would be left out '
-            'and the others numbered wrongly. Correct `metainfo=dict(classes=(...))`.'
+            f'{named}: it has no class {first_few(lacking)}. Its objects would be left '
+            'out and the others numbered wrongly. Correct '
+            '`metainfo=dict(classes=(...))`.'
         )
     if list(classes) != [name for name in found if name in classes]:
         raise ValueError(

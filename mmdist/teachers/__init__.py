@@ -29,6 +29,14 @@ __all__ = [
 ]
 
 
+# Other kinds of teachers, by the argument that asks for them: what it does, and what
+# it can be combined with.
+OTHER_KINDS = dict(
+    ema=('makes the teacher from the student', ['views']),
+    stored=('names stored answers', ['class_map', 'class_match']),
+)
+
+
 def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
     """Build a teacher from its arguments.
 
@@ -44,16 +52,18 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
     """
     name = f'teachers.{name}' if name else 'teacher'
     _check_dict(name, cfg)
+    for key, (why, allowed) in OTHER_KINDS.items():
+        if key in cfg and (others := sorted(set(cfg) - {key, *allowed})):
+            raise ValueError(
+                f'`{name}.{key}` {why}, so it can be combined only with '
+                f'{" and ".join(f"`{x}`" for x in allowed)}, got {others}.'
+            )
     if 'ema' in cfg:
         ema = cfg['ema'] or {}
         _check_dict(f'{name}.ema', ema)
         check_arguments(f'{name}.ema', MeanTeacher, ema, given=('student', 'views'))
-        why = 'makes the teacher from the student'
-        _check_others(f'{name}.ema', why, cfg, 'views')
         teacher = MeanTeacher(student, views=cfg.get('views', ()), **ema)
     elif 'stored' in cfg:
-        why = 'names stored answers'
-        _check_others(f'{name}.stored', why, cfg, 'class_map', 'class_match')
         teacher = StoredTeacher(**cfg)
     else:
         check_arguments(name, Teacher, cfg)
@@ -65,13 +75,3 @@ def build_teacher(cfg: dict, student: dict, name: str = '') -> Teacher:
 def _check_dict(name: str, cfg: object) -> None:
     if not isinstance(cfg, Mapping):
         raise ValueError(f'`{name}` must be a dict of arguments, got {cfg!r}.')
-
-
-def _check_others(key: str, why: str, cfg: Mapping, *allowed: str) -> None:
-    """Raise ValueError for arguments that belong to another kind of teacher."""
-    others = sorted(set(cfg) - {key.rpartition('.')[2], *allowed})
-    if others:
-        raise ValueError(
-            f'`{key}` {why}, so it can be combined only with '
-            f'{" and ".join(f"`{name}`" for name in allowed)}, got {others}.'
-        )

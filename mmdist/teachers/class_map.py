@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ def as_list(classes: Sequence[str]) -> list[str]:
     return [classes] if isinstance(classes, str) else list(classes)
 
 
-def first_few(names: Sequence[str], most: int | None = 8) -> str:
-    """Join the first ``most`` names, and say how many more there are."""
-    more = 0 if most is None else len(names) - most
-    return ', '.join(names[:most]) + (f' and {more} more' if more > 0 else '')
+def first_few(values: Iterable, most: int | None = 8) -> str:
+    """Join the first ``most`` values, or all, and say how many more there are."""
+    values = list(map(str, values))
+    more = 0 if most is None else len(values) - most
+    return ', '.join(values[:most]) + (f' and {more} more' if more > 0 else '')
 
 
 def check_class_map(class_map: Any) -> dict[str, list[str]]:
@@ -53,8 +54,7 @@ def check_names(
             raise ValueError(
                 f'Class names of the {whose} must be strings, got {odd!r:.200}.'
             )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
                 f'Classes are matched by name, but the {whose} has several of the same '
                 f'name: {twice}.'
@@ -85,11 +85,9 @@ def unknown_names(student: Any, teacher: Any) -> str:
     whose = 'the teacher' if student is not None else 'the student'
     return (
         '`class_map` and `class_match` match classes by name, but the class names of '
-        f'{"both" if student is teacher is None else whose} are unknown. Those of the '
-        'student come from the `metainfo` of the dataset that the Runner trains on, '
-        'those of the teacher from its checkpoint, or else from '
-        '`metainfo=dict(classes=(...))` of the dataset in `train_dataloader`, if '
-        '`teacher.config` is a whole config.'
+        f'{"both" if student is teacher is None else whose} are unknown. The data set '
+        'names them, `metainfo=dict(classes=(...))`: the one that the Runner trains '
+        'on; for the teacher, that of `teacher.config`, if its checkpoint has no names.'
     )
 
 
@@ -102,14 +100,13 @@ def no_match(
 ) -> str:
     """Say how the class lists differ, and what the user can do about it."""
     close = dict(_close_names(only_student, only_teacher))
-    ready = None if has_map else _ready_map(student, teacher)
     text = (
         f'The classes of student and teacher cannot be matched by name.\n'
         f'{_both(student, teacher)}\n{_both(only_student, only_teacher, "Only the ")}\n'
         "If some differ only in name, set `teacher.class_map=dict(<student's>="
         f"<teacher's>, ...)`{f'; similar names: {close}' if close else ''}."
     )
-    if ready:
+    if not has_map and (ready := _ready_map(student, teacher)):
         text += (
             f" mmdist has such a map for these two: add '{ready}' to `_base_`, and "
             "`class_map=_base_.class_map, class_match='shared'` to `teacher`."
@@ -120,9 +117,9 @@ def no_match(
 
 
 def _both(student: list[str], teacher: list[str], only: str = '') -> str:
-    sides = {f'{only}student': student, f'{only}teacher': teacher}
-    return '\n'.join(
-        f'{s} ({len(names)}): {first_few(names)}' for s, names in sides.items()
+    return (
+        f'{only}student ({len(student)}): {first_few(student)}\n'
+        f'{only}teacher ({len(teacher)}): {first_few(teacher)}'
     )
 
 

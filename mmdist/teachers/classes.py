@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,16 +63,13 @@ class ClassMatch:
         or for sigmoids the largest.
 
         Args:
-            student: The student's scores, with its classes along ``dim``.
-            teacher: The teacher's scores, with its classes along ``dim``.
+            student: The student's scores.
+            teacher: The teacher's scores.
             dim: The dimension of the classes.
             activation: What turns scores into probabilities, ``'softmax'`` or
                 ``'sigmoid'``; ``'identity'`` if they are probabilities of one
                 distribution. If the sides differ, call :meth:`select_student` and
                 :meth:`select_teacher`.
-
-        Returns:
-            The scores of both sides, with the same number of columns.
         """
         return (
             self.select_student(student, dim, activation),
@@ -92,14 +89,9 @@ class ClassMatch:
         return _select(scores, self.teacher, self.num_teacher, dim, activation)
 
     def common_labels(self, labels: Tensor) -> Tensor:
-        """Map the teacher's labels to indices of the common classes.
+        """Map the teacher's labels to indices of the columns that `select` returns.
 
-        Args:
-            labels: Indices of the teacher's classes.
-
-        Returns:
-            Indices of the columns that :meth:`select` returns, in the same shape; -1
-            if the student does not know the class.
+        A class that the student does not know becomes -1.
         """
         if self.teacher is None:
             return labels
@@ -112,13 +104,9 @@ class ClassMatch:
     def best(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Find the common class with the highest teacher probability.
 
-        Args:
-            teacher: Probabilities of all teacher classes, without background,
-                (rows, classes).
-
-        Returns:
-            The probability, the student's index of the class and the teacher's index
-            of it, each (rows,).
+        ``teacher`` has the probabilities of all its classes, without background,
+        (rows, classes). Returns that probability, and the class as an index of the
+        student and of the teacher, each (rows,).
         """
         if self.teacher is None:
             probability, theirs = teacher.max(1)
@@ -136,10 +124,7 @@ class ClassMatch:
     ) -> str:
         """Say which classes are compared, under which names, and which are not.
 
-        Args:
-            student: The student's class names.
-            teacher: The teacher's class names.
-            most: Name at most this many of each kind, and count the rest; None for all.
+        ``most`` limits the names of each kind; the rest are counted.
         """
         student, teacher = as_list(student), as_list(teacher)
         ours = self.student or [(i,) for i in range(len(student))]
@@ -167,11 +152,6 @@ class ClassMatch:
 
         This is for scores without background. Elsewhere most of the probability is on
         other classes, and a softmax over the common ones would only see its remainders.
-
-        Args:
-            teacher: All the teacher's scores, with its classes along ``dim``.
-            dim: The dimension of the classes.
-            activation: As in :meth:`select`.
 
         Returns:
             A mask of ``teacher``'s shape without ``dim``, True where the common classes
@@ -256,11 +236,8 @@ def match_classes(
     Args:
         student: The student's class names; None if unknown.
         teacher: The teacher's class names; None if unknown.
-        class_map: For each student class that the teacher names differently, the
-            teacher's name, a list of names that are one class to the student, or
-            ``[]`` if the teacher does not know the class.
-        class_match: ``'strict'``: one side must know all classes of the other.
-            ``'shared'``: only the classes that both know are compared.
+        class_map: As in :class:`Teacher`; ``[]`` leaves a class out.
+        class_match: As in :class:`Teacher`.
 
     Raises:
         ValueError: Neither list contains the other (the message shows the first names
@@ -299,34 +276,49 @@ def class_names_of_checkpoint(checkpoint: dict) -> list[str] | None:
     return as_list(of_data.get('classes') or meta.get('CLASSES') or ()) or None
 
 
+def inner_datasets(dataset: Mapping | None) -> Iterator[Mapping]:
+    """Yield a data set's config without wrappers; for a concatenation, each part."""
+    if not isinstance(dataset, Mapping):
+        return
+    parts = [dataset.get('dataset'), *(dataset.get('datasets') or ())]
+    if not any(parts):
+        yield dataset
+    for part in parts:
+        yield from inner_datasets(part)
+
+
+def dataset_class(dataset: Mapping, scope: str | None) -> type | None:
+    """Return the class of a data set's config; None if its library is not installed."""
+    kind, scope = dataset.get('type'), dataset.get('_scope_', scope)
+    with suppress(RuntimeError), DATASETS.switch_scope_and_registry(scope) as registry:
+        return registry.get(kind) if isinstance(kind, str) else kind
+    return None
+
+
 def class_names_of_config(config: Config) -> Sequence[str] | None:
-    """Class names of the dataset that a config trains or tests on, inside wrappers.
+    """Class names of the data set that a config trains or tests on, inside wrappers.
 
     Raises:
         ValueError: They are not a list, so they have no order.
     """
-    scope = config.get('default_scope')
-    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        dataset = (config.get(loader) or {}).get('dataset')
-        while dataset:
-            classes = (dataset.get('metainfo') or {}).get('classes')
-            kind, own_scope = dataset.get('type'), dataset.get('_scope_', scope)
-            if classes is None and isinstance(kind, str):
-                with (
-                    suppress(RuntimeError),  # its library is not installed here
-                    DATASETS.switch_scope_and_registry(own_scope) as registry,
-                ):
-                    classes = getattr(registry.get(kind), 'METAINFO', {}).get('classes')
-            if classes is not None and not isinstance(classes, (str, list, tuple)):
-                raise ValueError(
-                    f'`{loader}`: the `classes` of a data set must be a list of names, '
-                    f'in the order of the labels, got {classes!r:.200}.'
-                )
-            if classes is not None:
-                return tuple(as_list(classes))
-            inner = dataset.get('dataset') or dataset.get('datasets')
-            dataset = inner[0] if isinstance(inner, list) else inner
-    return None
+    loaders = 'train_dataloader', 'val_dataloader', 'test_dataloader'
+    found = (class_names_of_loader(config, loader) for loader in loaders)
+    return next((names for names in found if names is not None), None)
+
+
+def class_names_of_loader(config: Config, loader: str) -> Sequence[str] | None:
+    """Like :func:`class_names_of_config`, for one data loader."""
+    dataset = next(inner_datasets((config.get(loader) or {}).get('dataset')), {})
+    classes = (dataset.get('metainfo') or {}).get('classes')
+    if classes is None:
+        cls = dataset_class(dataset, config.get('default_scope'))
+        classes = getattr(cls, 'METAINFO', {}).get('classes')
+    if classes is not None and not isinstance(classes, (str, list, tuple)):
+        raise ValueError(
+            f'`{loader}`: the `classes` of a data set must be a list of names, in the '
+            f'order of the labels, got {classes!r:.200}.'
+        )
+    return None if classes is None else tuple(as_list(classes))
 
 
 def check_number(names: Sequence[str], model: nn.Module) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from mmengine.model import ImgDataPreprocessor
 from torch import Tensor, nn
 
-GIVES = ('pixels', 'masks', 'boxes', 'features')
+KNOWN = dict(
+    gives=('pixels', 'masks', 'boxes', 'features'),
+    activation=('softmax', 'sigmoid', 'identity'),
+)
 
 
 class ForeignTeacher(nn.Module, ABC):
@@ -70,16 +73,12 @@ class ForeignTeacher(nn.Module, ABC):
         rgb: bool = True,
     ) -> None:
         super().__init__()
-        if self.gives not in GIVES:
-            raise ValueError(
-                f'{type(self).__name__}.gives must be one of {GIVES}, got '
-                f'{self.gives!r}.'
-            )
-        if self.activation not in ('softmax', 'sigmoid', 'identity'):
-            raise ValueError(
-                f"{type(self).__name__}.activation must be 'softmax', 'sigmoid' or "
-                f"'identity', got {self.activation!r}."
-            )
+        for name, known in KNOWN.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(
+                    f'{type(self).__name__}.{name} must be one of {known}, got '
+                    f'{value!r}.'
+                )
         self.class_names = tuple(class_names)
         self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import filterfalse
 from typing import Any, NamedTuple
 
 import torch
@@ -83,10 +82,8 @@ class HFTeacher(ForeignTeacher):
         class_names: Sequence[str] | None = None,
         resize: bool = False,
     ) -> None:
-        options = {}
-        if config.model_type == 'oneformer':
-            # else it fetches names for its own post-processing from another repository
-            options['class_info_file'] = None
+        # else it fetches names for its own post-processing from another repository
+        options = {'class_info_file': None} if config.model_type == 'oneformer' else {}
         processor = _load(name, 'AutoImageProcessor', **options)
         scale = processor.rescale_factor if processor.do_rescale else 1.0
         mean, std = [0.0] * 3, [1.0] * 3
@@ -98,11 +95,7 @@ class HFTeacher(ForeignTeacher):
         self.model = _load_model(name, auto)
 
     def resized(self, images: Tensor) -> Tensor:
-        """Resize a batch to the size that the model takes, if that is fixed.
-
-        Args:
-            images: (N, 3, H, W).
-        """
+        """Resize a batch, (N, 3, H, W), to the size of the model, if it has one."""
         if self.size is None or images.shape[-2:] == self.size:
             return images
         return F.interpolate(images, self.size, mode='bilinear', antialias=True)
@@ -215,10 +208,8 @@ class HFDetector(HFTeacher):
         boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
         if not self.takes_mask:
             sizes = [full] * len(images)
-        scales = [boxes.new_tensor([w, h, w, h]) for h, w in sizes]
-        return [
-            (b * scale, x) for b, scale, x in zip(boxes, scales, logits, strict=True)
-        ]
+        scales = boxes.new_tensor([(w, h, w, h) for h, w in sizes])
+        return list(zip(boxes * scales[:, None], logits, strict=True))
 
 
 def _mask(
@@ -287,12 +278,7 @@ def config_of(name: str, known: Iterable[str]) -> Any:
 
 
 def _load_model(name: str, auto: str) -> nn.Module:
-    """Load a model with all its weights, in float32.
-
-    Raises:
-        RuntimeError: transformers would initialise some weights at random, or skip
-            some that predictions need.
-    """
+    """Load a model in float32; RuntimeError if weights are missing or left over."""
     model, info = _load(
         name,
         auto,
@@ -301,13 +287,15 @@ def _load_model(name: str, auto: str) -> nn.Module:
         # not the dtype of the file; `teacher.dtype` selects half precision
         dtype=torch.float32,
     )
-    info['unexpected_keys'] = filterfalse(UNUSED.search, info['unexpected_keys'])
     wrong = {what: sorted(map(str, keys)) for what, keys in info.items()}
-    wrong = {what: keys for what, keys in wrong.items() if keys}
-    if wrong:
+    wrong['unexpected_keys'] = [
+        key for key in wrong['unexpected_keys'] if not UNUSED.search(key)
+    ]
+    found = [f'{what} {keys}' for what, keys in wrong.items() if keys]
+    if found:
         raise RuntimeError(
             f'The weights in {name!r} do not fit a {type(model).__name__}: '
-            + '; '.join(f'{what} {keys}' for what, keys in wrong.items())
+            f'{"; ".join(found)}'
         )
     return model
 
@@ -318,7 +306,7 @@ def _fixed_size(name: str, config: Any, processor: Any) -> tuple[int, int]:
         size = config.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
     size = processor.size
-    sides = tuple(getattr(size, side, None) for side in ('height', 'width'))
+    sides = getattr(size, 'height', None), getattr(size, 'width', None)
     if None in sides:
         raise ValueError(
             f'The image processor of {name!r} has no fixed size, got {size}: omit '

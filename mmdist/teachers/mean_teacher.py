@@ -71,11 +71,7 @@ class MeanTeacher(Teacher):
         self._saved = MessageHub.get_current_instance().get_info(SAVED)
 
     def load(self, student: nn.Module) -> None:
-        """Build the teacher; :meth:`follow` gives it the student's weights.
-
-        Args:
-            student: Provides the device, the weights' dtype and the normalisation.
-        """
+        """Build the teacher; :meth:`follow` gives it the student's weights."""
         if self.model is not None:
             return
         model = build_model(load_config(self.config))
@@ -85,8 +81,9 @@ class MeanTeacher(Teacher):
         self.average = ExponentialMovingAverage(model, momentum=1 - self.momentum)
         self.model = self.average.module
         nn.Module.to(self.model, next(student.parameters()))
-        preprocessors = student.data_preprocessor, self.model.data_preprocessor
-        self.renormalize = Renormalize(*preprocessors)
+        self.renormalize = Renormalize(
+            student.data_preprocessor, self.model.data_preprocessor
+        )
         self._watch(student)
 
     def _watch(self, student: nn.Module) -> None:
@@ -97,12 +94,10 @@ class MeanTeacher(Teacher):
         student, is_behind = weakref.ref(student), self._is_behind
 
         def stepped(optimizer: torch.optim.Optimizer, *args) -> None:
-            own = (
-                set() if student() is None else {id(p) for p in student().parameters()}
-            )
-            for group in optimizer.param_groups:
-                if any(id(parameter) in own for parameter in group['params']):
-                    is_behind.fill_(True)
+            model = student()
+            own = () if model is None else {id(p) for p in model.parameters()}
+            if any(id(p) in own for g in optimizer.param_groups for p in g['params']):
+                is_behind.fill_(True)
 
         handle = register_optimizer_step_post_hook(stepped)
         weakref.finalize(self, handle.remove)

@@ -13,11 +13,7 @@ class Renormalize:
 
     Both are affine per channel, so the map is one affine step, after swapping the
     channels if one is RGB and the other BGR. The padding is refilled with the teacher's
-    value.
-
-    Args:
-        student: The student's data_preprocessor.
-        teacher: The teacher's data_preprocessor.
+    value. Takes the data_preprocessor of each.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -30,28 +26,20 @@ class Renormalize:
         self.shift = ((mean_s - mean_t) / std_t).float()
         self.fill = _pad_value(teacher)
         self.refill = self.fill != _pad_value(student)
-        self.rescale = not (
-            torch.all(self.scale == 1).item() and torch.all(self.shift == 0).item()
-        )
+        self.rescale = bool((self.scale != 1).any() or (self.shift != 0).any())
 
     def __call__(
         self, inputs: Tensor, valid_sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Map a batch.
+        """Map a batch, (N, C, H, W), normalised and padded for the student.
 
-        Args:
-            inputs: (N, C, H, W), normalised and padded for the student.
-            valid_sizes: Height and width of each image without padding.
-
-        Returns:
-            (N, C, H, W), as the teacher's data_preprocessor would return it;
-            ``inputs`` itself if the two agree.
+        ``valid_sizes`` are height and width of each image without padding. Returns what
+        the teacher's data_preprocessor would; ``inputs`` itself if the two agree.
         """
         outputs = inputs.flip(1) if self.flip else inputs
         if self.rescale:
-            self.scale, self.shift = (
-                t.to(inputs.device) for t in (self.scale, self.shift)
-            )
+            self.scale = self.scale.to(inputs.device)
+            self.shift = self.shift.to(inputs.device)
             outputs = outputs * self.scale + self.shift
         if self.rescale or self.refill:
             if outputs is inputs:
@@ -71,10 +59,8 @@ def _mean_std(preprocessor: nn.Module) -> tuple[Tensor, Tensor]:
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
     """Whether a preprocessor swaps BGR and RGB; libraries name this differently."""
-    return bool(
-        getattr(preprocessor, '_channel_conversion', False)
-        or getattr(preprocessor, 'channel_conversion', False)
-    )
+    names = '_channel_conversion', 'channel_conversion'
+    return any(getattr(preprocessor, name, False) for name in names)
 
 
 def _pad_value(preprocessor: nn.Module) -> float:

@@ -14,6 +14,7 @@ import math
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
+from .class_map import first_few
+
+some = partial(first_few, most=5)
 FORMAT = 'stored teacher of mmdist, version 2'
 DTYPES = dict(boxes=np.dtype('<f4'), maps=np.dtype('u1'))
 AGAIN = 'Run tools/store_teacher.py again: it continues where it stopped.'
@@ -54,8 +58,9 @@ class Store:
         self.class_names: tuple[str, ...] | None = None
         self.is_by_id = self.path.is_file()
         self._sizes: dict[str, tuple[int, int]] = {}
-        found = self._read_results() if self.is_by_id else self._read_folder()
-        self._of: dict[str | int, np.ndarray] = found
+        self._of: dict[str | int, np.ndarray] = (
+            self._read_results() if self.is_by_id else self._read_folder()
+        )
 
     def name_classes(self, categories: Mapping[int, str]) -> None:
         """Name each ``category_id`` of a results file; ValueError if one is unknown."""
@@ -143,8 +148,9 @@ class Store:
         for name, size, answer in parts:
             key = name.removeprefix(shared).lstrip('/')
             self._sizes[key], found[key] = size, answer
-        is_map = self.kind == 'maps'
-        return found if is_map else self._checked(found, len(self.class_names))
+        if self.kind == 'maps':
+            return found
+        return self._checked(found, len(self.class_names))
 
     def _read_results(self) -> dict[int, np.ndarray]:
         found, entry = {}, None
@@ -163,9 +169,7 @@ class Store:
         found = {image: np.array(rows).reshape(-1, 6) for image, rows in found.items()}
         return self._checked(found, math.inf)
 
-    def _checked(
-        self, found: Mapping[Any, np.ndarray], classes: float
-    ) -> dict[Any, np.ndarray]:
+    def _checked(self, found: dict[Any, np.ndarray], classes: float) -> dict:
         """Check the rows of all images, and return views of them per image."""
         rows = np.concatenate([np.empty((0, 6)), *found.values()], dtype=np.float32)
         ends = np.cumsum([len(of_image) for of_image in found.values()])
@@ -178,8 +182,8 @@ class Store:
             'labels that belong to no class': is_label,
         }.items():
             if not good.all():
-                bad = set(np.searchsorted(ends, np.flatnonzero(~good), side='right'))
-                names = some(x for i, x in enumerate(found) if i in bad)
+                bad = np.unique(np.searchsorted(ends, np.flatnonzero(~good), 'right'))
+                names = some(np.array([*found], object)[bad])
                 raise ValueError(f'{self.path} has {what}, in {names}.')
         self._rows = rows
         return dict(zip(found, np.split(rows, ends[:-1]), strict=False))
@@ -206,8 +210,8 @@ class StoreWriter:
         self, path: str | os.PathLike, manifest: dict, process: int = 0
     ) -> None:
         self.path, self.kind = Path(path), manifest['kind']
-        manifest = json.dumps(dict(manifest, format=FORMAT), default=str)
-        manifest = json.loads(manifest)
+        text = json.dumps(dict(manifest, format=FORMAT), default=str)
+        manifest = json.loads(text)
         if process == 0:
             self._begin(manifest)
         there, now = map(_by_place, (read_manifest(self.path), manifest))
@@ -309,21 +313,17 @@ def read_parts(path: Path, manifest: Mapping) -> Iterator[tuple]:
                 entry = json.loads(line)
                 name, (height, width) = entry['file'], entry['size']
                 shape, start = entry['shape'], entry['start']
-                if len(shape) != 3 - axis or shape[axis] != size:
+                fits = len(shape) == 3 - axis and shape[axis] == size
+                if not fits or min(start, *shape) < 0:
                     raise ValueError
                 end = start + math.prod(shape) * DTYPES[kind].itemsize
+                if end > len(numbers):
+                    continue
+                answer = np.asarray(numbers[start:end]).view(DTYPES[kind])
+                answer = answer.reshape(shape)
             except WRONG:
                 raise ValueError(
                     f'{file} is damaged: {line[:60]!r}... is not an answer. Delete it '
                     f'and {data.name}, and run tools/store_teacher.py again.'
                 ) from None
-            if end <= len(numbers):
-                answer = np.asarray(numbers[start:end]).view(DTYPES[kind])
-                yield name, (height, width), answer.reshape(shape)
-
-
-def some(values: Iterable, most: int = 5) -> str:
-    """Join the first few values, and say how many more there are."""
-    values = list(map(str, values))
-    rest = f' and {len(values) - most} more' if len(values) > most else ''
-    return ', '.join(values[:most]) + rest
+            yield name, (height, width), answer

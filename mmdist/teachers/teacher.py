@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .renormalize import Renormalize
 _HALF_PRECISION = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 
+@dataclass(eq=False, repr=False)
 class Teacher:
     """A frozen model beside the student: not a module of it, never saved or trained.
 
@@ -72,45 +74,30 @@ class Teacher:
         ValueError: ``dtype``, ``class_map``, ``class_match`` or ``views`` is invalid.
     """
 
+    config: str | os.PathLike | Config | dict
+    checkpoint: str | None = None
+    allow_random: bool = False
+    class_map: Mapping[str, str | Sequence[str]] | None = None
+    class_match: str = 'strict'
+    weights_only: bool = True
+    dtype: str | None = None
+    channels_last: bool = False
+    compile: bool = False
+    views: Sequence[str] = ()
+
     name = 'teacher'
 
-    def __init__(
-        self,
-        config: str | os.PathLike | Config | dict,
-        checkpoint: str | None = None,
-        allow_random: bool = False,
-        class_map: Mapping[str, str | Sequence[str]] | None = None,
-        class_match: str = 'strict',
-        weights_only: bool = True,
-        dtype: str | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
-        views: Sequence[str] = (),
-    ) -> None:
-        if dtype not in (None, *_HALF_PRECISION):
-            raise ValueError(
-                f"`teacher.dtype` must be 'bf16' or 'fp16', got {dtype!r}."
-            )
-        if class_match not in ('strict', 'shared'):
-            raise ValueError(
-                "`teacher.class_match` must be 'strict' or 'shared', got "
-                f'{class_match!r}.'
-            )
-        if views not in ((), [], ('flip',), ['flip']):
-            raise ValueError(
-                f"`teacher.views` must be ['flip'] or omitted, got {views!r}."
-            )
-        check_class_map(class_map)
-        self.config = config
-        self.checkpoint = checkpoint
-        self.allow_random = allow_random
-        self.class_map = class_map
-        self.class_match = class_match
-        self.weights_only = weights_only
-        self.dtype = _HALF_PRECISION.get(dtype)
-        self.channels_last = channels_last
-        self.compile = compile
-        self.views = tuple(views)
+    def __post_init__(self) -> None:
+        for key, known, words in (
+            ('dtype', (None, *_HALF_PRECISION), "'bf16' or 'fp16'"),
+            ('class_match', ('strict', 'shared'), "'strict' or 'shared'"),
+            ('views', ((), [], ('flip',), ['flip']), "['flip'] or omitted"),
+        ):
+            if (value := getattr(self, key)) not in known:
+                raise ValueError(f'`teacher.{key}` must be {words}, got {value!r}.')
+        check_class_map(self.class_map)
+        self.dtype = _HALF_PRECISION.get(self.dtype)
+        self.views = tuple(self.views)
         self.model: nn.Module | None = None
         self.renormalize: Renormalize | None = None
         self.class_names: Sequence[str] | None = None
@@ -155,9 +142,8 @@ class Teacher:
     def load(self, student: nn.Module) -> None:
         """Build the teacher, load its weights strictly and freeze it.
 
-        Args:
-            student: Provides the device, the weights' dtype and the normalisation of
-                the batches.
+        The student provides the device, the weights' dtype and the normalisation of
+        the batches.
 
         Raises:
             ValueError: There is no checkpoint and ``allow_random`` is not set, or the
@@ -193,7 +179,7 @@ class Teacher:
         self.renormalize = Renormalize(
             student.data_preprocessor, model.data_preprocessor
         )
-        # LD's own `to` takes only a device.
+        # LD's own `to` takes only a device
         nn.Module.to(model, self.dtype or weight.dtype)
         if self.channels_last:
             nn.Module.to(model, memory_format=torch.channels_last)
@@ -223,10 +209,7 @@ class Teacher:
         return config
 
     def match_classes(self, student_classes: Sequence[str] | None) -> ClassMatch:
-        """Find the teacher's column for each of the student's classes.
-
-        Args:
-            student_classes: Class names of the student's dataset; None if unknown.
+        """Find the teacher's column for each class of the student's data set.
 
         Raises:
             ValueError: The classes cannot be matched by name.
@@ -255,13 +238,12 @@ def load_config(
 ) -> Config:
     """The teacher's config, with a ``model``.
 
+    For a distillation config, its model is the student. A top-level
+    ``data_preprocessor`` becomes the model's, as in the Runner.
+
     Args:
         config: A path, ``pkg::path``, a Config, or the config dict of a model.
         key: Name of the option, for errors.
-
-    Returns:
-        The config; for a distillation config, its model is the student. A top-level
-        ``data_preprocessor`` becomes the model's, as in the Runner.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -291,16 +273,7 @@ def load_config(
 
 
 def read_config(path: str | os.PathLike, key: str = 'config') -> Config:
-    """Read the config of a path or ``pkg::path``.
-
-    Args:
-        path: The path.
-        key: Name of the option, for errors.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read.
-    """
+    """Read the config of a path or ``pkg::path``; raises like :func:`load_config`."""
     path = os.fspath(path)
     _check_path(path, key)
     try:
@@ -369,19 +342,16 @@ def build_model(config: Config, random: bool = False) -> nn.Module:
 def without_pretrained(cfg: Any) -> Any:
     """Copy a model's config so that it loads no pretrained weights when initialised."""
     if isinstance(cfg, Mapping):
-        init_cfg = cfg.get('init_cfg')
-        return ConfigDict(
-            {
-                key: None if key == 'pretrained' else without_pretrained(value)
-                for key, value in cfg.items()
-                # PVT's `init_cfg` has a checkpoint, but no type
-                if not (
-                    key == 'init_cfg'
-                    and isinstance(init_cfg, Mapping)
-                    and 'checkpoint' in init_cfg
-                )
-            }
+        kept = ConfigDict(
+            {key: without_pretrained(value) for key, value in cfg.items()}
         )
+        if 'pretrained' in kept:
+            kept['pretrained'] = None
+        init_cfg = kept.get('init_cfg')
+        # PVT's has a checkpoint, but no type
+        if isinstance(init_cfg, Mapping) and 'checkpoint' in init_cfg:
+            del kept['init_cfg']
+        return kept
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(without_pretrained(value) for value in cfg)
     return deepcopy(cfg)

@@ -130,6 +130,8 @@ LINES = 'part-0-0.jsonl'
         'no JSON': (damage(LINES, lambda x: x[5:]), '0.jsonl is damaged'),
         'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is not"),
         'shape': (damage(LINES, lambda x: x.replace(b'6]', b'5]')), 'jsonl is damaged'),
+        'start': (damage(LINES, lambda x: x.replace(b': 0}', b': -9}')), 'is damaged'),
+        'place': (damage(LINES, lambda x: x.replace(b': 0}', b': 0.5}')), 'is damaged'),
         'NaN': (answer(0, NAN, 1, 1, 0.5, 0), 'NaN or infinite.*in .*train/1.jpg.$'),
         'negative': (answer(5, 0, 1, 1, 0.5, 0), 'negative size, in .*train/1.jpg.$'),
         'score': (answer(0, 0, 1, 1, 1.5, 0), 'not between 0 and 1, in .*/1.jpg.$'),
