@@ -103,12 +103,11 @@ def _load(transform: Callable, kind: str, results: dict) -> dict | None:
     file |= {key: results.get(key) for key in ('img_path', 'img_id')}
     views = (View(np.eye(3), size),) if kind == 'maps' else ()
     results[FRAMES] = (Frame(file, views),)
-    if kind == 'boxes' and 'gt_bboxes' in results:
+    if kind == 'boxes' and (boxes := results.get('gt_bboxes')) is not None:
         from .tracked_boxes import TrackedBoxes
 
-        boxes = TrackedBoxes(results['gt_bboxes'].tensor, clone=False)
-        boxes.frames = results[FRAMES]
-        results['gt_bboxes'] = boxes
+        results['gt_bboxes'] = TrackedBoxes(boxes.tensor, clone=False)
+        results['gt_bboxes'].frames = results[FRAMES]
     return results
 
 
@@ -166,8 +165,9 @@ def follow(pipeline: Sequence[list[Callable]], kind: str, where: str) -> None:
     every = [t for transforms in pipeline for t in transforms]
     if any(isinstance(t, partial) and t.func is _load for t in every):
         return
-    loads = [i for i, t in enumerate(every) if type(t).__name__.startswith('Load')]
-    if not loads or PACKS[kind] not in [type(t).__name__ for t in every]:
+    names = [type(t).__name__ for t in every]
+    loads = [i for i, name in enumerate(names) if name.startswith('Load')]
+    if not loads or PACKS[kind] not in names:
         raise ValueError(
             f'{where} must load the image with `LoadImageFromFile` and pack it with '
             f'`{PACKS[kind]}`, for stored {kind}.'

@@ -103,8 +103,8 @@ def check_labels(
             if labels.ndim != 3 or len(labels) != 1:
                 raise ValueError(
                     f'{file} has several channels: the labels have the shape '
-                    f'{tuple(labels.shape)} instead of (1, height, width). Convert '
-                    'colours to indices of the classes, in one channel.'
+                    f'{tuple(labels.shape)} instead of (1, height, width): convert '
+                    'colours to indices of the classes.'
                 )
         elif 'labels' in sample.get('gt_instances', ()):
             labels = sample.gt_instances.labels

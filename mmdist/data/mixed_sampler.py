@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 import torch
 from mmengine.dataset import ConcatDataset
@@ -72,16 +73,14 @@ class MixedSampler(Sampler):
     def _stream(self, source: int) -> Iterator[int]:
         """Yield a data set's indices for this process, from the start of the epoch."""
         size, number = self.sizes[source], self.per_batch[source]
-        place = self.epoch * self.batches * number * self.world_size
+        step = number * self.world_size
         turn, order = -1, []
-        while True:
-            first = place + self.rank * number
+        for first in count(self.epoch * self.batches * step + self.rank * number, step):
             for index in range(first, first + number):
                 if index // size != turn:
                     turn = index // size
                     order = self._order(source, turn)
                 yield self.offsets[source] + order[index % size]
-            place += self.world_size * number
 
     def _order(self, source: int, turn: int) -> list[int]:
         """Return the random order of a data set, a new one for each pass through it."""

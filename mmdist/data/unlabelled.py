@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -50,20 +50,17 @@ def by_parts(
     forks: list[Fork] | None = None,
     paused: bool = False,
 ) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
-    """Learn from a batch, in one pass unless :func:`split` splits it.
+    """Learn from a batch, (N, C, H, W), in one pass unless :func:`split` splits it.
 
     Args:
         student: The student.
         modules: Modules of the student to record.
-        inputs: The batch, (N, C, H, W).
-        data_samples: The N data samples.
-        learn: Returns the student's own losses and the pairs of each comparison for a
-            part.
+        inputs: The images.
+        data_samples: Their N data samples.
+        learn: Returns the student's own losses and the pairs of each comparison, for a
+            part; the result is that of the whole batch.
         forks: As in :class:`Recorder`.
         paused: Nothing is distilled, so the unlabelled part of a split is skipped.
-
-    Returns:
-        The losses and pairs of the whole batch.
     """
     losses, pairs = {}, []
     for part in split(student, Recorder(modules, forks), inputs, data_samples):
@@ -72,9 +69,7 @@ def by_parts(
         own, compared = learn(part)
         losses |= drop_unlabelled_losses(own, part)
         pairs.append(compared)
-    return losses, {
-        key: joined([of_part[key] for of_part in pairs]) for key in pairs[0]
-    }
+    return losses, {key: joined([part[key] for part in pairs]) for key in pairs[0]}
 
 
 def split(
@@ -85,14 +80,11 @@ def split(
 ) -> list[Part]:
     """Split a batch with unlabelled images into parts that the student can take.
 
-    The arguments are those of :func:`by_parts`.
-
-    Returns:
-        The batch itself if all images are labelled. Otherwise, unlabelled images get
-        new samples without labels. The batch stays one part if the student's losses can
-        be limited to some images (:func:`labelled_losses_only`), or if no image is
-        labelled. Else there are two parts, the labelled images first, with the features
-        of one pass over the whole batch.
+    A labelled batch stays as it is. Otherwise, unlabelled images get new samples
+    without labels. The batch stays one part if the student's losses can be limited to
+    some images (:func:`labelled_losses_only`), or if no image is labelled. Else there
+    are two parts, the labelled images first, with the features of one pass over the
+    whole batch.
     """
     labelled = tuple(not s.metainfo.get('unlabelled') for s in data_samples)
     if all(labelled):
@@ -114,21 +106,27 @@ def split(
     parts = []
     for mark in (True, False):
         index = [i for i, own in enumerate(labelled) if own is mark]
-
-        def choose(x: Any, index: list[int] = index) -> Any:
-            per_image = isinstance(x, Tensor) and x.ndim and len(x) == len(labelled)
-            return x[index] if per_image else x
-
+        choose = partial(_rows_of, index=index, number=len(labelled))
         part = Part(
             inputs[index],
             [samples[i] for i in index],
             (mark,) * len(index),
             not mark,
-            recorder.changed(lambda x, choose=choose: tree_map(choose, x)),
-            tree_map(choose, features),
+            recorder.changed(choose),
+            choose(features),
         )
         parts.append(part)
     return parts
+
+
+def _rows_of(tree: Any, index: list[int], number: int) -> Any:
+    """Choose images in all tensors with a row for each of ``number`` images."""
+
+    def choose(x: Any) -> Any:
+        per_image = isinstance(x, Tensor) and x.ndim and len(x) == number
+        return x[index] if per_image else x
+
+    return tree_map(choose, tree)
 
 
 @contextmanager
@@ -165,8 +163,7 @@ def _heads(student: nn.Module) -> list[nn.Module]:
     All segmentors and most one-stage detectors have such heads. Two-stage detectors and
     DETRs read labels earlier, to sample proposals or to denoise.
     """
-    family = family_of(student)
-    heads = []
+    family, heads = family_of(student), []
     if family == SEG and hasattr(student, 'decode_head'):
         heads = [student.decode_head, getattr(student, 'auxiliary_head', None)]
     elif family == DENSE and isinstance(getattr(student, 'bbox_head', None), nn.Module):
@@ -176,15 +173,11 @@ def _heads(student: nn.Module) -> list[nn.Module]:
         if not own and all(other is None for other in others):
             heads = [student.bbox_head]
     parts = (h if isinstance(h, nn.ModuleList) else [h] for h in heads if h is not None)
-    return list(itertools.chain(*parts))
+    return [head for part in parts for head in part]
 
 
 def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Callable:
-    """Limit a head's loss to what belongs to some of the images.
-
-    Raises:
-        RuntimeError: The loss gets a tensor without a row per image.
-    """
+    """Limit a head's loss to some images; RuntimeError if these are not rows."""
     signature = inspect.signature(loss_by_feat)
 
     def choose(x: Any) -> Any:
@@ -192,9 +185,8 @@ def _loss_of_images(loss_by_feat: Callable, index: list[int], number: int) -> Ca
             if not x.ndim or len(x) != number:
                 raise RuntimeError(
                     f'{loss_by_feat.__qualname__} gets a tensor of shape '
-                    f'{tuple(x.shape)} for {number} images, so mmdist cannot tell '
-                    'which part of it belongs to the labelled images. Train this '
-                    'student on labelled images only.'
+                    f'{tuple(x.shape)} for {number} images: which part belongs to the '
+                    'labelled ones? Train this student on labelled images only.'
                 )
             return x[index]
         if not isinstance(x, (list, tuple)):
@@ -235,12 +227,10 @@ def without_labels(
         blank.proposals = sample.proposals
     size, device = tuple(inputs.shape[-2:]), inputs.device
     if is_a(sample, 'DetDataSample'):
-        blank.gt_instances = (
-            no_instances(size, device)
-            if like.metainfo.get('unlabelled')
-            else like.gt_instances[:0]  # with all expected fields
-        )
+        blank.gt_instances = no_instances(size, device)
         blank.ignored_instances = no_instances(size, device)
+        if not like.metainfo.get('unlabelled'):
+            blank.gt_instances = like.gt_instances[:0]  # with all expected fields
         maps = dict(gt_sem_seg='sem_seg')
     else:
         blank.gt_sem_seg = PixelData(data=_void(size, ignore_index, device))
@@ -255,20 +245,16 @@ def without_labels(
 
 
 def no_instances(
-    size: tuple[int, int],
-    device: torch.device | str = 'cpu',
-    masks: bool = True,
+    size: tuple[int, int], device: torch.device | str = 'cpu', masks: bool = True
 ) -> InstanceData:
     """Make empty instances for an image of a size, (height, width)."""
     from mmdet.structures.mask import BitmapMasks
 
-    instances = InstanceData(
-        bboxes=torch.zeros((0, 4), device=device),
-        labels=torch.zeros(0, dtype=torch.long, device=device),
-    )
+    labels = torch.zeros(0, dtype=torch.long, device=device)
+    none = InstanceData(bboxes=torch.zeros((0, 4), device=device), labels=labels)
     if masks:
-        instances.masks = BitmapMasks([], *size)
-    return instances
+        none.masks = BitmapMasks([], *size)
+    return none
 
 
 def _void(size: Sequence[int], value: int, device: torch.device) -> Tensor:
@@ -278,18 +264,16 @@ def _void(size: Sequence[int], value: int, device: torch.device) -> Tensor:
 def _void_label(student: nn.Module) -> int:
     """The label of pixels that a segmentor's own loss ignores; 255 for a detector."""
     head = getattr(student, 'decode_head', None)
-    if isinstance(head, nn.ModuleList):
-        head = head[-1]
+    head = head[-1] if isinstance(head, nn.ModuleList) else head
     index = getattr(head, 'ignore_index', 255)
     return 0 if index is None else index  # no void; the loss is dropped anyway
 
 
 def drop_unlabelled_losses(own: dict[str, Any], part: Part) -> dict[str, Any]:
-    """Drop the student's own losses that do not count.
+    """Keep the student's own losses of a part with labels, drop others.
 
-    The losses of a part with labels count, those of the unlabelled part of a split do
-    not. Without any labels in the batch, they become zeros that keep all parameters in
-    the graph, since DDP waits for unused ones.
+    Without any labels in the batch, they become zeros that keep all parameters in the
+    graph, since DDP waits for unused ones.
     """
     if any(part.labelled):
         return own
@@ -318,9 +302,5 @@ def _rows(pairs: Sequence[Pair], name: str) -> Tensor | None:
     if all(rows is None for rows in found):
         return None
     # all rows of a part without a mask count
-    return torch.cat(
-        [
-            torch.ones_like(pair.student[:, 0], dtype=torch.bool) if x is None else x
-            for pair, x in zip(pairs, found, strict=True)
-        ]
-    )
+    every = [torch.ones_like(x.student[:, 0], dtype=torch.bool) for x in pairs]
+    return torch.cat([y if x is None else x for x, y in zip(found, every, strict=True)])

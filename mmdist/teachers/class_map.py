@@ -92,17 +92,13 @@ def unknown_names(student: Any, teacher: Any) -> str:
 
 
 def no_match(
-    student: list[str],
-    teacher: list[str],
-    only_student: list[str],
-    only_teacher: list[str],
-    has_map: bool,
+    student: list[str], teacher: list[str], only: Sequence[list[str]], has_map: bool
 ) -> str:
-    """Say how the class lists differ, and what the user can do about it."""
-    close = dict(_close_names(only_student, only_teacher))
+    """Say how the lists differ, what ``only`` one side knows, and what to do."""
+    close = dict(_close_names(*only))
     text = (
         f'The classes of student and teacher cannot be matched by name.\n'
-        f'{_both(student, teacher)}\n{_both(only_student, only_teacher, "Only the ")}\n'
+        f'{_both(student, teacher)}\n{_both(*only, "Only the ")}\n'
         "If some differ only in name, set `teacher.class_map=dict(<student's>="
         f"<teacher's>, ...)`{f'; similar names: {close}' if close else ''}."
     )
@@ -111,7 +107,7 @@ def no_match(
             f" mmdist has such a map for these two: add '{ready}' to `_base_`, and "
             "`class_map=_base_.class_map, class_match='shared'` to `teacher`."
         )
-    if len(only_student) < len(student):
+    if len(only[0]) < len(student):
         text += " To compare only what both know, set `teacher.class_match='shared'`."
     return text
 

@@ -264,7 +264,7 @@ def match_classes(
     )
     others = _others(match.student, student), _others(match.teacher, teacher)
     if not common or (all(others) and class_match != 'shared'):
-        raise ValueError(no_match(student, teacher, *others, bool(class_map)))
+        raise ValueError(no_match(student, teacher, others, bool(class_map)))
     return match
 
 

@@ -60,12 +60,8 @@ DETECTORS = {
 class HFTeacher(ForeignTeacher):
     """Common base of teachers from transformers.
 
-    Args:
-        name: Name on the hub, or a folder.
-        auto: Name of the transformers class that loads the model.
-        config: The model's config.
-        class_names: The class names; those in the config if omitted.
-        resize: Resize each batch to the fixed size of the image processor.
+    ``auto`` is the transformers class that loads the model; class names that are not
+    given are those of its ``config``.
 
     Raises:
         ImportError: transformers is not installed.
@@ -93,6 +89,14 @@ class HFTeacher(ForeignTeacher):
         super().__init__(class_names or _names_of_columns(config), mean, std)
         self.size = _fixed_size(name, config, processor) if resize else None
         self.model = _load_model(name, auto)
+        # token ids, (1, tokens), by the argument of the model that takes them
+        self.text: dict[str, Tensor] = {}
+
+    def run(self, images: Tensor, **inputs) -> Any:
+        """Run the model on a batch that is :meth:`resized`, and on its text."""
+        for name, ids in self.text.items():
+            inputs[name] = ids.to(images.device).expand(len(images), -1)
+        return self.model(pixel_values=images, **inputs)
 
     def resized(self, images: Tensor) -> Tensor:
         """Resize a batch, (N, 3, H, W), to the size of the model, if it has one."""
@@ -118,13 +122,11 @@ class HFSegmentor(HFTeacher):
     def __init__(self, name: str, resize: bool = False) -> None:
         config = config_of(name, (*PER_PIXEL, *MASKS))
         kind = config.model_type
-        auto, self.gives = 'AutoModelForSemanticSegmentation', 'pixels'
-        if kind in MASKS:
-            auto, self.gives = 'AutoModelForUniversalSegmentation', 'masks'
+        self.gives = 'masks' if kind in MASKS else 'pixels'
+        auto = f'AutoModelFor{"Universal" if kind in MASKS else "Semantic"}Segmentation'
         super().__init__(name, auto, config, resize=resize or kind in FIXED_SIZE)
-        self.task = None
         if kind == 'oneformer':  # it takes its task as text
-            self.task = _load(name, 'AutoTokenizer')(
+            self.text['task_inputs'] = _load(name, 'AutoTokenizer')(
                 'the task is semantic',
                 padding='max_length',
                 max_length=config.task_seq_len,
@@ -134,13 +136,9 @@ class HFSegmentor(HFTeacher):
 
     def forward(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> Any:
         """Return class logits, or mask logits and the class probabilities of masks."""
-        images = self.resized(images)
+        output = self.run(self.resized(images))
         if self.gives == 'pixels':
-            return self.model(pixel_values=images).logits
-        more = {}
-        if self.task is not None:
-            more['task_inputs'] = self.task.to(images.device).expand(len(images), -1)
-        output = self.model(pixel_values=images, **more)
+            return output.logits
         classes = output.class_queries_logits.softmax(-1)[..., :-1]
         return output.masks_queries_logits, classes
 
@@ -178,14 +176,15 @@ class HFDetector(HFTeacher):
             )
         kind = 'ZeroShotObjectDetection' if is_prompted else 'ObjectDetection'
         super().__init__(name, f'AutoModelFor{kind}', config, prompts, resize)
-        self.text, self.spans = None, []
+        self.spans = []
         if prompts:
-            self.text, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
-            if self.text.size(1) > config.max_text_len:
+            ids, self.spans = _as_tokens(_load(name, 'AutoTokenizer'), prompts)
+            if ids.size(1) > config.max_text_len:
                 raise ValueError(
-                    f'The prompts have {self.text.size(1)} tokens, but {name!r} takes '
-                    f'at most {config.max_text_len}: give fewer or shorter ones.'
+                    f'The prompts have {ids.size(1)} tokens, but {name!r} takes at '
+                    f'most {config.max_text_len}: give fewer or shorter ones.'
                 )
+            self.text['input_ids'] = ids
 
     def forward(
         self, images: Tensor, sizes: Sequence[tuple[int, int]]
@@ -193,12 +192,10 @@ class HFDetector(HFTeacher):
         """Return the boxes of all queries and their class logits."""
         full = tuple(images.shape[-2:])
         images = self.resized(images)
-        more = {}
+        mask = {}
         if self.takes_mask:
-            more['pixel_mask'] = _mask(images, sizes, full)
-        if self.text is not None:
-            more['input_ids'] = self.text.to(images.device).expand(len(images), -1)
-        output = self.model(pixel_values=images, **more)
+            mask['pixel_mask'] = _mask(images, sizes, full)
+        output = self.run(images, **mask)
         logits = output.logits
         if self.spans:
             logits = torch.stack(

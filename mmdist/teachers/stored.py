@@ -123,9 +123,7 @@ class StoredAnswers(ForeignTeacher):
     ) -> list[InstanceData] | list[Placed]:
         """Look up the answers for each image, and transform them as the image was.
 
-        Args:
-            images: The batch, (N, C, H, W); the answers are put on its device.
-            samples: Its N data samples.
+        ``images`` are the batch, (N, C, H, W), whose device the answers are put on.
 
         Raises:
             ValueError: It is not known how an image was augmented, or as in
@@ -140,14 +138,13 @@ class StoredAnswers(ForeignTeacher):
         return [Placed(x, views) for x, (_, views) in zip(answers, frames, strict=True)]
 
     def _detections(self, sample: BaseDataElement) -> InstanceData:
-        frames = sample.metainfo[FRAMES]
-        rows = [moved(self.store.answer(file), moves) for file, moves in frames]
+        meta = sample.metainfo
+        rows = [moved(self.store.answer(file), moves) for file, moves in meta[FRAMES]]
         rows = torch.cat(rows)
         # the whole batch may have been resized since
-        now, then = sample.metainfo['img_shape'][1::-1], sample.metainfo[SIZE][::-1]
-        limits = rows.new_tensor(now).repeat(2)
-        scale = limits / rows.new_tensor(then).repeat(2)
-        boxes = (rows[:, :4] * scale).clamp(min=0).minimum(limits)
+        now, then = meta['img_shape'][1::-1], meta[SIZE][::-1]
+        limits, before = (rows.new_tensor(size).repeat(2) for size in (now, then))
+        boxes = (rows[:, :4] * (limits / before)).clamp(min=0).minimum(limits)
         found = InstanceData(bboxes=boxes, scores=rows[:, 4], labels=rows[:, 5].long())
         return found[(boxes[:, 2:] - boxes[:, :2] >= 1).all(1)]
 

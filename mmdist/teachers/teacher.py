@@ -163,13 +163,12 @@ class Teacher:
                 'URL, or set `teacher.allow_random=True` if you want random weights.'
             )
         model = build_model(config, random=needs_weights)
-        self.class_names = getattr(model, 'class_names', None) or class_names_of_config(
-            config
-        )
+        names = getattr(model, 'class_names', None)
         if self.checkpoint is not None:
             checkpoint = load_checkpoint(self.checkpoint, self.weights_only)
             load_strictly(model, checkpoint, self.checkpoint)
-            self.class_names = class_names_of_checkpoint(checkpoint) or self.class_names
+            names = class_names_of_checkpoint(checkpoint) or names
+        self.class_names = names or class_names_of_config(config)
         if self.class_names is not None:
             check_number(self.class_names, model)
         model.requires_grad_(False).eval()
@@ -316,12 +315,8 @@ def _check_path(config: str, key: str) -> None:
 
 def _foreign_class(config: Config, key: str) -> type[ForeignTeacher] | None:
     """Return a model's class if it is a ForeignTeacher, which loads its own weights."""
-    scope = config.get('default_scope')
-    with (
-        DefaultScope.overwrite_default_scope(scope),
-        MODELS.switch_scope_and_registry(None) as registry,
-    ):
-        kind = config.model.get('type')
+    kind, scope = config.model.get('type'), config.get('default_scope')
+    with MODELS.switch_scope_and_registry(scope) as registry:
         cls = registry.get(kind) if isinstance(kind, str) else kind
         if cls is None:
             raise ValueError(f'`{key}`: {no_such_type(kind, registry)}')
@@ -342,16 +337,14 @@ def build_model(config: Config, random: bool = False) -> nn.Module:
 def without_pretrained(cfg: Any) -> Any:
     """Copy a model's config so that it loads no pretrained weights when initialised."""
     if isinstance(cfg, Mapping):
-        kept = ConfigDict(
-            {key: without_pretrained(value) for key, value in cfg.items()}
-        )
+        kept = {key: without_pretrained(value) for key, value in cfg.items()}
         if 'pretrained' in kept:
             kept['pretrained'] = None
         init_cfg = kept.get('init_cfg')
         # PVT's has a checkpoint, but no type
         if isinstance(init_cfg, Mapping) and 'checkpoint' in init_cfg:
             del kept['init_cfg']
-        return kept
+        return ConfigDict(kept)
     if isinstance(cfg, (list, tuple)):
         return type(cfg)(without_pretrained(value) for value in cfg)
     return deepcopy(cfg)

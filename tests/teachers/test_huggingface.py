@@ -257,7 +257,7 @@ def test_grounding_dino_detects_what_prompts_say(make, saved):
     inputs = processor(
         images, ['person. red car. drone.'] * 2, do_resize=False, return_tensors='pt'
     )
-    assert torch.equal(guest.model.text, inputs['input_ids'][:1])
+    assert torch.equal(guest.model.text['input_ids'], inputs['input_ids'][:1])
     inputs['pixel_values'] = inputs['pixel_values'].double()
     with torch.no_grad():
         output = guest.model.model.double()(**inputs)
