@@ -128,9 +128,8 @@ class Asked:
             cells, seen = _read(self._step(window, [])).shape[-2:], window.shape[-2:]
             metas = [dict(step.data_samples[0].metainfo)]
             found = self.model.slide_inference(step.inputs, metas)
-            activation = seg.activation_of(self.model)
-            if activation != 'identity':
-                found = found.softmax(1) if activation == 'softmax' else found.sigmoid()
+            if seg.activation_of(self.model) != 'identity':
+                found = seg.SegMap(found, as_scores=True).read(found.shape[-2:])
         else:
             found, seen = _read(step), image
             cells = found.shape[-2:]

@@ -78,10 +78,8 @@ def check_labels(
 ) -> None:
     """Check that the head has a column for each class and each label of a batch.
 
-    Args:
-        student: A detector or a segmentor.
-        data_samples: The data samples of a batch; those marked unlabelled are skipped.
-        classes: Class names of the data set; None if unknown.
+    ``classes`` are the names of the data set, None if unknown. Samples marked
+    unlabelled are skipped.
 
     Raises:
         ValueError: They do not fit; the message compares the classes of data set, head

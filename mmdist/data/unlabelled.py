@@ -52,15 +52,9 @@ def by_parts(
 ) -> tuple[dict[str, Any], dict[str, list[Pair]]]:
     """Learn from a batch, (N, C, H, W), in one pass unless :func:`split` splits it.
 
-    Args:
-        student: The student.
-        modules: Modules of the student to record.
-        inputs: The images.
-        data_samples: Their N data samples.
-        learn: Returns the student's own losses and the pairs of each comparison, for a
-            part; the result is that of the whole batch.
-        forks: As in :class:`Recorder`.
-        paused: Nothing is distilled, so the unlabelled part of a split is skipped.
+    ``learn`` returns the student's own losses and the pairs of each comparison for a
+    part, whose ``modules`` and ``forks`` are recorded; the result is that of the whole
+    batch. If ``paused``, nothing is distilled: an unlabelled part is skipped.
     """
     losses, pairs = {}, []
     for part in split(student, Recorder(modules, forks), inputs, data_samples):
