@@ -49,6 +49,12 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f' Did you mean {bare[close[0]]!r}?' if close else ''
 
 
+def arguments_of(cls: type) -> set[str]:
+    """The names of all arguments that a class and its base classes take."""
+    inits = (c.__init__ for c in cls.__mro__[:-1])  # object's takes anything
+    return set().union(*(inspect.signature(init).parameters for init in inits))
+
+
 def check_arguments(
     name: str, function: Callable, cfg: Mapping[str, Any], given: Sequence[str] = ()
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine import registry as mmengine_registry
 from mmengine.registry import Registry, build_from_cfg
 
-from .lookup import did_you_mean
+from .lookup import arguments_of, did_you_mean
 
 
 def _child(parent: Registry, *locations: str) -> Registry:
@@ -67,7 +67,5 @@ def why_not_built(error: Exception) -> str:
     cls = names.get('obj_cls')
     if not (isinstance(error, TypeError) and word and inspect.isclass(cls)):
         return ''
-    takes = set().union(*(inspect.signature(c.__init__).parameters for c in cls.mro()))
-    return (
-        f'`{cls.__name__}`: unknown argument {word[1]!r}.{did_you_mean(word[1], takes)}'
-    )
+    nearest = did_you_mean(word[1], arguments_of(cls))
+    return f'`{cls.__name__}`: unknown argument {word[1]!r}.{nearest}'
