@@ -15,14 +15,9 @@ T = TypeVar('T')
 
 
 def by_class_name(module: object, table: Mapping[str, T]) -> T | None:
-    """The entry for a module's class, or else for the nearest of its base classes.
+    """The table's entry for a module's class, or else for the nearest base class.
 
-    Args:
-        module: Any object.
-        table: Entries by class name.
-
-    Returns:
-        The entry; None if no class of the module is in the table.
+    None if no class of the module is in the table.
     """
     names = (cls.__name__ for cls in type(module).__mro__)
     return next((table[name] for name in names if name in table), None)
@@ -71,19 +66,19 @@ def check_arguments(
             missing, or annotated as a number and not one.
     """
     parameters = inspect.signature(function).parameters.values()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes = {
-        p.name: p for p in parameters if p.kind not in variadic and p.name not in given
+        p.name: p
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given
     }
     it_takes = f'It takes {", ".join(takes) or "no arguments"}.'
-    if not open_ended:
-        for key in cfg:
-            if key not in takes and key not in ('type', '_scope_'):
-                raise ValueError(
-                    f'`{name}`: unknown argument {key!r}.{did_you_mean(key, takes)} '
-                    f'{it_takes}'
-                )
+    unknown = [key for key in cfg if key not in (*takes, 'type', '_scope_')]
+    if unknown and not is_open:
+        raise ValueError(
+            f'`{name}`: unknown argument {unknown[0]!r}.'
+            f'{did_you_mean(unknown[0], takes)} {it_takes}'
+        )
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in cfg:
             raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')

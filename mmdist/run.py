@@ -29,9 +29,6 @@ def refuse_untried_strategies() -> None:
 
     These engines leave no mark on the model that they wrap, but the Runner's config
     names them; its text is known once training has begun.
-
-    Raises:
-        NotImplementedError: The config names such a strategy.
     """
     found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', told('cfg') or '')
     if found:
@@ -53,8 +50,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._terms: list[str] = []
-        self._lost_at: Tensor | None = None  # iteration of each term, from 1, or NEVER
+        self._terms: tuple[str, ...] = ()
+        self._lost_at: Tensor  # iteration of each term, from 1, or NEVER
         self._compared = 0
         self._counts: dict[str, Tensor | bool] = {}  # whether a row counted
         self._warned: set[str] = set()
@@ -68,20 +65,20 @@ class Watch:
             return  # validation losses
         self._steps += 1
         iteration = told('iter', self._steps - 1) + 1
-        terms, finite = [], []
-        for name, value in losses.items():
-            leaves = tree_leaves(value) if 'loss' in name else []
-            terms += [name] * len(leaves)
-            finite += [leaf.detach().isfinite().all() for leaf in leaves]
-        if not terms:
+        found = [
+            (name, leaf.detach().isfinite().all())
+            for name, value in losses.items()
+            if 'loss' in name
+            for leaf in tree_leaves(value)
+        ]
+        if not found:
             return
-        if terms != self._terms:
-            self._terms, self._lost_at = terms, None
+        terms, finite = zip(*found, strict=True)
         finite = torch.stack(finite)
-        lost_at = torch.full_like(finite, NEVER, dtype=torch.long)
-        if self._lost_at is None:
-            self._lost_at = lost_at
-        self._lost_at = torch.where(finite, lost_at, self._lost_at.clamp(max=iteration))
+        if terms != self._terms:
+            self._terms = terms
+            self._lost_at = torch.full_like(finite, NEVER, dtype=torch.long)
+        self._lost_at = self._lost_at.clamp(max=iteration).masked_fill(finite, NEVER)
         is_free = finite.device.type == 'cpu' and not is_distributed()
         is_last = iteration == told('max_iters')
         if is_free or is_last or self._steps % self.every == 0:
@@ -103,13 +100,13 @@ class Watch:
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
-        """Check what a step compares; warn once per comparison where no row counts."""
+        """Warn once of each comparison in which no row has counted for long."""
         self._compared += 1
         for key, terms in pairs.items():
             for pair in terms:
                 count = pair.student.numel() > 0
                 for rows in (pair.mask, pair.row_weight):
-                    if count is not False and rows is not None:
+                    if rows is not None:
                         count = count & (rows > 0).any()
                 self._counts[key] = count | self._counts.get(key, False)
         if self._compared % self.every:

@@ -13,9 +13,7 @@ from torch import nn
 from mmdist.checkpoint import load_checkpoint, load_strictly
 
 # Settings that may change between two runs of one experiment.
-_OF_THE_RUN = (
-    'env_cfg', 'launcher', 'load_from', 'log_level', 'resume', 'work_dir'
-)  # fmt: skip
+_OF_THE_RUN = {'env_cfg', 'launcher', 'load_from', 'log_level', 'resume', 'work_dir'}
 
 
 def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
@@ -83,14 +81,10 @@ def refuse_other_config(
     Raises:
         RuntimeError: The configs differ (it says where), or ``or_same`` is set.
     """
-    theirs, ours = (
-        _settings(text) for text in (checkpoint['meta'].get('cfg'), cfg.pretty_text)
-    )
-    differing = sorted(
-        key
-        for key in (theirs.keys() | ours.keys()) - set(_OF_THE_RUN)
-        if theirs and theirs.get(key) != ours.get(key)
-    )
+    theirs = _settings(checkpoint['meta'].get('cfg'))
+    ours = _settings(cfg.pretty_text)
+    changed = {key for key, _ in theirs.items() ^ ours.items()} if theirs else set()
+    differing = sorted(changed - _OF_THE_RUN)
     if differing or or_same:
         why = f'another config (these differ: {", ".join(differing)})'
         raise RuntimeError(
@@ -102,18 +96,16 @@ def refuse_other_config(
 
 def _settings(text: str | None) -> dict[str, str]:
     """The text of each setting; mmengine sorts them, so only line breaks can vary."""
-    _, *parts = re.split(
-        r'^(\w+) ?= ?', text if isinstance(text, str) else '', flags=re.M
-    )
+    text = text if isinstance(text, str) else ''
+    _, *parts = re.split(r'^(\w+) ?= ?', text, flags=re.M)
     values = (re.sub(r'\s+', '', value) for value in parts[1::2])
     return dict(zip(parts[::2], values, strict=True))
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str) -> None:
-    """Raise an error before a run resumes with another model's or broken weights.
+    """Load the weights strictly, before a run resumes with them.
 
-    mmengine resumes leniently: weights that do not fit keep their random values. The
-    check loads the weights into the model, as resuming will.
+    mmengine resumes leniently: weights that do not fit keep their random values.
 
     Raises:
         RuntimeError: Keys, shapes or values are wrong, see :func:`load_strictly`.
