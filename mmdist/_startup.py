@@ -63,8 +63,7 @@ def _complete_packages(utils) -> None:
 def _exists(module: str) -> bool:
     from importlib.util import find_spec
 
-    spec = find_spec(module)
-    return spec is not None and spec.origin is not None
+    return getattr(find_spec(module), 'origin', None) is not None
 
 
 def _is_known(package: str) -> bool:

@@ -36,11 +36,8 @@ def student_config(student: Any) -> dict:
         student = load_config(student, 'student').model
     names = ('mmdist.Distiller', 'Distiller')
     while isinstance(student, Mapping) and student.get('type') in names:
-        print_log(
-            'mmdist: `student` is the config of a distillation: its teacher and its '
-            '`distill` are ignored.',
-            logger='current',
-        )
+        text = 'mmdist: `student` is a distillation: only its student is used.'
+        print_log(text, logger='current')
         student = student.get('student')
     if not isinstance(student, Mapping) or 'type' not in student:
         raise ValueError(
@@ -56,16 +53,13 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
     if not inspect.isclass(cls):
         return  # building it raises the right error
     ours = list(inspect.signature(own).parameters)[:-1]
-    init = inspect.signature(cls.__init__)
-    is_open = any(p.kind is p.VAR_KEYWORD for p in init.parameters.values())
     takes = arguments_of(cls)
     for key in overrides.keys() - takes:
-        nearest = did_you_mean(key, ours if is_open else [*ours, *takes])
-        if nearest or not is_open:
-            raise ValueError(
-                f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
-                f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
-            )
+        nearest = did_you_mean(key, [*ours, *takes])
+        raise ValueError(
+            f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
+            f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
+        )
 
 
 def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
@@ -82,12 +76,7 @@ def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
 
 
 def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
-    """The terms of ``distill`` by key: each entry with each of its teachers.
-
-    Raises:
-        ValueError: ``distill`` is malformed, or a ``from_teacher`` is: it names an
-            unknown teacher, or its weights are negative, infinite or sum to 0.
-    """
+    """The terms of ``distill`` by key: each entry with each of its teachers."""
     _check_names('distill', distill, "type='mmdist.SegLogits'")
     terms: dict[str, DistillTerm] = {}
     for name, entry in distill.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -52,14 +53,12 @@ class Balance:
     """
 
     def __init__(self, ratio: float) -> None:
-        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if not (is_number and 0 < ratio < float('inf')):
+        if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
             raise ValueError(
                 '`balance` must be a number above 0, or None for the published loss, '
-                f'got {ratio!r}. It limits the gradient of distillation to this '
-                "multiple of the labels' gradient."
+                f'got {ratio!r}.'
             )
-        self.ratio = float(ratio)
+        self.ratio = ratio
         self._saved_before = told(KEY)
         self._state: dict[str, Tensor] | None = None
 
@@ -77,7 +76,7 @@ class Balance:
             factor: Multiplies the ratio in this step.
 
         Returns:
-            For each entry, the mean factor at the outputs that it compares.
+            For each entry, the mean scale at the outputs that it compares.
         """
         if not (torch.is_grad_enabled() and entries):
             return {}

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from . import arguments
 from ._environment import check_ops
-from .arguments import (
-    DistillTerm,
-    check_overrides,
-    distill_terms,
-    named_teachers,
-    student_config,
-)
+from .arguments import DistillTerm
 from .balance import Balance
 from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
@@ -87,18 +81,19 @@ def build_distiller(
                 teacher=dict(config='teacher.py', checkpoint='teacher.pth'))
     """
     check_ops()
-    student = student_config(student)
-    check_overrides(student_overrides, student, build_distiller)
+    student = arguments.student_config(student)
+    arguments.check_overrides(student_overrides, student, build_distiller)
     for key in ('train_cfg', 'test_cfg'):
         if student_overrides.get(key, '') is None:
             del student_overrides[key]
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
-    named = named_teachers(teacher, teachers)
+    named = arguments.named_teachers(teacher, teachers)
     if distill is None:
         default_for(model)  # raises for an unknown family
-    terms = distill_terms(dict(dist={}) if distill is None else distill, list(named))
+    entries = dict(dist={}) if distill is None else distill
+    terms = arguments.distill_terms(entries, list(named))
 
     model.__class__ = distilled_class(type(model))
     model.teachers = {k: build_teacher(cfg, student, k) for k, cfg in named.items()}
@@ -133,10 +128,7 @@ class DistilledMixin:
         return next(iter(self.teachers.values()))
 
     def init_weights(self) -> None:
-        """Initialise the student as usual, then load its teachers.
-
-        The Runner calls this for training, not for testing.
-        """
+        """Initialise the student and load its teachers; the Runner does so to train."""
         super().init_weights()
         self._load_teachers()
 
@@ -270,11 +262,9 @@ class DistilledMixin:
         """Zeros of comparisons with parameters, which DDP needs in each step."""
         losses: dict[str, Tensor] = {}
         for key, comparison in self.distill.items():
-            parameters = list(comparison.parameters())
-            if parameters:
-                name = _free_name(f'loss_{self.distill_terms[key].name}', own)
-                zero = 0 * sum(p.sum() for p in parameters)
-                losses[name] = losses.get(name, 0) + zero
+            name = _free_name(f'loss_{self.distill_terms[key].name}', own)
+            for parameter in comparison.parameters():
+                losses[name] = losses.get(name, 0) + 0 * parameter.sum()
         return losses
 
     # ---- before the first step ---------------------------------------------------
@@ -336,8 +326,8 @@ class DistilledMixin:
         return super()._apply(fn, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # The class is made at run time, so pickle cannot find it by name. A file does
-        # not contain the teacher, so a copy loads it again.
+        # Pickle cannot find the class by name. A file does not contain the teacher, so
+        # a copy loads it again.
         state = {**self.__dict__, '_is_checked': False, '_watch': Watch()}
         state.pop('_turn', None)
         return _new, (self.student_class,), state
@@ -348,7 +338,7 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
     return f'{name}_distill' if name in taken else name
 
 
-@functools.cache
+@cache
 def distilled_class(student_class: type[nn.Module]) -> type[nn.Module]:
     """The class of a distilled model: the student's with :class:`DistilledMixin`."""
     inputs_and_samples = list(inspect.signature(student_class.loss).parameters)[1:3]

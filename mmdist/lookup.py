@@ -31,13 +31,9 @@ def is_a(module: object, *names: str) -> bool:
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Suggest the known word that is nearest to a wrong one.
 
-    Args:
-        word: The wrong word. Case and everything before the last dot are ignored, so
-            'distloss' finds 'mmdist.DISTLoss'.
-        known: The words that exist.
-
-    Returns:
-        " Did you mean 'checkpoint'?", to append to a sentence; '' if no word is near.
+    Case and everything before the last dot are ignored, so 'distloss' finds
+    'mmdist.DISTLoss'. Returns " Did you mean 'mmdist.DISTLoss'?", to append to a
+    sentence; '' if no word is near.
     """
     bare = {name.rsplit('.', 1)[-1].lower(): name for name in known}
     close = difflib.get_close_matches(str(word).rsplit('.', 1)[-1].lower(), bare, n=1)
@@ -53,12 +49,12 @@ def arguments_of(cls: type) -> set[str]:
 def check_arguments(
     name: str, function: Callable, cfg: Mapping[str, Any], given: Sequence[str] = ()
 ) -> None:
-    """Raise an error if arguments are unknown to a function or class, or missing.
+    """Check the arguments of a function or class in a user's config.
 
     Args:
-        name: Where the arguments stand in the user's config, such as 'teacher'.
+        name: Where the arguments stand in the config, such as 'teacher'.
         function: The function or class to be called with them.
-        cfg: The arguments. ``type``, which names the function, is ignored.
+        cfg: The arguments, and possibly a ``type``.
         given: Arguments that the caller adds, so the user does not give them.
 
     Raises:
@@ -100,7 +96,7 @@ def _may_be(value: Any, annotation: Any) -> bool:
 def in_words(cls: type[T]) -> type[T]:
     """Decorate a class so that `check_arguments` reports a misspelt argument."""
     init = cls.__init__
-    # object.__init__ accepts anything and complains later
+    # object's accepts anything and complains later
     takes = (lambda self: None) if init is object.__init__ else init
 
     @functools.wraps(init)

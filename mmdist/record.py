@@ -42,11 +42,8 @@ class Recorder:
     The instance's ``forward`` is swapped, because forward hooks do not fire if a model
     calls ``head.forward(...)`` directly, as mmseg does.
 
-    Args:
-        modules: The modules to watch.
-        forks: A list that receives the outputs with a gradient, each as two views that
-            a backward pass can tell apart. If omitted, outputs are recorded as they
-            are.
+    A list of ``forks`` receives the outputs with a gradient, each as two views that a
+    backward pass can tell apart; without it, outputs are recorded as they are.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine import registry as mmengine_registry
+from mmengine import registry as root
 from mmengine.registry import Registry, build_from_cfg
 
 from .lookup import arguments_of, did_you_mean
@@ -22,14 +22,12 @@ def _child(parent: Registry, *locations: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='mmdist', locations=modules)
 
 
-MODELS = _child(
-    mmengine_registry.MODELS, 'losses', 'comparisons', 'distiller', 'teachers'
-)
-TASK_UTILS = _child(mmengine_registry.TASK_UTILS, 'comparisons')
-DATASETS = _child(mmengine_registry.DATASETS, 'data')
-TRANSFORMS = _child(mmengine_registry.TRANSFORMS, 'data')
-DATA_SAMPLERS = _child(mmengine_registry.DATA_SAMPLERS, 'data')
-HOOKS = _child(mmengine_registry.HOOKS, 'hooks')
+MODELS = _child(root.MODELS, 'losses', 'comparisons', 'distiller', 'teachers')
+TASK_UTILS = _child(root.TASK_UTILS, 'comparisons')
+DATASETS = _child(root.DATASETS, 'data')
+TRANSFORMS = _child(root.TRANSFORMS, 'data')
+DATA_SAMPLERS = _child(root.DATA_SAMPLERS, 'data')
+HOOKS = _child(root.HOOKS, 'hooks')
 
 
 def class_of(cfg: Any) -> Any:

@@ -27,8 +27,7 @@ def told(key: str, default: Any = None) -> Any:
 def refuse_untried_strategies() -> None:
     """Raise an error if FlexibleRunner hands the model to another library's engine.
 
-    These engines leave no mark on the model that they wrap, but the Runner's config
-    names them; its text is known once training has begun.
+    Such an engine leaves no mark on the model, but the Runner's config names it.
     """
     found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', told('cfg') or '')
     if found:
@@ -89,14 +88,13 @@ class Watch:
         if first == NEVER:
             return
         terms = {t for t, i in zip(self._terms, lost_at, strict=True) if i == first}
-        good = last_checkpoint_before(first)
+        path = last_checkpoint_before(first)
+        good = f' The last checkpoint before it is {path}.' if path else ''
         raise RuntimeError(
             f'The training was stopped: {" and ".join(sorted(terms))} became NaN or '
-            f'infinite in iteration {first}. '
-            + (f'The last checkpoint before it is {good}.' if good else '')
-            + ' Try a smaller learning rate, a longer warm-up or '
-            '`optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If the student trains '
-            'well alone, set `balance` to 3.0, the default, or less.'
+            f'infinite in iteration {first}.{good} Try a smaller learning rate, a '
+            'longer warm-up or `optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If '
+            'the student trains well alone, set `balance` to 3.0, the default, or less.'
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
@@ -116,10 +114,9 @@ class Watch:
                 self._warned.add(key)
                 print_log(
                     f'mmdist: no row of `distill.{key}` has counted for {self.every} '
-                    'iterations, so it teaches nothing. Either the labels are only '
-                    'void and padding, or the teacher gives the common classes too '
-                    'little probability everywhere: check `class_map`, `class_match` '
-                    'and, if the comparison has it, `min_score`.',
+                    'iterations, so it teaches nothing. Either all labels are void or '
+                    'padding, or the teacher gives the common classes too little '
+                    'probability: check `class_map`, `class_match`, any `min_score`.',
                     logger='current',
                     level=logging.WARNING,
                 )
@@ -138,4 +135,4 @@ def last_checkpoint_before(iteration: int) -> str | None:
             steps = int(number) * (per_epoch if unit == 'epoch' else 1)
             if steps < iteration - 1:  # iteration `steps + 1` used it, and went well
                 found[steps] = str(path)
-    return found[max(found)] if found else None
+    return found.get(max(found, default=None))

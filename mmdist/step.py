@@ -29,8 +29,7 @@ def shared_property(compute: Callable[[Step], Any]) -> property:
 class Step:
     """The batch, the student's recorded calls and one of its teachers, for one step.
 
-    The teacher computes each result at most once, however many comparisons ask for it.
-    Nothing is kept after the step.
+    The teacher computes each result once, however many comparisons ask for it.
 
     Args:
         student: The distilled model.
@@ -92,11 +91,10 @@ class Step:
             )
         if torch.is_grad_enabled() and _lost_gradient(module, calls):
             raise RuntimeError(
-                "The output of the student's "
-                f'`{self._name(module)}` carries no gradient, so nothing can be '
-                'learned from it. It runs inside activation checkpointing (`with_cp` '
-                'or `activation_checkpointing`): compare the module around it, or turn '
-                'checkpointing off there.'
+                f"The output of the student's `{self._name(module)}` "
+                'carries no gradient, so nothing can be learned from it. It runs in '
+                'activation checkpointing (`with_cp`, `activation_checkpointing`): '
+                'compare the module around it, or turn checkpointing off there.'
             )
         return calls
 
@@ -116,9 +114,7 @@ class Step:
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute a result of the teacher when first asked for, and keep it.
 
-        Args:
-            key: Name of the result; whoever shares a result uses the same name.
-            compute: Computes the result.
+        Whoever shares a result uses the same ``key``.
         """
         if key not in self._shared:
             with self._teacher.running():
@@ -212,10 +208,6 @@ class Step:
 
     def valid_mask(self, height: int, width: int) -> Tensor | None:
         """The cells of a map of the whole batch that show an image, not its padding.
-
-        Args:
-            height: Height of the map.
-            width: Width of the map.
 
         Returns:
             (N, height, width), True where the centre of a cell is in the image; None if

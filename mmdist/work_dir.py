@@ -17,32 +17,24 @@ _OF_THE_RUN = {'env_cfg', 'launcher', 'load_from', 'log_level', 'resume', 'work_
 
 
 def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
-    """Find the last checkpoint that a run can be resumed from.
+    """Path and content of the last checkpoint that a run can be resumed from, or None.
 
     mmengine does not write checkpoints atomically: a killed run or a full disk leaves a
     truncated file. A file that cannot be read is skipped with a warning that names it.
     As in mmengine, the one that ``last_checkpoint`` names comes first; then come the
     others, newest first.
 
-    Args:
-        work_dir: Where an earlier run saved its checkpoints.
-
-    Returns:
-        Path and content of the checkpoint; None if ``work_dir`` has none.
-
     Raises:
         RuntimeError: There are checkpoints, but none can be read.
     """
     work_dir = Path(work_dir)
-    paths = sorted(
-        work_dir.glob('*.pth'), key=lambda x: x.exists() and -x.stat().st_mtime
-    )
     note = work_dir / 'last_checkpoint'
-    named = note.read_text(errors='replace').strip() if note.is_file() else ''
-    if named:
-        paths.sort(key=lambda path: path.name != Path(named).name)  # stable
+    named = Path(note.read_text(errors='replace').strip() if note.is_file() else '')
     damaged = []
-    for path in paths:
+    for path in sorted(
+        work_dir.glob('*.pth'),
+        key=lambda x: (x.name != named.name, x.exists() and -x.stat().st_mtime),
+    ):
         try:
             checkpoint = load_checkpoint(str(path))
         except (RuntimeError, ValueError, FileNotFoundError) as error:
@@ -70,13 +62,9 @@ def _began_as_one(path: Path) -> bool:
 def refuse_other_config(
     cfg: Config, checkpoint: dict, path: str, or_same: bool = False
 ) -> None:
-    """Raise an error before a run overwrites or mixes with another in its work_dir.
+    """Raise an error before a run of ``cfg`` overwrites or mixes with an earlier one.
 
-    Args:
-        cfg: The config to train.
-        checkpoint: A checkpoint of the earlier run.
-        path: Its path.
-        or_same: Refuse the same config as well.
+    ``checkpoint``, at ``path``, is of the earlier run in the work_dir.
 
     Raises:
         RuntimeError: The configs differ (it says where), or ``or_same`` is set.
