@@ -161,33 +161,27 @@ class DistilledMixin:
         with turn, checked_labels(self, data_samples, self._class_names()):
             for teacher in self.teachers.values():
                 teacher.follow(self)
-            if self.distill_factor == 0:
-                learn = partial(self._own_losses, **kwargs)
-                own, _ = by_parts(self, (), inputs, data_samples, learn, paused=True)
-                losses = own | self._zero_losses(own)
-            else:
+            if self.distill_factor:
                 self._load_teachers()
                 self._match_classes()
-                modules = [
-                    m for c in self.distill.values() for m in c.student_modules(self)
-                ]
-                learn = partial(self._learn, **kwargs)
-                forks = [] if self.balance else None
-                own, pairs = by_parts(self, modules, inputs, data_samples, learn, forks)
-                losses = own | self._distill_losses(own, pairs, forks)
-                self._watch.rows(pairs)
+            terms = self.distill_terms if self.distill_factor else {}
+            modules = [m for k in terms for m in self.distill[k].student_modules(self)]
+            learn = partial(self._learn, terms, **kwargs)
+            forks = [] if self.balance else None
+            own, pairs = by_parts(
+                self, modules, inputs, data_samples, learn, forks, paused=not terms
+            )
+            losses = own | self._distill_losses(own, pairs, forks)
+            self._watch.rows(pairs)
             self._watch.losses(losses)
             return losses
 
-    def _own_losses(self, part: Part, **kwargs) -> tuple[dict, dict]:
-        """The student's own losses for a batch, with nothing to compare."""
-        with part.recording(self):
-            return super().loss(part.inputs, part.data_samples, **kwargs), {}
-
-    def _learn(self, part: Part, **kwargs) -> tuple[dict, dict[str, list[Pair]]]:
+    def _learn(
+        self, terms: dict[str, DistillTerm], part: Part, **kwargs
+    ) -> tuple[dict, dict[str, list[Pair]]]:
         """The student's own losses for a batch, and what each comparison compares."""
-        steps = {name: self._step(name, part) for name in self.teachers}
-        terms = self.distill_terms
+        names = self.teachers if terms else ()
+        steps = {name: self._step(name, part) for name in names}
 
         # The teacher runs first where possible: its activations are freed before the
         # student's, which the backward pass needs, take memory.
@@ -200,7 +194,8 @@ class DistilledMixin:
             for step in steps.values():
                 step.forget_teacher_features()
 
-        own, _ = self._own_losses(part, **kwargs)
+        with part.recording(self):
+            own = super().loss(part.inputs, part.data_samples, **kwargs)
 
         pairs = {}
         for key, term in terms.items():
@@ -239,6 +234,8 @@ class DistilledMixin:
         self, own: dict, pairs: dict[str, list[Pair]], forks: list[Fork] | None
     ) -> dict:
         """The distillation losses, weighted and scheduled, and the correlations."""
+        if not pairs:
+            return self._zero_losses(own)
         values, logged = defaultdict(list), {}
         for key, term in self.distill_terms.items():
             for name, value in self.distill[key](term.name, pairs[key]).items():
@@ -259,7 +256,7 @@ class DistilledMixin:
         return losses | logged
 
     def _zero_losses(self, own: dict) -> dict[str, Tensor]:
-        """Zeros of comparisons with parameters, which DDP needs in each step."""
+        """While paused: zeros of all parameters, which DDP needs in each step."""
         losses: dict[str, Tensor] = {}
         for key, comparison in self.distill.items():
             name = _free_name(f'loss_{self.distill_terms[key].name}', own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -32,8 +33,8 @@ class Fork(NamedTuple):
 # Slots for outputs, in all and per module; outputs beyond that share the last.
 SLOTS, OF_MODULE = 1024, 32
 
-# Temporarily replaces an attribute of an instance, a class or a Python module.
-swapped = patch.object
+# Temporarily replaces an attribute of an instance, class or module, or adds it.
+swapped = partial(patch.object, create=True)
 
 
 class Recorder:

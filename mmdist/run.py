@@ -99,6 +99,8 @@ class Watch:
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         """Warn once of each comparison in which no row has counted for long."""
+        if not pairs:
+            return  # paused
         self._compared += 1
         for key, terms in pairs.items():
             for pair in terms:
