@@ -82,10 +82,10 @@ def build_distiller(
     """
     check_ops()
     student = arguments.student_config(student)
-    arguments.check_overrides(student_overrides, student, build_distiller)
     for key in ('train_cfg', 'test_cfg'):
         if student_overrides.get(key, '') is None:
             del student_overrides[key]
+    arguments.check_overrides(student_overrides, student, build_distiller)
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
