@@ -13,11 +13,4 @@ from .losses import DISTLoss  # noqa: E402
 from .registry import MODELS  # noqa: E402
 from .teachers import ForeignTeacher  # noqa: E402
 
-__all__ = [
-    'MODELS',
-    'Comparison',
-    'DISTLoss',
-    'ForeignTeacher',
-    'Pair',
-    '__version__',
-]
+__all__ = ['MODELS', 'Comparison', 'DISTLoss', 'ForeignTeacher', 'Pair', '__version__']

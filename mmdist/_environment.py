@@ -12,11 +12,7 @@ HINT = "Run `python tools/check_env.py` in mmdist's checkout: it prints how to f
 
 
 def check_versions() -> None:
-    """Raise an error if mmengine is too old; called at import.
-
-    Raises:
-        RuntimeError: mmengine is older than 0.10.
-    """
+    """Raise RuntimeError if mmengine is older than 0.10; called at import."""
     if digit_version(mmengine.__version__) < digit_version('0.10.0'):
         raise RuntimeError(
             f'mmdist needs mmengine >= 0.10, found {mmengine.__version__}. {HINT}'
@@ -24,11 +20,7 @@ def check_versions() -> None:
 
 
 def check_ops() -> None:
-    """Raise an error if mmcv or its ops are missing; called before building models.
-
-    Raises:
-        RuntimeError: mmcv is not installed, or was built without its compiled ops.
-    """
+    """Raise RuntimeError if mmcv or its compiled ops are missing."""
     if importlib.util.find_spec('mmcv') is None:
         raise RuntimeError(f'mmdist needs mmcv, which is not installed. {HINT}')
     if importlib.util.find_spec('mmcv._ext') is None:

@@ -54,26 +54,22 @@ def _complete_packages(utils) -> None:
         # 'mmsegmentation'; mmengine then finds no config, and mmengine.hub would
         # install upstream over the fork. All these libraries have a version.py.
         try:
-            if '.' not in package and _exists(module) and not _is_known(package):
+            missing = '.' not in package and not _is_installed(package)
+            if missing and _is_installed(module):
                 table[module] = f'{module}.version'
         except Exception:  # an oddly installed package is not our concern
             continue
 
 
-def _exists(module: str) -> bool:
+def _is_installed(name: str) -> bool:
+    """Whether a distribution or a module has this name, as in mmengine."""
+    from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
-    spec = find_spec(module)
-    return spec is not None and spec.origin is not None
-
-
-def _is_known(package: str) -> bool:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return bool(version(package))
+        return bool(version(name))
     except PackageNotFoundError:
-        return _exists(package)
+        return getattr(find_spec(name), 'origin', None) is not None
 
 
 def _read_own_checkpoints(checkpoint) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mmengine.logging import print_log
 from torch import nn
 
-from .lookup import did_you_mean
+from .lookup import arguments_of, did_you_mean
 from .registry import class_of
 from .teachers.teacher import load_config
 
@@ -36,11 +36,8 @@ def student_config(student: Any) -> dict:
         student = load_config(student, 'student').model
     names = ('mmdist.Distiller', 'Distiller')
     while isinstance(student, Mapping) and student.get('type') in names:
-        print_log(
-            'mmdist: `student` is the config of a distillation. Only its student is '
-            'used; its teacher and its `distill` are ignored.',
-            logger='current',
-        )
+        text = 'mmdist: `student` is a distillation: only its student is used.'
+        print_log(text, logger='current')
         student = student.get('student')
     if not isinstance(student, Mapping) or 'type' not in student:
         raise ValueError(
@@ -56,24 +53,21 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
     if not inspect.isclass(cls):
         return  # building it raises the right error
     ours = list(inspect.signature(own).parameters)[:-1]
-    inits = [inspect.signature(c.__init__).parameters for c in cls.__mro__[:-1]]
-    takes = set().union(*inits)
-    is_open = any(p.kind is p.VAR_KEYWORD for p in inits[0].values())
+    takes = arguments_of(cls)
     for key in overrides.keys() - takes:
-        nearest = did_you_mean(key, ours if is_open else [*ours, *takes])
-        if nearest or not is_open:
-            raise ValueError(
-                f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
-                f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
-            )
+        nearest = did_you_mean(key, [*ours, *takes])
+        raise ValueError(
+            f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
+            f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
+        )
 
 
 def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
     """The arguments of each teacher by name; a single teacher has the name ''."""
     if (teacher is None) == (teachers is None):
         raise ValueError(
-            'Give either `teacher`, the arguments of one teacher, or `teachers`, a '
-            'dict of name -> arguments.'
+            'Give either `teacher`, the arguments of one, or `teachers`, a dict of '
+            'name -> arguments.'
         )
     if teachers is None:
         return {'': teacher}
@@ -82,48 +76,16 @@ def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:
 
 
 def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
-    """The terms of ``distill`` by key: each entry with each of its teachers.
-
-    Raises:
-        ValueError: ``distill`` is malformed, or a ``from_teacher`` is: it names an
-            unknown teacher, or its weights are negative, infinite or sum to 0.
-    """
+    """The terms of ``distill`` by key: each entry with each of its teachers."""
     _check_names('distill', distill, "type='mmdist.SegLogits'")
     terms: dict[str, DistillTerm] = {}
     for name, entry in distill.items():
         cfg = dict(entry) if isinstance(entry, Mapping) else entry
         wanted = cfg.pop('from_teacher', None) if isinstance(cfg, dict) else None
-        if not isinstance(wanted, (str, Mapping, type(None))):
-            raise ValueError(
-                f'`distill.{name}.from_teacher` must be the name of a teacher or a '
-                f'dict of name -> weight, got {wanted!r}.'
-            )
-        weights = wanted if isinstance(wanted, Mapping) else {wanted: 1}
-        if wanted is None:
-            weights = dict.fromkeys(teachers, 1)
-        elif teachers == ['']:
-            raise ValueError(
-                f'`distill.{name}.from_teacher` needs several teachers, but there is '
-                'only one `teacher`. Give `teachers=dict(<name>=dict(...))`.'
-            )
-        unknown = sorted(set(weights) - set(teachers))
-        if unknown:
-            raise ValueError(
-                f'`distill.{name}.from_teacher` names the unknown teachers {unknown}. '
-                f'`teachers=dict(<name>=dict(...))` has {teachers}.'
-            )
-        right = [
-            isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights.values()
-        ]
-        if not all(right) or not sum(weights.values()):
-            raise ValueError(
-                f'`distill.{name}.from_teacher` has the weights {dict(weights)}: each '
-                'must be a finite number >= 0, and at least one must be above 0.'
-            )
+        weights = _weights(f'`distill.{name}.from_teacher`', wanted, teachers)
         for teacher, weight in weights.items():
             term = DistillTerm(name, cfg, teacher, weight)
-            other = terms.get(term.key)
-            if other is not None:
+            if (other := terms.get(term.key)) is not None:
                 raise ValueError(
                     f'The name {term.key!r} is ambiguous: entry {other.name!r} with '
                     f'teacher {other.teacher!r}, or entry {name!r} with teacher '
@@ -132,6 +94,32 @@ def distill_terms(distill: Any, teachers: list[str]) -> dict[str, DistillTerm]:
             if weight:
                 terms[term.key] = term
     return terms
+
+
+def _weights(option: str, wanted: Any, teachers: list[str]) -> dict[str, float]:
+    """The weight of each teacher that an entry's ``from_teacher`` names."""
+    if wanted is None:
+        return dict.fromkeys(teachers, 1)
+    if not isinstance(wanted, (str, Mapping)):
+        raise ValueError(
+            f'{option} must be the name of a teacher or a dict of name -> weight, got '
+            f'{wanted!r}.'
+        )
+    has = 'only one `teacher`' if teachers == [''] else f'the `teachers` {teachers}'
+    weights = {wanted: 1} if isinstance(wanted, str) else dict(wanted)
+    if unknown := sorted(set(weights) - set(teachers)):
+        raise ValueError(
+            f'{option} names the unknown teachers {unknown}, there is {has}. Give '
+            '`teachers=dict(<name>=dict(...))`.'
+        )
+    right = [w for w in weights.values() if isinstance(w, (int, float))]
+    right = [w for w in right if 0 <= w < math.inf]
+    if len(right) < len(weights) or not sum(right):
+        raise ValueError(
+            f'{option} has the weights {weights}: each must be a finite number >= 0, '
+            'and at least one must be above 0.'
+        )
+    return weights
 
 
 def _check_names(argument: str, entries: Any, example: str) -> None:
@@ -146,7 +134,6 @@ def _check_names(argument: str, entries: Any, example: str) -> None:
         if not is_name or hasattr(nn.ModuleDict, name):
             raise ValueError(
                 f'`{argument}` has the invalid entry name {name!r}. A name must be an '
-                'identifier without "loss", and not a method of a dict: it becomes the '
-                'keys loss_<name> (added to the total) and <name>_inter, <name>_intra '
-                '(only logged).'
+                'identifier without "loss", which marks what is added to the total '
+                'loss, and not a method of a dict.'
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -11,6 +13,7 @@ from mmengine.logging import MessageHub
 from torch import Tensor
 
 from .record import SLOTS, Fork
+from .run import told
 
 # Momentum of the running mean of the labels' squared gradient norms: a single batch
 # with few or no objects must not decide.
@@ -34,15 +37,13 @@ class Balance:
     The distillation norm is measured in this step, by a backward pass through the
     distillation losses alone. The norm of the student's own losses is a running mean
     over previous backward passes, at no extra cost; images without labels are therefore
-    weighted like earlier ones with labels. All processes use the same factors: both
-    norms are summed over processes before the backward pass.
+    weighted like earlier ones with labels. Both norms are summed over all processes, so
+    these use the same factors. The means are kept in mmengine's ``MessageHub``, and so
+    in checkpoints; a resumed run continues with them.
 
     In the first step no mean is known, and the factor is 0. Where no gradient of the
     student's own losses ever arrives, as in training without labels, the factor is 1
     from the second step on.
-
-    The means are kept in mmengine's ``MessageHub``, and so in checkpoints; a resumed
-    run continues with them.
 
     Args:
         ratio: The largest allowed ratio, above 0.
@@ -52,15 +53,13 @@ class Balance:
     """
 
     def __init__(self, ratio: float) -> None:
-        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if not (is_number and 0 < ratio < float('inf')):
+        if type(ratio) not in (int, float) or not 0 < ratio < math.inf:
             raise ValueError(
                 '`balance` must be a number above 0, or None for the published loss, '
-                f'got {ratio!r}. It limits the gradient of distillation to this '
-                "multiple of the labels' gradient."
+                f'got {ratio!r}.'
             )
-        self.ratio = float(ratio)
-        self._saved_before = _saved()
+        self.ratio = ratio
+        self._saved_before = told(KEY)
         self._state: dict[str, Tensor] | None = None
 
     def __call__(
@@ -77,19 +76,19 @@ class Balance:
             factor: Multiplies the ratio in this step.
 
         Returns:
-            For each entry, the mean factor at the outputs that it compares.
+            For each entry, the mean scale at the outputs that it compares.
         """
         if not (torch.is_grad_enabled() and entries):
             return {}
-        gradients = {
-            name: _gradients(losses, forks) for name, losses in entries.items()
-        }
+        gradients = {key: _gradients(losses, forks) for key, losses in entries.items()}
         first = next(iter(entries.values()))[0]
         distill = first.new_zeros(SLOTS, dtype=torch.float32)
-        for fork, *parts in zip(forks, *gradients.values(), strict=True):
-            parts = [part for part in parts if part is not None]
+        compared = []
+        for i, fork in enumerate(forks):
+            parts = [found[i] for found in gradients.values() if i in found]
             if parts:
                 distill[fork.slot] += _square(sum(parts))
+                compared.append(fork)
 
         state = self._prepared(distill)
         # `unit`: what a GradScaler and gradient accumulation multiply gradients by
@@ -98,35 +97,26 @@ class Balance:
         all_reduce(squares)
         scales = self._scales(state, *squares, self.ratio * factor)
 
-        for losses in entries.values():
-            for loss in losses:
-                if loss.requires_grad:
-                    loss.register_hook(partial(_keep, state))
-        means = {}
-        for name, found in gradients.items():
-            used = [
-                scales[fork.slot]
-                for fork, part in zip(forks, found, strict=True)
-                if part is not None
-            ]
-            if used:
-                means[name] = torch.stack(used).mean()
-        for fork, *parts in zip(forks, *gradients.values(), strict=True):
-            if any(part is not None for part in parts):
-                fork.own.register_hook(partial(_add, state, fork.slot))
-                fork.recorded.register_hook(partial(torch.mul, scales[fork.slot]))
-        return means
+        for loss in itertools.chain(*entries.values()):
+            if loss.requires_grad:
+                loss.register_hook(partial(_keep, state))
+        for fork in compared:
+            fork.own.register_hook(partial(_add, state, fork.slot))
+            fork.recorded.register_hook(partial(torch.mul, scales[fork.slot]))
+        return {
+            key: torch.stack([scales[forks[i].slot] for i in found]).mean()
+            for key, found in gradients.items()
+            if found
+        }
 
     def _prepared(self, like: Tensor) -> dict[str, Tensor]:
         """The running state; the first step restores it from a resumed run."""
         if self._state is None:
-            saved = _saved()
+            saved = told(KEY)
             if saved is None or saved is self._saved_before:
-                saved = dict(
-                    mean=torch.full_like(like, -1.0),  # no step so far
-                    own=torch.zeros_like(like),
-                    unit=like.new_ones(()),
-                )
+                # a mean of -1: no step so far
+                zero, one = torch.zeros_like(like), like.new_ones(())
+                saved = dict(mean=zero - one, own=zero, unit=one)
             self._state = {key: value.to(like) for key, value in saved.items()}
             MessageHub.get_current_instance().update_info(KEY, self._state)
         return self._state
@@ -145,17 +135,14 @@ class Balance:
         return torch.where(mean > 0, scales, (mean == 0).to(scales))
 
 
-def _saved() -> dict[str, Tensor] | None:
-    return MessageHub.get_current_instance().get_info(KEY)
-
-
-def _gradients(losses: Sequence[Tensor], forks: Sequence[Fork]) -> list[Tensor | None]:
-    """The gradient of an entry's losses at each recorded output that they reach."""
+def _gradients(losses: Sequence[Tensor], forks: Sequence[Fork]) -> dict[int, Tensor]:
+    """The gradient of an entry's losses at the recorded outputs that they reach."""
     loss = sum(losses)
     if not (loss.requires_grad and forks):
-        return [None] * len(forks)
+        return {}
     recorded = [fork.recorded for fork in forks]
-    return torch.autograd.grad(loss, recorded, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, recorded, retain_graph=True, allow_unused=True)
+    return {i: x for i, x in enumerate(found) if x is not None}
 
 
 def _square(gradient: Tensor) -> Tensor:

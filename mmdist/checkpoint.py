@@ -22,13 +22,14 @@ def read(path: str, map_location: Any = 'cpu', weights_only: bool = True) -> Any
     mmengine's functions do not pass ``weights_only``, and the onedl fork's fall back to
     unsafe loading. So they are run with replacements for torch's functions.
     """
-    how = [safely] if weights_only else []
-    kwargs = {} if weights_only else dict(weights_only=False)
-    load = partial(*how, torch.load, **kwargs)
+    load, load_url = (
+        partial(safely, f) if weights_only else partial(f, weights_only=False)
+        for f in (torch.load, loaders.load_url)
+    )
     names = {
         **vars(loaders),
         'torch': SimpleNamespace(load=load, distributed=torch.distributed),
-        'load_url': partial(*how, loaders.load_url, **kwargs),
+        'load_url': load_url,
         '_safe_torch_load': load,
     }
     for name, f in vars(loaders).items():
@@ -42,9 +43,8 @@ def read(path: str, map_location: Any = 'cpu', weights_only: bool = True) -> Any
 def load_checkpoint(path: str, weights_only: bool = True) -> dict:
     """Read a checkpoint with torch's safe loader, and check its content.
 
-    Args:
-        path: Path or URL, anything that mmengine's ``CheckpointLoader`` reads.
-        weights_only: False lets the file run code.
+    ``path`` is anything that mmengine's ``CheckpointLoader`` reads.
+    ``weights_only=False`` lets the file run code.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -71,11 +71,12 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
             'a checkpoint. Download it again.'
         )
         if 'GLOBAL' in said or 'add_safe_globals' in said:
+            unset = '' if weights_only else ' and unset TORCH_FORCE_WEIGHTS_ONLY_LOAD'
             text = (
                 f'The checkpoint {path!r} contains objects that the safe loader '
                 'refuses: reading them could run code from the file. If you trust it, '
                 'set `teacher.weights_only=False` (in a tool: --no-weights-only)'
-                + ('.' if weights_only else ' and unset TORCH_FORCE_WEIGHTS_ONLY_LOAD.')
+                f'{unset}.'
             )
         raise RuntimeError(f'{text} The loader says: {said}') from error
     _check_content(checkpoint, path)
@@ -84,23 +85,23 @@ def load_checkpoint(path: str, weights_only: bool = True) -> dict:
 
 def _check_content(checkpoint: Any, path: str) -> None:
     def check(value: Any, what: str, kind: Any = Mapping) -> Any:
-        if isinstance(value, kind) and all(isinstance(name, str) for name in value):
-            return value
-        wanted = 'a dict with names as keys' if kind is Mapping else 'a list of names'
-        raise ValueError(
-            f'{path!r} is not a usable checkpoint: {what} must be {wanted}, got '
-            f'{type(value).__name__}.'
-        )
+        if not isinstance(value, kind) or not all(isinstance(x, str) for x in value):
+            wanted = 'dict with names as keys' if kind is Mapping else 'list of names'
+            raise ValueError(
+                f'{path!r} is not a usable checkpoint: {what} must be a {wanted}, got '
+                f'{type(value).__name__}.'
+            )
+        return value
 
-    if 'state_dict' in check(checkpoint, 'its content'):
-        check(checkpoint['state_dict'], '`state_dict`')
-        meta = checkpoint.get('meta')
-        meta = {} if meta is None else check(meta, '`meta`')
-        data = meta.get('dataset_meta')
-        data = {} if data is None else check(data, '`dataset_meta`')
-        for key, value in (*meta.items(), *data.items()):
-            if key.lower() == 'classes' and value is not None:
-                check(value, f'`{key}`', (str, list, tuple))
+    if 'state_dict' not in check(checkpoint, 'its content'):
+        return
+    check(checkpoint['state_dict'], '`state_dict`')
+    meta = {} if checkpoint.get('meta') is None else check(checkpoint['meta'], '`meta`')
+    data = meta.get('dataset_meta')
+    data = {} if data is None else check(data, '`dataset_meta`')
+    for key, value in (*meta.items(), *data.items()):
+        if key.lower() == 'classes' and value is not None:
+            check(value, f'`{key}`', (str, list, tuple))
 
 
 def check_finite(state: Mapping[str, Any], path: str) -> None:
@@ -108,9 +109,7 @@ def check_finite(state: Mapping[str, Any], path: str) -> None:
     broken = [
         key
         for key, value in state.items()
-        if torch.is_tensor(value)
-        and value.is_floating_point()
-        and not value.isfinite().all()
+        if torch.is_tensor(value) and not value.isfinite().all()
     ]
     if broken:
         raise RuntimeError(
@@ -128,23 +127,19 @@ def load_strictly(
     advice: str = 'Check that `teacher.config` is the config that this checkpoint was '
     'trained with (backbone, depth, neck, number of classes).',
 ) -> None:
-    """Load weights; any missing, unexpected or mis-shaped key is an error.
+    """Load a checkpoint, or a state dict, into a model; all keys must fit.
 
-    Args:
-        model: The model to fill.
-        checkpoint: A checkpoint with a ``state_dict``, or a state dict.
-        path: Where it came from, for the error message.
-        model_name: What the weights should fit, for the message.
-        advice: What to do if they do not, for the message.
+    The error says that the weights in ``path`` do not fit ``model_name``, and ends with
+    ``advice``.
 
     Raises:
-        RuntimeError: Keys do not fit (it lists up to ten of each sort), or a weight is
-            not finite or not a dense tensor of floating-point numbers.
+        RuntimeError: Keys are missing, unexpected or of another shape (it lists up to
+            ten of each sort), or a weight is not finite or not a dense tensor of
+            floating-point numbers.
     """
     state = checkpoint.get('state_dict', checkpoint)
-    prefix = 'module.'  # saved from within DistributedDataParallel
-    if state and all(key.startswith(prefix) for key in state):
-        state = {key[len(prefix) :]: value for key, value in state.items()}
+    if all(key.startswith('module.') for key in state):  # saved from within DDP
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
     missing, unexpected, errors = [], [], []
     metadata = getattr(state, '_metadata', {})
     state = dict(state)
@@ -163,10 +158,8 @@ def load_strictly(
     def load(module: nn.Module, prefix: str = '') -> None:
         # Like torch's load_state_dict, which returns no keys if a shape is wrong. This
         # runs the models' own conversions of older checkpoints.
-        local = metadata.get(prefix[:-1], {})
-        module._load_from_state_dict(
-            state, prefix, local, True, missing, unexpected, errors
-        )
+        args = state, prefix, metadata.get(prefix[:-1], {}), True
+        module._load_from_state_dict(*args, missing, unexpected, errors)
         for name, child in module.named_children():
             load(child, f'{prefix}{name}.')
 

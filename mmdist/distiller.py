@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import partial
+from functools import cache, partial
 from os import PathLike
 from typing import Any
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from . import arguments
 from ._environment import check_ops
-from .arguments import (
-    DistillTerm,
-    check_overrides,
-    distill_terms,
-    named_teachers,
-    student_config,
-)
+from .arguments import DistillTerm
 from .balance import Balance
 from .comparisons.base import Pair, build_comparison
 from .comparisons.default import default_for, default_for_pair
@@ -46,10 +40,9 @@ def build_distiller(
 ) -> nn.Module:
     """Build a student that is distilled while it trains.
 
-    The result *is* the student: an instance of a subclass of its class, with its
-    parameter names, state dict, ``predict`` and data_preprocessor. Only ``loss`` and
-    ``init_weights`` use the teacher, so testing and export need neither its config nor
-    its weights.
+    The result *is* the student, with its parameter names, ``predict`` and
+    data_preprocessor; its class is a subclass of the student's. Only ``loss`` and
+    ``init_weights`` use the teacher: testing and export need nothing of it.
 
     Args:
         student: Config of the student model, or the path to a config with a ``model``.
@@ -58,25 +51,24 @@ def build_distiller(
             stored answers, see :class:`StoredTeacher`.
         distill: What to compare: a dict of name -> config of a comparison. If omitted,
             it is chosen for the pair once the teacher is loaded: ``dist``, plus ``box``
-            where the teacher's boxes improved accuracy.
-            With several teachers, ``from_teacher`` in a config is the name of one, or a
-            dict of name -> weight; if omitted, the loss is the mean over all.
+            where the teacher's boxes improved accuracy. With several teachers,
+            ``from_teacher`` in a config is the name of one, or a dict of name ->
+            weight; if omitted, the loss is the mean over all.
         teachers: Several teachers: a dict of name -> arguments as for ``teacher``.
-        balance: Upper bound of the distillation gradient at each output that is
-            compared, as a multiple of the gradient of the student's own losses; see
-            :class:`Balance`. None sets no bound, as published; if ``distill`` is
-            omitted too, that is DIST as published.
+        balance: Upper bound of the distillation gradient at each compared output, as a
+            multiple of the gradient of the student's own losses; see :class:`Balance`.
+            None sets no bound; if ``distill`` is omitted too, that is DIST as
+            published.
         student_overrides: Entries that replace those of ``student``, for mmseg's APIs,
-            which set ``pretrained`` and ``train_cfg`` on any model. The student's own
-            ``data_preprocessor`` stays: the Runner adds one where the model has none.
-            A ``train_cfg`` or ``test_cfg`` of None, mmseg's default, is ignored.
+            which set ``pretrained`` and ``train_cfg`` on any model. A ``train_cfg`` or
+            ``test_cfg`` of None, mmseg's default, is ignored, and so is the Runner's
+            ``data_preprocessor`` if the student has its own.
 
     Returns:
         The student.
 
     Raises:
-        ValueError: The student's family is not supported, or an argument is misspelt,
-            missing or malformed.
+        ValueError: The student's family is not supported, or an argument is wrong.
         RuntimeError: mmcv or its compiled ops are missing.
 
     Example:
@@ -89,24 +81,22 @@ def build_distiller(
                 teacher=dict(config='teacher.py', checkpoint='teacher.pth'))
     """
     check_ops()
-    student = student_config(student)
-    check_overrides(student_overrides, student, build_distiller)
+    student = arguments.student_config(student)
     for key in ('train_cfg', 'test_cfg'):
         if student_overrides.get(key, '') is None:
             del student_overrides[key]
+    arguments.check_overrides(student_overrides, student, build_distiller)
     if student.get('data_preprocessor') is not None:
         student_overrides.pop('data_preprocessor', None)
     model = MODELS.build(deepcopy({**student, **student_overrides}))
-    teacher_args = named_teachers(teacher, teachers)
+    named = arguments.named_teachers(teacher, teachers)
     if distill is None:
         default_for(model)  # raises for an unknown family
     entries = dict(dist={}) if distill is None else distill
-    terms = distill_terms(entries, list(teacher_args))
+    terms = arguments.distill_terms(entries, list(named))
 
     model.__class__ = distilled_class(type(model))
-    model.teachers = {
-        name: build_teacher(cfg, student, name) for name, cfg in teacher_args.items()
-    }
+    model.teachers = {k: build_teacher(cfg, student, k) for k, cfg in named.items()}
     model.distill_terms = terms
     model.distill, model.why_default = nn.ModuleDict(), {}
     if distill is not None:  # else chosen when the teacher is loaded
@@ -134,17 +124,11 @@ class DistilledMixin:
     def teacher(self) -> Teacher:
         """The teacher, if there is only one."""
         if len(self.teachers) > 1:
-            raise ValueError(
-                f'There are several teachers, {list(self.teachers)}: use '
-                '`teachers[name]`.'
-            )
+            raise ValueError(f'Use `teachers[name]`, one of {list(self.teachers)}.')
         return next(iter(self.teachers.values()))
 
     def init_weights(self) -> None:
-        """Initialise the student as usual, then load its teachers.
-
-        The Runner calls this for training, not for testing.
-        """
+        """Initialise the student and load its teachers; the Runner does so to train."""
         super().init_weights()
         self._load_teachers()
 
@@ -161,11 +145,11 @@ class DistilledMixin:
             data_samples: The N data samples; the student's name for them works too.
 
         Returns:
-            The student's own dict of losses with ``loss_<name>``, ``<name>_inter`` and
-            ``<name>_intra`` added for each entry of ``distill``. With several teachers,
-            ``loss_<name>`` is the weighted mean over those that give it, and the
-            correlations are ``<name>_inter_<teacher>`` and ``<name>_intra_<teacher>``.
-            ``<name>_scale`` is the factor that :class:`Balance` gives its gradient.
+            The student's own losses, and for each entry of ``distill``
+            ``loss_<name>``, the correlations ``<name>_inter`` and ``<name>_intra``, and
+            ``<name>_scale``, the factor that :class:`Balance` gives its gradient. With
+            several teachers, ``loss_<name>`` is the weighted mean over those that give
+            it, and the names of the correlations end in ``_<teacher>``.
 
         Raises:
             RuntimeError: A loss is NaN or infinite.
@@ -177,42 +161,32 @@ class DistilledMixin:
         with turn, checked_labels(self, data_samples, self._class_names()):
             for teacher in self.teachers.values():
                 teacher.follow(self)
-            if self.distill_factor == 0:
-                learn = partial(self._own_losses, **kwargs)
-                own, _ = by_parts(self, (), inputs, data_samples, learn, paused=True)
-                losses = own | self._zero_losses(own)
-            else:
+            if self.distill_factor:
                 self._load_teachers()
                 self._match_classes()
-                modules = [
-                    m for c in self.distill.values() for m in c.student_modules(self)
-                ]
-                learn = partial(self._learn, **kwargs)
-                forks = [] if self.balance else None
-                own, pairs = by_parts(self, modules, inputs, data_samples, learn, forks)
-                losses = own | self._distill_losses(own, pairs, forks)
-                self._watch.rows(pairs)
+            terms = self.distill_terms if self.distill_factor else {}
+            modules = [m for k in terms for m in self.distill[k].student_modules(self)]
+            learn = partial(self._learn, terms, **kwargs)
+            forks = [] if self.balance else None
+            own, pairs = by_parts(
+                self, modules, inputs, data_samples, learn, forks, paused=not terms
+            )
+            losses = own | self._distill_losses(own, pairs, forks)
+            self._watch.rows(pairs)
             self._watch.losses(losses)
             return losses
 
-    def _own_losses(self, part: Part, **kwargs) -> tuple[dict, dict]:
-        """The student's own losses for a batch, with nothing to compare."""
-        with part.recording(self):
-            return super().loss(part.inputs, part.data_samples, **kwargs), {}
-
-    def _learn(self, part: Part, **kwargs) -> tuple[dict, dict[str, list[Pair]]]:
-        """The student's own losses for a batch, and what each comparison compares.
-
-        Args:
-            part: The batch, or only its labelled or unlabelled images.
-        """
-        steps = {name: self._step(name, part) for name in self.teachers}
-        terms = self.distill_terms
+    def _learn(
+        self, terms: dict[str, DistillTerm], part: Part, **kwargs
+    ) -> tuple[dict, dict[str, list[Pair]]]:
+        """The student's own losses for a batch, and what each comparison compares."""
+        names = self.teachers if terms else ()
+        steps = {name: self._step(name, part) for name in names}
 
         # The teacher runs first where possible: its activations are freed before the
         # student's, which the backward pass needs, take memory.
         asked = {
-            key: self._ask(key, steps[term.teacher], None)
+            key: self._ask(key, steps[term.teacher])
             for key, term in terms.items()
             if self.distill[key].asks_first
         }
@@ -220,7 +194,8 @@ class DistilledMixin:
             for step in steps.values():
                 step.forget_teacher_features()
 
-        own, _ = self._own_losses(part, **kwargs)
+        with part.recording(self):
+            own = super().loss(part.inputs, part.data_samples, **kwargs)
 
         pairs = {}
         for key, term in terms.items():
@@ -235,24 +210,19 @@ class DistilledMixin:
         """The step of a batch with one of the teachers."""
         teacher = self.teachers[name]
         teacher.move_to(part.inputs.device)
-        keys = [key for key, term in self.distill_terms.items() if term.teacher == name]
-        return Step(
-            self,
-            teacher,
-            teacher.classes,
-            part.inputs,
-            part.data_samples,
-            part.recorder,
-            [m for k in keys for m in self.distill[k].teacher_modules(teacher.model)],
-            part.labelled,
-        )
+        modules = [
+            module
+            for key, term in self.distill_terms.items()
+            if term.teacher == name
+            for module in self.distill[key].teacher_modules(teacher.model)
+        ]
+        batch = part.inputs, part.data_samples, part.recorder
+        return Step(self, teacher, teacher.classes, *batch, modules, part.labelled)
 
-    def _ask(self, key: str, step: Step, recorded: Any) -> Any:
+    def _ask(self, key: str, step: Step, recorded: Any = None) -> Any:
         """The teacher's answer for a comparison; with several views, their mean."""
-        comparison, teacher = (
-            self.distill[key],
-            self.teachers[self.distill_terms[key].teacher],
-        )
+        comparison = self.distill[key]
+        teacher = self.teachers[self.distill_terms[key].teacher]
         with teacher.running():
             answer = comparison.ask(step, recorded)
             if teacher.views:
@@ -263,13 +233,9 @@ class DistilledMixin:
     def _distill_losses(
         self, own: dict, pairs: dict[str, list[Pair]], forks: list[Fork] | None
     ) -> dict:
-        """The distillation losses, weighted and scheduled, and the correlations.
-
-        Args:
-            own: The student's own losses.
-            pairs: What each comparison compares.
-            forks: The student's recorded outputs, where gradients are balanced.
-        """
+        """The distillation losses, weighted and scheduled, and the correlations."""
+        if not pairs:
+            return self._zero_losses(own)
         values, logged = defaultdict(list), {}
         for key, term in self.distill_terms.items():
             for name, value in self.distill[key](term.name, pairs[key]).items():
@@ -290,17 +256,12 @@ class DistilledMixin:
         return losses | logged
 
     def _zero_losses(self, own: dict) -> dict[str, Tensor]:
-        """Zero losses of comparisons with parameters, while the teacher is paused.
-
-        DDP fails if parameters take no part in a step.
-        """
+        """While paused: zeros of all parameters, which DDP needs in each step."""
         losses: dict[str, Tensor] = {}
         for key, comparison in self.distill.items():
-            parameters = list(comparison.parameters())
-            if parameters:
-                name = _free_name(f'loss_{self.distill_terms[key].name}', own)
-                zero = 0 * sum(p.sum() for p in parameters)
-                losses[name] = losses.get(name, 0) + zero
+            name = _free_name(f'loss_{self.distill_terms[key].name}', own)
+            for parameter in comparison.parameters():
+                losses[name] = losses.get(name, 0) + 0 * parameter.sum()
         return losses
 
     # ---- before the first step ---------------------------------------------------
@@ -314,11 +275,19 @@ class DistilledMixin:
         if not self.distill:
             self._choose_defaults()
         for key, term in self.distill_terms.items():
-            teacher = self.teachers[term.teacher]
-            self.distill[key].check_pair(self, teacher.model)
+            comparison, teacher = self.distill[key], self.teachers[term.teacher]
+            comparison.check_pair(self, teacher.model)
             if teacher.views:
-                self.distill[key].check_views()
-            print_log(self._in_words(key), logger='current')
+                comparison.check_views()
+            name = ' '.join(filter(None, (type(teacher.model).__name__, term.teacher)))
+            why = self.why_default.get(key, '')
+            print_log(
+                f'mmdist: {self.student_class.__name__} learns from {name} '
+                f'({teacher.origin}) by `{term.name}`, {type(comparison).__name__} '
+                f'with {type(comparison.loss).__name__}'
+                f'{why and f", chosen because {why}"}.',
+                logger='current',
+            )
         self._is_checked = True
 
     def _choose_defaults(self) -> None:
@@ -332,32 +301,17 @@ class DistilledMixin:
                 self.distill_terms[named.key] = named
                 self.distill[named.key], self.why_default[named.key] = entry
 
-    def _in_words(self, key: str) -> str:
-        """A log line: what is distilled from which teacher into what, and why."""
-        term, comparison = self.distill_terms[key], self.distill[key]
-        teacher = self.teachers[term.teacher]
-        name = ' '.join(filter(None, (type(teacher.model).__name__, term.teacher)))
-        why = self.why_default.get(key, '')
-        why = why and f', chosen because {why}'
-        return (
-            f'mmdist: {self.student_class.__name__} learns from {name} '
-            f'({teacher.origin}) by `{term.name}`, {type(comparison).__name__} with '
-            f'{type(comparison.loss).__name__}{why}.'
-        )
-
     def _class_names(self) -> Sequence[str] | None:
         """Class names of the dataset, once the Runner has set it; else None."""
-        return (told('dataset_meta') or {}).get('classes') if self._is_run() else None
-
-    def _is_run(self) -> bool:
-        # What was set before the model was built belongs to another run.
-        return told('dataset_meta') is not self._meta_before
+        meta = told('dataset_meta') or {}
+        # what was set before the model was built belongs to another run
+        return None if meta is self._meta_before else meta.get('classes')
 
     def _match_classes(self) -> None:
         """Match the classes once, in the first step."""
         for teacher in self.teachers.values():
             if teacher.classes is None:
-                if self._is_run():
+                if told('dataset_meta') is not self._meta_before:
                     refuse_untried_strategies()
                 teacher.classes = teacher.match_classes(self._class_names())
 
@@ -369,8 +323,8 @@ class DistilledMixin:
         return super()._apply(fn, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # The class is made at run time, so pickle cannot find it by name. A file does
-        # not contain the teacher, so a copy loads it again.
+        # Pickle cannot find the class by name. A file does not contain the teacher, so
+        # a copy loads it again.
         state = {**self.__dict__, '_is_checked': False, '_watch': Watch()}
         state.pop('_turn', None)
         return _new, (self.student_class,), state
@@ -381,19 +335,13 @@ def _free_name(name: str, taken: Mapping[str, Any]) -> str:
     return f'{name}_distill' if name in taken else name
 
 
-@functools.cache
+@cache
 def distilled_class(student_class: type[nn.Module]) -> type[nn.Module]:
     """The class of a distilled model: the student's with :class:`DistilledMixin`."""
     inputs_and_samples = list(inspect.signature(student_class.loss).parameters)[1:3]
-    return type(
-        f'Distilled{student_class.__name__}',
-        (DistilledMixin, student_class),
-        dict(
-            __module__=__name__,
-            student_class=student_class,
-            _loss_takes=inputs_and_samples,
-        ),
-    )
+    attributes = dict(student_class=student_class, _loss_takes=inputs_and_samples)
+    name, bases = f'Distilled{student_class.__name__}', (DistilledMixin, student_class)
+    return type(name, bases, dict(__module__=__name__, **attributes))
 
 
 def _new(student_class: type[nn.Module]) -> nn.Module:

@@ -15,14 +15,9 @@ T = TypeVar('T')
 
 
 def by_class_name(module: object, table: Mapping[str, T]) -> T | None:
-    """The entry for a module's class, or else for the nearest of its base classes.
+    """The table's entry for a module's class, or else for the nearest base class.
 
-    Args:
-        module: Any object.
-        table: Entries by class name.
-
-    Returns:
-        The entry; None if no class of the module is in the table.
+    None if no class of the module is in the table.
     """
     names = (cls.__name__ for cls in type(module).__mro__)
     return next((table[name] for name in names if name in table), None)
@@ -36,28 +31,30 @@ def is_a(module: object, *names: str) -> bool:
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Suggest the known word that is nearest to a wrong one.
 
-    Args:
-        word: The wrong word. Case and everything before the last dot are ignored, so
-            'distloss' finds 'mmdist.DISTLoss'.
-        known: The words that exist.
-
-    Returns:
-        " Did you mean 'checkpoint'?", to append to a sentence; '' if no word is near.
+    Case and everything before the last dot are ignored, so 'distloss' finds
+    'mmdist.DISTLoss'. Returns " Did you mean 'mmdist.DISTLoss'?", to append to a
+    sentence; '' if no word is near.
     """
     bare = {name.rsplit('.', 1)[-1].lower(): name for name in known}
     close = difflib.get_close_matches(str(word).rsplit('.', 1)[-1].lower(), bare, n=1)
     return f' Did you mean {bare[close[0]]!r}?' if close else ''
 
 
+def arguments_of(cls: type) -> set[str]:
+    """The names of all arguments that a class and its base classes take."""
+    inits = (c.__init__ for c in cls.__mro__[:-1])  # object's takes anything
+    return set().union(*(inspect.signature(init).parameters for init in inits))
+
+
 def check_arguments(
     name: str, function: Callable, cfg: Mapping[str, Any], given: Sequence[str] = ()
 ) -> None:
-    """Raise an error if arguments are unknown to a function or class, or missing.
+    """Check the arguments of a function or class in a user's config.
 
     Args:
-        name: Where the arguments stand in the user's config, such as 'teacher'.
+        name: Where the arguments stand in the config, such as 'teacher'.
         function: The function or class to be called with them.
-        cfg: The arguments. ``type``, which names the function, is ignored.
+        cfg: The arguments, and possibly a ``type``.
         given: Arguments that the caller adds, so the user does not give them.
 
     Raises:
@@ -65,19 +62,19 @@ def check_arguments(
             missing, or annotated as a number and not one.
     """
     parameters = inspect.signature(function).parameters.values()
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes = {
-        p.name: p for p in parameters if p.kind not in variadic and p.name not in given
+        p.name: p
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in given
     }
     it_takes = f'It takes {", ".join(takes) or "no arguments"}.'
-    if not open_ended:
-        for key in cfg:
-            if key not in takes and key not in ('type', '_scope_'):
-                raise ValueError(
-                    f'`{name}`: unknown argument {key!r}.{did_you_mean(key, takes)} '
-                    f'{it_takes}'
-                )
+    unknown = [key for key in cfg if key not in (*takes, 'type', '_scope_')]
+    if unknown and not is_open:
+        raise ValueError(
+            f'`{name}`: unknown argument {unknown[0]!r}.'
+            f'{did_you_mean(unknown[0], takes)} {it_takes}'
+        )
     for key, parameter in takes.items():
         if parameter.default is parameter.empty and key not in cfg:
             raise ValueError(f'`{name}`: the argument {key!r} is missing. {it_takes}')
@@ -99,7 +96,7 @@ def _may_be(value: Any, annotation: Any) -> bool:
 def in_words(cls: type[T]) -> type[T]:
     """Decorate a class so that `check_arguments` reports a misspelt argument."""
     init = cls.__init__
-    # object.__init__ accepts anything and complains later
+    # object's accepts anything and complains later
     takes = (lambda self: None) if init is object.__init__ else init
 
     @functools.wraps(init)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,9 @@ class Fork(NamedTuple):
 # Slots for outputs, in all and per module; outputs beyond that share the last.
 SLOTS, OF_MODULE = 1024, 32
 
+# Temporarily replaces an attribute of an instance, class or module, or adds it.
+swapped = partial(patch.object, create=True)
+
 
 class Recorder:
     """Records the calls of some modules inside a ``with`` block.
@@ -38,11 +43,8 @@ class Recorder:
     The instance's ``forward`` is swapped, because forward hooks do not fire if a model
     calls ``head.forward(...)`` directly, as mmseg does.
 
-    Args:
-        modules: The modules to watch.
-        forks: A list that receives the outputs with a gradient, each as two views that
-            a backward pass can tell apart. If omitted, outputs are recorded as they
-            are.
+    A list of ``forks`` receives the outputs with a gradient, each as two views that a
+    backward pass can tell apart; without it, outputs are recorded as they are.
     """
 
     def __init__(
@@ -68,57 +70,37 @@ class Recorder:
         return other
 
     def __enter__(self) -> Recorder:
-        # An instance's own forward (activation checkpointing sets one) is wrapped and
-        # later restored.
-        self._own = [vars(module).get('forward') for module in self._modules]
-        for module in self._modules:
-            module.forward = self._recording(module)
+        self._swaps = ExitStack()
+        for place, module in enumerate(self._modules):
+            record = self._recording(module, place)
+            self._swaps.enter_context(swapped(module, 'forward', record))
         return self
 
     def __exit__(self, *exc_info) -> None:
-        for module, own in zip(self._modules, self._own, strict=True):
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
+        self._swaps.close()
 
-    def _recording(self, module: nn.Module) -> Callable:
+    def _recording(self, module: nn.Module, place: int) -> Callable:
+        # activation checkpointing sets an instance's own, which is wrapped
         forward = module.forward
 
         def record(*args, **kwargs):
-            own, recorded = self._fork(module, forward(*args, **kwargs))
+            own, recorded = self._fork(forward(*args, **kwargs), place)
             call = Call(args, kwargs, recorded, len(self._calls))
             self._calls.append((module, call))
             return own
 
         return record
 
-    def _fork(self, module: nn.Module, output: Any) -> tuple[Any, Any]:
+    def _fork(self, output: Any, place: int) -> tuple[Any, Any]:
         """An output for the model to use, and the same output to record."""
         if self._forks is None:
             return output, output
-        leaves, structure = tree_flatten(output)
-        both = [leaves, list(leaves)]
-        first = OF_MODULE * [m is module for m in self._modules].index(True)
-        for i, x in enumerate(leaves):
-            if isinstance(x, Tensor) and x.requires_grad and x.is_floating_point():
-                recorded = x.view_as(x).to(torch.promote_types(x.dtype, torch.float32))
-                slot = min(first + min(i, OF_MODULE - 1), SLOTS - 1)
-                fork = Fork(x.view_as(x), recorded, slot)
-                self._forks.append(fork)
-                both[0][i], both[1][i] = fork[:2]
-        return tuple(tree_unflatten(side, structure) for side in both)
-
-
-@contextmanager
-def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Temporarily replace an attribute of an instance or a Python module."""
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
+        own, structure = tree_flatten(output)
+        recorded = list(own)
+        for i, x in enumerate(own):
+            if isinstance(x, Tensor) and x.requires_grad:
+                slot = min(OF_MODULE * place + min(i, OF_MODULE - 1), SLOTS - 1)
+                kind = torch.promote_types(x.dtype, torch.float32)
+                own[i], recorded[i] = x.view_as(x), x.view_as(x).to(kind)
+                self._forks.append(Fork(own[i], recorded[i], slot))
+        return tree_unflatten(own, structure), tree_unflatten(recorded, structure)

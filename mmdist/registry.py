@@ -11,10 +11,10 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine import registry as mmengine_registry
+from mmengine import registry as root
 from mmengine.registry import Registry, build_from_cfg
 
-from .lookup import did_you_mean
+from .lookup import arguments_of, did_you_mean
 
 
 def _child(parent: Registry, *locations: str) -> Registry:
@@ -22,14 +22,12 @@ def _child(parent: Registry, *locations: str) -> Registry:
     return Registry(parent.name, parent=parent, scope='mmdist', locations=modules)
 
 
-MODELS = _child(
-    mmengine_registry.MODELS, 'losses', 'comparisons', 'distiller', 'teachers'
-)
-TASK_UTILS = _child(mmengine_registry.TASK_UTILS, 'comparisons')
-DATASETS = _child(mmengine_registry.DATASETS, 'data')
-TRANSFORMS = _child(mmengine_registry.TRANSFORMS, 'data')
-DATA_SAMPLERS = _child(mmengine_registry.DATA_SAMPLERS, 'data')
-HOOKS = _child(mmengine_registry.HOOKS, 'hooks')
+MODELS = _child(root.MODELS, 'losses', 'comparisons', 'distiller', 'teachers')
+TASK_UTILS = _child(root.TASK_UTILS, 'comparisons')
+DATASETS = _child(root.DATASETS, 'data')
+TRANSFORMS = _child(root.TRANSFORMS, 'data')
+DATA_SAMPLERS = _child(root.DATA_SAMPLERS, 'data')
+HOOKS = _child(root.HOOKS, 'hooks')
 
 
 def class_of(cfg: Any) -> Any:
@@ -67,7 +65,5 @@ def why_not_built(error: Exception) -> str:
     cls = names.get('obj_cls')
     if not (isinstance(error, TypeError) and word and inspect.isclass(cls)):
         return ''
-    takes = set().union(*(inspect.signature(c.__init__).parameters for c in cls.mro()))
-    return (
-        f'`{cls.__name__}`: unknown argument {word[1]!r}.{did_you_mean(word[1], takes)}'
-    )
+    nearest = did_you_mean(word[1], arguments_of(cls))
+    return f'`{cls.__name__}`: unknown argument {word[1]!r}.{nearest}'

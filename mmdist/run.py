@@ -27,11 +27,7 @@ def told(key: str, default: Any = None) -> Any:
 def refuse_untried_strategies() -> None:
     """Raise an error if FlexibleRunner hands the model to another library's engine.
 
-    These engines leave no mark on the model that they wrap, but the Runner's config
-    names them; its text is known once training has begun.
-
-    Raises:
-        NotImplementedError: The config names such a strategy.
+    Such an engine leaves no mark on the model, but the Runner's config names it.
     """
     found = re.search(r'\b(DeepSpeed|ColossalAI)Strategy\b', told('cfg') or '')
     if found:
@@ -53,8 +49,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._steps = 0
-        self._terms: list[str] = []
-        self._lost_at: Tensor | None = None  # iteration of each term, from 1, or NEVER
+        self._terms: tuple[str, ...] = ()
+        self._lost_at: Tensor  # iteration of each term, from 1, or NEVER
         self._compared = 0
         self._counts: dict[str, Tensor | bool] = {}  # whether a row counted
         self._warned: set[str] = set()
@@ -68,20 +64,20 @@ class Watch:
             return  # validation losses
         self._steps += 1
         iteration = told('iter', self._steps - 1) + 1
-        terms, finite = [], []
-        for name, value in losses.items():
-            leaves = tree_leaves(value) if 'loss' in name else []
-            terms += [name] * len(leaves)
-            finite += [leaf.detach().isfinite().all() for leaf in leaves]
-        if not terms:
+        found = [
+            (name, leaf.detach().isfinite().all())
+            for name, value in losses.items()
+            if 'loss' in name
+            for leaf in tree_leaves(value)
+        ]
+        if not found:
             return
-        if terms != self._terms:
-            self._terms, self._lost_at = terms, None
+        terms, finite = zip(*found, strict=True)
         finite = torch.stack(finite)
-        lost_at = torch.full_like(finite, NEVER, dtype=torch.long)
-        if self._lost_at is None:
-            self._lost_at = lost_at
-        self._lost_at = torch.where(finite, lost_at, self._lost_at.clamp(max=iteration))
+        if terms != self._terms:
+            self._terms = terms
+            self._lost_at = torch.full_like(finite, NEVER, dtype=torch.long)
+        self._lost_at = self._lost_at.clamp(max=iteration).masked_fill(finite, NEVER)
         is_free = finite.device.type == 'cpu' and not is_distributed()
         is_last = iteration == told('max_iters')
         if is_free or is_last or self._steps % self.every == 0:
@@ -92,24 +88,25 @@ class Watch:
         if first == NEVER:
             return
         terms = {t for t, i in zip(self._terms, lost_at, strict=True) if i == first}
-        good = last_checkpoint_before(first)
+        path = last_checkpoint_before(first)
+        good = f' The last checkpoint before it is {path}.' if path else ''
         raise RuntimeError(
             f'The training was stopped: {" and ".join(sorted(terms))} became NaN or '
-            f'infinite in iteration {first}. '
-            + (f'The last checkpoint before it is {good}.' if good else '')
-            + ' Try a smaller learning rate, a longer warm-up or '
-            '`optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If the student trains '
-            'well alone, set `balance` to 3.0, the default, or less.'
+            f'infinite in iteration {first}.{good} Try a smaller learning rate, a '
+            'longer warm-up or `optim_wrapper=dict(clip_grad=dict(max_norm=35))`. If '
+            'the student trains well alone, set `balance` to 3.0, the default, or less.'
         )
 
     def rows(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
-        """Check what a step compares; warn once per comparison where no row counts."""
+        """Warn once of each comparison in which no row has counted for long."""
+        if not pairs:
+            return  # paused
         self._compared += 1
         for key, terms in pairs.items():
             for pair in terms:
                 count = pair.student.numel() > 0
                 for rows in (pair.mask, pair.row_weight):
-                    if count is not False and rows is not None:
+                    if rows is not None:
                         count = count & (rows > 0).any()
                 self._counts[key] = count | self._counts.get(key, False)
         if self._compared % self.every:
@@ -119,10 +116,9 @@ class Watch:
                 self._warned.add(key)
                 print_log(
                     f'mmdist: no row of `distill.{key}` has counted for {self.every} '
-                    'iterations, so it teaches nothing. Either the labels are only '
-                    'void and padding, or the teacher gives the common classes too '
-                    'little probability everywhere: check `class_map`, `class_match` '
-                    'and, if the comparison has it, `min_score`.',
+                    'iterations, so it teaches nothing. Either all labels are void or '
+                    'padding, or the teacher gives the common classes too little '
+                    'probability: check `class_map`, `class_match`, any `min_score`.',
                     logger='current',
                     level=logging.WARNING,
                 )
@@ -141,4 +137,4 @@ def last_checkpoint_before(iteration: int) -> str | None:
             steps = int(number) * (per_epoch if unit == 'epoch' else 1)
             if steps < iteration - 1:  # iteration `steps + 1` used it, and went well
                 found[steps] = str(path)
-    return found[max(found)] if found else None
+    return found.get(max(found, default=None))

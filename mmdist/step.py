@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -16,11 +17,19 @@ from .record import Call, Recorder, swapped
 from .teachers import ClassMatch, ForeignTeacher, Teacher
 
 
+def shared_property(compute: Callable[[Step], Any]) -> property:
+    """A property that is computed once, by :meth:`Step.shared`."""
+
+    def get(step: Step) -> Any:
+        return step.shared(compute.__name__, partial(compute, step))
+
+    return property(get, doc=compute.__doc__)
+
+
 class Step:
     """The batch, the student's recorded calls and one of its teachers, for one step.
 
-    The teacher computes each result at most once, however many comparisons ask for it.
-    Nothing is kept after the step.
+    The teacher computes each result once, however many comparisons ask for it.
 
     Args:
         student: The distilled model.
@@ -82,11 +91,10 @@ class Step:
             )
         if torch.is_grad_enabled() and _lost_gradient(module, calls):
             raise RuntimeError(
-                "The output of the student's "
-                f'`{self._name(module)}` carries no gradient, so nothing can be '
-                'learned from it. It runs inside activation checkpointing (`with_cp` '
-                'or `activation_checkpointing`): compare the module around it, or turn '
-                'checkpointing off there.'
+                f"The output of the student's `{self._name(module)}` "
+                'carries no gradient, so nothing can be learned from it. It runs in '
+                'activation checkpointing (`with_cp`, `activation_checkpointing`): '
+                'compare the module around it, or turn checkpointing off there.'
             )
         return calls
 
@@ -106,49 +114,38 @@ class Step:
     def shared(self, key: str, compute: Callable[[], Any]) -> Any:
         """Compute a result of the teacher when first asked for, and keep it.
 
-        Args:
-            key: Name of the result; whoever shares a result uses the same name.
-            compute: Computes the result.
+        Whoever shares a result uses the same ``key``.
         """
         if key not in self._shared:
             with self._teacher.running():
                 self._shared[key] = compute()
         return self._shared[key]
 
-    @property
+    @shared_property
     def teacher_inputs(self) -> Tensor:
         """The batch as the teacher's own data_preprocessor would have produced it."""
-        return self.shared(
-            'teacher_inputs',
-            lambda: self._teacher.renormalize(self.inputs, self.valid_sizes),
-        )
+        return self._teacher.renormalize(self.inputs, self.valid_sizes)
 
-    @property
+    @shared_property
     def teacher_features(self) -> Any:
         """What the teacher's ``extract_feat``, backbone and neck, returns.
 
         For a :class:`ForeignTeacher`, what its forward returns.
         """
-        return self.shared('teacher_features', self._extract)
-
-    def _extract(self) -> Any:
         with self._teacher_recorder:
             if isinstance(self.teacher_model, ForeignTeacher):
                 return self.teacher_model.answer(self)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
-    @property
+    @shared_property
     def mirrored(self) -> Step:
         """The same batch, but the teacher sees it mirrored, left to right."""
-        return self.shared('mirrored', self._mirror)
-
-    def _mirror(self) -> Step:
         step = Step(
             self.student, self._teacher, self.classes, self.inputs, self.data_samples
         )
         # padding is now on the left, so all of a map counts as image
         step.valid_sizes = [tuple(self.inputs.shape[-2:])] * len(self.inputs)
-        step._shared['teacher_inputs'] = self.teacher_inputs.flip(-1)
+        step.shared('teacher_inputs', lambda: self.teacher_inputs.flip(-1))
         return step
 
     def forget_teacher_features(self) -> None:
@@ -165,13 +162,14 @@ class Step:
         """
         features = self.teacher_features
         is_foreign = isinstance(self.teacher_model, ForeignTeacher)
-        if not (is_foreign or self._teacher_recorder.calls(module)):
-            self.shared('forward', lambda: self._teacher_forward(features))
-        return self._teacher_recorder.calls(module)
 
-    def _teacher_forward(self, features: Any) -> None:
-        with self._teacher_recorder:
-            self._run_teacher(features, self.data_samples, mode='tensor')
+        def run_the_rest() -> None:
+            with self._teacher_recorder:
+                self._run_teacher(features, self.data_samples, 'tensor')
+
+        if not (is_foreign or self._teacher_recorder.calls(module)):
+            self.shared('forward', run_the_rest)
+        return self._teacher_recorder.calls(module)
 
     def _run_teacher(self, features: Any, data_samples: list, mode: str) -> Any:
         """Run the teacher's forward pass on features that are computed already."""
@@ -179,32 +177,29 @@ class Step:
         with swapped(model, 'extract_feat', lambda *args, **kwargs: features):
             return model(self.teacher_inputs, data_samples, mode=mode)
 
-    @property
+    @shared_property
     def teacher_predictions(self) -> list[BaseDataElement]:
         """The teacher's test-time predictions, in the geometry of the batch.
 
         For a two-stage detector they are boxes only, without masks.
         """
-        return self.shared('teacher_predictions', self._predict)
-
-    def _predict(self) -> list[BaseDataElement]:
         from mmcv.ops.nms import NMSop
 
-        suppress = NMSop.apply  # on a CPU it takes only float32
         samples = []
         for sample in self.data_samples:
             # the image's size in the batch, not in the file
-            metainfo = {
-                **sample.metainfo,
-                'ori_shape': sample.metainfo['img_shape'],
-                'scale_factor': (1.0, 1.0),
-            }
-            samples.append(type(sample)(metainfo=metainfo))
+            size = dict(ori_shape=sample.metainfo['img_shape'], scale_factor=(1.0, 1.0))
+            samples.append(type(sample)(metainfo=sample.metainfo | size))
             if 'proposals' in sample:  # for a detector without RPN
                 samples[-1].proposals = sample.proposals
+        suppress = NMSop.apply
+
+        def suppress_in_float32(*args):  # on a CPU it takes nothing else
+            return suppress(*(x.float() if isinstance(x, Tensor) else x for x in args))
+
         roi_head = getattr(self.teacher_model, 'roi_head', None)
         with (
-            swapped(NMSop, 'apply', lambda *args: suppress(*map(_in_float32, args))),
+            swapped(NMSop, 'apply', suppress_in_float32),
             patch.dict(getattr(roi_head, '_modules', {}), mask_head=None),
         ):
             return self._run_teacher(self.teacher_features, samples, 'predict')
@@ -214,10 +209,6 @@ class Step:
     def valid_mask(self, height: int, width: int) -> Tensor | None:
         """The cells of a map of the whole batch that show an image, not its padding.
 
-        Args:
-            height: Height of the map.
-            width: Width of the map.
-
         Returns:
             (N, height, width), True where the centre of a cell is in the image; None if
             no image is padded.
@@ -225,9 +216,8 @@ class Step:
         full_h, full_w = self.inputs.shape[-2:]
         if all(size == (full_h, full_w) for size in self.valid_sizes):
             return None
-        mask = self.inputs.new_zeros(
-            (len(self.inputs), height, width), dtype=torch.bool
-        )
+        shape = len(self.inputs), height, width
+        mask = self.inputs.new_zeros(shape, dtype=torch.bool)
         for cells, (valid_h, valid_w) in zip(mask, self.valid_sizes, strict=True):
             # The centre (i + 0.5) * stride < valid  <=>  i < valid / stride - 0.5.
             rows = math.ceil(valid_h * height / full_h - 0.5)
@@ -236,17 +226,10 @@ class Step:
         return mask
 
 
-def _in_float32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) else x
-
-
 def _lost_gradient(module: nn.Module, calls: list[Call]) -> bool:
     """Whether a trainable module returned only tensors without a gradient."""
     if not any(p.requires_grad for p in module.parameters()):
         return False
-    outputs = [
-        x
-        for x in tree_leaves([call.output for call in calls])
-        if isinstance(x, Tensor) and x.is_floating_point()
-    ]
-    return bool(outputs) and not any(x.requires_grad for x in outputs)
+    outputs = tree_leaves([call.output for call in calls])
+    floats = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
+    return bool(floats) and not any(x.requires_grad for x in floats)

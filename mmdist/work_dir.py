@@ -13,38 +13,28 @@ from torch import nn
 from mmdist.checkpoint import load_checkpoint, load_strictly
 
 # Settings that may change between two runs of one experiment.
-_OF_THE_RUN = (
-    'env_cfg', 'launcher', 'load_from', 'log_level', 'resume', 'work_dir'
-)  # fmt: skip
+_OF_THE_RUN = {'env_cfg', 'launcher', 'load_from', 'log_level', 'resume', 'work_dir'}
 
 
 def last_whole_checkpoint(work_dir: str | Path) -> tuple[str, dict] | None:
-    """Find the last checkpoint that a run can be resumed from.
+    """Path and content of the last checkpoint that a run can be resumed from, or None.
 
     mmengine does not write checkpoints atomically: a killed run or a full disk leaves a
     truncated file. A file that cannot be read is skipped with a warning that names it.
     As in mmengine, the one that ``last_checkpoint`` names comes first; then come the
     others, newest first.
 
-    Args:
-        work_dir: Where an earlier run saved its checkpoints.
-
-    Returns:
-        Path and content of the checkpoint; None if ``work_dir`` has none.
-
     Raises:
         RuntimeError: There are checkpoints, but none can be read.
     """
     work_dir = Path(work_dir)
-    paths = sorted(
-        work_dir.glob('*.pth'), key=lambda x: x.exists() and -x.stat().st_mtime
-    )
     note = work_dir / 'last_checkpoint'
-    named = note.read_text(errors='replace').strip() if note.is_file() else ''
-    if named:
-        paths.sort(key=lambda path: path.name != Path(named).name)  # stable
+    named = Path(note.read_text(errors='replace').strip() if note.is_file() else '')
     damaged = []
-    for path in paths:
+    for path in sorted(
+        work_dir.glob('*.pth'),
+        key=lambda x: (x.name != named.name, x.exists() and -x.stat().st_mtime),
+    ):
         try:
             checkpoint = load_checkpoint(str(path))
         except (RuntimeError, ValueError, FileNotFoundError) as error:
@@ -72,25 +62,17 @@ def _began_as_one(path: Path) -> bool:
 def refuse_other_config(
     cfg: Config, checkpoint: dict, path: str, or_same: bool = False
 ) -> None:
-    """Raise an error before a run overwrites or mixes with another in its work_dir.
+    """Raise an error before a run of ``cfg`` overwrites or mixes with an earlier one.
 
-    Args:
-        cfg: The config to train.
-        checkpoint: A checkpoint of the earlier run.
-        path: Its path.
-        or_same: Refuse the same config as well.
+    ``checkpoint``, at ``path``, is of the earlier run in the work_dir.
 
     Raises:
         RuntimeError: The configs differ (it says where), or ``or_same`` is set.
     """
-    theirs, ours = (
-        _settings(text) for text in (checkpoint['meta'].get('cfg'), cfg.pretty_text)
-    )
-    differing = sorted(
-        key
-        for key in (theirs.keys() | ours.keys()) - set(_OF_THE_RUN)
-        if theirs and theirs.get(key) != ours.get(key)
-    )
+    theirs = _settings(checkpoint['meta'].get('cfg'))
+    ours = _settings(cfg.pretty_text)
+    changed = {key for key, _ in theirs.items() ^ ours.items()} if theirs else set()
+    differing = sorted(changed - _OF_THE_RUN)
     if differing or or_same:
         why = f'another config (these differ: {", ".join(differing)})'
         raise RuntimeError(
@@ -102,18 +84,16 @@ def refuse_other_config(
 
 def _settings(text: str | None) -> dict[str, str]:
     """The text of each setting; mmengine sorts them, so only line breaks can vary."""
-    _, *parts = re.split(
-        r'^(\w+) ?= ?', text if isinstance(text, str) else '', flags=re.M
-    )
+    text = text if isinstance(text, str) else ''
+    _, *parts = re.split(r'^(\w+) ?= ?', text, flags=re.M)
     values = (re.sub(r'\s+', '', value) for value in parts[1::2])
     return dict(zip(parts[::2], values, strict=True))
 
 
 def check_fits(model: nn.Module, checkpoint: dict, path: str) -> None:
-    """Raise an error before a run resumes with another model's or broken weights.
+    """Load the weights strictly, before a run resumes with them.
 
-    mmengine resumes leniently: weights that do not fit keep their random values. The
-    check loads the weights into the model, as resuming will.
+    mmengine resumes leniently: weights that do not fit keep their random values.
 
     Raises:
         RuntimeError: Keys, shapes or values are wrong, see :func:`load_strictly`.

@@ -21,8 +21,8 @@ LOGGED = 'mmdist_logged'
 class DistillScheduleHook(Hook):
     """Ramps the weight of all distillation losses, or stops them.
 
-    The weight depends only on the time, so a resumed run continues where it stopped.
-    While it is 0, the teacher does not run at all.
+    It depends only on the time, so a resumed run continues where it stopped. While it
+    is 0, the teacher does not run at all.
 
     Example:
         Ramp up over the first 1,000 iterations, and stop distilling at 30,000::
@@ -60,7 +60,7 @@ class DistillScheduleHook(Hook):
                 '`points` must be (time, factor) pairs with increasing times and '
                 f'factors of at least 0, got {points!r}.'
             )
-        self.times, self.factors = times, factors
+        self.points, self.times, self.factors = points, times, factors
         self.stop = stop
         self.by_epoch = by_epoch
 
@@ -71,19 +71,14 @@ class DistillScheduleHook(Hook):
         return float(np.interp(time, self.times, self.factors))
 
     def before_train(self, runner: Runner) -> None:
-        """Stop before a training in which the schedule never distils.
-
-        Raises:
-            ValueError: The factor is 0 from the first iteration to the last.
-        """
+        """Raise ValueError if the factor is 0 from the first iteration to the last."""
         times = (self._time(runner, i) for i in range(runner.max_iters))
         if not any(map(self.factor_at, times)):  # usually the first few decide
             end = self._time(runner, runner.max_iters)
             unit = 'epochs' if self.by_epoch else 'iterations'
             raise ValueError(
                 'DistillScheduleHook leaves the weight of distillation at 0 for all of '
-                f'the {end:g} {unit} of this training: '
-                f'points={list(zip(self.times, self.factors, strict=True))}, '
+                f'the {end:g} {unit} of this training, from points={self.points} and '
                 f'stop={self.stop}. Nothing would be distilled. Start the points '
                 'earlier, train longer, or remove the hook.'
             )

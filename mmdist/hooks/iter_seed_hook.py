@@ -21,10 +21,8 @@ class IterSeedHook(Hook):
 
     mmengine's checkpoints do not store the state of random number generators. With this
     hook, a resumed run draws the same numbers (dropout, sampled proposals) as an
-    uninterrupted one: they depend on the iteration, not on earlier draws.
-
-    Augmentation in worker processes has its own generators; docs/reliability.md says
-    when these repeat too.
+    uninterrupted one. Augmentation in worker processes has its own generators;
+    docs/reliability.md says when these repeat too.
     """
 
     priority = 'VERY_HIGH'  # before hooks that draw
