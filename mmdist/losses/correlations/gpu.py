@@ -32,8 +32,7 @@ from .common import (
     compute_dtype,
     raise_for_teacher,
 )
-from .cpu import FLAT, LARGE, MIN_TILE, by_image, combine, scale_of_gradient
-from .plain import differentiable_gradient
+from .cpu import FLAT, LARGE, FewPasses, by_image, combine
 
 if digit_version(triton.__version__) < digit_version('3.1'):
     raise ImportError(f'Triton {triton.__version__} is older than 3.1')
@@ -50,18 +49,10 @@ EVERY_TILE, STEEP_TILES, FLAT_TILES = -1, 0, 1
 
 
 def correlations(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    *,
-    small_image: int = MIN_TILE // 8,
+    student: Tensor, teacher: Tensor, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mmdist.losses.correlations.correlations`; never waits for the device.
-
-    Images of fewer than ``small_image`` elements are copied into one.
-    """
-    student, teacher, mask = by_image(student, teacher, mask, small_image)
+    """See :func:`mmdist.losses.correlations.correlations`; never waits for the GPU."""
+    student, teacher, mask = by_image(student, teacher, mask)
     # both get the student's layout; most logits have it already and are not copied
     if student.is_contiguous():
         teacher = teacher.contiguous()
@@ -69,85 +60,72 @@ def correlations(
         student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
     mask = mask if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(student):  # where kernels are launched
-        return _Correlations.apply(student, teacher, mask, settings)
+        return FewPasses.apply(student, teacher, mask, settings, forward_pass)
 
 
-class _Correlations(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, mask, settings):
-        activation, tau, eps, group = settings
-        images, classes, positions = student.shape
-        dtype = compute_dtype(student, teacher)
-        rows = images * positions
-        block_rows = BLOCK_ROWS
-        row_bytes = classes * (student.element_size() + teacher.element_size())
-        while block_rows > MIN_BLOCK_ROWS and (
-            rows < MIN_TILES * block_rows
-            or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
-        ):
-            block_rows //= 2
-        parts = triton.cdiv(positions, block_rows)
-        tiles = images * parts
+def forward_pass(student, teacher, mask, settings):
+    """The correlations, for ``FewPasses``."""
+    activation, tau, eps, group = settings
+    images, classes, positions = student.shape
+    dtype = compute_dtype(student, teacher)
+    rows = images * positions
+    block_rows = BLOCK_ROWS
+    row_bytes = classes * (student.itemsize + teacher.itemsize)
+    while block_rows > MIN_BLOCK_ROWS and (
+        rows < MIN_TILES * block_rows
+        or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
+    ):
+        block_rows //= 2
+    parts = triton.cdiv(positions, block_rows)
+    tiles = images * parts
 
-        new = functools.partial(student.new_empty, dtype=torch.float64)
-        row_factors = new((2, rows), dtype=dtype)
-        # softmax cancels what all classes of a row share
-        row_shift = new(0 if activation == 'softmax' else rows)
-        tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
-        tile_flags = new((2, tiles), dtype=torch.int32)
-        by_class = student.is_contiguous()
-        arguments = dict(
-            number_of_rows=rows,
-            classes=classes,
-            positions=positions,
-            parts=parts,
-            class_stride=positions if by_class else 1,
-            row_stride=1 if by_class else classes,
-            HAS_MASK=mask is not None,
-            ACTIVATION=activation,
-            TAU=float(tau),
-            BLOCK_ROWS=block_rows,
+    new = functools.partial(student.new_empty, dtype=torch.float64)
+    row_factors = new((2, rows), dtype=dtype)
+    # softmax cancels what all classes of a row share
+    row_shift = new(0 if activation == 'softmax' else rows)
+    tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
+    tile_flags = new((2, tiles), dtype=torch.int32)
+    strides = (positions, 1) if student.is_contiguous() else (1, classes)
+    sizes = (rows, classes, positions, parts, *strides)
+    constants = dict(HAS_MASK=mask is not None, BLOCK_ROWS=block_rows)
+    constants |= dict(ACTIVATION=activation, TAU=float(tau))
+    # dtype, tiles of the forward pass, tiles of the backward pass
+    passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
+    if dtype == torch.float32:
+        passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
+        passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
+    inputs = (student, teacher, student if mask is None else mask)
+    outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
+    for pass_dtype, only, _ in passes:
+        which = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
+        _forward[(tiles,)](*inputs, *outputs, tiles, *sizes, **which, **constants)
+    total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
+    row_total, finite = new(2), new(1, dtype=torch.uint8)
+    inputs = (tile_sums, tile_flags, class_sums)
+    outputs = (total, class_corr, factors, row_total, finite)
+    settled = dict(ACTIVATION=activation, EPS=float(eps))
+    _combine[(classes,)](*inputs, *outputs, tiles, classes, **settled)
+    raise_for_teacher(finite.view(torch.bool))
+    if group is not None:
+        row_total, class_corr, factors = combine(
+            row_total.unsqueeze(1), total.unsqueeze(0), settings
         )
-        # dtype, tiles of the forward pass, tiles of the backward pass
-        passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
-        if dtype == torch.float32:
-            passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
-            passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
-        inputs = (student, teacher, student if mask is None else mask)
-        outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
-        for pass_dtype, only, _ in passes:
-            constants = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
-            _forward[(tiles,)](*inputs, *outputs, tiles, **constants, **arguments)
-        total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
-        row_total, finite = new(2), new(1, dtype=torch.uint8)
-        outputs = (total, class_corr, factors, row_total, finite)
-        inputs = (tile_sums, tile_flags, class_sums)
-        constants = dict(ACTIVATION=activation, EPS=float(eps))
-        _combine[(classes,)](*inputs, *outputs, tiles, classes, **constants)
-        raise_for_teacher(finite.view(torch.bool))
-        if group is not None:
-            row_total, class_corr, factors = combine(
-                row_total.unsqueeze(1), total.unsqueeze(0), settings
-            )
-        saved = (row_factors, row_shift, factors, row_total, tile_flags)
-        ctx.save_for_backward(student, teacher, mask, *saved)
-        ctx.rest = arguments, passes, settings
-        return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
+    corrs = row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
+    saved = (row_factors, row_shift, factors, row_total, tile_flags)
+    return corrs, saved, functools.partial(gradient, passes, sizes, constants)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        student, teacher, mask, *saved = ctx.saved_tensors
-        arguments, passes, settings = ctx.rest
-        if torch.is_grad_enabled():  # under `create_graph=True`
-            inputs = (student, teacher, mask, settings)
-            return differentiable_gradient(*inputs, grads), None, None, None
-        inputs = (student, teacher, student if mask is None else mask)
-        grad = torch.empty_like(student)
-        scale, tiles = scale_of_gradient(settings), saved[-1].shape[1]
-        for dtype, _, only in passes:
-            constants = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
-            _backward[(tiles,)](*inputs, *saved, *grads, grad, **constants, **arguments)
-        return grad, None, None, None
+
+def gradient(
+    passes, sizes, constants, student, teacher, mask, settings, saved, grads, scale
+):
+    """The student's gradient, for ``FewPasses``."""
+    grad, tiles = torch.empty_like(student), saved[-1].shape[1]
+    inputs = (student, teacher, student if mask is None else mask)
+    tensors = (*inputs, *saved, *grads, grad)
+    for dtype, _, only in passes:
+        which = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
+        _backward[(tiles,)](*tensors, *sizes, **which, **constants)
+    return grad
 
 
 # Triton recompiles a kernel when an integer becomes 1 or a multiple of 16. These change
@@ -215,7 +193,8 @@ def _denominator(rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE):
 
 @triton.jit
 def _scores(rows, place, there, counts, largest, total, ACTIVATION, TAU, DTYPE):
-    """Scores (classes, rows) of a block, 0 where they do not count; number not finite."""
+    """Scores (classes, rows) of a block, 0 where they do not count, and the number of
+    logits that are NaN or inf."""
     x = _load(rows, place, there, counts, DTYPE)
     p = x / TAU
     if ACTIVATION == 'softmax':
