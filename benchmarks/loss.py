@@ -169,12 +169,11 @@ def speed(seconds: float, device: str = 'cpu') -> str:
         time, peak, size = found.time, found.peak, found.size
         ratios.append(found.faster)
         memory = peak['fast'] / peak['textbook'], peak['fast'] / size
+        times = [time[which] for which in ('textbook', 'plain', 'fast')]
         rows.append(
             [
                 found.name,
-                f'{1e3 * time["textbook"]:.{3 if on_gpu else 1}f}',
-                f'{1e3 * time["plain"]:.{3 if on_gpu else 1}f}',
-                f'{1e3 * time["fast"]:.{3 if on_gpu else 1}f}',
+                *(f'{1e3 * x:.{3 if on_gpu else 1}f}' for x in times),
                 f'{ratios[-1]:.1f}x, {verdict(ratios[-1] >= 1)}',
                 f'{found.to_floor:.1f}x, {verdict(found.to_floor <= goals.floor)}',
                 f'{time["new"] / found.floor:.1f}x',

@@ -30,13 +30,16 @@ from mmdist.teachers.teacher import without_pretrained
 class Pair(NamedTuple):
     student: str
     teacher: str
-    size: tuple[int, int]  # on a CPU
-    full_size: tuple[int, int]  # on a GPU
-    activation: str
-    hook: str  # the student's module that the usual way compares; '': none
-    teacher_hook: str  # the teacher's
     bare: Callable[[nn.Module, torch.Tensor, list], None]
-    goals: tuple[float, float | None]  # at most this overhead, at least this speedup
+    hook: str = ''  # the student's module that the usual way compares; '': none
+    teacher_hook: str = ''  # the teacher's
+    activation: str = 'sigmoid'
+    size: tuple[int, int] = (320, 320)  # on a CPU
+    full_size: tuple[int, int] = (800, 1333)  # on a GPU
+    goals: tuple[float, float | None] = (
+        1.10,
+        None,
+    )  # overhead at most, speedup at least
 
 
 def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:
@@ -67,83 +70,55 @@ def bare_detections(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> 
     teacher.predict(inputs, samples, rescale=False)
 
 
+RETINANET = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+SEGMENTOR = dict(
+    bare=bare_segmentor,
+    hook='decode_head.conv_seg',
+    teacher_hook='decode_head.conv_seg',
+    activation='softmax',
+    size=(256, 512),
+    full_size=(512, 1024),
+)
 PAIRS = {
     'DeepLabV3 R18 <- R101': Pair(
         'mmseg::deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-512x1024.py',
         'mmseg::deeplabv3/deeplabv3_r101-d8_4xb2-80k_cityscapes-512x1024.py',
-        (256, 512),
-        (512, 1024),
-        'softmax',
-        'decode_head.conv_seg',
-        'decode_head.conv_seg',
-        bare_segmentor,
-        (1.10, None),
+        **SEGMENTOR,
     ),
     'RetinaNet R50 <- R101': Pair(
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        RETINANET,
         'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py',
-        (320, 320),
-        (800, 1333),
-        'sigmoid',
-        'bbox_head.retina_cls',
-        'bbox_head.retina_cls',
         bare_dense,
-        (1.10, 1.1),
+        'bbox_head.retina_cls',
+        'bbox_head.retina_cls',
+        goals=(1.10, 1.1),
     ),
     'Faster R-CNN R50 <- Cascade Mask R-CNN R50': Pair(
         'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
         'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
-        (320, 320),
-        (800, 1333),
-        'softmax',
+        bare_roi,
         'roi_head.bbox_head.fc_cls',
         'roi_head.bbox_head.0.fc_cls',
-        bare_roi,
-        (1.10, 1.25),
+        activation='softmax',
+        goals=(1.10, 1.25),
     ),
     'SegFormer B0 <- B2': Pair(
         'mmseg::segformer/segformer_mit-b0_8xb1-160k_cityscapes-1024x1024.py',
         'mmseg::segformer/segformer_mit-b2_8xb1-160k_cityscapes-1024x1024.py',
-        (256, 512),
-        (512, 1024),
-        'softmax',
-        'decode_head.conv_seg',
-        'decode_head.conv_seg',
-        bare_segmentor,
-        (1.10, None),
+        **SEGMENTOR,
     ),
     'DINO R50 <- DINO R50, 36 epochs': Pair(
         'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
         'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py',
-        (320, 320),
-        (800, 1333),
-        'sigmoid',
-        '',
-        '',
         bare_detr,
-        (1.10, None),
     ),
     'RetinaNet R50 <- Cascade R-CNN R50': Pair(
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
+        RETINANET,
         'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py',
-        (320, 320),
-        (800, 1333),
-        'sigmoid',
-        '',
-        '',
         bare_detections,
-        (1.10, None),
     ),
     'RetinaNet R50 <- DINO R50': Pair(
-        'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py',
-        (320, 320),
-        (800, 1333),
-        'sigmoid',
-        '',
-        '',
-        bare_detections,
-        (1.10, None),
+        RETINANET, 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', bare_detections
     ),
 }
 
@@ -209,15 +184,9 @@ def models_of(
     for model in (student, teacher):
         model.init_weights()
     teacher.eval()
-    distilled = revert_sync_batchnorm(
-        MODELS.build(
-            dict(
-                type='mmdist.Distiller',
-                student=student_cfg,
-                teacher=dict(config=teacher_cfg, checkpoint=None, allow_random=True),
-            )
-        )
-    )
+    teacher_cfg = dict(config=teacher_cfg, checkpoint=None, allow_random=True)
+    distiller = dict(type='mmdist.Distiller', student=student_cfg, teacher=teacher_cfg)
+    distilled = revert_sync_batchnorm(MODELS.build(distiller))
     distilled.init_weights()
     distilled.load_state_dict(student.state_dict())
     # the same weights: how long a detector takes depends on what it finds
@@ -301,11 +270,9 @@ def steps(seconds: float) -> str:
             if which in time
         }
         overhead = time['distilled'] / bare
-        cells = [
-            f'{overhead:.2f} ({pair.goals[0]:.2f}), '
-            f'{verdict(overhead <= pair.goals[0])}',
-            *['—'] * 3,
-        ]
+        goal = pair.goals[0]
+        cells = [f'{overhead:.2f} ({goal:.2f}), {verdict(overhead <= goal)}']
+        cells += ['—'] * 3
         if pair.hook:
             faster = time['usual'] / time['distilled']
             memory = peak['distilled'] / peak['usual']

@@ -58,8 +58,8 @@ class DISTLoss(nn.Module):
     probabilities near 1, the distance to 1 replaces the mean, as long as logits are
     within 27 of 0. Without ``eps``, two different scores give 1 or -1 and no gradient.
 
-    The loss is computed in fp32, also under autocast. Float64 is used for float64
-    logits and, on the fast paths, for scores of which fp32 keeps too few digits.
+    The loss is computed in fp32, also under autocast; in float64 for float64 logits
+    and, on the fast paths, for scores of which fp32 keeps too few digits.
 
     Args:
         beta: Weight of the inter-class term. 0 leaves it out.
@@ -79,7 +79,7 @@ class DISTLoss(nn.Module):
         inter_corr: Mean inter-class correlation of the last call, a detached 0-dim
             tensor; 0 if no row counted. A term of weight 0 has it too.
         intra_corr: The same for the intra-class correlation.
-        path: How the correlations are computed, see
+        path: How they are computed, see
             :func:`mmdist.losses.correlations.correlations`. For tests and benchmarks.
 
     Raises:
@@ -186,10 +186,10 @@ def any_row(
     logits: Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
 ) -> Tensor | bool:
     """Whether any row counts; a tensor if only the device knows."""
-    rows = logits.numel() // max(logits.shape[1], 1) if mask is None else mask.sum()
+    found = logits.numel() if mask is None else mask.sum()
     if mask is None and group is not None:
-        rows = torch.full((), rows, device=logits.device)
-    return sum_over_processes(rows, group) > 0
+        found = torch.full((), found, device=logits.device)
+    return sum_over_processes(found, group) > 0
 
 
 def check_activation(activation: str) -> str:

@@ -83,17 +83,3 @@ def value_and_gradient(
 
 def dist_loss(student: np.ndarray, teacher: np.ndarray, *args, **kwargs) -> float:
     return value_and_gradient(student, teacher, *args, **kwargs)[0]
-
-
-def numerical_gradient(student: np.ndarray, teacher: np.ndarray, **kwargs):
-    """Gradient of ``dist_loss`` by the student: central differences, 4th order."""
-    student = np.array(student, np.float64)
-    grad = np.zeros_like(student)
-    h = 1e-3
-    for i in np.ndindex(student.shape):
-        x = student[i]
-        for step, factor in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
-            student[i] = x + step * h
-            grad[i] += factor / (12 * h) * dist_loss(student, teacher, **kwargs)
-        student[i] = x
-    return grad

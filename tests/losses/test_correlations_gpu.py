@@ -6,31 +6,38 @@ them needs no GPU. `test_dist_loss.py` and `test_sync.py` run on them too.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import logging
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
-import paths
 import pytest
 import torch
-from predictions import NAMES, assert_close, prediction, run
+from predictions import (
+    HARD,
+    INTERPRETED,
+    LAYOUTS,
+    assert_close,
+    kept_by,
+    prediction,
+    run,
+)
 
 from benchmarks import textbook
 from mmdist.losses import DISTLoss, correlations
 from mmdist.losses.correlations import gpu
 
-DEVICE = 'cpu' if paths.INTERPRETED else 'cuda'
+DEVICE = 'cpu' if INTERPRETED else 'cuda'
 # more rows than a tile has, and more classes than a block
 SHAPES = [(2, 19, 3, 6), (40, 35)]
 
 
-def by_kernels(path='gpu', **kwargs) -> DISTLoss:
-    loss = DISTLoss(**kwargs)
-    loss.path = path
-    return loss
+def on_device(name, shape):
+    return (x.to(DEVICE) for x in prediction(name, shape))
 
 
 def quick_first(*parameters):
@@ -41,16 +48,13 @@ def quick_first(*parameters):
 
 @pytest.mark.parametrize(
     ('name', 'shape', 'activation'),
-    quick_first(NAMES, SHAPES, ['softmax', 'sigmoid']),
+    quick_first(HARD, SHAPES, ['softmax', 'sigmoid']),
 )
-def test_kernels_are_exact(name, shape, activation):
-    student, teacher = (x.to(DEVICE) for x in prediction(name, shape))
-    oracle = run(
-        lambda s, t: textbook.dist_loss(s, t, activation),
-        student.double(),
-        teacher.double(),
-    )
-    loss = by_kernels(activation=activation, eps=1e-8)
+def test_kernels_are_exact(loss_on, name, shape, activation):
+    student, teacher = on_device(name, shape)
+    formula = functools.partial(textbook.dist_loss, activation=activation)
+    oracle = run(formula, student.double(), teacher.double())
+    loss = loss_on('gpu', activation=activation, eps=1e-8)
     assert_close(run(loss, student, teacher), oracle)
 
 
@@ -61,47 +65,37 @@ def test_kernels_are_exact(name, shape, activation):
         ['a part of a larger one', 'channels last', 'expanded'],
     ),
 )
-def test_layout_and_mask(activation, layout):
-    student, teacher = (x.to(DEVICE) for x in prediction('ordinary', (2, 19, 6, 8)))
+def test_layout_and_mask(loss_on, activation, layout):
+    student, teacher = on_device('ordinary', (2, 19, 6, 8))
     mask = torch.rand((2, 6, 8), device=DEVICE) < 0.5
     mask[0, :4] = False  # whole tiles without a row
     if layout == 'expanded':
         student = student[:1].expand(2, -1, -1, -1)
     rows = [x.movedim(1, -1)[mask] for x in (student.double(), teacher.double())]
-    oracle = run(lambda s, t: textbook.dist_loss(s, t, activation, tau=2.0), *rows)
-    if layout == 'channels last':
-        student = student.contiguous(memory_format=torch.channels_last)
-    if layout == 'a part of a larger one':
-        student = torch.nn.functional.pad(student, (1, 2, 1, 1, 1, 0))
-        student = student[:, 1:, 1:-1, 1:-2]
-    images_apart = functools.partial(gpu.correlations, small_image=0)
-    loss = by_kernels(images_apart, activation=activation, tau=2.0, eps=1e-8)
+    formula = functools.partial(textbook.dist_loss, activation=activation, tau=2.0)
+    oracle = run(formula, *rows)
+    if layout != 'expanded':
+        student = LAYOUTS[layout](student)
+    # no image is too small for tiles of its own
+    loss = loss_on('gpu', 0, activation=activation, tau=2.0, eps=1e-8)
     value, grad = run(loss, student, teacher, mask)
     grad = grad.movedim(1, -1)
     assert not grad[~mask].any()
     assert_close((value, grad[mask]), oracle, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize(
-    'dtype', [torch.bfloat16, pytest.param(torch.half, marks=pytest.mark.slow)]
-)
-def test_half_precision_is_read_as_it_is(dtype):
-    student, teacher = (x.to(DEVICE, dtype) for x in prediction('ordinary', SHAPES[0]))
+def test_half_precision_is_read_as_it_is(loss_on):
+    student, teacher = (x.bfloat16() for x in on_device('ordinary', SHAPES[0]))
     oracle = run(textbook.dist_loss, student.double(), teacher.double())
-    value, grad = run(by_kernels(eps=1e-8), student, teacher)
-    assert value.dtype == torch.float32 and grad.dtype == dtype
+    value, grad = run(loss_on('gpu', eps=1e-8), student, teacher)
+    assert value.dtype == torch.float32 and grad.dtype == torch.bfloat16
     assert_close((value, grad), oracle, 1e-6, 1e-2)  # the gradient is rounded
 
 
 @pytest.mark.slow
-def test_nothing_large_is_kept():
-    student, teacher = (x.to(DEVICE) for x in prediction('ordinary', (2, 40, 8, 16)))
-    student.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.append(x) or x, lambda x: x
-    ):
-        by_kernels()(student, teacher)
+def test_nothing_large_is_kept(loss_on):
+    student, teacher = on_device('ordinary', (2, 40, 8, 16))
+    kept = kept_by(loss_on('gpu'), student, teacher)
     shapes = sorted(tuple(x.shape) for x in kept if x.numel() > student.numel() / 40)
     inputs = (1, 40, 256)  # small images as one; views of student and teacher
     assert shapes == [inputs, inputs, (2, 256)]
@@ -137,42 +131,29 @@ def test_the_kernels_are_taken_where_they_agree_with_the_plain_path(warnings):
     assert not warnings
 
 
-class Launcher:
+def launcher(problem):
     """Stands in for a kernel, which is started as `kernel[grid](*args)`."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.kernel
-
-
-def wrong_gradient(*args, **kwargs):
-    args[10].fill_(1)
-
-
-def no_compiler(*args, **kwargs):
-    raise RuntimeError('cannot be compiled')
+    return collections.defaultdict(lambda: Mock(side_effect=problem))
 
 
 @pytest.mark.parametrize(
-    ('kernel', 'launch', 'message'),
+    ('kernel', 'problem', 'message'),
     [
         pytest.param(
-            *('_backward', wrong_gradient, 'wrong results'), marks=pytest.mark.slow
+            *('_backward', lambda *args, **_: args[10].fill_(1), 'wrong results'),
+            marks=pytest.mark.slow,
         ),
-        ('_combine', no_compiler, 'do not run: cannot be compiled'),
+        ('_combine', RuntimeError('no compiler'), 'do not run: no compiler'),
     ],
 )
 def test_kernels_that_do_not_work_are_refused_once(
-    kernel, launch, message, warnings, monkeypatch
+    kernel, problem, message, warnings, monkeypatch
 ):
-    monkeypatch.setattr(gpu, kernel, Launcher(launch))
-    assert not kernels_work()
-    assert not kernels_work()
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, kernel, launcher(problem))
+        assert not kernels_work() and not kernels_work()
     (text,) = warnings
     assert 'slower path' in text and message in text
-    monkeypatch.undo()
     assert not kernels_work()
 
 
@@ -184,13 +165,9 @@ def test_kernels_that_do_not_work_are_refused_once(
     ],
 )
 def test_a_full_gpu_is_no_answer(error, warnings, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, '_forward', Launcher(out_of_memory))
-        assert not kernels_work()
-        assert not kernels_work()
+        patch.setattr(gpu, '_forward', launcher(error))
+        assert not kernels_work() and not kernels_work()
     monkeypatch.setattr(gpu, 'correlations', correlations.plain.correlations)
     assert kernels_work()
     assert not warnings
@@ -200,8 +177,7 @@ def test_without_triton(warnings, monkeypatch):
     monkeypatch.delitem(sys.modules, gpu.__name__)
     monkeypatch.delattr(correlations, 'gpu')
     monkeypatch.setitem(sys.modules, 'triton', None)
-    assert not kernels_work('softmax')
-    assert not kernels_work('sigmoid')
+    assert not kernels_work('softmax') and not kernels_work('sigmoid')
     (text,) = warnings
     assert 'triton' in text
 
@@ -222,9 +198,7 @@ FLOAT64 = (
 POINTERS = dict(
     mask='*u8', finite='*u8', tile_flags='*i32', row_factors='*fp32',
     **dict.fromkeys(LOGITS, '*bf16'), **dict.fromkeys(FLOAT64, '*fp64'))
-CONSTANTS = dict(
-    HAS_MASK=True, TAU=1.0, EPS=0.0, SCALE=1.0, BLOCK_CLASSES=gpu.BLOCK_CLASSES,
-    BLOCK_ROWS=gpu.BLOCK_ROWS, BLOCK_TILES=gpu.BLOCK_TILES)
+CONSTANTS = dict(HAS_MASK=True, TAU=1.0, EPS=0.0, SCALE=1.0, BLOCK_ROWS=gpu.BLOCK_ROWS)
 
 
 def ptx(kernel, unit_stride='row', **constants):
@@ -269,10 +243,10 @@ def test_kernels_compile(capability, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(paths.INTERPRETED, reason='there is no GPU')
+@pytest.mark.skipif(INTERPRETED, reason='there is no GPU')
 @pytest.mark.parametrize('masked', [False, True])
 def test_a_gpu_takes_them_and_never_waits(masked):
-    student, teacher = (x.cuda() for x in prediction('ordinary', (2, 19, 64, 64)))
+    student, teacher = on_device('ordinary', (2, 19, 64, 64))
     mask = torch.ones((2, 64, 64), dtype=torch.bool, device='cuda') if masked else None
     assert correlations.choose_path(student, teacher, 'softmax') == 'gpu'
     run(DISTLoss(), student, teacher, mask)  # compiles

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import paths
 import published
-import pytest
 import torch
-
-from mmdist.losses import DISTLoss
+from predictions import LAYOUTS, run
 
 CASES = {'plain': 500, 'cpu': 700, 'cpu in many tiles': 500, 'gpu': 24}
 # what each dtype rounds away, relative to the gradient's norm
@@ -19,17 +16,6 @@ ROUNDING = {
     torch.float64: 1e-4,
 }
 VALUE = {torch.float64: 1e-6}
-
-
-def layout(x: torch.Tensor, kind: int) -> torch.Tensor:
-    """The same values, laid out differently in memory."""
-    if kind == 1:
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if kind == 2 and x.ndim == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    if kind == 3:
-        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
-    return x
 
 
 def random_case(rng: np.random.Generator) -> dict:
@@ -47,7 +33,7 @@ def random_case(rng: np.random.Generator) -> dict:
     student = agreement * teacher + noise + offset
     dtype = list(ROUNDING)[rng.integers(4)]
     student, teacher = (
-        layout(torch.tensor(x).to(dtype), rng.integers(4))
+        LAYOUTS[str(rng.choice(list(LAYOUTS)))](torch.tensor(x).to(dtype))
         for x in (student, teacher + offset)
     )
     mask = None
@@ -80,22 +66,17 @@ def needs_float64(student, teacher, mask, settings) -> bool:
     return False
 
 
-@pytest.mark.parametrize('name', paths.PATHS)
-def test_random_logits(name):
+def test_random_logits(path, make_loss):
     rng = np.random.default_rng(0)
     compared = 0
-    for number in range(CASES[name]):
+    for number in range(CASES[path]):
         case = random_case(rng)
         student, teacher, mask, settings = case.values()
         dtype = student.dtype
-        if name == 'plain' and dtype != torch.float64 and needs_float64(**case):
+        if path == 'plain' and dtype != torch.float64 and needs_float64(**case):
             continue  # it is all fp32
         compared += 1
-        loss = DISTLoss(**settings)
-        loss.path = paths.of(name)
-        student = student.detach().requires_grad_()
-        value = loss(student, teacher, mask)
-        value.backward()
+        value, grad = run(make_loss(**settings), student, teacher, mask)
         oracle, gradient, size = published.value_and_gradient(
             *(x.detach().double().numpy() for x in (student, teacher)),
             mask=None if mask is None else mask.numpy(),
@@ -106,7 +87,7 @@ def test_random_logits(name):
         assert error < VALUE.get(dtype, 2e-5), what
         # a gradient below the smallest number of its dtype is 0
         nothing = torch.finfo(dtype).smallest_normal * gradient.size**0.5
-        error = np.linalg.norm(student.grad.double().numpy() - gradient)
+        error = np.linalg.norm(grad.double().numpy() - gradient)
         bound = ROUNDING[dtype] * np.linalg.norm(gradient) + 1e-5 * size + nothing
         assert error < bound, f'{what}: {error:.1e} >= {bound:.1e}'
-    assert compared > CASES[name] / 3
+    assert compared > CASES[path] / 3

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import paths
 import pytest
 import torch
 import torch.distributed as dist
+from predictions import INTERPRETED
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,7 +56,7 @@ def in_each_process(case, kwargs):
     # the code paths of the loss exchange the same sums
     if rank == 0:
         loss.path = 'plain'
-    if rank == 1 and paths.INTERPRETED:
+    if rank == 1 and INTERPRETED:
         loss.path = 'gpu'
     value = loss(model(images), teacher, None if case == 'no mask' else mask)
     value.backward()

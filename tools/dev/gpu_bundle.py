@@ -28,6 +28,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from . import gpu_check, make_env, mmcv_units
+from .gpu_check import joined
 
 ROOT = Path(__file__).resolve().parents[2]
 MMCV = 'onedl-mmcv'
@@ -49,13 +50,16 @@ TARGET = [
     '--platform=manylinux2014_x86_64',
     *(f'--platform=manylinux_2_{minor}_x86_64' for minor in (17, 24, 27, 28)),
 ]  # fmt: skip
+OFFLINE = ('--no-index', '--no-deps', '--target')
 PRESET = 6  # of xz
 LIMIT = 60 * 2**20
 
 
-def pip(*arguments: object) -> None:
+def pip(*arguments: object, **options) -> int:
+    """Run pip; return its exit status."""
     command = [sys.executable, '-m', 'pip', *map(str, arguments)]
-    subprocess.run([*command, '-q', '--disable-pip-version-check'], check=True)
+    command += ['--disable-pip-version-check']
+    return subprocess.run(command, **options).returncode
 
 
 # --- where there is a package index
@@ -66,13 +70,14 @@ def collect(wheels: Path, loss_only: bool) -> None:
     pins = make_env.pins((ROOT / 'requirements-onedl.txt').read_text())
     names = LOSS if loss_only else LOSS + MODELS
     wanted = [f'{name}=={pins[name]}' for name in names]
-    pip('download', '--no-deps', '-d', wheels, *TARGET, *wanted)
+    flags = ('--no-deps', '-q')
+    pip('download', *flags, '-d', wheels, *TARGET, *wanted, check=True)
     if not loss_only:
-        flags = ('--no-deps', '--no-build-isolation')
+        flags += ('--no-build-isolation',)
         sources = [f'{name}=={pins[name]}' for name in SOURCE_ONLY]
-        pip('wheel', *flags, '-w', wheels, *sources)
+        pip('wheel', *flags, '-w', wheels, *sources, check=True)
         flags += ('--no-binary', ':all:', '-d', wheels)
-        pip('download', *flags, f'{MMCV}=={pins[MMCV]}')
+        pip('download', *flags, f'{MMCV}=={pins[MMCV]}', check=True)
 
 
 def stored(wheel: Path) -> bytes:
@@ -112,10 +117,7 @@ def install_missing(site: Path, wheels: Path) -> None:
     ]
     # one by one: a wheel for another Python fails only the stage that needs it
     for wheel in missing:
-        flags = ('--no-index', '--no-deps', '--no-compile', '--target', site)
-        try:
-            pip('install', *flags, wheel)
-        except subprocess.CalledProcessError:
+        if pip('install', '-q', '--no-compile', *OFFLINE, site, wheel):
             print(f'{wheel.name} cannot be installed here', flush=True)
     print(f'{len(missing)} wheels were missing, installed into {site}', flush=True)
 
@@ -151,24 +153,20 @@ def build_ops(site: Path, wheels: Path, card: str) -> str:
     (tree,) = sources.iterdir()
     mmcv_units.fix_setup(tree / 'setup.py')
     # torch includes headers that a small toolkit lacks; torch's own wheels bring them
-    purelib = Path(sysconfig.get_paths()['purelib'])
-    more = [str(x) for x in sorted(purelib.glob('nvidia/*/include'))]
-    environ = {
-        **os.environ,
+    includes = Path(sysconfig.get_paths()['purelib']).glob('nvidia/*/include')
+    environ = os.environ | {
         'TORCH_CUDA_ARCH_LIST': card,
         'CUDA_HOME': home,
-        'CPATH': os.pathsep.join([*filter(None, [os.environ.get('CPATH')]), *more]),
-        'PYTHONPATH': os.pathsep.join([str(site), os.environ.get('PYTHONPATH', '')]),
-        'PATH': os.pathsep.join([str(site / 'bin'), os.environ['PATH']]),
+        'CPATH': joined(os.environ.get('CPATH'), *sorted(includes)),
+        'PYTHONPATH': joined(site, os.environ.get('PYTHONPATH')),
+        'PATH': joined(site / 'bin', os.environ['PATH']),
     }
-    flags = ['-v', '--no-build-isolation', '--no-deps', '--no-index', '--target', site]
-    command = [sys.executable, '-m', 'pip', 'install', *map(str, flags), str(tree)]
     log = site.with_name('mmcv.log')
     for units in (True, False):  # from few files; if that fails, one by one
         environ |= mmcv_units.environment(units, cuda=True)
         with log.open('w') as file:
-            options = dict(stdout=file, stderr=subprocess.STDOUT)
-            if subprocess.run(command, env=environ, **options).returncode == 0:
+            flags = ('-v', '--no-build-isolation', *OFFLINE, site)
+            if pip('install', *flags, tree, env=environ, stdout=file, stderr=file) == 0:
                 return ''
         print('\n'.join(log.read_text(errors='replace').splitlines()[-15:]))
     return f'it does not compile, see {log}'
@@ -181,8 +179,7 @@ def run(arguments: list[str]) -> int:
     install_missing(site, wheels)
     # for this process, and those that it starts
     sys.path.append(str(site))
-    path = filter(None, [os.environ.get('PYTHONPATH'), str(site)])
-    os.environ['PYTHONPATH'] = os.pathsep.join(path)
+    os.environ['PYTHONPATH'] = joined(os.environ.get('PYTHONPATH'), site)
 
     def check(some: list[int]) -> int:
         numbers = ','.join(map(str, some))
@@ -211,9 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('archive', type=Path, help='to be written, .tar.xz')
-    parser.add_argument(
-        '--loss-only', action='store_true', help='without what stages 4 to 6 need'
-    )
+    text = 'without what stages 4 to 6 need'
+    parser.add_argument('--loss-only', action='store_true', help=text)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         collect(Path(folder), args.loss_only)

@@ -13,11 +13,10 @@ This file needs only the standard library.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -65,14 +64,13 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     # other files in tests/losses build from the registry, which needs the models
     names = ('losses/test_correlations_gpu.py', 'test_gpu.py')
     tests = [str(ROOT / 'tests' / name) for name in names]
-    speed = ['-m', 'benchmarks', 'gpu', '--seconds', '2']
-    speed += ['--output', str(args.out.resolve() / 'loss.md')]
-    step = ['-m', 'benchmarks.gpu_step']
+    out, step = args.out.resolve(), ['-m', 'benchmarks.gpu_step']
+    speed = ['-m', 'benchmarks', 'gpu', '--seconds', '2', '--output', f'{out}/loss.md']
     training = [*pytest, tests[1], '-k', 'training']
     study = ['-m', 'study', '--scale', 'full', '--methods', 'alone', 'kl', 'default']
-    study += ['--out', str(args.out.resolve() / 'study')]
-    study += ['--data-root', str(args.data_root and args.data_root.resolve())]
-    study += ['--weights', str(args.weights.resolve())] if args.weights else []
+    study += ['--out', str(out / 'study')]
+    for name, path in (('--data-root', args.data_root), ('--weights', args.weights)):
+        study += [name, str(path.resolve())] if path else []
     return [
         Part(1, 'machine', 90, ['-m', 'torch.utils.collect_env'], ()),
         Part(2, 'loss', 900, [*pytest, *tests, '-k', 'not training'], ('gpu',)),
@@ -81,21 +79,18 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
         *(Part(4, f'{x}, compiled', 240, [*step, x, '--compiled']) for x in PAIRS),
         Part(5, 'AMP, EMA, resume; SyncBN', 400, training),
         Part(5, 'quickstart', 420, ['-m', 'tools.dev.quickstart']),
-        *[Part(6, 'study', 24 * 3600, study)][: bool(args.data_root)],
+        *([Part(6, 'study', 24 * 3600, study)] if args.data_root else []),
     ]
 
 
 def stage_numbers(text: str) -> list[int]:
     """'1-4,6' -> [1, 2, 3, 4, 6]."""
-    numbers = set()
-    for piece in text.split(','):
-        found = re.fullmatch(r'([1-6])(?:-([1-6]))?', piece.strip())
-        if not found:
-            raise argparse.ArgumentTypeError(
-                f'{text!r} names no stages; they are 1 to 6, e.g. 1-3 or 1,4-6'
-            )
-        numbers.update(range(int(found[1]), int(found[2] or found[1]) + 1))
-    return sorted(numbers)
+    if not re.fullmatch(r'[1-6](-[1-6])?(, ?[1-6](-[1-6])?)*', text):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} names no stages; they are 1 to 6, e.g. 1-3 or 1,4-6'
+        )
+    ends = [[int(x) for x in piece.split('-')] for piece in text.split(',')]
+    return sorted({n for piece in ends for n in range(piece[0], piece[-1] + 1)})
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,9 +108,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def joined(*folders: object) -> str:
+    """A search path of these folders; empty ones do not count."""
+    return os.pathsep.join(map(str, filter(None, folders)))
+
+
 def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
-    return {**os.environ, 'PYTHONPATH': path, 'PYTHONUNBUFFERED': '1'}
+    path = joined(ROOT, os.environ.get('PYTHONPATH'))
+    return os.environ | {'PYTHONPATH': path, 'PYTHONUNBUFFERED': '1'}
 
 
 @functools.cache
@@ -128,118 +128,87 @@ def lacking(need: str) -> str:
     return (done.stderr.strip().splitlines() or ['it ended without a word'])[-1]
 
 
-class Results:
-    """The results so far, always up to date on disk."""
-
-    def __init__(self, out: Path) -> None:
-        self.file = out / 'gpu_check.json'
-        self.parts: list[dict] = []
-        if self.file.exists():
-            self.parts = json.loads(self.file.read_text())
-
-    def set(self, part: Part, status: str, seconds: float = 0, output: str = '') -> str:
-        """Replace the result of a part; return its status."""
-        key = part.stage, part.name
-        new = dict(stage=part.stage, name=part.name, status=status, seconds=seconds)
-        new['output'] = output
-        others = [x for x in self.parts if (x['stage'], x['name']) != key]
-        self.parts = sorted([*others, new], key=lambda x: x['stage'])
-        texts = {'.json': json.dumps(self.parts, indent=1), '.md': page(self.parts)}
-        for suffix, text in texts.items():
-            (self.file.with_suffix('.new')).write_text(text)
-            self.file.with_suffix('.new').replace(self.file.with_suffix(suffix))
-        return status
-
-
-def page(parts: list[dict]) -> str:
-    """The results as Markdown: for each part, its tables and the end of its output."""
-    text = '# mmdist on this machine\n'
+def report(
+    out: Path, part: Part, status: str, seconds: float = 0, output: str = ''
+) -> None:
+    """Replace a part's section: its tables and the end of its output. Then write the
+    page of all sections, those of earlier runs included."""
+    lines = [x for x in output.splitlines() if x.strip()]
+    tables = [x for x in lines if x.startswith('| ')]
+    others = [x for x in lines if not x.startswith('| ')][-SHOWN:]
+    text = f'{part.name}: **{status}**' + (f', {seconds:.0f} s' if seconds else '')
+    text += '\n'.join(['\n', *tables]) if tables else ''
+    text += '\n'.join(['\n', '```text', *others, '```']) if others else ''
+    sections = out / 'sections'
+    sections.mkdir(exist_ok=True)
+    (sections / f'{part.stage}. {part.name}.md').write_text(text)
+    page = ['# mmdist on this machine']
     for number, title in TITLES.items():
-        of_stage = [part for part in parts if part['stage'] == number]
-        text += f'\n## {number}. {title}\n' if of_stage else ''
-        for part in of_stage:
-            lines = part['output'].splitlines()
-            tables = '\n'.join(line for line in lines if line.startswith('| '))
-            others = [x for x in lines if x.strip() and not x.startswith('| ')]
-            seconds = f', {part["seconds"]:.0f} s' if part['seconds'] else ''
-            text += f'\n{part["name"]}: **{part["status"]}**{seconds}\n'
-            text += f'\n{tables}\n' if tables else ''
-            if others:
-                text += '\n'.join(['\n```text', *others[-SHOWN:], '```\n'])
-    return text
+        files = sorted(sections.glob(f'{number}. *.md'))
+        page += [f'## {number}. {title}'] if files else []
+        page += [file.read_text() for file in files]
+    (out / 'gpu_check.md').write_text('\n\n'.join(page) + '\n')
 
 
-def run_part(part: Part, results: Results, left: float) -> str:
-    """Run a part in its own process group; return its status."""
-    limit, start = min(part.limit, left), time.time()
-    command = [sys.executable, *part.command]
+def run_part(part: Part, limit: float, log: Path) -> tuple[str, str]:
+    """Run a part in its own process group; return its status and its output."""
+    command, status = [sys.executable, *part.command], ''
     if part.name == 'study':
         command += ['--budget', f'{(limit - 30) / 60:.2f}']
-    results.set(part, 'stopped')  # until it has ended
-    work = tempfile.mkdtemp(prefix='gpu_check-')
-    log = results.file.with_suffix('.log')
-    with log.open('a') as file:
+    folder = tempfile.TemporaryDirectory('gpu_check', ignore_cleanup_errors=True)
+    with folder as work, log.open('a') as file:
         file.write(f'\n===== {part.stage}. {TITLES[part.stage]}: {part.name}\n')
         file.flush()
-        position, status = file.tell(), ''
-        process = subprocess.Popen(
-            command,
-            cwd=work,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        start = file.tell()
+        options = dict(stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        options |= dict(cwd=work, env=environment(), start_new_session=True)
+        process = subprocess.Popen(command, **options)
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
             status = 'timed out'
         finally:
             end(process)
-    output = log.read_bytes()[position:].decode(errors='replace')[-20_000:]
+    output = log.read_bytes()[start:].decode(errors='replace')[-20_000:]
     if not status:
         passed = 'goal missed' if '**missed**' in output else 'passed'
         status = 'failed' if process.returncode else passed
-    shutil.rmtree(work, ignore_errors=True)
-    return results.set(part, status, time.time() - start, output)
+    return status, output
 
 
 def end(process: subprocess.Popen) -> None:
     """End a process and all that it started."""
     # torchrun's workers have their own session, and end when torchrun is terminated
     for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 30)):
-        try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(patience)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that runs
-    results = Results(args.out)
-    deadline = time.time() + 60 * args.minutes
-    worst = 'skipped'
+    worst, deadline = 'skipped', time.time() + 60 * args.minutes
     for part in parts_of(args):
         if part.stage not in args.stages:
             continue
         print(f'{part.stage}. {TITLES[part.stage]}: {part.name}', flush=True)
-        left = deadline - time.time()
         reason = next(filter(None, map(lacking, part.needs)), '')
-        if left < 5:
+        start = time.time()
+        if deadline - start < 5:
             reason = f'the {args.minutes:g} minutes were over'
         if reason:
-            status = results.set(part, 'skipped', output=reason)
+            status = 'skipped'
+            report(args.out, part, status, output=reason)
         else:
-            status = run_part(part, results, left)
+            report(args.out, part, 'stopped')  # until it has ended
+            limit = min(part.limit, deadline - start)
+            status, output = run_part(part, limit, args.out / 'gpu_check.log')
+            report(args.out, part, status, time.time() - start, output)
         print('  ' + ': '.join(filter(None, [status, reason])), flush=True)
         worst = max(worst, status, key=STATUS.index)
-    print(f'{results.file.with_suffix(".md")}: {worst}')
+    print(f'{args.out / "gpu_check.md"}: {worst}')
     return int(worst in ('timed out', 'failed'))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 
 import torch
 from mmengine.logging import print_log
@@ -17,10 +16,7 @@ from torch import Tensor, nn
 from . import cpu, plain
 from .common import Settings, as_rows
 
-__all__ = ['Path', 'Settings', 'as_rows', 'choose_path', 'correlations']
-
-# a name, or a function with the signature of the named ones
-Path = str | Callable[[Tensor, Tensor, Tensor | None, Settings], tuple[Tensor, Tensor]]
+__all__ = ['Settings', 'as_rows', 'choose_path', 'correlations']
 
 
 def correlations(
@@ -28,39 +24,24 @@ def correlations(
     teacher: Tensor,
     mask: Tensor | None,
     settings: Settings,
-    path: Path = 'auto',
+    path: str = 'auto',
 ) -> tuple[Tensor, Tensor]:
-    """Mean inter- and intra-class correlation of student and teacher.
+    """Mean inter- and intra-class correlation of student and teacher, 0-dim.
 
-    Args:
-        student: Logits of shape (rows, classes) or (N, classes, *spatial).
-        teacher: Logits of the same shape; they get no gradient.
-        mask: Bool, True where a row counts, shape (rows,) or (N, *spatial). ``None``
-            if all do.
-        settings: How to correlate them.
-        path: ``'plain'``, ``'cpu'``, ``'gpu'``, ``'auto'`` for the fastest that works
-            with these logits, or a function of the four arguments above. Empty logits
-            always take ``'plain'``.
-
-    Returns:
-        The two correlations, 0-dim. ``'cpu'`` and ``'gpu'`` return float64, so that
-        1 - correlation keeps its digits.
-
-    Raises:
-        ValueError: The teacher's logits contain NaN or inf in rows that count (on a GPU
-            a later operation raises the error).
+    Args and errors are those of ``DISTLoss.terms``; the teacher gets no gradient.
+    ``path`` is ``'plain'``, ``'cpu'``, ``'gpu'``, or ``'auto'`` for the fastest that
+    works with these logits. Empty logits always take ``'plain'``. ``'cpu'`` and
+    ``'gpu'`` return float64, so that 1 - correlation keeps its digits.
     """
     if path == 'auto':
         path = choose_path(student, teacher, settings.activation, mask)
     if path == 'plain' or not student.numel():
-        path = plain.correlations
-    elif path == 'cpu':
-        path = cpu.correlations
-    elif path == 'gpu':
-        from . import gpu  # not every torch comes with Triton
+        return plain.correlations(student, teacher, mask, settings)
+    if path == 'cpu':
+        return cpu.correlations(student, teacher, mask, settings)
+    from . import gpu  # not every torch comes with Triton
 
-        path = gpu.correlations
-    return path(student, teacher, mask, settings)
+    return gpu.correlations(student, teacher, mask, settings)
 
 
 def choose_path(
@@ -73,12 +54,11 @@ def choose_path(
     inputs = [x for x in (student, teacher, mask) if x is not None]
     if torch.is_grad_enabled() and any(x.is_inference() for x in inputs):
         return 'plain'
-    devices = {student.device, teacher.device}
-    if all(device.type == 'cpu' for device in devices):
+    if student.device.type == teacher.device.type == 'cpu':
         return 'cpu'
     # not fake tensors and other subclasses, which a kernel cannot read
     own = {type(student), type(teacher)} <= {Tensor, nn.Parameter}
-    if own and len(devices) == 1 and student.is_cuda:
+    if own and student.is_cuda and student.device == teacher.device:
         kind = (student.device, student.dtype, teacher.dtype, activation)
         return 'gpu' if kernels_work(*kind) else 'plain'
     return 'plain'

@@ -25,7 +25,7 @@ class Settings(NamedTuple):
     """How scores are correlated.
 
     The first three are arguments of ``DISTLoss``. Rows are correlated over all
-    processes of ``group``; without one, over this process alone.
+    processes of ``group``, if there is one.
     """
 
     activation: str = 'softmax'
@@ -61,9 +61,9 @@ def is_constant(
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """A sum over processes whose backward pass needs no communication, since every
-    process computes the same loss from the sums alone. DDP divides gradients by the
-    number of processes; the factor here undoes that."""
+    """A sum whose backward pass needs no communication, since every process computes
+    the same loss from it. DDP divides gradients by the number of processes; the factor
+    here undoes that."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,9 +85,9 @@ def process_group() -> dist.ProcessGroup | None:
 def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum a tensor, of the same shape on every process, over a group of processes.
 
-    Without a group the tensor is returned unchanged. The gradient of the sum is scaled
-    so that DDP's average of the parameter gradients over processes is the gradient of
-    one process with all the data, if all processes weight the loss equally.
+    Without a group it is returned unchanged. The gradient is scaled so that DDP's
+    average of the parameter gradients is that of one process with all the data, if all
+    processes weight the loss equally.
     """
     if group is None:
         return tensor
@@ -103,13 +103,10 @@ def check_teacher(logits: Tensor) -> None:
 
 
 def raise_for_teacher(finite: Tensor) -> None:
-    """Raise unless the teacher's logits were finite (a bool tensor of one element).
+    """Raise ValueError unless the teacher's logits were finite, a bool of one element.
 
-    If the value can only be read later (on a GPU, or compiled), the error also comes
-    later, as a RuntimeError. Within ``torch.func`` nothing is checked on a CPU.
-
-    Raises:
-        ValueError: They contain NaN or inf.
+    If it can only be read later (on a GPU, or compiled), the error also comes later, as
+    a RuntimeError. Within ``torch.func`` nothing is checked on a CPU.
     """
     message = (
         "The teacher's logits contain NaN or inf. Check that the images do not, check "

@@ -30,6 +30,7 @@ It then goes through the derivative of the activation.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -37,6 +38,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import plain
 from .common import (
     Settings,
     as_rows,
@@ -45,7 +47,6 @@ from .common import (
     is_constant,
     sum_over_processes,
 )
-from .plain import differentiable_gradient
 
 # Elements per tile. In smaller tiles, calls cost more than the work; larger ones leave
 # the cache. In between, a tile is this share of the logits. The forward pass needs five
@@ -58,124 +59,144 @@ FLAT, LARGE = 1e-2, 1e20
 
 
 def correlations(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    *,
-    tile_size: int | None = None,
+    student: Tensor, teacher: Tensor, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mmdist.losses.correlations.correlations`.
+    """See :func:`mmdist.losses.correlations.correlations`."""
+    inputs = by_image(student, teacher, mask)
+    return FewPasses.apply(*inputs, settings, forward_pass)
 
-    ``tile_size`` is the number of elements per tile; by default it suits the logits.
+
+class FewPasses(torch.autograd.Function):
+    """Correlations of logits from ``by_image``, by the two passes of a fast path.
+
+    ``forward(student, teacher, mask, settings)`` returns the correlations, tensors to
+    save, and a function of the four, the saved tensors, the gradients of the
+    correlations, and the factor that ``logits / tau`` and ``sum_over_processes`` put on
+    these. It returns the student's gradient.
     """
-    inputs = by_image(student, teacher, mask, (tile_size or MIN_TILE) // 8)
-    if tile_size is None:
-        tile_size = min(max(SHARE * student.numel(), MIN_TILE), MAX_TILE)
-    return _Correlations.apply(*inputs, settings, tile_size)
 
-
-class _Correlations(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, mask, settings, tile_size):
-        places = tiles(student, tile_size)
-        row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
-        class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
-        kept = []
-        # separate, since the scores of a single tile are kept
-        memory, spare_memory = Scratch(2), Scratch(3)
-        mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
-        for i, (image, part) in enumerate(places):
-            keep = tile_mask(mask, image, part)
-            count = part.stop - part.start if keep is None else int(keep.sum())
-            if count == 0:
-                kept += [None, None]
-                continue
-            s, t = (x[image, :, part] for x in (student, teacher))
-            for dtype in (compute_dtype(student, teacher), torch.float64):
-                p, q = memory.like(s, dtype)
-                spare = spare_memory.like(s, dtype)
-                scores(s, keep, settings, out=p)
-                scores(t, keep, settings, out=q, is_teacher=True)
-                rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
-                classes = centred_sums(p, q, spare, 1, count, keep)
-                if has_digits(rows, len(p), keep) and has_digits(classes, count):
-                    break
-            corr, u, v = correlation(rows, len(p), settings)
-            corr = corr if keep is None else corr * keep
-            row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
-            class_sums[i] = classes
-            kept += [u, v] if len(places) > 1 else [u, v, p, q]
-        row_total, class_corr, factors = combine(row_sums, class_sums, settings)
-        count = row_total[1].clamp(min=1)
-        ctx.save_for_backward(student, teacher, mask, factors, count, *kept)
-        ctx.rest = places, settings
-        return row_total[0] / count, class_corr.mean()
+    def forward(ctx, student, teacher, mask, settings, forward):
+        corrs, saved, gradient = forward(student, teacher, mask, settings)
+        ctx.save_for_backward(student, teacher, mask, *saved)
+        ctx.rest = settings, gradient
+        return corrs
 
     @staticmethod
     def backward(ctx, *grads):
-        student, teacher, mask, factors, count, *kept = ctx.saved_tensors
-        places, settings = ctx.rest
-        if torch.is_grad_enabled():  # under `create_graph=True`
-            grad = differentiable_gradient(student, teacher, mask, settings, grads)
-            return grad, None, None, None, None
-        grad_inter, grad_intra = (x * scale_of_gradient(settings) for x in grads)
-        row_scale = (grad_inter / count).item()
-        factors = factors * (grad_intra / student.shape[1])
-        is_softmax = settings.activation == 'softmax'
-        grad = torch.empty_like(student)
-        memory = Scratch(2)
-        for i, (image, part) in enumerate(places):
-            u_row, v_row = kept[2 * i : 2 * i + 2]
-            out = grad[image, :, part]
-            if u_row is None:  # no row of the tile counts
-                out.zero_()
-                continue
-            dtype = u_row.dtype
-            u_row, v_row = u_row * row_scale, v_row * row_scale
-            u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
-            keep = tile_mask(mask, image, part)
-            s, t = (x[image, :, part] for x in (student, teacher))
-            scratch, spare = memory.like(s, dtype)
-            g = out if out.dtype == dtype else spare
-            p, q = kept[2:] if len(places) == 1 else (None, None)
-            # first everything that needs q, then everything that needs p
-            q = scores(t, keep, settings, out=scratch) if q is None else q
-            torch.mul(q, u_row, out=g).addcmul_(q, u_class)
-            # softmax cancels w_row, which all classes of a row share
-            w_row = 0 if is_softmax else u_row * q.mean(0)
-            p = scores(s, keep, settings, out=scratch) if p is None else p
-            g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
-            if is_softmax:
-                g.mul_(p)
-                g.addcmul_(p, g.sum(0), value=-1)
-            else:
-                g.add_(v_row * p.mean(0) - w_row)
-            if settings.activation == 'sigmoid':
-                torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
-            if keep is not None:
-                g.mul_(keep)
-            if g is not out:
-                out.copy_(g)
+        student, teacher, mask, *saved = ctx.saved_tensors
+        settings, gradient = ctx.rest
+        inputs = student, teacher, mask, settings
+        group = settings.group
+        if not torch.is_grad_enabled():
+            scale = 1 if group is None else dist.get_world_size(group)
+            grad = gradient(*inputs, saved, grads, scale / settings.tau)
+        elif group is not None:
+            raise NotImplementedError(
+                'With `sync=True`, DISTLoss has no second derivative. Omit '
+                '`create_graph=True` or `sync`.'
+            )
+        else:  # under `create_graph=True`
+            corrs = plain.correlations(*inputs)
+            grads = [grad.to(corr) for corr, grad in zip(corrs, grads, strict=True)]
+            (grad,) = torch.autograd.grad(corrs, student, grads, create_graph=True)
         return grad, None, None, None, None
 
 
+def forward_pass(student, teacher, mask, settings):
+    """The correlations tile by tile, for ``FewPasses``."""
+    places = tiles(student)
+    row_sums = torch.zeros((2, len(places)), dtype=torch.float64)
+    class_sums = row_sums.new_zeros((len(places), 5, student.shape[1]))
+    kept = []
+    # separate, since the scores of a single tile are kept
+    memory, spare_memory = Scratch(2), Scratch(3)
+    mean = 1 / student.shape[1] if settings.activation == 'softmax' else None
+    for i, (image, part) in enumerate(places):
+        keep = tile_mask(mask, image, part)
+        count = part.stop - part.start if keep is None else int(keep.sum())
+        if count == 0:
+            kept += [None, None]
+            continue
+        s, t = (x[image, :, part] for x in (student, teacher))
+        for dtype in (compute_dtype(student, teacher), torch.float64):
+            p, q = memory.like(s, dtype)
+            spare = spare_memory.like(s, dtype)
+            scores(s, keep, settings, out=p)
+            scores(t, keep, settings, out=q, is_teacher=True)
+            rows = centred_sums(p, q, spare, 0, len(p), mean=mean)
+            classes = centred_sums(p, q, spare, 1, count, keep)
+            if has_digits(rows, len(p), keep) and has_digits(classes, count):
+                break
+        corr, u, v = correlation(rows, len(p), settings)
+        corr = corr if keep is None else corr * keep
+        row_sums[0, i], row_sums[1, i] = corr.sum(dtype=torch.float64), count
+        class_sums[i] = classes
+        kept += [u, v] if len(places) > 1 else [u, v, p, q]
+    row_total, class_corr, factors = combine(row_sums, class_sums, settings)
+    count = row_total[1].clamp(min=1)
+    corrs = row_total[0] / count, class_corr.mean()
+    return corrs, (factors, count, *kept), functools.partial(gradient, places)
+
+
+def gradient(places, student, teacher, mask, settings, saved, grads, scale):
+    """The student's gradient tile by tile, for ``FewPasses``."""
+    factors, count, *kept = saved
+    grad_inter, grad_intra = (x * scale for x in grads)
+    row_scale = (grad_inter / count).item()
+    factors = factors * (grad_intra / student.shape[1])
+    is_softmax = settings.activation == 'softmax'
+    grad = torch.empty_like(student)
+    memory = Scratch(2)
+    for i, (image, part) in enumerate(places):
+        u_row, v_row = kept[2 * i : 2 * i + 2]
+        out = grad[image, :, part]
+        if u_row is None:  # no row of the tile counts
+            out.zero_()
+            continue
+        dtype = u_row.dtype
+        u_row, v_row = u_row * row_scale, v_row * row_scale
+        u_class, v_class, w_class = factors.to(dtype).unsqueeze(-1)
+        keep = tile_mask(mask, image, part)
+        s, t = (x[image, :, part] for x in (student, teacher))
+        scratch, spare = memory.like(s, dtype)
+        g = out if out.dtype == dtype else spare
+        p, q = kept[2:] if len(places) == 1 else (None, None)
+        # first everything that needs q, then everything that needs p
+        q = scores(t, keep, settings, out=scratch) if q is None else q
+        torch.mul(q, u_row, out=g).addcmul_(q, u_class)
+        # softmax cancels w_row, which all classes of a row share
+        w_row = 0 if is_softmax else u_row * q.mean(0)
+        p = scores(s, keep, settings, out=scratch) if p is None else p
+        g.addcmul_(p, v_row, value=-1).addcmul_(p, v_class, value=-1).add_(w_class)
+        if is_softmax:
+            g.mul_(p)
+            g.addcmul_(p, g.sum(0), value=-1)
+        else:
+            g.add_(v_row * p.mean(0) - w_row)
+        if settings.activation == 'sigmoid':
+            torch.ops.aten.sigmoid_backward.grad_input(g, p, grad_input=g)
+        if keep is not None:
+            g.mul_(keep)
+        if g is not out:
+            out.copy_(g)
+    return grad
+
+
 def by_image(
-    student: Tensor, teacher: Tensor, mask: Tensor | None, small: int
+    student: Tensor, teacher: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """View logits as (images, classes, positions), the mask as (images, positions).
 
-    Logits (rows, classes) become one image, and so do images of fewer than ``small``
-    elements: a tile for each would be all overhead. The teacher's logits are detached.
+    Logits (rows, classes) become one image, and so do images that are small beside a
+    tile: one for each would be all overhead. The teacher's logits are detached.
     """
-    views = []
-    for logits in (student, teacher.detach()):
-        images, classes = logits.shape[:2]
-        if logits.ndim == 2 or (images > 1 and logits[0].numel() < small):
-            views.append(as_rows(logits).t().unsqueeze(0))
-        else:
-            views.append(logits.reshape(images, classes, -1))
-    return *views, mask if mask is None else mask.reshape(len(views[0]), -1)
+    both = student, teacher.detach()
+    if student.ndim == 2 or (len(student) > 1 and student[0].numel() < MIN_TILE // 8):
+        both = [as_rows(logits).t().unsqueeze(0) for logits in both]
+    else:
+        both = [logits.flatten(2) for logits in both]
+    return *both, mask if mask is None else mask.reshape(len(both[0]), -1)
 
 
 class Scratch:
@@ -199,9 +220,10 @@ class Scratch:
         return memory.view(number, *tile.shape).unbind()
 
 
-def tiles(logits: Tensor, size: float) -> list[tuple[int, slice]]:
+def tiles(logits: Tensor) -> list[tuple[int, slice]]:
     """Image and positions of each tile of (images, classes, positions)."""
     images, classes, positions = logits.shape
+    size = min(max(SHARE * logits.numel(), MIN_TILE), MAX_TILE)
     step = math.ceil(positions / math.ceil(positions * classes / size))
     if step > 16:  # whole cache lines, an odd number of them so that classes share none
         step = math.ceil(step / 16) // 2 * 32 + 16
@@ -291,13 +313,8 @@ def has_digits(sums: Tensor, count: int, keep: Tensor | None = None) -> bool:
 def correlation(
     sums: Tensor, count: int | Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Correlations and the factors u, v of their gradient, each (vectors,).
-
-    Args:
-        sums: Centred sums aa, ab, bb and means of p, q, (5, vectors).
-        count: Number of scores per vector.
-        settings: How they are correlated.
-    """
+    """Correlations and the factors u, v of their gradient, each (vectors,), from
+    :func:`centred_sums` over ``count`` scores per vector, (5, vectors)."""
     var, mean = sums[0:3:2], sums[3:]
     constant = is_constant(var, mean, count, settings.activation).any(0)
     norm_a, norm_b = var.sqrt()
@@ -319,9 +336,8 @@ def combine(
     another process may take.
 
     Args:
-        row_sums: Sum of the row correlations of each tile, and number of its rows,
-            (2, tiles).
-        class_sums: The class sums as :func:`correlation` takes, (tiles, 5, classes).
+        row_sums: Each tile's sum of row correlations and number of rows, (2, tiles).
+        class_sums: The sums that :func:`correlation` takes, (tiles, 5, classes).
         settings: How they are correlated.
 
     Returns:
@@ -344,9 +360,3 @@ def combine(
         total = torch.cat([total, mean])
     corr, u, v = correlation(total, row_total[1].clamp(min=1), settings)
     return row_total, corr, torch.stack([u, v, v * total[3] - u * total[4]])
-
-
-def scale_of_gradient(settings: Settings) -> float:
-    """The factor that ``logits / tau`` and ``sum_over_processes`` put on gradients."""
-    group = settings.group
-    return (1 if group is None else dist.get_world_size(group)) / settings.tau

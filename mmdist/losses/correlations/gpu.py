@@ -32,36 +32,27 @@ from .common import (
     compute_dtype,
     raise_for_teacher,
 )
-from .cpu import FLAT, LARGE, MIN_TILE, by_image, combine, scale_of_gradient
-from .plain import differentiable_gradient
+from .cpu import FLAT, LARGE, FewPasses, by_image, combine
 
 if digit_version(triton.__version__) < digit_version('3.1'):
     raise ImportError(f'Triton {triton.__version__} is older than 3.1')
 
 # The largest blocks with which the fp32 kernels keep everything in registers, seen in
 # the code compiled for sm_80 and sm_90
-BLOCK_CLASSES = 16
+BLOCK_CLASSES = tl.constexpr(16)
 BLOCK_ROWS = 128
 # A tile has fewer rows if a large GPU could run more tiles at a time than there are, or
 # if the tiles that it runs at a time would leave its cache
 MIN_BLOCK_ROWS, MIN_TILES, MAX_TILE_BYTES = 16, 256, 96 * 1024
-BLOCK_TILES = 512  # tiles combined at a time
+BLOCK_TILES = tl.constexpr(512)  # tiles combined at a time
 EVERY_TILE, STEEP_TILES, FLAT_TILES = -1, 0, 1
 
 
 def correlations(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    *,
-    small_image: int = MIN_TILE // 8,
+    student: Tensor, teacher: Tensor, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mmdist.losses.correlations.correlations`; never waits for the device.
-
-    Images of fewer than ``small_image`` elements are copied into one.
-    """
-    student, teacher, mask = by_image(student, teacher, mask, small_image)
+    """See :func:`mmdist.losses.correlations.correlations`; never waits for the GPU."""
+    student, teacher, mask = by_image(student, teacher, mask)
     # both get the student's layout; most logits have it already and are not copied
     if student.is_contiguous():
         teacher = teacher.contiguous()
@@ -69,87 +60,72 @@ def correlations(
         student, teacher = (x.mT.contiguous().mT for x in (student, teacher))
     mask = mask if mask is None else mask.contiguous().view(torch.uint8)
     with torch.cuda.device_of(student):  # where kernels are launched
-        return _Correlations.apply(student, teacher, mask, settings)
+        return FewPasses.apply(student, teacher, mask, settings, forward_pass)
 
 
-class _Correlations(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, mask, settings):
-        activation, tau, eps, group = settings
-        images, classes, positions = student.shape
-        dtype = compute_dtype(student, teacher)
-        rows = images * positions
-        block_rows = BLOCK_ROWS
-        row_bytes = classes * (student.element_size() + teacher.element_size())
-        while block_rows > MIN_BLOCK_ROWS and (
-            rows < MIN_TILES * block_rows
-            or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
-        ):
-            block_rows //= 2
-        parts = triton.cdiv(positions, block_rows)
-        tiles = images * parts
+def forward_pass(student, teacher, mask, settings):
+    """The correlations, for ``FewPasses``."""
+    activation, tau, eps, group = settings
+    images, classes, positions = student.shape
+    dtype = compute_dtype(student, teacher)
+    rows = images * positions
+    block_rows = BLOCK_ROWS
+    row_bytes = classes * (student.itemsize + teacher.itemsize)
+    while block_rows > MIN_BLOCK_ROWS and (
+        rows < MIN_TILES * block_rows
+        or (activation == 'softmax' and row_bytes * block_rows > MAX_TILE_BYTES)
+    ):
+        block_rows //= 2
+    parts = triton.cdiv(positions, block_rows)
+    tiles = images * parts
 
-        new = functools.partial(student.new_empty, dtype=torch.float64)
-        row_factors = new((2, rows), dtype=dtype)
-        # softmax cancels what all classes of a row share
-        row_shift = new(0 if activation == 'softmax' else rows)
-        tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
-        tile_flags = new((2, tiles), dtype=torch.int32)
-        by_class = student.is_contiguous()
-        arguments = dict(
-            number_of_rows=rows,
-            classes=classes,
-            positions=positions,
-            parts=parts,
-            class_stride=positions if by_class else 1,
-            row_stride=1 if by_class else classes,
-            HAS_MASK=mask is not None,
-            ACTIVATION=activation,
-            TAU=float(tau),
-            BLOCK_CLASSES=BLOCK_CLASSES,
-            BLOCK_ROWS=block_rows,
+    new = functools.partial(student.new_empty, dtype=torch.float64)
+    row_factors = new((2, rows), dtype=dtype)
+    # softmax cancels what all classes of a row share
+    row_shift = new(0 if activation == 'softmax' else rows)
+    tile_sums, class_sums = new((2, tiles)), new((classes, 5, tiles))
+    tile_flags = new((2, tiles), dtype=torch.int32)
+    strides = (positions, 1) if student.is_contiguous() else (1, classes)
+    sizes = (rows, classes, positions, parts, *strides)
+    constants = dict(HAS_MASK=mask is not None, BLOCK_ROWS=block_rows)
+    constants |= dict(ACTIVATION=activation, TAU=float(tau))
+    # dtype, tiles of the forward pass, tiles of the backward pass
+    passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
+    if dtype == torch.float32:
+        passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
+        passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
+    inputs = (student, teacher, student if mask is None else mask)
+    outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
+    for pass_dtype, only, _ in passes:
+        which = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
+        _forward[(tiles,)](*inputs, *outputs, tiles, *sizes, **which, **constants)
+    total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
+    row_total, finite = new(2), new(1, dtype=torch.uint8)
+    inputs = (tile_sums, tile_flags, class_sums)
+    outputs = (total, class_corr, factors, row_total, finite)
+    settled = dict(ACTIVATION=activation, EPS=float(eps))
+    _combine[(classes,)](*inputs, *outputs, tiles, classes, **settled)
+    raise_for_teacher(finite.view(torch.bool))
+    if group is not None:
+        row_total, class_corr, factors = combine(
+            row_total.unsqueeze(1), total.unsqueeze(0), settings
         )
-        # dtype, tiles of the forward pass, tiles of the backward pass
-        passes = [(tl.float64, EVERY_TILE, EVERY_TILE)]
-        if dtype == torch.float32:
-            passes = [(tl.float32, EVERY_TILE, STEEP_TILES)]
-            passes += [(tl.float64, FLAT_TILES, FLAT_TILES)]
-        inputs = (student, teacher, student if mask is None else mask)
-        outputs = (row_factors, row_shift, tile_sums, tile_flags, class_sums)
-        for pass_dtype, only, _ in passes:
-            constants = dict(EPS=float(eps), ONLY=only, DTYPE=pass_dtype)
-            _forward[(tiles,)](*inputs, *outputs, tiles, **constants, **arguments)
-        total, class_corr, factors = map(new, ((5, classes), classes, (3, classes)))
-        row_total, finite = new(2), new(1, dtype=torch.uint8)
-        outputs = (total, class_corr, factors, row_total, finite)
-        constants = dict(ACTIVATION=activation, EPS=float(eps), BLOCK_TILES=BLOCK_TILES)
-        _combine[(classes,)](
-            tile_sums, tile_flags, class_sums, *outputs, tiles, classes, **constants
-        )
-        raise_for_teacher(finite.view(torch.bool))
-        if group is not None:
-            row_total, class_corr, factors = combine(
-                row_total.unsqueeze(1), total.unsqueeze(0), settings
-            )
-        saved = (row_factors, row_shift, factors, row_total, tile_flags)
-        ctx.save_for_backward(student, teacher, mask, *saved)
-        ctx.rest = arguments, passes, settings
-        return row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
+    corrs = row_total[0] / row_total[1].clamp(min=1), class_corr.mean()
+    saved = (row_factors, row_shift, factors, row_total, tile_flags)
+    return corrs, saved, functools.partial(gradient, passes, sizes, constants)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        student, teacher, mask, *saved = ctx.saved_tensors
-        arguments, passes, settings = ctx.rest
-        if torch.is_grad_enabled():  # under `create_graph=True`
-            inputs = (student, teacher, mask, settings)
-            return differentiable_gradient(*inputs, grads), None, None, None
-        inputs = (student, teacher, student if mask is None else mask)
-        grad = torch.empty_like(student)
-        scale, tiles = scale_of_gradient(settings), saved[-1].shape[1]
-        for dtype, _, only in passes:
-            constants = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
-            _backward[(tiles,)](*inputs, *saved, *grads, grad, **constants, **arguments)
-        return grad, None, None, None
+
+def gradient(
+    passes, sizes, constants, student, teacher, mask, settings, saved, grads, scale
+):
+    """The student's gradient, for ``FewPasses``."""
+    grad, tiles = torch.empty_like(student), saved[-1].shape[1]
+    inputs = (student, teacher, student if mask is None else mask)
+    tensors = (*inputs, *saved, *grads, grad)
+    for dtype, _, only in passes:
+        which = dict(SCALE=scale, ONLY=only, DTYPE=dtype)
+        _backward[(tiles,)](*tensors, *sizes, **which, **constants)
+    return grad
 
 
 # Triton recompiles a kernel when an integer becomes 1 or a multiple of 16. These change
@@ -181,34 +157,34 @@ def _rows(tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROW
 
 
 @triton.jit
-def _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES):
-    """Logits (classes, rows) of a block, 0 where they do not count, and which count."""
+def _block(first, classes, stride, exists, keep):
+    """The classes of a block, the offsets of their logits, which exist and count."""
     index = first + tl.arange(0, BLOCK_CLASSES)
     there = (index < classes)[:, None] & exists[None, :]
-    place = rows[None, :] + index.to(tl.int64)[:, None] * stride
-    # not masked by `keep`: a mask that changes between neighbours prevents wide loads
-    x = tl.load(place, mask=there, other=0)
-    if x.dtype != tl.float64:  # Triton 3.1 cannot convert bf16 to float64
-        x = x.to(tl.float32)
-    counts = there & keep[None, :]
-    return tl.where(counts, x.to(DTYPE), 0), counts
+    return index, index.to(tl.int64)[:, None] * stride, there, there & keep[None, :]
 
 
 @triton.jit
-def _denominator(
-    rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-    BLOCK_ROWS,
-):
+def _load(rows, place, there, counts, DTYPE):
+    """Logits (classes, rows) of a block, 0 where they do not count."""
+    # not masked by `counts`: a mask that changes between neighbours prevents wide loads
+    x = tl.load(rows[None, :] + place, mask=there, other=0)
+    if x.dtype != tl.float64:  # Triton 3.1 cannot convert bf16 to float64
+        x = x.to(tl.float32)
+    return tl.where(counts, x.to(DTYPE), 0)
+
+
+@triton.jit
+def _denominator(rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE):
     """For softmax, each row's largest logit and sum of exp(logit - largest)."""
-    largest = tl.full([BLOCK_ROWS], float('-inf'), DTYPE)
-    total = tl.zeros([BLOCK_ROWS], DTYPE)
+    largest = tl.full(keep.shape, float('-inf'), DTYPE)
+    total = tl.zeros(keep.shape, DTYPE)
     if ACTIVATION == 'softmax':
         for first in range(0, classes, BLOCK_CLASSES):
-            x, counts = _load(
-                rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES
-            )
-            there = counts | (keep[None, :] == 0)  # so that no row is empty
-            x = tl.where(there, x / TAU, float('-inf'))
+            _, place, there, counts = _block(first, classes, stride, exists, keep)
+            x = _load(rows, place, there, counts, DTYPE) / TAU
+            # no row is empty
+            x = tl.where(counts | (keep[None, :] == 0), x, float('-inf'))
             new = tl.maximum(largest, tl.max(x, 0))
             total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), 0)
             largest = new
@@ -216,37 +192,17 @@ def _denominator(
 
 
 @triton.jit
-def _denominators(
-    s_rows, t_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-    BLOCK_CLASSES, BLOCK_ROWS,
-):
-    """:func:`_denominator` for student and teacher."""
-    s_largest, s_total = _denominator(
-        s_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-        BLOCK_ROWS,
-    )
-    t_largest, t_total = _denominator(
-        t_rows, stride, classes, exists, keep, ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
-        BLOCK_ROWS,
-    )
-    return s_largest, s_total, t_largest, t_total
-
-
-@triton.jit
-def _scores(
-    rows, stride, first, classes, exists, keep, largest, total, ACTIVATION, TAU, DTYPE,
-    BLOCK_CLASSES,
-):
-    """Scores (classes, rows) of a block, 0 where they do not count."""
-    x, counts = _load(rows, stride, first, classes, exists, keep, DTYPE, BLOCK_CLASSES)
+def _scores(rows, place, there, counts, largest, total, ACTIVATION, TAU, DTYPE):
+    """Scores (classes, rows) of a block, 0 where they do not count, and the number of
+    logits that are NaN or inf."""
+    x = _load(rows, place, there, counts, DTYPE)
     p = x / TAU
     if ACTIVATION == 'softmax':
         p = tl.exp(p - largest[None, :]) / total[None, :]
     if ACTIVATION == 'sigmoid':
         p = 1 / (1 + tl.exp(-p))
     # NaN and inf minus themselves are NaN
-    bad = tl.sum(tl.sum((x - x != 0).to(tl.int32), 1), 0)
-    return tl.where(counts, p, 0), counts, bad
+    return tl.where(counts, p, 0), tl.sum(tl.sum((x - x != 0).to(tl.int32), 1), 0)
 
 
 @triton.jit
@@ -298,7 +254,7 @@ def _forward(
     tiles, number_of_rows, classes, positions, parts, class_stride, row_stride,
     HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr, TAU: tl.constexpr,
     EPS: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
@@ -308,9 +264,11 @@ def _forward(
         tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
     s_rows, t_rows = student + start, teacher + start
-    s_largest, s_total, t_largest, t_total = _denominators(
-        s_rows, t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    s_largest, s_total = _denominator(
+        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE
+    )
+    t_largest, t_total = _denominator(
+        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE
     )
 
     count = tl.sum(keep.to(tl.int32), 0)
@@ -318,18 +276,18 @@ def _forward(
     seen, mean_p, mean_q, aa, ab, bb = zero, zero, zero, zero, zero, zero
     bad, flat_p, flat_q = 0, 0.0, 0.0
     for first in range(0, classes, BLOCK_CLASSES):
-        p, counts, _ = _scores(
-            s_rows, class_stride, first, classes, exists, keep, s_largest, s_total,
-            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+        index, place, there, counts = _block(
+            first, classes, class_stride, exists, keep
         )
-        q, _, block_bad = _scores(
-            t_rows, class_stride, first, classes, exists, keep, t_largest, t_total,
-            ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+        p, _ = _scores(
+            s_rows, place, there, counts, s_largest, s_total, ACTIVATION, TAU, DTYPE
+        )
+        q, block_bad = _scores(
+            t_rows, place, there, counts, t_largest, t_total, ACTIVATION, TAU, DTYPE
         )
         bad += block_bad
 
         # rows: combine the block with the classes before it
-        index = first + tl.arange(0, BLOCK_CLASSES)
         there = index < classes
         size = tl.sum(there.to(DTYPE), 0)
         block_p, block_q, block_aa, block_ab, block_bb = _centred_sums(
@@ -387,7 +345,7 @@ def _forward(
 def _combine(
     tile_sums, tile_flags, class_sums, total, class_corr, class_factors, row_total,
     finite, tiles, classes,
-    ACTIVATION: tl.constexpr, EPS: tl.constexpr, BLOCK_TILES: tl.constexpr,
+    ACTIVATION: tl.constexpr, EPS: tl.constexpr,
 ):
     index = tl.program_id(0)
     sums = class_sums + index.to(tl.int64) * 5 * tiles
@@ -444,7 +402,7 @@ def _backward(
     number_of_rows, classes, positions, parts, class_stride, row_stride,
     SCALE: tl.constexpr, HAS_MASK: tl.constexpr, ACTIVATION: tl.constexpr,
     TAU: tl.constexpr, ONLY: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if ONLY >= 0:  # noqa: SIM102, `and` would load the flag in every case
@@ -454,11 +412,12 @@ def _backward(
         tile, parts, positions, classes, row_stride, mask, HAS_MASK, BLOCK_ROWS
     )
     s_rows, t_rows = student + start, teacher + start
-    s_largest, s_total, t_largest, t_total = _denominators(
-        s_rows, t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE,
-        BLOCK_CLASSES, BLOCK_ROWS,
+    s_largest, s_total = _denominator(
+        s_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE
     )
-    g_rows = grad + start
+    t_largest, t_total = _denominator(
+        t_rows, class_stride, classes, exists, keep, ACTIVATION, TAU, DTYPE
+    )
     row_scale = tl.load(grad_inter) * SCALE / tl.maximum(tl.load(row_total + 1), 1)
     class_scale = tl.load(grad_intra) * SCALE / classes
     u_row = tl.load(row_factors + row, mask=keep, other=0).to(DTYPE)
@@ -471,20 +430,19 @@ def _backward(
     # softmax has to see all classes first
     for last in tl.static_range(0 if ACTIVATION == 'softmax' else 1, 2):
         for first in range(0, classes, BLOCK_CLASSES):
-            p, counts, _ = _scores(
-                s_rows, class_stride, first, classes, exists, keep, s_largest, s_total,
-                ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+            index, place, there, counts = _block(
+                first, classes, class_stride, exists, keep
             )
-            q, _, _ = _scores(
-                t_rows, class_stride, first, classes, exists, keep, t_largest, t_total,
-                ACTIVATION, TAU, DTYPE, BLOCK_CLASSES,
+            p, _ = _scores(
+                s_rows, place, there, counts, s_largest, s_total, ACTIVATION, TAU, DTYPE
             )
-            index = first + tl.arange(0, BLOCK_CLASSES)
-            there = index < classes
-            factors = class_factors + index
-            u = tl.load(factors, mask=there, other=0) * class_scale
-            v = tl.load(factors + classes, mask=there, other=0) * class_scale
-            w = tl.load(factors + 2 * classes, mask=there, other=0) * class_scale
+            q, _ = _scores(
+                t_rows, place, there, counts, t_largest, t_total, ACTIVATION, TAU, DTYPE
+            )
+            factors, real = class_factors + index, index < classes
+            u = tl.load(factors, mask=real, other=0) * class_scale
+            v = tl.load(factors + classes, mask=real, other=0) * class_scale
+            w = tl.load(factors + 2 * classes, mask=real, other=0) * class_scale
             g = (u_row[None, :] + u.to(DTYPE)[:, None]) * q
             g -= (v_row[None, :] + v.to(DTYPE)[:, None]) * p
             g += w_row[None, :] + w.to(DTYPE)[:, None]
@@ -495,9 +453,8 @@ def _backward(
                     g = p * (g - dot[None, :])
                 if ACTIVATION == 'sigmoid':
                     g = g * p * (1 - p)
-                place = g_rows[None, :] + index.to(tl.int64)[:, None] * class_stride
                 g = tl.where(counts, g, 0)
                 if grad.dtype.element_ty != tl.float64:  # as in _load
                     g = g.to(tl.float32)
-                there = there[:, None] & exists[None, :]
-                tl.store(place, g.to(grad.dtype.element_ty), mask=there)
+                g = g.to(grad.dtype.element_ty)
+                tl.store((grad + start)[None, :] + place, g, mask=there)

@@ -11,7 +11,6 @@ scores in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,25 +57,6 @@ def correlations(
     # intra-class, equation 9
     classes = pearson(student, teacher, 0, weight, settings)
     return total / count.clamp(min=1), classes.mean()
-
-
-def differentiable_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    mask: Tensor | None,
-    settings: Settings,
-    grads: Sequence[Tensor],
-) -> Tensor:
-    """The student's gradient, with a graph, from the gradients of the two correlations;
-    for the fast paths under ``create_graph=True``."""
-    if settings.group is not None:
-        raise NotImplementedError(
-            'With `sync=True`, DISTLoss has no second derivative. Omit '
-            '`create_graph=True` or `sync`.'
-        )
-    corrs = correlations(student, teacher, mask, settings)
-    grads = [grad.to(corr) for corr, grad in zip(corrs, grads, strict=True)]
-    return torch.autograd.grad(corrs, student, grads, create_graph=True)[0]
 
 
 def in_range(scores: Tensor) -> Tensor:

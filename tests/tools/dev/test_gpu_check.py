@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -25,8 +25,8 @@ without_gpu = pytest.mark.skipif(
 
 
 def statuses(out: Path) -> dict[str, str]:
-    parts = json.loads((out / 'gpu_check.json').read_text())
-    return {part['name']: part['status'] for part in parts}
+    page = (out / 'gpu_check.md').read_text()
+    return dict(re.findall(r'^(.+): \*\*(.+)\*\*(?:, \d+ s)?$', page, re.M))
 
 
 def test_names_of_stages():
@@ -73,9 +73,9 @@ def test_a_part_that_dies_or_takes_too_long_takes_nothing_with_it(
     monkeypatch.setattr(gpu_check.signal, 'signal', lambda *_: None)
     monkeypatch.setattr(gpu_check.tempfile, 'tempdir', str(tmp_path / 'work'))
     (tmp_path / 'work').mkdir()
-    earlier = gpu_check.Results(tmp_path)
-    earlier.set(Part(3, 'loss', 1, []), 'passed', output='seen before')
-    earlier.set(parts[3], 'failed', output='replaced')
+    earlier = Part(3, 'loss', 1, [])
+    gpu_check.report(tmp_path, earlier, 'passed', output='seen before')
+    gpu_check.report(tmp_path, parts[3], 'failed', output='replaced')
     assert gpu_check.main(['--stages', '4', '--out', str(tmp_path)]) == 1
     assert statuses(tmp_path) == {
         'loss': 'passed',
