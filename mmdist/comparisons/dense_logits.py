@@ -109,12 +109,12 @@ class DenseLogits(Comparison):
         """The teacher must have a dense head with the same anchors."""
         theirs = dense.head_of(teacher, self.teacher_path, self.unsupported)
         ours = dense.head_of(student, self.student_path)
-        dense.check_same_priors('DenseLogits', ours, theirs, self.score == 'joint')
+        dense.check_same_priors(ours, theirs, self.score == 'joint')
 
     def record(self, step: Step) -> Sequence[Tensor]:
         """Class scores per level, each (N, anchors, classes, h, w)."""
         head = dense.head_of(step.student, self.student_path)
-        return dense.scores_of(head, step.calls(head)[-1].output, self.score)
+        return dense.scores_of(head, dense.record(step, self.student_path), self.score)
 
     def ask(self, step: Step, recorded: None) -> Sequence[Tensor]:
         """The teacher's class scores per level, from its features."""
@@ -141,9 +141,8 @@ class DenseLogits(Comparison):
         )
         if ours != theirs:
             raise ValueError(
-                'DenseLogits compares the same anchors at the same locations, but '
-                f'(anchors, height, width) per level differ: the student has {ours}, '
-                f'the teacher {theirs}. {dense.SAME_LOCATIONS}'
+                f'{dense.SAME_ANCHORS}, but (anchors, height, width) per level differ: '
+                f'the student has {ours}, the teacher {theirs}. {dense.OTHER_ANCHORS}'
             )
         heads = (
             dense.head_of(step.student, self.student_path),

@@ -71,7 +71,7 @@ class Masks(Comparison):
         """The teacher must predict masks of proposals too."""
         roi.check(teacher, self.unsupported)
         roi.check_masks(teacher, self.unsupported)
-        roi.check_stage('Masks', teacher, self.stage)
+        roi.check_stage(teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:
         """The positive proposals and their masks, for each stage."""
@@ -79,7 +79,7 @@ class Masks(Comparison):
 
     def ask(self, step: Step, recorded: list[Proposals]) -> list[tuple[Judged, Tensor]]:
         """The teacher's class scores and masks of the same proposals."""
-        judged = [x[-1] for x in roi.judge(step, recorded, self.stage)]
+        judged = roi.judge(step, recorded, self.stage, 'mask')
         return [
             (one, roi.judge_masks(step, proposals, one.stage))
             for one, proposals in zip(judged, recorded, strict=True)
@@ -94,8 +94,8 @@ class Masks(Comparison):
         """One pair per stage of the student, (proposals, pixels)."""
         pairs = []
         for ours, (judged, masks) in zip(recorded, asked, strict=True):
-            scores = roi.per_class(step.teacher_model, judged.stage, judged.logits)
-            best, *classes = step.classes.best(foreground(scores, 'softmax'))
+            probabilities = foreground(judged.logits, 'softmax')
+            best, *classes = step.classes.best(probabilities)
             student, teacher = (
                 _of_class(logits, index)
                 for logits, index in zip((ours.logits, masks), classes, strict=True)

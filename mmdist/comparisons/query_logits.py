@@ -76,7 +76,7 @@ class QueryLogits(Comparison):
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have queries, and a head with the student's activation."""
         query.head_of(teacher, self.unsupported)
-        query.check_same_activation('QueryLogits', student, teacher)
+        query.check_same_activation(student, teacher)
 
     def record(self, step: Step) -> Queries:
         """The student's matching queries, from its own loss pass."""

@@ -29,7 +29,7 @@ def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
     return model.bbox_head
 
 
-def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+def modules(model: nn.Module, refuse: Refuse) -> list[nn.Module]:
     """The modules whose calls :func:`record` reads; the last is the head."""
     head = head_of(model, refuse)
     if not is_sparse(model):
@@ -42,15 +42,15 @@ def activation_of(model: nn.Module) -> str:
     return 'sigmoid' if head_of(model).loss_cls.use_sigmoid else 'softmax'
 
 
-def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
+def check_same_activation(student: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError if the scores of two models are of different kinds."""
     kinds = {'sigmoid': 'a sigmoid per class', 'softmax': 'a softmax with background'}
     ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
     if ours != theirs:
         raise ValueError(
-            f'{who}: the head of the student ({name_of(student)}) has {ours}, '
-            f'that of the teacher ({name_of(teacher)}) {theirs}. Use a teacher '
-            'with the same `bbox_head.loss_cls.use_sigmoid`.'
+            f'The head of the student ({name_of(student)}) has {ours}, that of the '
+            f'teacher ({name_of(teacher)}) {theirs}. Use a teacher with the same '
+            '`bbox_head.loss_cls.use_sigmoid`.'
         )
 
 
