@@ -267,6 +267,14 @@ class Comparison(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def check_choice(name: str, value: Any, *known: str) -> None:
+    """Raise ValueError unless the option ``name`` has one of its known values."""
+    if value not in known:
+        *others, last = map(repr, known)
+        either = f'{", ".join(others)} or {last}'
+        raise ValueError(f'{name} must be {either}, got {value!r}.')
+
+
 # Removed kinds and arguments, and what to take instead.
 REMOVED = {
     'mmdist.BoxLogits': 'mmdist.BoxLogits was removed: it lost accuracy. Use '

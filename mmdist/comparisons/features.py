@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from mmdist.families import name_of
 from mmdist.families.probabilities import fp32
-from mmdist.record import Recorder
+from mmdist.record import Call, Recorder
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher, Teacher
@@ -102,133 +102,56 @@ class Features(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The student's module."""
-        return [self._module(student, self.student_path, 'student')]
+        return [self._module(student, 'student')]
 
     def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
         """The teacher's module."""
-        return [self._module(teacher, self.teacher_path, 'teacher')]
-
-    def bind(self, student: nn.Module, teacher: Teacher) -> None:
-        """Check the path, complete the loss, and make the 1x1 convolutions."""
-        super().bind(student, teacher)
-        try:
-            if self.levels == 'stride':
-                self._pair_by_stride(student, _built(teacher))
-            if self.adapt is not False:
-                self._make_adapters(student, teacher)
-        except _NotRun as error:  # a test must work without the teacher
-            self._not_adapted = str(error)
-
-    def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
-        ours, theirs = self.student_channels, self.teacher_channels
-        if ours is None:
-            ours = [x.size(1) for x in self._dry_maps(student, 'student', self.levels)]
-        if theirs is None:
-            maps = self._dry_maps(_built(teacher), 'teacher', self.teacher_levels)
-            theirs = [x.size(1) for x in maps]
-        elif isinstance(theirs, int):
-            theirs = [theirs] * len(ours)
-        self._check_number(len(ours), len(theirs))
-        if self.adapt or list(ours) != list(theirs):
-            # Forked, so the student's initial weights are as without distillation.
-            with torch.random.fork_rng(devices=[]):
-                self.adapters = nn.ModuleList(
-                    nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
-                    for s, t in zip(ours, theirs, strict=True)
-                )
-
-    def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Set ``levels`` to the maps whose strides both models have."""
-        ours, theirs = (
-            [round(512 / x.size(3)) for x in self._dry_maps(*side, None, (512,))]
-            for side in ((student, 'student'), (teacher, 'teacher'))
-        )
-        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
-        if not common:
-            raise ValueError(
-                "Features: levels='stride' pairs no maps: the student's "
-                f"`{self.student_path}` has the strides {ours}, the teacher's "
-                f'`{self.teacher_path}` {theirs}. Give indices, `levels` and '
-                "`teacher_levels`; the teacher's maps are resized."
-            )
-        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
-        print_log(
-            'Features compares the maps of the strides '
-            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
-            f'{theirs}.',
-            logger='current',
-        )
-
-    def _dry_maps(
-        self,
-        model: nn.Module,
-        whose: str,
-        levels: Sequence[int] | None,
-        sizes: Sequence[int] = (128, 512),
-    ) -> list[Tensor]:
-        """Run the model on a batch of zeros and return its maps.
-
-        Raises:
-            _NotRun: The model cannot be run.
-        """
-        path, name = getattr(self, f'{whose}_path'), name_of(model)
-        module = self._module(model, path, whose)
-        try:
-            calls = _dry_run(model, module, sizes)
-        except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise _NotRun(f'{name} fails on a batch of zeros, {reason}') from error
-        if not calls:
-            raise _NotRun(f'{name} did not run its `{path}` in a forward pass.')
-        return self._maps(calls, path, levels)
+        return [self._module(teacher, 'teacher')]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have the module, and its channels must be known."""
-        self._module(teacher, self.teacher_path, 'teacher')
+        self._module(teacher, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not determine the sizes and channels of the maps, '
-                'which the 1x1 convolutions need, when the model was built: '
-                f'{self._not_adapted}\n'
-                f"Fix that, or set `student_channels` (of the student's "
-                f"`{self.student_path}`) and `teacher_channels` (of the teacher's "
-                f'`{self.teacher_path}`), or `adapt=False` for no convolution, and the '
-                'indices of the maps, `levels` and `teacher_levels`.'
+                'Features could not determine the sizes and channels of the maps when '
+                f'the model was built: {self._not_adapted}\n'
+                'Fix that, or set `student_channels` and `teacher_channels` (of '
+                f'{self._name("student")} and {self._name("teacher")}), or '
+                '`adapt=False` for no 1x1 convolutions, and the indices of the maps, '
+                '`levels` and `teacher_levels`.'
             )
 
     def record(self, step: Step) -> list[Tensor]:
         """The student's maps, as it computed them for its own loss."""
-        module = self._module(step.student, self.student_path, 'student')
-        return self._maps(step.calls(module), self.student_path, self.levels)
+        return self._maps(step.calls(self._module(step.student, 'student')), 'student')
 
     asks_first = True
 
     def ask(self, step: Step, recorded: None) -> list[Tensor]:
         """The teacher's maps."""
-        module = self._module(step.teacher_model, self.teacher_path, 'teacher')
-        calls = step.teacher_calls(module)
+        calls = step.teacher_calls(self._module(step.teacher_model, 'teacher'))
         if not calls:
             raise RuntimeError(
                 f'The teacher did not run its `{self.teacher_path}` in a forward pass, '
                 'so there is nothing to compare. Choose another module.'
             )
-        return self._maps(calls, self.teacher_path, self.teacher_levels)
+        return self._maps(calls, 'teacher')
 
     def pair(
         self, step: Step, recorded: list[Tensor], asked: list[Tensor]
     ) -> list[Pair]:
         """One pair per level, with the teacher's map resized to the student's."""
-        self._check_number(len(recorded), len(asked))
+        self._check_number(recorded, asked)
         pairs = []
         for level, (student, teacher) in enumerate(zip(recorded, asked, strict=True)):
             if self.adapters is not None:
                 student = self.adapters[level](student)
             if student.size(1) != teacher.size(1):
                 raise ValueError(
-                    f"Features: map {level} of the student's `{self.student_path}` has "
-                    f"{student.size(1)} channels, that of the teacher's "
-                    f'`{self.teacher_path}` {teacher.size(1)}. Omit `adapt` and '
-                    '`teacher_channels`: 1x1 convolutions then adapt them.'
+                    f'Features: map {level} of {self._name("student")} has '
+                    f'{student.size(1)} channels, that of {self._name("teacher")} '
+                    f'{teacher.size(1)}. Omit `adapt` and `teacher_channels`: 1x1 '
+                    'convolutions then adapt them.'
                 )
             student, teacher = fp32(student), fp32(teacher)
             size = student.shape[-2:]
@@ -244,52 +167,132 @@ class Features(Comparison):
         with torch.autocast(pair.student.device.type, enabled=False):
             return self.loss(pair.student, pair.teacher, **mask)
 
+    # ---- the 1x1 convolutions ----------------------------------------------------
+
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the path, complete the loss, and make the 1x1 convolutions."""
+        super().bind(student, teacher)
+        try:
+            if self.levels == 'stride':
+                self._pair_by_stride(student, _built(teacher))
+            if self.adapt is not False:
+                self._make_adapters(student, teacher)
+        except _NotRun as error:  # a test must work without the teacher
+            self._not_adapted = str(error)
+
+    def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
+        ours, theirs = self.student_channels, self.teacher_channels
+        if ours is None:
+            ours = [x.size(1) for x in self._dry_maps(student, 'student')]
+        if theirs is None:
+            theirs = [x.size(1) for x in self._dry_maps(_built(teacher), 'teacher')]
+        elif isinstance(theirs, int):
+            theirs = [theirs] * len(ours)
+        self._check_number(ours, theirs)
+        if self.adapt or list(ours) != list(theirs):
+            # Forked, so the student's initial weights are as without distillation.
+            with torch.random.fork_rng(devices=[]):
+                self.adapters = nn.ModuleList(
+                    nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
+                    for s, t in zip(ours, theirs, strict=True)
+                )
+
+    def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Set ``levels`` to the maps whose strides both models have."""
+        self.levels = self.teacher_levels = None
+        ours, theirs = (
+            [round(512 / x.size(3)) for x in self._dry_maps(*side, sizes=(512,))]
+            for side in ((student, 'student'), (teacher, 'teacher'))
+        )
+        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+        if not common:
+            raise ValueError(
+                f"Features: levels='stride' pairs no maps: {self._name('student')} has "
+                f'the strides {ours}, {self._name("teacher")} {theirs}. Give indices, '
+                "`levels` and `teacher_levels`; the teacher's maps are resized."
+            )
+        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
+        print_log(
+            'Features compares the maps of the strides '
+            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
+            f'{theirs}.',
+            logger='current',
+        )
+
+    def _dry_maps(
+        self, model: nn.Module, whose: str, sizes: Sequence[int] = (128, 512)
+    ) -> list[Tensor]:
+        """Run the model on a batch of zeros and return its maps.
+
+        Raises:
+            _NotRun: The model cannot be run.
+        """
+        module, name = self._module(model, whose), name_of(model)
+        try:
+            calls = _dry_run(model, module, sizes)
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'
+            raise _NotRun(f'{name} fails on a batch of zeros, {reason}') from error
+        if not calls:
+            raise _NotRun(f'{self._name(whose)} did not run in a forward pass.')
+        return self._maps(calls, whose)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if self._not_adapted:  # a test without the teacher's config
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _module(self, model: nn.Module, path: str, whose: str) -> nn.Module:
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            paths = [name for name, _ in model.named_modules()]
-        close = difflib.get_close_matches(path, paths, n=3)
-        names = ' or '.join(map(repr, close))
+    # ---- the two modules; `whose` is 'student' or 'teacher' ----------------------
+
+    def _path(self, whose: str) -> str:
+        return self.student_path if whose == 'student' else self.teacher_path
+
+    def _name(self, whose: str) -> str:
+        return f"the {whose}'s `{self._path(whose)}`"
+
+    def _module(self, model: nn.Module, whose: str) -> nn.Module:
+        path, modules = self._path(whose), dict(model.named_modules())
+        if path in modules:
+            return modules[path]
+        close = difflib.get_close_matches(path, modules, n=3)
         top = ', '.join(name for name, _ in model.named_children())
+        hint = f'Its top-level modules: {top}.'
+        if close:
+            hint = f'Did you mean {" or ".join(map(repr, close))}?'
         raise ValueError(
-            f'Features: the {whose}, {name_of(model)}, has no module {path!r}. '
-            + (f'Did you mean {names}?' if close else f'Its top-level modules: {top}.')
+            f'Features: the {whose}, {name_of(model)}, has no module {path!r}. {hint}'
         )
 
-    def _maps(
-        self, calls: Sequence, path: str, levels: Sequence[int] | None
-    ) -> list[Tensor]:
+    def _maps(self, calls: Sequence[Call], whose: str) -> list[Tensor]:
+        """The maps to compare of those that a module returned."""
         outputs = tree_leaves([call.output for call in calls])
         tensors = [x for x in outputs if isinstance(x, Tensor)]
         maps = [x for x in tensors if x.ndim == 4]
         if not maps:
             raise ValueError(
-                f'Features compares maps, (N, C, h, w), but `{path}` returned '
-                f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Choose another '
-                'module, for example `neck` or `backbone`.'
+                f'Features compares maps, (N, C, h, w), but {self._name(whose)} '
+                f'returned {[tuple(x.shape) for x in tensors] or "no tensor"}. Choose '
+                'another module, for example `neck` or `backbone`.'
             )
-        num = len(maps)
-        if levels is not None and not all(-num <= level < num for level in levels):
+        levels = self.levels if whose == 'student' else self.teacher_levels
+        if levels is None:
+            return maps
+        try:
+            return [maps[level] for level in levels]
+        except IndexError:
             raise ValueError(
-                f'Features: `levels` are {list(levels)}, but `{path}` returned '
-                f'{num} map(s), 0 to {num - 1}.'
-            )
-        return maps if levels is None else [maps[level] for level in levels]
+                f'Features: `levels` are {list(levels)}, but {self._name(whose)} '
+                f'returned {len(maps)} map(s), 0 to {len(maps) - 1}.'
+            ) from None
 
-    def _check_number(self, student: int, teacher: int) -> None:
-        if student != teacher:
+    def _check_number(self, student: Sequence, teacher: Sequence) -> None:
+        if len(student) != len(teacher):
             raise ValueError(
-                f"Features cannot compare {student} map(s) of the student's "
-                f"`{self.student_path}` with {teacher} of the teacher's "
-                f'`{self.teacher_path}`. Choose the same number of each with `levels` '
-                'and `teacher_levels`.'
+                f'Features cannot compare {len(student)} map(s) of '
+                f'{self._name("student")} with {len(teacher)} of '
+                f'{self._name("teacher")}. Choose the same number of each with '
+                '`levels` and `teacher_levels`.'
             )
 
 
@@ -305,31 +308,27 @@ def _built(teacher: Teacher) -> nn.Module:
         raise _NotRun(f'{type(error).__name__}: {error}') from error
 
 
-def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
+def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list[Call]:
     """The calls of ``module`` when ``model`` runs on a batch of zeros.
 
     The sizes are tried in order: some models, such as SSD, refuse small images.
     """
-    reference = next(model.parameters())
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', range(3))
     was_training = [m for m in model.modules() if m.training]
     model.eval()
     try:
         for size in sizes:
-            shape = (size, size)
-            zeros = reference.new_zeros(1, 3 if mean is None else len(mean), *shape)
-            sizes_of = dict.fromkeys(
-                ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape
-            )
-            sample = BaseDataElement(metainfo=dict(sizes_of, scale_factor=(1.0, 1.0)))
+            zeros = next(model.parameters()).new_zeros(1, len(mean), size, size)
+            shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+            metainfo = dict.fromkeys(shapes, (size, size)) | {
+                'scale_factor': (1.0, 1.0)
+            }
+            sample = BaseDataElement(metainfo=metainfo)
+            recorder, fork = Recorder([module]), torch.random.fork_rng(devices=[])
             try:
-                with (
-                    torch.no_grad(),
-                    torch.random.fork_rng(devices=[]),
-                    Recorder([module]) as recorder,
-                ):
+                with torch.no_grad(), fork, recorder:
                     if isinstance(model, ForeignTeacher):
-                        model(zeros, [shape])
+                        model(zeros, [(size, size)])
                         return recorder.calls(module)
                     model.extract_feat(zeros)
                     if not recorder.calls(module):
