@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher, Teacher
 
 from .base import Comparison, Pair
+
+# Height and width of a batch of zeros; some models, such as SSD, refuse small images.
+DRY_SIZE = 512
 
 
 @MODELS.register_module()
@@ -174,7 +178,7 @@ class Features(Comparison):
         super().bind(student, teacher)
         try:
             if self.levels == 'stride':
-                self._pair_by_stride(student, _built(teacher))
+                self._pair_by_stride(student, teacher)
             if self.adapt is not False:
                 self._make_adapters(student, teacher)
         except _NotRun as error:  # a test must work without the teacher
@@ -185,7 +189,7 @@ class Features(Comparison):
         if ours is None:
             ours = [x.size(1) for x in self._dry_maps(student, 'student')]
         if theirs is None:
-            theirs = [x.size(1) for x in self._dry_maps(_built(teacher), 'teacher')]
+            theirs = [x.size(1) for x in self._dry_maps(teacher, 'teacher')]
         elif isinstance(theirs, int):
             theirs = [theirs] * len(ours)
         self._check_number(ours, theirs)
@@ -197,13 +201,11 @@ class Features(Comparison):
                     for s, t in zip(ours, theirs, strict=True)
                 )
 
-    def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
+    def _pair_by_stride(self, student: nn.Module, teacher: Teacher) -> None:
         """Set ``levels`` to the maps whose strides both models have."""
         self.levels = self.teacher_levels = None
-        ours, theirs = (
-            [round(512 / x.size(3)) for x in self._dry_maps(*side, sizes=(512,))]
-            for side in ((student, 'student'), (teacher, 'teacher'))
-        )
+        sides = self._dry_maps(student, 'student'), self._dry_maps(teacher, 'teacher')
+        ours, theirs = ([round(DRY_SIZE / x.size(3)) for x in side] for side in sides)
         common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
         if not common:
             raise ValueError(
@@ -212,27 +214,25 @@ class Features(Comparison):
                 "`levels` and `teacher_levels`; the teacher's maps are resized."
             )
         self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
+        strides = [ours[i] for i in self.levels]
         print_log(
-            'Features compares the maps of the strides '
-            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
-            f'{theirs}.',
+            f'Features compares the maps of the strides {strides}. The student has '
+            f'{ours}, the teacher {theirs}.',
             logger='current',
         )
 
-    def _dry_maps(
-        self, model: nn.Module, whose: str, sizes: Sequence[int] = (128, 512)
-    ) -> list[Tensor]:
-        """Run the model on a batch of zeros and return its maps.
+    def _dry_maps(self, model: nn.Module | Teacher, whose: str) -> list[Tensor]:
+        """Run a model, of the teacher without its weights, on zeros for its maps.
 
         Raises:
-            _NotRun: The model cannot be run.
+            _NotRun: The model cannot be built or run.
         """
-        module, name = self._module(model, whose), name_of(model)
-        try:
-            calls = _dry_run(model, module, sizes)
-        except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise _NotRun(f'{name} fails on a batch of zeros, {reason}') from error
+        if whose == 'teacher':
+            with _failing(''):
+                model = model.build()
+        module = self._module(model, whose)
+        with _failing(f'{name_of(model)} fails on a batch of zeros, '):
+            calls = _dry_run(model, module)
         if not calls:
             raise _NotRun(f'{self._name(whose)} did not run in a forward pass.')
         return self._maps(calls, whose)
@@ -300,43 +300,34 @@ class _NotRun(Exception):
     """A model could not be built or run to find its maps."""
 
 
-def _built(teacher: Teacher) -> nn.Module:
-    """The teacher without its weights."""
+@contextmanager
+def _failing(prefix: str) -> Iterator[None]:
+    """Context whose errors, of any kind, become a :class:`_NotRun`."""
     try:
-        return teacher.build()
-    except Exception as error:  # any kind
-        raise _NotRun(f'{type(error).__name__}: {error}') from error
+        yield
+    except Exception as error:
+        raise _NotRun(f'{prefix}{type(error).__name__}: {error}') from error
 
 
-def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list[Call]:
-    """The calls of ``module`` when ``model`` runs on a batch of zeros.
-
-    The sizes are tried in order: some models, such as SSD, refuse small images.
-    """
+def _dry_run(model: nn.Module, module: nn.Module) -> list[Call]:
+    """The calls of ``module`` when ``model`` runs on a batch of zeros."""
     mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', range(3))
+    size = (DRY_SIZE, DRY_SIZE)
+    zeros = next(model.parameters()).new_zeros(1, len(mean), *size)
     was_training = [m for m in model.modules() if m.training]
     model.eval()
+    recorder, fork = Recorder([module]), torch.random.fork_rng(devices=[])
     try:
-        for size in sizes:
-            zeros = next(model.parameters()).new_zeros(1, len(mean), size, size)
-            shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
-            metainfo = dict.fromkeys(shapes, (size, size)) | {
-                'scale_factor': (1.0, 1.0)
-            }
-            sample = BaseDataElement(metainfo=metainfo)
-            recorder, fork = Recorder([module]), torch.random.fork_rng(devices=[])
-            try:
-                with torch.no_grad(), fork, recorder:
-                    if isinstance(model, ForeignTeacher):
-                        model(zeros, [(size, size)])
-                        return recorder.calls(module)
-                    model.extract_feat(zeros)
-                    if not recorder.calls(module):
-                        model(zeros, [sample], mode='tensor')
+        with torch.no_grad(), fork, recorder:
+            if isinstance(model, ForeignTeacher):
+                model(zeros, [size])
                 return recorder.calls(module)
-            except Exception:
-                if size == sizes[-1]:
-                    raise
+            model.extract_feat(zeros)
+            if not recorder.calls(module):
+                names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+                metainfo = dict.fromkeys(names, size) | {'scale_factor': (1.0, 1.0)}
+                model(zeros, [BaseDataElement(metainfo=metainfo)], mode='tensor')
     finally:
         for m in was_training:
             m.training = True
+    return recorder.calls(module)
