@@ -188,7 +188,7 @@ class Boxes(Comparison):
             _, teacher = roi.stages(step.teacher_model)[asked.stage]
             probabilities = foreground(asked.logits, 'softmax')
             scores, classes, theirs = step.classes.best(probabilities)
-            deltas = _of_class(teacher, asked.deltas, theirs)
+            deltas = roi.of_class(asked.deltas.unflatten(1, (-1, 4)), theirs)
             target = teacher.bbox_coder.decode(priors, deltas)
         else:
             target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
@@ -201,7 +201,7 @@ class Boxes(Comparison):
             if step.classes.student is not None:
                 columns = [column for (column,) in step.classes.student]
                 classes = classes.new_tensor(columns)[classes]
-        own = _of_class(head, proposals.deltas, classes)
+        own = roi.of_class(proposals.deltas.unflatten(1, (-1, 4)), classes)
         if self.in_pixels:
             own = head.bbox_coder.decode(priors, own)
         else:
@@ -289,11 +289,3 @@ def _is_known(head: nn.Module, family: str) -> bool:
     # CrowdDet regresses several boxes per proposal, SABL the sides of one
     coder = getattr(head, 'bbox_coder', None)
     return not hasattr(head, 'num_instance') and not is_a(head, 'SABLHead') and coder
-
-
-def _of_class(head: nn.Module, deltas: Tensor, classes: Tensor) -> Tensor:
-    """The four deltas of each row's class, (rows, 4)."""
-    if head.reg_class_agnostic:
-        return deltas
-    index = classes[:, None, None].expand(-1, 1, 4)
-    return deltas.unflatten(1, (-1, 4)).gather(1, index).squeeze(1)

@@ -70,6 +70,7 @@ class Features(Comparison):
         'any model, by the path of a module that returns maps (N, C, h, w), such as '
         '`neck` or `backbone`'
     )
+    asks_first = True
 
     def __init__(
         self,
@@ -128,8 +129,6 @@ class Features(Comparison):
     def record(self, step: Step) -> list[Tensor]:
         """The student's maps, as it computed them for its own loss."""
         return self._maps(step.calls(self._module(step.student, 'student')), 'student')
-
-    asks_first = True
 
     def ask(self, step: Step, recorded: None) -> list[Tensor]:
         """The teacher's maps."""

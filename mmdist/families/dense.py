@@ -15,6 +15,7 @@ from mmdist.families import Places, Refuse, unreadable
 from mmdist.families.probabilities import foreground, fp32
 from mmdist.lookup import by_class_name
 from mmdist.losses import as_rows
+from mmdist.record import swapped
 from mmdist.step import Step
 
 ASSIGNED = 'overlap or best'
@@ -148,11 +149,8 @@ def ask(step: Step, path: str | None = None) -> tuple:
 
     def run() -> tuple:
         # Only the head's own flag: its layers, such as Dropout and BN, stay in eval.
-        head.training = _class_maps(head).ask_as_in_training
-        try:
+        with swapped(head, 'training', _class_maps(head).ask_as_in_training):
             return head(step.teacher_features)
-        finally:
-            head.training = False
 
     return step.shared(f'head {path}', run)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,11 +30,12 @@ class Proposals(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What the teacher's bbox head says about proposals, in the last stage asked."""
+    """What the teacher's heads say about proposals, in the last stage asked."""
 
     stage: int
     logits: Tensor  # as in Proposals, the mean over the stages asked
-    deltas: Tensor  # (rois, 4) or (rois, 4 * classes)
+    deltas: Tensor  # as in Proposals
+    masks: Tensor | None = None  # logits of the mask head, if asked
 
 
 def is_sparse(model: nn.Module) -> bool:
@@ -164,26 +164,23 @@ def check_stage(teacher: nn.Module, stage: int | str | None) -> None:
 
 
 def judge(
-    step: Step,
-    recorded: Sequence[Proposals],
-    stage: int | str | None,
-    part: str = 'bbox',
+    step: Step, recorded: list[Proposals], stage: int | str | None, part: str = 'bbox'
 ) -> list[Judged]:
-    """What the teacher's bbox head says about proposals, computed once per step.
+    """What the teacher's heads say about proposals, computed once per step.
 
     Args:
         step: The step.
-        recorded: The proposals of each stage of the student.
+        recorded: What :func:`record` returned for ``part``, ``'bbox'`` or ``'mask'``.
         stage: The stage of a cascade to ask; all for ``'mean'``; for None that of the
             student, or the last one if the teacher has fewer.
-        part: The head of the student that got the proposals, as in :func:`record`.
+        part: For ``'mask'``, the mask head is asked too.
     """
     key = f'{part} proposals, stage {stage}'
-    return step.shared(key, lambda: _judge(step, recorded, stage))
+    return step.shared(key, lambda: _judge(step, recorded, stage, part))
 
 
 def _judge(
-    step: Step, recorded: Sequence[Proposals], stage: int | str | None
+    step: Step, recorded: list[Proposals], stage: int | str | None, part: str
 ) -> list[Judged]:
     teacher, features = step.teacher_model, step.teacher_features
     roi_head, heads = teacher.roi_head, [head for _, head in stages(teacher)]
@@ -204,18 +201,21 @@ def _judge(
         rois = proposals.rois.clone()
         rois[:, 0] %= len(features[0])
         results = []
-        for one in asked:
-            which = [one] if is_cascade(teacher) else []
+        for last in asked:
+            which = [last] if is_cascade(teacher) else []
             results.append(roi_head._bbox_forward(*which, features, rois, **context))
-        last, logits = asked[-1], torch.stack([x['cls_score'] for x in results])
-        logits = _per_class(heads[last], logits.mean(0))
-        judged.append(Judged(last, logits, results[-1]['bbox_pred']))
+        logits = torch.stack([x['cls_score'] for x in results]).mean(0)
+        answer = last, _per_class(heads[last], logits), results[-1]['bbox_pred']
+        if part == 'mask':
+            which = [last] if isinstance(roi_head.mask_head, nn.ModuleList) else []
+            masks = roi_head._mask_forward(*which, features, rois)['mask_preds']
+            answer = *answer, masks
+        judged.append(Judged(*answer))
     return judged
 
 
-def judge_masks(step: Step, proposals: Proposals, stage: int) -> Tensor:
-    """The mask logits of proposals from a stage of the teacher's mask head."""
-    roi_head = step.teacher_model.roi_head
-    which = [stage] if isinstance(roi_head.mask_head, nn.ModuleList) else []
-    masks = roi_head._mask_forward(*which, step.teacher_features, proposals.rois)
-    return masks['mask_preds']
+def of_class(values: Tensor, classes: Tensor) -> Tensor:
+    """The values of each row's class: (rows, ...) of (rows, classes or 1, ...)."""
+    if values.shape[1] == 1:  # class-agnostic
+        return values[:, 0]
+    return values[torch.arange(len(values), device=values.device), classes]
