@@ -183,10 +183,9 @@ class Comparison(BaseModule):
         """
         if not hasattr(self, 'mean_of_views'):
             raise ValueError(
-                "`teacher.views` averages the teacher's answers to an image and its "
-                f'mirror image at each location, but {type(self).__name__} does not '
-                'compare locations. Use mmdist.SegLogits or mmdist.DenseLogits, or '
-                'omit `views`.'
+                "`teacher.views` averages the teacher's answers at each location, but "
+                f'{type(self).__name__} does not compare locations. Use '
+                'mmdist.SegLogits or mmdist.DenseLogits, or omit `views`.'
             )
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:

@@ -118,12 +118,11 @@ class Features(Comparison):
         self._module(teacher, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not determine the sizes and channels of the maps when '
-                f'the model was built: {self._not_adapted}\n'
-                'Fix that, or set `student_channels` and `teacher_channels` (of '
-                f'{self._name("student")} and {self._name("teacher")}), or '
-                '`adapt=False` for no 1x1 convolutions, and the indices of the maps, '
-                '`levels` and `teacher_levels`.'
+                'The maps that Features compares could not be found when the model was '
+                f'built: {self._not_adapted}\nFix that, or set `student_channels` and '
+                f'`teacher_channels` (of {self._name("student")} and '
+                f'{self._name("teacher")}) or `adapt=False` for no 1x1 convolutions, '
+                'and `levels` and `teacher_levels`, the indices of the maps.'
             )
 
     def record(self, step: Step) -> list[Tensor]:

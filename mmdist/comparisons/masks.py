@@ -68,8 +68,7 @@ class Masks(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must predict masks of proposals too."""
-        roi.check(teacher, self.unsupported)
-        roi.check_masks(teacher, self.unsupported)
+        roi.check(teacher, self.unsupported, 'mask')
         roi.check_stage(teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:

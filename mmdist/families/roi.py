@@ -43,30 +43,26 @@ def is_sparse(model: nn.Module) -> bool:
     return is_a(getattr(model, 'roi_head', None), 'SparseRoIHead')
 
 
-def check(model: nn.Module, refuse: Refuse) -> None:
-    """Raise unless the model's bbox head can score any proposals."""
+def check(model: nn.Module, refuse: Refuse, part: str = 'bbox') -> None:
+    """Raise unless the heads can score (``'mask'``: and segment) any proposals."""
     roi_head = getattr(model, 'roi_head', None)
-    for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
-        if not hasattr(roi_head, part):
-            raise refuse(model, f'it has no `roi_head.{part}`')
+    for name in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
+        if not hasattr(roi_head, name):
+            raise refuse(model, f'it has no `roi_head.{name}`')
+    kind = type(roi_head).__name__
     if is_sparse(model):
         raise refuse(
             model,
-            'the bbox heads of its SparseRoIHead score only its own learned '
-            'proposals, not those of another model (mmdist.QueryLogits compares it)',
+            f'the bbox heads of its {kind} score only its own learned proposals, not '
+            'those of another model (mmdist.QueryLogits compares it)',
         )
-
-
-def check_masks(model: nn.Module, refuse: Refuse) -> None:
-    """Raise unless the model's mask head can segment any proposals."""
-    roi_head = getattr(model, 'roi_head', None)
+    if part == 'bbox':
+        return
     if getattr(roi_head, 'mask_head', None) is None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
     if type(roi_head)._mask_forward.__qualname__ not in MASK_FORWARDS:
-        kind = type(roi_head).__name__
-        raise refuse(
-            model, f'the mask head of its {kind} needs more than features and proposals'
-        )
+        needs = 'needs more than features and proposals'
+        raise refuse(model, f'the mask head of its {kind} {needs}')
     if getattr(roi_head, 'share_roi_extractor', False):
         raise refuse(model, 'its mask head does not have its own extractor')
 
@@ -85,7 +81,7 @@ def is_cascade(model: nn.Module) -> bool:
 
 def modules(model: nn.Module, refuse: Refuse, part: str = 'bbox') -> list[nn.Module]:
     """The extractors and heads of all stages."""
-    (check if part == 'bbox' else check_masks)(model, refuse)
+    check(model, refuse, part)
     extractors, heads = zip(*stages(model, part), strict=True)
     return [*extractors, *heads]
 
