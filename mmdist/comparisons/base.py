@@ -13,6 +13,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmdist.families import name_of
 from mmdist.lookup import by_class_name, check_arguments, did_you_mean
 from mmdist.losses import DISTLoss, Terms, as_rows
 from mmdist.registry import MODELS, class_of
@@ -48,12 +49,9 @@ class Pair:
 OTHER_CLASSES = (
     'The rows are the same, so the classes differ. Classes are matched by name if the '
     'names of both sides are known; the log says whose are not. Use a teacher whose '
-    'checkpoint names its classes, or whose config has the dataset that does, or one '
-    "with the student's classes."
+    "checkpoint or dataset names its classes, or one with the student's classes."
 )
 OTHER_ROWS = 'Use a teacher with the same strides and the same anchors per location.'
-
-
 # Losses that take logits, and how to recover these from probabilities: log-odds for a
 # sigmoid, logarithms for a softmax.
 LOSSES_OF_LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,9 +95,8 @@ class Comparison(BaseModule):
         super().__init__()
         self._loss_cfg = dict(loss or dict(type='mmdist.DISTLoss'))
         self.loss = MODELS.build(dict(self._loss_cfg))
-        self._loss_takes_mask = (
-            'mask' in inspect.signature(self.loss.forward).parameters
-        )
+        takes = inspect.signature(self.loss.forward).parameters
+        self._loss_takes_mask = 'mask' in takes
         self._has_warned = False
 
     # ---- what a subclass fills in ------------------------------------------------
@@ -148,9 +145,8 @@ class Comparison(BaseModule):
             model: The model.
             reason: The reason, a clause such as 'it has no ``neck``'.
         """
-        name = type(model).__name__.removeprefix('Distilled')  # of a distilled student
         return ValueError(
-            f'{type(self).__name__} cannot compare a {name}: {reason}. '
+            f'{type(self).__name__} cannot compare a {name_of(model)}: {reason}. '
             f'It compares {self.families}. For any other model write your own '
             'comparison; docs/own_comparison.md shows how.'
         )
@@ -187,10 +183,9 @@ class Comparison(BaseModule):
         """
         if not hasattr(self, 'mean_of_views'):
             raise ValueError(
-                "`teacher.views` averages the teacher's answers to an image and its "
-                f'mirror image at each location, but {type(self).__name__} does not '
-                'compare locations. Use mmdist.SegLogits or mmdist.DenseLogits, or '
-                'omit `views`.'
+                "`teacher.views` averages the teacher's answers at each location, but "
+                f'{type(self).__name__} does not compare locations. Use '
+                'mmdist.SegLogits or mmdist.DenseLogits, or omit `views`.'
             )
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
@@ -226,18 +221,26 @@ class Comparison(BaseModule):
                 f"{type(self).__name__}: the student's logits have the shape {ours}, "
                 f"the teacher's {theirs}. {OTHER_CLASSES if same_rows else OTHER_ROWS}"
             )
-        if isinstance(self.loss, DISTLoss):
-            few_columns = ours[1] <= 2 and self.loss.beta
-            if few_columns:
-                self._warn_of_few_columns(ours[1])
-            return self.loss.terms(
-                pair.student,
-                pair.teacher,
-                pair.mask,
-                activation=None if 'activation' in self._loss_cfg else pair.activation,
-                beta=0.0 if few_columns else None,
+        if not isinstance(self.loss, DISTLoss):
+            return Terms(self._plain_loss(pair), None, None)
+        few_columns = ours[1] <= 2 and self.loss.beta
+        if few_columns and not self._has_warned:
+            self._has_warned = True
+            one, two = ('one channel', 'undefined'), ('two classes', 'always 1 or -1')
+            columns, correlation = one if ours[1] == 1 else two
+            warnings.warn(
+                f'{type(self).__name__} compares {columns} per row: the inter-class '
+                f'correlation of such a row is {correlation}, so it teaches nothing. '
+                'The term is left out, as with `beta=0`; the intra-class term remains.',
+                stacklevel=2,
             )
-        return Terms(self._plain_loss(pair), None, None)
+        return self.loss.terms(
+            pair.student,
+            pair.teacher,
+            pair.mask,
+            activation=None if 'activation' in self._loss_cfg else pair.activation,
+            beta=0.0 if few_columns else None,
+        )
 
     def _plain_loss(self, pair: Pair) -> Tensor:
         """The loss of a pair, for a loss without correlations."""
@@ -255,24 +258,20 @@ class Comparison(BaseModule):
             return pair.student.sum() * 0
         return self.loss(student, teacher)
 
-    def _warn_of_few_columns(self, columns: int) -> None:
-        if not self._has_warned:
-            what = 'one channel' if columns == 1 else 'two classes'
-            value = 'undefined' if columns == 1 else 'always 1 or -1'
-            warnings.warn(
-                f'{type(self).__name__} compares {what} per row: the inter-class '
-                f'correlation of such a row is {value}, so it teaches nothing. The '
-                'term is left out, as with `beta=0`; the intra-class term remains.',
-                stacklevel=2,
-            )
-        self._has_warned = True
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # A plain student's checkpoint has no parameters of distillation: those here
         # (the convolutions of Features) keep their initial values.
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + k: v for k, v in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def check_choice(name: str, value: Any, *known: str) -> None:
+    """Raise ValueError unless the option ``name`` has one of its known values."""
+    if value not in known:
+        *others, last = map(repr, known)
+        either = f'{", ".join(others)} or {last}'
+        raise ValueError(f'{name} must be {either}, got {value!r}.')
 
 
 # Removed kinds and arguments, and what to take instead.
@@ -294,36 +293,31 @@ def build_comparison(name: str, cfg: dict) -> Comparison:
     Raises:
         ValueError: The kind, the loss or an argument does not exist.
     """
-    kind = cfg.get('type') if isinstance(cfg, Mapping) else None
-    if isinstance(kind, str) and kind in REMOVED:
-        raise ValueError(f'`distill.{name}`: {REMOVED[kind]}')
-    compares = 'has the unknown comparison type {!r}'
-    _check(f'distill.{name}', cfg, Comparison, compares)
+    _check(f'distill.{name}', cfg, 'comparison')
     if cfg.get('loss') is not None:
-        loss = 'has the unknown loss type {!r}'
-        _check(f'distill.{name}.loss', cfg['loss'], nn.Module, loss)
+        _check(f'distill.{name}.loss', cfg['loss'], 'loss')
     return MODELS.build(dict(cfg))
 
 
-def _check(where: str, cfg: Any, base: type, says: str) -> None:
+def _check(where: str, cfg: Any, what: str) -> None:
+    """Raise ValueError unless ``cfg`` can build a ``'comparison'`` or a ``'loss'``."""
     if not isinstance(cfg, Mapping):
         raise ValueError(f'`{where}` must be a dict with a `type`, got {cfg!r:.200}.')
-    cls, kind = class_of(cfg), cfg.get('type')
+    kind, cls = cfg.get('type'), class_of(cfg)
+    for name in (str(kind), *(f'{getattr(cls, "__name__", "")}.{key}' for key in cfg)):
+        if name in REMOVED:
+            raise ValueError(f'`{where}`: {REMOVED[name]}')
+    base = Comparison if what == 'comparison' else nn.Module
     if not (inspect.isclass(cls) and issubclass(cls, base)):
+        classes = {n: c for n, c in MODELS.module_dict.items() if inspect.isclass(c)}
         known = sorted(
             f'mmdist.{name}'
-            for name, c in MODELS.module_dict.items()
-            if inspect.isclass(c)
-            and (
-                issubclass(c, base) if base is Comparison else 'losses' in c.__module__
-            )
+            for name, c in classes.items()
+            if (issubclass(c, base) if base is Comparison else 'losses' in c.__module__)
         )
         raise ValueError(
-            f'`{where}` {says.format(kind)}.{did_you_mean(kind, known)} mmdist has '
-            f'{", ".join(known)}; for your own see `custom_imports` and '
-            'docs/own_comparison.md.'
+            f'`{where}` has the unknown {what} type {kind!r}.'
+            f'{did_you_mean(kind, known)} mmdist has {", ".join(known)}; for your own '
+            'see `custom_imports` and docs/own_comparison.md.'
         )
-    for key in cfg:
-        if f'{cls.__name__}.{key}' in REMOVED:
-            raise ValueError(f'`{where}`: {REMOVED[f"{cls.__name__}.{key}"]}')
     check_arguments(where, cls, cfg)

@@ -10,19 +10,10 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from mmdist.families import (
-    DENSE,
-    QUERY,
-    ROI,
-    dense,
-    family_of,
-    query,
-    reader_of,
-    roi,
-)
-from mmdist.families.box_codes import Code, decode, encoded, encodes
+from mmdist.families import DENSE, QUERY, ROI, dense, family_of, query, reader_of, roi
+from mmdist.families.box_codes import decode, encoded, encodes
 from mmdist.families.probabilities import check_min_score, foreground
-from mmdist.families.roi import Judged, Proposals
+from mmdist.families.roi import Proposals
 from mmdist.lookup import is_a
 from mmdist.registry import MODELS
 from mmdist.step import Step
@@ -101,8 +92,8 @@ class Boxes(Comparison):
         """Check the student, and use its head's loss if none is given."""
         super().bind(student, teacher)
         is_queries = family_of(student) == QUERY
-        head = _heads(student)[0]
-        own = getattr(head, 'loss_iou' if is_queries else 'loss_bbox', None)
+        name = 'loss_iou' if is_queries else 'loss_bbox'
+        own = getattr(_heads(student)[0], name, None)
         if self.is_own_loss and own is not None:
             self.loss = deepcopy(own)
         if is_queries and not self.in_pixels:
@@ -131,181 +122,127 @@ class Boxes(Comparison):
             return
         self.student_modules(teacher)
         if family_of(student) == DENSE:
-            dense.check_same_priors('Boxes', *_heads(student), *_heads(teacher), True)
+            dense.check_same_priors(*_heads(student), *_heads(teacher))
         elif family_of(student) == ROI:
-            roi.check_stage('Boxes', teacher, self.stage)
+            roi.check_stage(teacher, self.stage)
         else:
-            query.check_same_activation('Boxes', student, teacher)
+            query.check_same_activation(student, teacher)
 
-    def record(self, step: Step) -> list[Any]:
+    def record(self, step: Step) -> Any:
         """The proposals of all stages, the queries, or the output of a dense head."""
-        if family_of(step.student) != DENSE:
-            return reader_of(step.student).record(step)
-        return [step.calls(dense.head_of(step.student))[-1].output]
+        return reader_of(step.student).record(step)
 
-    def ask(self, step: Step, recorded: list[Any]) -> list[Any]:
-        """The teacher's outputs for the same proposals, its queries or dense output."""
-        family = family_of(step.student)
-        if family != family_of(step.teacher_model):
+    def ask(self, step: Step, recorded: Any) -> Any:
+        """The teacher's outputs for the same proposals, its queries or dense output.
+
+        From a teacher of another family, its detections in each image.
+        """
+        if not _are_alike(step):
             return [common(step, one) for one in detected(step)]
-        if family == ROI:
-            judged = roi.judge_once(step, recorded, self.stage)
-            return [outputs[-1] for outputs in judged]
-        return query.ask(step) if family == QUERY else [dense.ask(step)]
+        if family_of(step.student) == ROI:
+            return roi.judge(step, recorded, self.stage)
+        return reader_of(step.teacher_model).ask(step)
 
-    def pair(self, step: Step, recorded: list[Any], asked: list[Any]) -> list[Pair]:
+    def pair(self, step: Step, recorded: Any, asked: Any) -> list[Pair]:
         """A pair of boxes, (rows, 4), for each stage of the student."""
         family = family_of(step.student)
-        if family != family_of(step.teacher_model):
-            return self._of_detections(step, recorded, asked)
-        if family == ROI:
-            both = zip(recorded, asked, strict=True)
-            return [self._of_proposals(step, *one) for one in both]
-        compare = self._of_queries if family == QUERY else self._of_locations
-        return [compare(step, recorded[-1], asked[-1])]
+        if family == DENSE:
+            return [self._of_locations(step, recorded, asked)]
+        if family == QUERY:
+            return [self._of_queries(step, recorded[-1], asked)]
+        asked = asked if _are_alike(step) else [asked] * len(recorded)
+        both = zip(recorded, asked, strict=True)
+        return [self._of_proposals(step, *one) for one in both]
 
-    def _of_proposals(self, step: Step, proposals: Proposals, judged: Judged) -> Pair:
-        _, teacher = roi.stages(step.teacher_model)[judged.stage]
-        logits = roi.per_class(step.teacher_model, judged.stage, judged.logits)
-        scores, ours, theirs = step.classes.best(foreground(logits, 'softmax'))
-        priors = proposals.rois[:, 1:]
-        target = teacher.bbox_coder.decode(
-            priors, _of_class(teacher, judged.deltas, theirs)
-        )
-        return self._two_stage(step, proposals, ours, target, scores)
-
-    def _two_stage(
-        self,
-        step: Step,
-        proposals: Proposals,
-        classes: Tensor,
-        target: Tensor,
-        scores: Tensor,
-    ) -> Pair:
-        """A two-stage student's boxes, for targets given in pixels, (rows, 4)."""
-        _, head = roi.stages(step.student)[proposals.stage]
-        code, priors = _of_class(head, proposals.deltas, classes), proposals.rois[:, 1:]
+    def _of_locations(self, step: Step, output: tuple, asked: Any) -> Pair:
+        """A dense student's boxes."""
+        head = dense.head_of(step.student)
+        if _are_alike(step):
+            teacher, best = dense.head_of(step.teacher_model), []
+            for level in dense.scores_of(teacher, asked, 'joint'):
+                rows = level.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
+                score, *_ = step.classes.best(rows.flatten(0, 3))
+                best.append(score.view(len(level), -1))
+            scores = torch.cat(best, 1)
+            target = decode(teacher, encoded(teacher, asked))
+        else:
+            anchors = torch.cat(dense.anchors(head, output[1]))
+            found = [_nearest(anchors, one, dense.ASSIGNED) for one in asked]
+            target, scores, _ = map(torch.stack, zip(*found, strict=True))
+        inside = dense.inside(step, head, output[1])
+        if inside[0] is not None:
+            scores = scores * torch.cat(inside, 1)
+        code = encoded(head, output)
         if self.in_pixels:
-            code = head.bbox_coder.decode(priors, code)
+            own = decode(head, code)
+        else:
+            own, priors = code.code, code.priors.repeat(len(target), 1)
+            target = head.bbox_coder.encode(priors, target.flatten(0, 1))
+        return self._pair(own.flatten(0, 1), target.reshape(-1, 4), scores.flatten())
+
+    def _of_proposals(self, step: Step, proposals: Proposals, asked: Any) -> Pair:
+        """The boxes of a stage of a two-stage student."""
+        _, head = roi.stages(step.student)[proposals.stage]
+        priors = proposals.rois[:, 1:]
+        if _are_alike(step):
+            _, teacher = roi.stages(step.teacher_model)[asked.stage]
+            probabilities = foreground(asked.logits, 'softmax')
+            scores, classes, theirs = step.classes.best(probabilities)
+            deltas = roi.of_class(asked.deltas.unflatten(1, (-1, 4)), theirs)
+            target = teacher.bbox_coder.decode(priors, deltas)
+        else:
+            target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
+            classes = torch.zeros_like(scores, dtype=torch.long)
+            images = proposals.rois[:, 0] % len(asked)
+            for image, one in enumerate(asked):
+                here = images == image
+                found = _nearest(priors[here], one, roi.ASSIGNED)
+                target[here], scores[here], classes[here] = found
+            if step.classes.student is not None:
+                columns = [column for (column,) in step.classes.student]
+                classes = classes.new_tensor(columns)[classes]
+        own = roi.of_class(proposals.deltas.unflatten(1, (-1, 4)), classes)
+        if self.in_pixels:
+            own = head.bbox_coder.decode(priors, own)
         else:
             target = head.bbox_coder.encode(priors, target)
         term = roi.term_of(step.student, proposals.stage)
-        return self._pair(code, target, scores, **term)
+        return self._pair(own, target, scores, **term)
 
-    def _of_locations(self, step: Step, recorded: tuple, asked: tuple) -> Pair:
-        student, teacher = (
-            dense.head_of(model) for model in (step.student, step.teacher_model)
-        )
-        scores = []
-        for level in dense.scores_of(teacher, asked, 'joint'):
-            rows = level.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
-            best, *_ = step.classes.best(rows.flatten(0, 3))
-            best = best.view(rows.shape[:-1])
-            mask = step.valid_mask(*rows.shape[1:3])
-            if mask is not None:
-                best = best * mask.unsqueeze(-1)
-            scores.append(best.flatten(1))
-        target = decode(teacher, encoded(teacher, asked))
-        return self._dense(student, recorded, target, torch.cat(scores, 1))
-
-    def _dense(
-        self, head: nn.Module, recorded: tuple, target: Tensor, scores: Tensor
-    ) -> Pair:
-        """A dense student's boxes, for targets given in pixels, (N, rows, 4)."""
-        code = encoded(head, recorded)
-        if self.in_pixels:
-            code = Code(decode(head, code), code.priors)
+    def _of_queries(self, step: Step, queries: list[InstanceData], asked: list) -> Pair:
+        """The boxes of the queries that are matched one to one."""
+        if _are_alike(step):
+            ours, theirs = self.match.queries(step, queries, asked[-1])
+            logits = torch.cat([x.scores for x in theirs])
+            activation = query.activation_of(step.teacher_model)
+            scores = foreground(logits, activation).amax(1)
         else:
-            priors = code.priors.repeat(len(target), 1)
-            target = head.bbox_coder.encode(priors, target.flatten(0, 1))
-        return self._pair(
-            code.code.flatten(0, 1), target.reshape(-1, 4), scores.flatten()
-        )
-
-    def _of_detections(
-        self, step: Step, recorded: list[Any], asked: list[InstanceData]
-    ) -> list[Pair]:
-        """The student's boxes, with the teacher's detections as targets."""
-        family = family_of(step.student)
-        if family == QUERY:
-            return [self._of_matched(step, recorded[-1], asked)]
-        if family == DENSE:
-            return [self._of_anchors(step, recorded[-1], asked)]
-        return [self._of_rois(step, proposals, asked) for proposals in recorded]
-
-    def _of_anchors(
-        self, step: Step, recorded: tuple, asked: list[InstanceData]
-    ) -> Pair:
-        head, maps = dense.head_of(step.student), recorded[1]
-        levels = dense.anchors(head, maps)
-        found = [_nearest(torch.cat(levels), one, dense.ASSIGNED) for one in asked]
-        target, scores, _ = map(torch.stack, zip(*found, strict=True))
-        masks = [step.valid_mask(*x.shape[-2:]) for x in maps]
-        if masks[0] is not None:  # some image is padded
-            inside = [
-                mask.flatten(1).repeat_interleave(len(boxes) // mask[0].numel(), 1)
-                for mask, boxes in zip(masks, levels, strict=True)
-            ]
-            scores = scores * torch.cat(inside, 1)
-        return self._dense(head, recorded, target, scores)
-
-    def _of_rois(
-        self, step: Step, proposals: Proposals, asked: list[InstanceData]
-    ) -> Pair:
-        priors = proposals.rois[:, 1:]
-        target, scores = torch.zeros_like(priors), torch.zeros_like(priors[:, 0])
-        labels = torch.zeros_like(scores, dtype=torch.long)
-        images = proposals.rois[:, 0] % len(asked)
-        for image, one in enumerate(asked):
-            here = images == image
-            target[here], scores[here], labels[here] = _nearest(
-                priors[here], one, roi.ASSIGNED
-            )
-        if step.classes.student is not None:
-            columns = [column for (column,) in step.classes.student]
-            labels = labels.new_tensor(columns)[labels]
-        return self._two_stage(step, proposals, labels, target, scores)
-
-    def _of_matched(
-        self, step: Step, queries: list[InstanceData], asked: list[InstanceData]
-    ) -> Pair:
-        (places,) = query.places(step)
-        rows = []
-        for image, (ours, one) in enumerate(zip(queries, asked, strict=True)):
-            probs = places.scores[places.images == image].detach()
-            meta = step.data_samples[image].metainfo
-            own, theirs = self.match.detections(
-                probs, ours.bboxes.detach().float(), one, meta
-            )
-            rows.append((ours.bboxes[own], one.bboxes[theirs], one.scores[theirs]))
-        return self._pair(*map(torch.cat, zip(*rows, strict=True)))
-
-    def _of_queries(
-        self, step: Step, recorded: list[InstanceData], asked: list[InstanceData]
-    ) -> Pair:
-        rows = self.match.queries(step, recorded, asked)
-        code, target = (torch.cat([x.bboxes for x in side]) for side in rows)
-        logits = torch.cat([x.scores for x in rows[1]])
-        activation = query.activation_of(step.teacher_model)
-        return self._pair(code, target, foreground(logits, activation).amax(1))
+            (places,) = query.places(step)
+            ours, theirs = [], []
+            for image, (own, found) in enumerate(zip(queries, asked, strict=True)):
+                here = places.images == image
+                rows, columns = self.match.detections(
+                    places.scores[here].detach(),
+                    places.boxes[here],
+                    found,
+                    step.data_samples[image].metainfo,
+                )
+                ours.append(own[rows])
+                theirs.append(found[columns])
+            scores = torch.cat([x.scores for x in theirs])
+        own, target = (torch.cat([x.bboxes for x in side]) for side in (ours, theirs))
+        return self._pair(own, target, scores)
 
     def _pair(
-        self,
-        code: Tensor,
-        target: Tensor,
-        scores: Tensor,
-        weight: float = 1.0,
-        name: str = '',
+        self, own: Tensor, target: Tensor, scores: Tensor, weight=1.0, name=''
     ) -> Pair:
         row_weight = scores * (scores >= self.min_score)
         if self.in_pixels:
             # RTMDet's distances can be negative: not a box, so no IoU
-            sizes = torch.cat([x[:, 2:] - x[:, :2] for x in (code, target)], 1)
+            sizes = torch.cat([x[:, 2:] - x[:, :2] for x in (own, target)], 1)
             row_weight = row_weight * (sizes > 0).all(1)
-        weight = self.weight * weight
-        return Pair(
-            code.float(), target.float(), None, weight, name, row_weight=row_weight
-        )
+        rows, weight = (own.float(), target.float()), self.weight * weight
+        return Pair(*rows, weight=weight, name=name, row_weight=row_weight)
 
     def _plain_loss(self, pair: Pair) -> Tensor:
         counts = pair.row_weight[:, None] > 0
@@ -317,6 +254,11 @@ class Boxes(Comparison):
         values = torch.where(counts, values[..., None].flatten(1), 0).sum(1)
         total = pair.row_weight.sum()
         return (pair.row_weight * values).sum() / total.clamp(min=1e-6)
+
+
+def _are_alike(step: Step) -> bool:
+    """Whether student and teacher are of the same family."""
+    return family_of(step.student) == family_of(step.teacher_model)
 
 
 def _nearest(
@@ -347,11 +289,3 @@ def _is_known(head: nn.Module, family: str) -> bool:
     # CrowdDet regresses several boxes per proposal, SABL the sides of one
     coder = getattr(head, 'bbox_coder', None)
     return not hasattr(head, 'num_instance') and not is_a(head, 'SABLHead') and coder
-
-
-def _of_class(head: nn.Module, deltas: Tensor, classes: Tensor) -> Tensor:
-    """The four deltas of each row's class, (rows, 4)."""
-    if head.reg_class_agnostic:
-        return deltas
-    index = classes[:, None, None].expand(-1, 1, 4)
-    return deltas.unflatten(1, (-1, 4)).gather(1, index).squeeze(1)

@@ -73,47 +73,42 @@ def default_for_pair(
         ValueError: No comparison works; the message says why.
     """
     family = family_of(student)
-    own = default_for(student)
-    has_recipe = family in WITH_BOXES and not published
+    own, has_recipe = default_for(student), family in WITH_BOXES and not published
     if has_recipe:
         own |= WITH_BOXES[family]
-    reasons: list[str] = []
-    for cfg in (own, dict(type=DETECTIONS)):
-        try:
-            comparison = _built(cfg, student, teacher)
-        except ValueError as error:
-            if SEG in (family, family_of(teacher.model)):
-                raise
-            reasons.append(str(error))
-            continue
-        if reasons:
-            return dict(dist=Chosen(comparison, reasons[0].split('. ')[0]))
-        why = 'student and teacher are of the same family'
-        if not has_recipe:
-            return dict(dist=Chosen(comparison, why))
-        try:
-            boxes = _built(dict(type='mmdist.Boxes'), student, teacher)
-            if teacher.views:
-                boxes.check_views()
-        except ValueError as error:
-            why += f'; boxes are left out: {str(error).split(". ")[0]}'
-            return dict(dist=Chosen(comparison, why))
-        box_why = 'class scores do not say where a box ends'
-        return dict(dist=Chosen(comparison, why), box=Chosen(boxes, box_why))
-    raise ValueError(
-        f'{reasons[0]}\nDetections cannot be compared either. {reasons[-1]}\n'
-        'mmdist.Features compares feature maps of any two models: '
-        "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
-    )
+    comparison, misfit = _built(own, student, teacher)
+    if misfit:
+        if SEG in (family, family_of(teacher.model)):
+            raise misfit
+        detections, other = _built(dict(type=DETECTIONS), student, teacher)
+        if other:
+            raise ValueError(
+                f'{misfit}\nDetections cannot be compared either. {other}\n'
+                'mmdist.Features compares feature maps of any two models: '
+                "`distill=dict(mimic=dict(type='mmdist.Features', student='neck'))`."
+            )
+        return dict(dist=Chosen(detections, str(misfit).split('. ')[0]))
+    why = 'student and teacher are of the same family'
+    if not has_recipe:
+        return dict(dist=Chosen(comparison, why))
+    boxes, misfit = _built(dict(type='mmdist.Boxes'), student, teacher)
+    if misfit:
+        why += f'; boxes are left out: {str(misfit).split(". ")[0]}'
+        return dict(dist=Chosen(comparison, why))
+    box_why = 'class scores do not say where a box ends'
+    return dict(dist=Chosen(comparison, why), box=Chosen(boxes, box_why))
 
 
-def _built(cfg: dict, student: nn.Module, teacher: Teacher) -> Comparison:
-    """Build a comparison and check it against a pair.
-
-    Raises:
-        ValueError: It cannot compare the two.
-    """
+def _built(
+    cfg: dict, student: nn.Module, teacher: Teacher
+) -> tuple[Comparison | None, ValueError | None]:
+    """A comparison of a pair, or the error that says why it cannot compare the two."""
     comparison = MODELS.build(cfg)
-    comparison.bind(student, teacher)
-    comparison.check_pair(student, teacher.model)
-    return comparison
+    try:
+        comparison.bind(student, teacher)
+        comparison.check_pair(student, teacher.model)
+        if teacher.views and cfg['type'] == 'mmdist.Boxes':  # may be left out
+            comparison.check_views()
+    except ValueError as error:
+        return None, error
+    return comparison, None

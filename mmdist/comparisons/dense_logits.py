@@ -13,7 +13,7 @@ from mmdist.losses import as_rows
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
-from .base import Comparison, Pair
+from .base import Comparison, Pair, check_choice
 
 
 @MODELS.register_module()
@@ -79,15 +79,9 @@ class DenseLogits(Comparison):
                 "`anchors='best'` of DenseLogits was removed. Use mmdist.Detections, "
                 'which compares heads with any anchors and levels.'
             )
-        for name, value, known in (
-            ('anchors', anchors, ('joint', 'separate')),
-            ('levels', levels, ('sum', 'concat')),
-            ('score', score, ('class', 'joint')),
-        ):
-            if value not in known:
-                raise ValueError(
-                    f'`{name}` must be {known[0]!r} or {known[1]!r}, got {value!r}.'
-                )
+        check_choice('`anchors`', anchors, 'joint', 'separate')
+        check_choice('`levels`', levels, 'sum', 'concat')
+        check_choice('`score`', score, 'class', 'joint')
         self.student_path = student
         self.teacher_path = teacher or student
         self.anchors = anchors
@@ -109,12 +103,12 @@ class DenseLogits(Comparison):
         """The teacher must have a dense head with the same anchors."""
         theirs = dense.head_of(teacher, self.teacher_path, self.unsupported)
         ours = dense.head_of(student, self.student_path)
-        dense.check_same_priors('DenseLogits', ours, theirs, self.score == 'joint')
+        dense.check_same_priors(ours, theirs, self.score == 'joint')
 
     def record(self, step: Step) -> Sequence[Tensor]:
         """Class scores per level, each (N, anchors, classes, h, w)."""
         head = dense.head_of(step.student, self.student_path)
-        return dense.scores_of(head, step.calls(head)[-1].output, self.score)
+        return dense.scores_of(head, dense.record(step, self.student_path), self.score)
 
     def ask(self, step: Step, recorded: None) -> Sequence[Tensor]:
         """The teacher's class scores per level, from its features."""
@@ -141,32 +135,27 @@ class DenseLogits(Comparison):
         )
         if ours != theirs:
             raise ValueError(
-                'DenseLogits compares the same anchors at the same locations, but '
-                f'(anchors, height, width) per level differ: the student has {ours}, '
-                f'the teacher {theirs}. {dense.SAME_LOCATIONS}'
+                f'{dense.SAME_ANCHORS}, but (anchors, height, width) per level differ: '
+                f'the student has {ours}, the teacher {theirs}. {dense.OTHER_ANCHORS}'
             )
         heads = (
             dense.head_of(step.student, self.student_path),
             dense.head_of(step.teacher_model, self.teacher_path),
         )
         kinds = [dense.activation_of(head) for head in heads]
-        activation = kinds[0]
-        if self.score == 'joint' or kinds[0] != kinds[1]:
-            activation = 'identity'
-        sides = [recorded, asked]
-        # two RPNs have no classes to match
-        if not heads[0].num_classes == heads[1].num_classes == 1:
-            selects = step.classes.select_student, step.classes.select_teacher
-            for i, (select, kind) in enumerate(zip(selects, kinds, strict=True)):
+        is_joint, differ = self.score == 'joint', kinds[0] != kinds[1]
+        activation = 'identity' if is_joint or differ else kinds[0]
+        are_rpns = heads[0].num_classes == heads[1].num_classes == 1
+        selects = step.classes.select_student, step.classes.select_teacher
+        sides = []
+        for side, kind, select in zip((recorded, asked), kinds, selects, strict=True):
+            if not are_rpns:  # these have no classes to match
                 # joint scores of sigmoids stay independent of each other
-                if self.score == 'joint' and kind == 'softmax':
-                    kind = 'identity'
-                sides[i] = [select(x, 2, kind) for x in sides[i]]
-        if kinds[0] != kinds[1] and self.score == 'class':
-            sides = [
-                [foreground(x, kind, 2) for x in side]
-                for side, kind in zip(sides, kinds, strict=True)
-            ]
+                of = 'identity' if is_joint and kind == 'softmax' else kind
+                side = [select(x, 2, of) for x in side]
+            if differ and not is_joint:
+                side = [foreground(x, kind, 2) for x in side]
+            sides.append(side)
         levels = zip(*sides, strict=True)
         pairs = [self._of_level(step, *level, activation) for level in levels]
         return [_concatenate(pairs)] if self.levels == 'concat' else pairs

@@ -94,40 +94,45 @@ class Detections(Comparison):
         self, step: Step, recorded: list[Places], asked: list[InstanceData]
     ) -> list[Pair]:
         """A pair for each level of a dense head or stage of a cascade."""
+        boxes, images = (
+            torch.cat([getattr(place, name) for place in recorded])
+            for name in ('boxes', 'images')
+        )
+        scores = recorded[0].scores.detach()
+        taught = scores.new_zeros(len(boxes), scores.shape[1])
         assigned = _reader_of(step.student).ASSIGNED
-        teachers = [torch.zeros_like(place.scores) for place in recorded]
         for image, detections in enumerate(asked):
-            found = common(step, detections)
-            here = [place.images == image for place in recorded]
-            if not len(found) or not any(rows.any() for rows in here):
+            found, here = common(step, detections), images == image
+            if not len(found) or not here.any():
                 continue
-            if assigned == 'one to one':
+            if assigned == 'one to one':  # queries, in one term
                 meta = step.data_samples[image].metainfo
-                values = self._of_queries(recorded[0], here[0], found, meta)
+                rows, columns = self.match.detections(
+                    scores[here], boxes[here], found, meta
+                )
+                best = scores.new_zeros(scores[here].shape)
+                best[rows, found.labels[columns]] = found.scores[columns].to(best)
             else:
-                values = self._of_overlaps(recorded, here, found, assigned)
-            numbers = [int(rows.sum()) for rows in here]
-            for teacher, rows, value in zip(
-                teachers, here, values.split(numbers), strict=True
-            ):
-                teacher[rows] = value.to(teacher.dtype)
+                overlaps = assign(boxes[here], found.bboxes, self.min_iou, assigned)
+                best = best_scores(overlaps > 0, found, scores.shape[1])
+            taught[here] = best.to(taught)
+        teachers = taught.split([len(place.scores) for place in recorded])
         return [
             Pair(x.scores, teacher, x.mask, x.weight, x.name, 'identity')
             for x, teacher in zip(recorded, teachers, strict=True)
         ]
 
     def forward(self, name: str, pairs: Iterable[Pair]) -> dict[str, Tensor]:
-        """As in the base class, but DIST compares only detected classes."""
+        """As in the base class, but DIST compares only detected classes.
+
+        The others have no relation and would only dilute the mean over classes: a
+        batch contains only a few of COCO's 80.
+        """
         if isinstance(self.loss, DISTLoss):
-            pairs = [self._of_classes_that_are_there(pair) for pair in pairs]
+            pairs = [self._of_detected_classes(pair) for pair in pairs]
         return super().forward(name, pairs)
 
-    def _of_classes_that_are_there(self, pair: Pair) -> Pair:
-        """Drop the classes without a detection.
-
-        They have no relation and would only dilute the mean over classes: a batch
-        contains only a few of COCO's 80.
-        """
+    def _of_detected_classes(self, pair: Pair) -> Pair:
         there = pair.teacher.float().sum(0)
         if self.loss.sync:  # the same columns in all processes
             there = sum_over_processes(there, process_group())
@@ -138,31 +143,6 @@ class Detections(Comparison):
         return replace(
             pair, student=pair.student[:, index], teacher=pair.teacher[:, index]
         )
-
-    def _of_overlaps(
-        self,
-        places: Sequence[Places],
-        here: Sequence[Tensor],
-        found: InstanceData,
-        assigned: str,
-    ) -> Tensor:
-        """The best overlapping detection's score per place and class of an image."""
-        boxes = [place.boxes[rows] for place, rows in zip(places, here, strict=True)]
-        overlaps = assign(torch.cat(boxes), found.bboxes, self.min_iou, assigned)
-        return best_scores(overlaps > 0, found, places[0].scores.shape[1])
-
-    def _of_queries(
-        self, queries: Places, here: Tensor, found: InstanceData, img_meta: dict
-    ) -> Tensor:
-        """The score of the detection matched to each query, (rows, classes)."""
-        student = queries.scores[here].detach()
-        of_student, of_teacher = self.match.detections(
-            student, queries.boxes[here], found, img_meta
-        )
-        teacher = torch.zeros_like(student)
-        labels, scores = found.labels[of_teacher], found.scores[of_teacher]
-        teacher[of_student, labels] = scores.to(teacher)
-        return teacher
 
 
 def _reader_of(model: nn.Module) -> ModuleType | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,15 @@ from torch.utils._pytree import tree_leaves
 
 from mmdist.families import name_of
 from mmdist.families.probabilities import fp32
-from mmdist.record import Recorder
+from mmdist.record import Call, Recorder
 from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher, Teacher
 
 from .base import Comparison, Pair
+
+# Height and width of a batch of zeros; some models, such as SSD, refuse small images.
+DRY_SIZE = 512
 
 
 @MODELS.register_module()
@@ -66,6 +70,7 @@ class Features(Comparison):
         'any model, by the path of a module that returns maps (N, C, h, w), such as '
         '`neck` or `backbone`'
     )
+    asks_first = True
 
     def __init__(
         self,
@@ -102,133 +107,53 @@ class Features(Comparison):
 
     def student_modules(self, student: nn.Module) -> Sequence[nn.Module]:
         """The student's module."""
-        return [self._module(student, self.student_path, 'student')]
+        return [self._module(student, 'student')]
 
     def teacher_modules(self, teacher: nn.Module) -> Sequence[nn.Module]:
         """The teacher's module."""
-        return [self._module(teacher, self.teacher_path, 'teacher')]
-
-    def bind(self, student: nn.Module, teacher: Teacher) -> None:
-        """Check the path, complete the loss, and make the 1x1 convolutions."""
-        super().bind(student, teacher)
-        try:
-            if self.levels == 'stride':
-                self._pair_by_stride(student, _built(teacher))
-            if self.adapt is not False:
-                self._make_adapters(student, teacher)
-        except _NotRun as error:  # a test must work without the teacher
-            self._not_adapted = str(error)
-
-    def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
-        ours, theirs = self.student_channels, self.teacher_channels
-        if ours is None:
-            ours = [x.size(1) for x in self._dry_maps(student, 'student', self.levels)]
-        if theirs is None:
-            maps = self._dry_maps(_built(teacher), 'teacher', self.teacher_levels)
-            theirs = [x.size(1) for x in maps]
-        elif isinstance(theirs, int):
-            theirs = [theirs] * len(ours)
-        self._check_number(len(ours), len(theirs))
-        if self.adapt or list(ours) != list(theirs):
-            # Forked, so the student's initial weights are as without distillation.
-            with torch.random.fork_rng(devices=[]):
-                self.adapters = nn.ModuleList(
-                    nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
-                    for s, t in zip(ours, theirs, strict=True)
-                )
-
-    def _pair_by_stride(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Set ``levels`` to the maps whose strides both models have."""
-        ours, theirs = (
-            [round(512 / x.size(3)) for x in self._dry_maps(*side, None, (512,))]
-            for side in ((student, 'student'), (teacher, 'teacher'))
-        )
-        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
-        if not common:
-            raise ValueError(
-                "Features: levels='stride' pairs no maps: the student's "
-                f"`{self.student_path}` has the strides {ours}, the teacher's "
-                f'`{self.teacher_path}` {theirs}. Give indices, `levels` and '
-                "`teacher_levels`; the teacher's maps are resized."
-            )
-        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
-        print_log(
-            'Features compares the maps of the strides '
-            f'{[ours[i] for i, _ in common]}. The student has {ours}, the teacher '
-            f'{theirs}.',
-            logger='current',
-        )
-
-    def _dry_maps(
-        self,
-        model: nn.Module,
-        whose: str,
-        levels: Sequence[int] | None,
-        sizes: Sequence[int] = (128, 512),
-    ) -> list[Tensor]:
-        """Run the model on a batch of zeros and return its maps.
-
-        Raises:
-            _NotRun: The model cannot be run.
-        """
-        path, name = getattr(self, f'{whose}_path'), name_of(model)
-        module = self._module(model, path, whose)
-        try:
-            calls = _dry_run(model, module, sizes)
-        except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
-            raise _NotRun(f'{name} fails on a batch of zeros, {reason}') from error
-        if not calls:
-            raise _NotRun(f'{name} did not run its `{path}` in a forward pass.')
-        return self._maps(calls, path, levels)
+        return [self._module(teacher, 'teacher')]
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have the module, and its channels must be known."""
-        self._module(teacher, self.teacher_path, 'teacher')
+        self._module(teacher, 'teacher')
         if self._not_adapted:
             raise RuntimeError(
-                'Features could not determine the sizes and channels of the maps, '
-                'which the 1x1 convolutions need, when the model was built: '
-                f'{self._not_adapted}\n'
-                f"Fix that, or set `student_channels` (of the student's "
-                f"`{self.student_path}`) and `teacher_channels` (of the teacher's "
-                f'`{self.teacher_path}`), or `adapt=False` for no convolution, and the '
-                'indices of the maps, `levels` and `teacher_levels`.'
+                'The maps that Features compares could not be found when the model was '
+                f'built: {self._not_adapted}\nFix that, or set `student_channels` and '
+                f'`teacher_channels` (of {self._name("student")} and '
+                f'{self._name("teacher")}) or `adapt=False` for no 1x1 convolutions, '
+                'and `levels` and `teacher_levels`, the indices of the maps.'
             )
 
     def record(self, step: Step) -> list[Tensor]:
         """The student's maps, as it computed them for its own loss."""
-        module = self._module(step.student, self.student_path, 'student')
-        return self._maps(step.calls(module), self.student_path, self.levels)
-
-    asks_first = True
+        return self._maps(step.calls(self._module(step.student, 'student')), 'student')
 
     def ask(self, step: Step, recorded: None) -> list[Tensor]:
         """The teacher's maps."""
-        module = self._module(step.teacher_model, self.teacher_path, 'teacher')
-        calls = step.teacher_calls(module)
+        calls = step.teacher_calls(self._module(step.teacher_model, 'teacher'))
         if not calls:
             raise RuntimeError(
                 f'The teacher did not run its `{self.teacher_path}` in a forward pass, '
                 'so there is nothing to compare. Choose another module.'
             )
-        return self._maps(calls, self.teacher_path, self.teacher_levels)
+        return self._maps(calls, 'teacher')
 
     def pair(
         self, step: Step, recorded: list[Tensor], asked: list[Tensor]
     ) -> list[Pair]:
         """One pair per level, with the teacher's map resized to the student's."""
-        self._check_number(len(recorded), len(asked))
+        self._check_number(recorded, asked)
         pairs = []
         for level, (student, teacher) in enumerate(zip(recorded, asked, strict=True)):
             if self.adapters is not None:
                 student = self.adapters[level](student)
             if student.size(1) != teacher.size(1):
                 raise ValueError(
-                    f"Features: map {level} of the student's `{self.student_path}` has "
-                    f"{student.size(1)} channels, that of the teacher's "
-                    f'`{self.teacher_path}` {teacher.size(1)}. Omit `adapt` and '
-                    '`teacher_channels`: 1x1 convolutions then adapt them.'
+                    f'Features: map {level} of {self._name("student")} has '
+                    f'{student.size(1)} channels, that of {self._name("teacher")} '
+                    f'{teacher.size(1)}. Omit `adapt` and `teacher_channels`: 1x1 '
+                    'convolutions then adapt them.'
                 )
             student, teacher = fp32(student), fp32(teacher)
             size = student.shape[-2:]
@@ -244,52 +169,128 @@ class Features(Comparison):
         with torch.autocast(pair.student.device.type, enabled=False):
             return self.loss(pair.student, pair.teacher, **mask)
 
+    # ---- the 1x1 convolutions ----------------------------------------------------
+
+    def bind(self, student: nn.Module, teacher: Teacher) -> None:
+        """Check the path, complete the loss, and make the 1x1 convolutions."""
+        super().bind(student, teacher)
+        try:
+            if self.levels == 'stride':
+                self._pair_by_stride(student, teacher)
+            if self.adapt is not False:
+                self._make_adapters(student, teacher)
+        except _NotRun as error:  # a test must work without the teacher
+            self._not_adapted = str(error)
+
+    def _make_adapters(self, student: nn.Module, teacher: Teacher) -> None:
+        ours, theirs = self.student_channels, self.teacher_channels
+        if ours is None:
+            ours = [x.size(1) for x in self._dry_maps(student, 'student')]
+        if theirs is None:
+            theirs = [x.size(1) for x in self._dry_maps(teacher, 'teacher')]
+        elif isinstance(theirs, int):
+            theirs = [theirs] * len(ours)
+        self._check_number(ours, theirs)
+        if self.adapt or list(ours) != list(theirs):
+            # Forked, so the student's initial weights are as without distillation.
+            with torch.random.fork_rng(devices=[]):
+                self.adapters = nn.ModuleList(
+                    nn.Conv2d(s, t, 1) if self.adapt or s != t else nn.Identity()
+                    for s, t in zip(ours, theirs, strict=True)
+                )
+
+    def _pair_by_stride(self, student: nn.Module, teacher: Teacher) -> None:
+        """Set ``levels`` to the maps whose strides both models have."""
+        self.levels = self.teacher_levels = None
+        sides = self._dry_maps(student, 'student'), self._dry_maps(teacher, 'teacher')
+        ours, theirs = ([round(DRY_SIZE / x.size(3)) for x in side] for side in sides)
+        common = [(i, theirs.index(s)) for i, s in enumerate(ours) if s in theirs]
+        if not common:
+            raise ValueError(
+                f"Features: levels='stride' pairs no maps: {self._name('student')} has "
+                f'the strides {ours}, {self._name("teacher")} {theirs}. Give indices, '
+                "`levels` and `teacher_levels`; the teacher's maps are resized."
+            )
+        self.levels, self.teacher_levels = map(list, zip(*common, strict=True))
+        strides = [ours[i] for i in self.levels]
+        print_log(
+            f'Features compares the maps of the strides {strides}. The student has '
+            f'{ours}, the teacher {theirs}.',
+            logger='current',
+        )
+
+    def _dry_maps(self, model: nn.Module | Teacher, whose: str) -> list[Tensor]:
+        """Run a model, of the teacher without its weights, on zeros for its maps.
+
+        Raises:
+            _NotRun: The model cannot be built or run.
+        """
+        if whose == 'teacher':
+            with _failing(''):
+                model = model.build()
+        module = self._module(model, whose)
+        with _failing(f'{name_of(model)} fails on a batch of zeros, '):
+            calls = _dry_run(model, module)
+        if not calls:
+            raise _NotRun(f'{self._name(whose)} did not run in a forward pass.')
+        return self._maps(calls, whose)
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         if self._not_adapted:  # a test without the teacher's config
             for key in [key for key in state_dict if key.startswith(prefix)]:
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _module(self, model: nn.Module, path: str, whose: str) -> nn.Module:
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            paths = [name for name, _ in model.named_modules()]
-        close = difflib.get_close_matches(path, paths, n=3)
-        names = ' or '.join(map(repr, close))
+    # ---- the two modules; `whose` is 'student' or 'teacher' ----------------------
+
+    def _path(self, whose: str) -> str:
+        return self.student_path if whose == 'student' else self.teacher_path
+
+    def _name(self, whose: str) -> str:
+        return f"the {whose}'s `{self._path(whose)}`"
+
+    def _module(self, model: nn.Module, whose: str) -> nn.Module:
+        path, modules = self._path(whose), dict(model.named_modules())
+        if path in modules:
+            return modules[path]
+        close = difflib.get_close_matches(path, modules, n=3)
         top = ', '.join(name for name, _ in model.named_children())
+        hint = f'Its top-level modules: {top}.'
+        if close:
+            hint = f'Did you mean {" or ".join(map(repr, close))}?'
         raise ValueError(
-            f'Features: the {whose}, {name_of(model)}, has no module {path!r}. '
-            + (f'Did you mean {names}?' if close else f'Its top-level modules: {top}.')
+            f'Features: the {whose}, {name_of(model)}, has no module {path!r}. {hint}'
         )
 
-    def _maps(
-        self, calls: Sequence, path: str, levels: Sequence[int] | None
-    ) -> list[Tensor]:
+    def _maps(self, calls: Sequence[Call], whose: str) -> list[Tensor]:
+        """The maps to compare of those that a module returned."""
         outputs = tree_leaves([call.output for call in calls])
         tensors = [x for x in outputs if isinstance(x, Tensor)]
         maps = [x for x in tensors if x.ndim == 4]
         if not maps:
             raise ValueError(
-                f'Features compares maps, (N, C, h, w), but `{path}` returned '
-                f'{[tuple(x.shape) for x in tensors] or "no tensor"}. Choose another '
-                'module, for example `neck` or `backbone`.'
+                f'Features compares maps, (N, C, h, w), but {self._name(whose)} '
+                f'returned {[tuple(x.shape) for x in tensors] or "no tensor"}. Choose '
+                'another module, for example `neck` or `backbone`.'
             )
-        num = len(maps)
-        if levels is not None and not all(-num <= level < num for level in levels):
+        levels = self.levels if whose == 'student' else self.teacher_levels
+        if levels is None:
+            return maps
+        try:
+            return [maps[level] for level in levels]
+        except IndexError:
             raise ValueError(
-                f'Features: `levels` are {list(levels)}, but `{path}` returned '
-                f'{num} map(s), 0 to {num - 1}.'
-            )
-        return maps if levels is None else [maps[level] for level in levels]
+                f'Features: `levels` are {list(levels)}, but {self._name(whose)} '
+                f'returned {len(maps)} map(s), 0 to {len(maps) - 1}.'
+            ) from None
 
-    def _check_number(self, student: int, teacher: int) -> None:
-        if student != teacher:
+    def _check_number(self, student: Sequence, teacher: Sequence) -> None:
+        if len(student) != len(teacher):
             raise ValueError(
-                f"Features cannot compare {student} map(s) of the student's "
-                f"`{self.student_path}` with {teacher} of the teacher's "
-                f'`{self.teacher_path}`. Choose the same number of each with `levels` '
-                'and `teacher_levels`.'
+                f'Features cannot compare {len(student)} map(s) of '
+                f'{self._name("student")} with {len(teacher)} of '
+                f'{self._name("teacher")}. Choose the same number of each with '
+                '`levels` and `teacher_levels`.'
             )
 
 
@@ -297,47 +298,34 @@ class _NotRun(Exception):
     """A model could not be built or run to find its maps."""
 
 
-def _built(teacher: Teacher) -> nn.Module:
-    """The teacher without its weights."""
+@contextmanager
+def _failing(prefix: str) -> Iterator[None]:
+    """Context whose errors, of any kind, become a :class:`_NotRun`."""
     try:
-        return teacher.build()
-    except Exception as error:  # any kind
-        raise _NotRun(f'{type(error).__name__}: {error}') from error
+        yield
+    except Exception as error:
+        raise _NotRun(f'{prefix}{type(error).__name__}: {error}') from error
 
 
-def _dry_run(model: nn.Module, module: nn.Module, sizes: Sequence[int]) -> list:
-    """The calls of ``module`` when ``model`` runs on a batch of zeros.
-
-    The sizes are tried in order: some models, such as SSD, refuse small images.
-    """
-    reference = next(model.parameters())
-    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+def _dry_run(model: nn.Module, module: nn.Module) -> list[Call]:
+    """The calls of ``module`` when ``model`` runs on a batch of zeros."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', range(3))
+    size = (DRY_SIZE, DRY_SIZE)
+    zeros = next(model.parameters()).new_zeros(1, len(mean), *size)
     was_training = [m for m in model.modules() if m.training]
     model.eval()
+    recorder, fork = Recorder([module]), torch.random.fork_rng(devices=[])
     try:
-        for size in sizes:
-            shape = (size, size)
-            zeros = reference.new_zeros(1, 3 if mean is None else len(mean), *shape)
-            sizes_of = dict.fromkeys(
-                ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape
-            )
-            sample = BaseDataElement(metainfo=dict(sizes_of, scale_factor=(1.0, 1.0)))
-            try:
-                with (
-                    torch.no_grad(),
-                    torch.random.fork_rng(devices=[]),
-                    Recorder([module]) as recorder,
-                ):
-                    if isinstance(model, ForeignTeacher):
-                        model(zeros, [shape])
-                        return recorder.calls(module)
-                    model.extract_feat(zeros)
-                    if not recorder.calls(module):
-                        model(zeros, [sample], mode='tensor')
+        with torch.no_grad(), fork, recorder:
+            if isinstance(model, ForeignTeacher):
+                model(zeros, [size])
                 return recorder.calls(module)
-            except Exception:
-                if size == sizes[-1]:
-                    raise
+            model.extract_feat(zeros)
+            if not recorder.calls(module):
+                names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+                metainfo = dict.fromkeys(names, size) | {'scale_factor': (1.0, 1.0)}
+                model(zeros, [BaseDataElement(metainfo=metainfo)], mode='tensor')
     finally:
         for m in was_training:
             m.training = True
+    return recorder.calls(module)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mmdist.families import roi
 from mmdist.families.probabilities import check_min_score, foreground
@@ -69,49 +68,32 @@ class Masks(Comparison):
 
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must predict masks of proposals too."""
-        roi.check(teacher, self.unsupported)
-        roi.check_masks(teacher, self.unsupported)
-        roi.check_stage('Masks', teacher, self.stage)
+        roi.check(teacher, self.unsupported, 'mask')
+        roi.check_stage(teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:
         """The positive proposals and their masks, for each stage."""
         return roi.record(step, 'mask')
 
-    def ask(self, step: Step, recorded: list[Proposals]) -> list[tuple[Judged, Tensor]]:
+    def ask(self, step: Step, recorded: list[Proposals]) -> list[Judged]:
         """The teacher's class scores and masks of the same proposals."""
-        judged = [x[-1] for x in roi.judge(step, recorded, self.stage)]
-        return [
-            (one, roi.judge_masks(step, proposals, one.stage))
-            for one, proposals in zip(judged, recorded, strict=True)
-        ]
+        return roi.judge(step, recorded, self.stage, 'mask')
 
     def pair(
-        self,
-        step: Step,
-        recorded: list[Proposals],
-        asked: list[tuple[Judged, Tensor]],
+        self, step: Step, recorded: list[Proposals], asked: list[Judged]
     ) -> list[Pair]:
         """One pair per stage of the student, (proposals, pixels)."""
         pairs = []
-        for ours, (judged, masks) in zip(recorded, asked, strict=True):
-            scores = roi.per_class(step.teacher_model, judged.stage, judged.logits)
-            best, *classes = step.classes.best(foreground(scores, 'softmax'))
-            student, teacher = (
-                _of_class(logits, index)
-                for logits, index in zip((ours.logits, masks), classes, strict=True)
-            )
+        for proposals, judged in zip(recorded, asked, strict=True):
+            probabilities = foreground(judged.logits, 'softmax')
+            best, ours, theirs = step.classes.best(probabilities)
+            student = roi.of_class(proposals.logits, ours)
+            teacher = roi.of_class(judged.masks, theirs)
             if teacher.shape != student.shape:
                 teacher = F.interpolate(
                     teacher[:, None], student.shape[1:], mode='bilinear'
                 )[:, 0]
-            term = roi.term_of(step.student, ours.stage)
+            term = roi.term_of(step.student, proposals.stage)
             sure = best >= self.min_score
             pairs.append(Pair(student.flatten(1), teacher.flatten(1), sure, **term))
         return pairs
-
-
-def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """The mask of each row's class, (rows, height, width)."""
-    if logits.shape[1] == 1:  # class-agnostic
-        return logits[:, 0]
-    return logits[torch.arange(len(logits), device=logits.device), classes]

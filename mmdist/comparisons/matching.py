@@ -38,11 +38,7 @@ class ClassProbabilityCost:
         self.weight = weight
 
     def __call__(
-        self,
-        pred_instances: InstanceData,
-        gt_instances: InstanceData,
-        img_meta: dict | None = None,
-        **kwargs,
+        self, pred_instances: InstanceData, gt_instances: InstanceData, **kwargs
     ) -> Tensor:
         """The costs, (n, m), between ``probs`` (n, classes) and (m, classes)."""
         return self.weight * torch.cdist(pred_instances.probs, gt_instances.probs, p=1)
@@ -80,12 +76,8 @@ class Matching:
         # no choice: each of the teacher's gets the one most like it.
         if len(kept) > len(student):
             kept = kept[teacher.best[kept].topk(len(student)).indices]
-        cost = sum(
-            match_cost(
-                pred_instances=student, gt_instances=teacher[kept], img_meta=img_meta
-            )
-            for match_cost in self.costs
-        )
+        given = dict(pred_instances=student, gt_instances=teacher[kept])
+        cost = sum(match_cost(**given, img_meta=img_meta) for match_cost in self.costs)
         of_student, of_kept = (
             torch.from_numpy(index).to(kept.device)
             for index in linear_sum_assignment(cost.cpu())
@@ -131,12 +123,9 @@ def _candidates(queries: InstanceData, activation: str) -> InstanceData:
     """The inputs of the match costs."""
     # Half precision would round the costs, and so change the matching.
     logits, bboxes = queries.scores.detach().float(), queries.bboxes.detach().float()
-    if activation == 'sigmoid':
-        probs = foreground = logits.sigmoid()
-    else:
-        probs = logits.softmax(-1)
-        foreground = probs[:, :-1]  # the last column is the background
-    best, labels = foreground.max(-1)
+    probs = logits.sigmoid() if activation == 'sigmoid' else logits.softmax(-1)
+    # the last column of a softmax is the background
+    best, labels = (probs if activation == 'sigmoid' else probs[:, :-1]).max(-1)
     return InstanceData(
         scores=logits, probs=probs, best=best, labels=labels, bboxes=bboxes
     )

@@ -13,7 +13,7 @@ from mmdist.families.query import Queries
 from mmdist.registry import MODELS
 from mmdist.step import Step
 
-from .base import Comparison, Pair
+from .base import Comparison, Pair, check_choice
 from .matching import Matching
 
 
@@ -59,8 +59,7 @@ class QueryLogits(Comparison):
         min_score: float = 0.0,
     ) -> None:
         super().__init__(loss)
-        if layers not in ('last', 'all'):
-            raise ValueError(f"`layers` must be 'last' or 'all', got {layers!r}.")
+        check_choice('`layers`', layers, 'last', 'all')
         check_min_score(min_score)
         self.layers = layers
         self.match = Matching(match_costs, min_score)
@@ -76,7 +75,7 @@ class QueryLogits(Comparison):
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must have queries, and a head with the student's activation."""
         query.head_of(teacher, self.unsupported)
-        query.check_same_activation('QueryLogits', student, teacher)
+        query.check_same_activation(student, teacher)
 
     def record(self, step: Step) -> Queries:
         """The student's matching queries, from its own loss pass."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from mmdist.families import roi
@@ -64,7 +63,7 @@ class RoILogits(Comparison):
     def check_pair(self, student: nn.Module, teacher: nn.Module) -> None:
         """The teacher must be a two-stage detector with the wanted stage."""
         roi.check(teacher, self.unsupported)
-        roi.check_stage('RoILogits', teacher, self.stage)
+        roi.check_stage(teacher, self.stage)
 
     def record(self, step: Step) -> list[Proposals]:
         """The sampled proposals and their logits, for each stage."""
@@ -72,10 +71,7 @@ class RoILogits(Comparison):
 
     def ask(self, step: Step, recorded: list[Proposals]) -> list[Tensor]:
         """The teacher's logits of the same proposals, (rois, classes + background)."""
-        return [
-            torch.stack([one.logits for one in judged]).mean(0)
-            for judged in roi.judge_once(step, recorded, self.stage)
-        ]
+        return [judged.logits for judged in roi.judge(step, recorded, self.stage)]
 
     def pair(
         self, step: Step, recorded: list[Proposals], asked: list[Tensor]
@@ -83,10 +79,7 @@ class RoILogits(Comparison):
         """One pair per stage of the student, a row per proposal."""
         pairs = []
         for (stage, _, student, _), teacher in zip(recorded, asked, strict=True):
-            student, teacher = step.classes.select(
-                roi.per_class(step.student, stage, student),
-                roi.per_class(step.teacher_model, -1, teacher),
-            )
+            student, teacher = step.classes.select(student, teacher)
             if not self.background:
                 student, teacher = student[:, :-1], teacher[:, :-1]
             pairs.append(Pair(student, teacher, **roi.term_of(step.student, stage)))

@@ -15,7 +15,7 @@ from mmdist.registry import MODELS
 from mmdist.step import Step
 from mmdist.teachers import ForeignTeacher
 
-from .base import Comparison, Pair
+from .base import Comparison, Pair, check_choice
 
 
 @MODELS.register_module()
@@ -63,11 +63,8 @@ class SegLogits(Comparison):
         resize: str = 'smaller',
     ) -> None:
         super().__init__(loss)
-        if resize not in ('smaller', 'student', 'teacher', 'label'):
-            raise ValueError(
-                "`resize` of SegLogits must be 'smaller', 'student', 'teacher' or "
-                f"'label', got {resize!r}."
-            )
+        sizes = 'smaller', 'student', 'teacher', 'label'
+        check_choice('`resize` of SegLogits', resize, *sizes)
         self.aux_weight = aux_weight
         self.ignore_mask = ignore_mask
         self.resize = resize
@@ -127,19 +124,13 @@ class SegLogits(Comparison):
             student = _two_classes(student, step.classes.num_student, as_scores)
             teacher = _two_classes(teacher, step.classes.num_teacher, as_scores)
             known = step.classes.mostly_known(teacher, activation=activation)
-            for counts in (known, taught.shown(size)):
-                if counts is not None:
-                    mask = counts if mask is None else mask & counts
-            student, teacher = step.classes.select(
-                student, teacher, activation=activation
-            )
+            mask = _both(mask, _both(known, taught.shown(size)))
+            logits = step.classes.select(student, teacher, activation=activation)
             if is_binary:
-                student, teacher = (
-                    _foreground(x, as_scores) for x in (student, teacher)
-                )
+                logits = [_foreground(x, as_scores) for x in logits]
             weight, name = (1.0, '') if head is heads[0] else (self.aux_weight, 'aux')
             scores = 'identity' if as_scores else None
-            pairs.append(Pair(student, teacher, mask, weight, name, scores))
+            pairs.append(Pair(*logits, mask, weight, name, scores))
         return pairs
 
     def _as_scores(self, step: Step) -> bool:
@@ -155,10 +146,8 @@ class SegLogits(Comparison):
 
     def _auxiliary_pairs(self, step: Step) -> list[tuple[nn.Module, nn.Module]]:
         """The auxiliary heads of student and teacher, the deepest with the deepest."""
-        student = self._auxiliary_heads(step.student)
-        return list(
-            zip(student, self._auxiliary_heads(step.teacher_model), strict=False)
-        )
+        models = step.student, step.teacher_model
+        return list(zip(*map(self._auxiliary_heads, models), strict=False))
 
     def _size(self, step: Step, student: SegMap, teacher: SegMap) -> tuple[int, int]:
         if self.resize == 'label':
@@ -181,7 +170,12 @@ class SegLogits(Comparison):
         for pixels, labelled in zip(mask, step.labelled, strict=True):
             if not labelled:  # its pixels are void, but count
                 pixels.fill_(True)
-        return mask if valid is None else mask & valid
+        return _both(mask, valid)
+
+
+def _both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Where both masks are True; None is True everywhere."""
+    return b if a is None else a if b is None else a & b
 
 
 def _predicts_masks(model: nn.Module) -> bool:

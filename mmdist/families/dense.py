@@ -15,13 +15,15 @@ from mmdist.families import Places, Refuse, unreadable
 from mmdist.families.probabilities import foreground, fp32
 from mmdist.lookup import by_class_name
 from mmdist.losses import as_rows
+from mmdist.record import swapped
 from mmdist.step import Step
 
 ASSIGNED = 'overlap or best'
 # A point stands for a square of this many strides: ATSS's anchor, which does as well
 # as FCOS's points (Zhang et al., CVPR 2020, arXiv 1912.02424, section 3.3).
 POINT_SIZE = 8
-SAME_LOCATIONS = (
+SAME_ANCHORS = 'The same anchors at the same locations are compared'
+OTHER_ANCHORS = (
     'Use a teacher with the same levels, strides and anchors per location, or '
     'mmdist.Detections, which works with any detector. If each location has a single '
     "anchor or point, `score='joint'` accepts any shape of it."
@@ -118,7 +120,7 @@ def head_of(
     return head
 
 
-def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+def modules(model: nn.Module, refuse: Refuse) -> list[nn.Module]:
     """The head, which must have anchors or points."""
     head = head_of(model, refuse=refuse)
     if prior_generator(head) is None:
@@ -147,13 +149,15 @@ def ask(step: Step, path: str | None = None) -> tuple:
 
     def run() -> tuple:
         # Only the head's own flag: its layers, such as Dropout and BN, stay in eval.
-        head.training = _class_maps(head).ask_as_in_training
-        try:
+        with swapped(head, 'training', _class_maps(head).ask_as_in_training):
             return head(step.teacher_features)
-        finally:
-            head.training = False
 
     return step.shared(f'head {path}', run)
+
+
+def record(step: Step, path: str | None = None) -> tuple:
+    """The output of the student's head in its own loss pass."""
+    return step.calls(head_of(step.student, path))[-1].output
 
 
 def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tensor]:
@@ -167,20 +171,18 @@ def scores_of(head: nn.Module, output: tuple, score: str = 'class') -> list[Tens
     logits = [x.unflatten(1, (-1, columns)) for x in class_maps.maps(head, output)]
     if score == 'class' or activation == 'identity':
         return logits
-    if class_maps.factor is None and not class_maps.takes_root:
+    if class_maps.factor is None:
         return [foreground(x, activation, dim=2) for x in logits]
     # The logarithm of a product does not underflow, and half of it, the root, has no
     # infinite gradient at 0.
-    if activation == 'sigmoid':
-        joint = [F.logsigmoid(fp32(x)) for x in logits]
-    else:
-        joint = [fp32(x).log_softmax(2)[:, :, :-1] for x in logits]
-    if class_maps.factor is not None:
-        factors = class_maps.factor(head, output)
-        joint = [x + f.unsqueeze(2) for x, f in zip(joint, factors, strict=True)]
-    if class_maps.takes_root:
-        joint = [x / 2 for x in joint]
-    return [x.exp() for x in joint]
+    joint = []
+    for x, factor in zip(logits, class_maps.factor(head, output), strict=True):
+        x = fp32(x)
+        is_sigmoid = activation == 'sigmoid'
+        x = F.logsigmoid(x) if is_sigmoid else x.log_softmax(2)[:, :, :-1]
+        x = x + factor.unsqueeze(2)
+        joint.append((x / 2 if class_maps.takes_root else x).exp())
+    return joint
 
 
 # ---- anchors and points ----------------------------------------------------------
@@ -193,27 +195,24 @@ def prior_generator(head: nn.Module):
 
 
 def check_same_priors(
-    who: str, student: nn.Module, teacher: nn.Module, any_shape: bool
+    student: nn.Module, teacher: nn.Module, any_shape: bool = True
 ) -> None:
     """Raise ValueError if two heads differ in levels, strides or anchors.
 
     With ``any_shape``, the shape of a location's single anchor or point can differ.
     Shifted anchors only give a warning.
     """
-    student, teacher = map(prior_generator, (student, teacher))
-    if student is None or teacher is None:
+    generators = [prior_generator(head) for head in (student, teacher)]
+    if None in generators:
         return
-    differ = _difference(student, teacher, any_shape)
+    differ = _difference(*generators, any_shape)
     if differ:
-        raise ValueError(
-            f'{who} compares the same anchors at the same locations, but {differ}. '
-            f'{SAME_LOCATIONS}'
-        )
-    centres = [_centres(generator) for generator in (student, teacher)]
+        raise ValueError(f'{SAME_ANCHORS}, but {differ}. {OTHER_ANCHORS}')
+    centres = [_centres(generator) for generator in generators]
     if not torch.allclose(*centres):
         ours, theirs = (centre[0].tolist() for centre in centres)
         warnings.warn(
-            f'{who} compares the same locations, but the first anchor or point of one '
+            'The same locations are compared, but the first anchor or point of one '
             f'lies {ours} strides (x, y) into it for the student, {theirs} for the '
             'teacher. The two may find an object at neighbouring locations; a teacher '
             'without this shift fits better.',
@@ -223,11 +222,9 @@ def check_same_priors(
 
 def _difference(student, teacher, any_shape: bool) -> str | None:
     """How two generators differ, in words; points have no width or height."""
-    if student.strides != teacher.strides:
-        return (
-            f'the strides of the student are {student.strides}, those of the teacher '
-            f'{teacher.strides}'
-        )
+    ours, theirs = student.strides, teacher.strides
+    if ours != theirs:
+        return f'the strides of the student are {ours}, those of the teacher {theirs}'
     ours, theirs = student.num_base_priors, teacher.num_base_priors
     if ours != theirs:
         return (
@@ -263,17 +260,29 @@ def places(step: Step) -> list[Places]:
     The rows of a level are ordered by image, y, x, anchor; padding does not count.
     """
     head = head_of(step.student)
-    levels = scores_of(head, step.calls(head)[-1].output, 'joint')
+    levels = scores_of(head, record(step), 'joint')
     levels = [step.classes.select_student(x, 2, 'identity') for x in levels]
     found = []
-    for x, boxes in zip(levels, anchors(head, levels), strict=True):
-        rows = x.permute(0, 3, 4, 1, 2)  # (N, h, w, anchors, classes)
-        mask = step.valid_mask(*x.shape[-2:])
-        if mask is not None:
-            mask = mask[..., None].expand(rows.shape[:-1]).flatten()
+    for x, boxes, mask in zip(
+        levels, anchors(head, levels), inside(step, head, levels), strict=True
+    ):
+        rows = x.permute(0, 3, 4, 1, 2).flatten(0, 3)  # (N, h, w, anchors, classes)
         images = torch.arange(len(x), device=x.device).repeat_interleave(len(boxes))
-        found.append(Places(rows.flatten(0, 3), boxes.repeat(len(x), 1), images, mask))
+        mask = None if mask is None else mask.flatten()
+        found.append(Places(rows, boxes.repeat(len(x), 1), images, mask))
     return found
+
+
+def inside(
+    step: Step, head: nn.Module, levels: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The anchors of each map outside the padding, (N, h * w * anchors); None: all."""
+    masks = [step.valid_mask(*x.shape[-2:]) for x in levels]
+    if masks[0] is None:
+        return masks
+    numbers = prior_generator(head).num_base_priors
+    both = zip(masks, numbers, strict=True)
+    return [mask.flatten(1).repeat_interleave(number, 1) for mask, number in both]
 
 
 def anchors(head: nn.Module, levels: Sequence[Tensor]) -> list[Tensor]:

@@ -29,7 +29,7 @@ def head_of(model: nn.Module, refuse: Refuse = unreadable) -> nn.Module:
     return model.bbox_head
 
 
-def modules(model: nn.Module, refuse: Refuse = unreadable) -> list[nn.Module]:
+def modules(model: nn.Module, refuse: Refuse) -> list[nn.Module]:
     """The modules whose calls :func:`record` reads; the last is the head."""
     head = head_of(model, refuse)
     if not is_sparse(model):
@@ -42,15 +42,15 @@ def activation_of(model: nn.Module) -> str:
     return 'sigmoid' if head_of(model).loss_cls.use_sigmoid else 'softmax'
 
 
-def check_same_activation(who: str, student: nn.Module, teacher: nn.Module) -> None:
+def check_same_activation(student: nn.Module, teacher: nn.Module) -> None:
     """Raise ValueError if the scores of two models are of different kinds."""
     kinds = {'sigmoid': 'a sigmoid per class', 'softmax': 'a softmax with background'}
     ours, theirs = (kinds[activation_of(model)] for model in (student, teacher))
     if ours != theirs:
         raise ValueError(
-            f'{who}: the head of the student ({name_of(student)}) has {ours}, '
-            f'that of the teacher ({name_of(teacher)}) {theirs}. Use a teacher '
-            'with the same `bbox_head.loss_cls.use_sigmoid`.'
+            f'The head of the student ({name_of(student)}) has {ours}, that of the '
+            f'teacher ({name_of(teacher)}) {theirs}. Use a teacher with the same '
+            '`bbox_head.loss_cls.use_sigmoid`.'
         )
 
 
@@ -102,16 +102,15 @@ def _of_detr(model: nn.Module, output: tuple[Tensor, Tensor], step: Step) -> Que
     patterns = getattr(model, 'num_patterns', 0) or 1  # DAB-DETR: content queries
     matching = slice(end - model.num_queries * patterns, end)
     distinct = cache.get('distinct_query_mask', [])  # DDQ, from its second layer on
+    logits, boxes = logits[:, :, matching], bbox_cxcywh_to_xyxy(boxes[:, :, matching])
     layers = []
     for layer in range(len(logits)):
         images = []
         for i, sample in enumerate(step.data_samples):
             height, width = sample.metainfo['img_shape'][:2]
-            bboxes = bbox_cxcywh_to_xyxy(boxes[layer, i, matching])
-            queries = InstanceData(
-                scores=logits[layer, i, matching],
-                bboxes=bboxes * bboxes.new_tensor([width, height, width, height]),
-            )
+            bboxes = boxes[layer, i]
+            bboxes = bboxes * bboxes.new_tensor([width, height, width, height])
+            queries = InstanceData(scores=logits[layer, i], bboxes=bboxes)
             if distinct and layer:
                 # As DDQDETRHead reads it: one mask per image and attention head.
                 queries = queries[distinct[layer - 1][i * cache['num_heads']][0]]
@@ -125,17 +124,12 @@ def _record_sparse(step: Step) -> Queries:
     recorded = []
     for extractor, head in stages(step.student):
         call = step.calls(head)[-1]
-        given = sampled_rois(step.call_before(extractor, call))
+        rois = sampled_rois(step.call_before(extractor, call))
+        rois = rois.view(len(step.inputs), -1, 5)[..., 1:]
         images = []
-        for logits, deltas, rois, sample in zip(
-            *call.output[:2],
-            given.view(len(step.inputs), -1, 5),
-            step.data_samples,
-            strict=True,
-        ):
-            bboxes = head.bbox_coder.decode(
-                rois[:, 1:], deltas, max_shape=sample.img_shape
-            )
+        for i, sample in enumerate(step.data_samples):
+            logits, deltas = call.output[0][i], call.output[1][i]
+            bboxes = head.bbox_coder.decode(rois[i], deltas, sample.img_shape)
             images.append(InstanceData(scores=logits, bboxes=bboxes))
         recorded.append(images)
     return recorded
@@ -157,10 +151,6 @@ def _ask_sparse(step: Step) -> Queries:
         )
         object_features = results['object_feats']
         bboxes = results['detached_proposals']
-        asked.append(
-            [
-                InstanceData(scores=scores, bboxes=boxes)
-                for scores, boxes in zip(results['cls_score'], bboxes, strict=True)
-            ]
-        )
+        both = zip(results['cls_score'], bboxes, strict=True)
+        asked.append([InstanceData(scores=s, bboxes=boxes) for s, boxes in both])
     return asked

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mmdist.families import Places, Refuse, unreadable
+from mmdist.families import Places, Refuse, name_of
 from mmdist.families.probabilities import foreground
 from mmdist.lookup import is_a
 from mmdist.record import Call
@@ -24,18 +23,19 @@ class Proposals(NamedTuple):
 
     stage: int
     rois: Tensor  # (rois, 5), the image's index in the batch and the box
-    # (rois, classes + background) from the bbox head; (rois, classes or 1, height,
-    # width) from the mask head
+    # From the bbox head (rois, classes + background), whose softmax is probabilities;
+    # from the mask head (rois, classes or 1, height, width).
     logits: Tensor
     deltas: Tensor | None = None  # (rois, 4) or (rois, 4 * classes), bbox head only
 
 
 class Judged(NamedTuple):
-    """Output of one stage of the teacher's bbox head for proposals."""
+    """What the teacher's heads say about proposals, in the last stage asked."""
 
     stage: int
-    logits: Tensor  # (rois, classes + background)
-    deltas: Tensor  # (rois, 4) or (rois, 4 * classes)
+    logits: Tensor  # as in Proposals, the mean over the stages asked
+    deltas: Tensor  # as in Proposals
+    masks: Tensor | None = None  # logits of the mask head, if asked
 
 
 def is_sparse(model: nn.Module) -> bool:
@@ -43,30 +43,26 @@ def is_sparse(model: nn.Module) -> bool:
     return is_a(getattr(model, 'roi_head', None), 'SparseRoIHead')
 
 
-def check(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's bbox head can score any proposals."""
+def check(model: nn.Module, refuse: Refuse, part: str = 'bbox') -> None:
+    """Raise unless the heads can score (``'mask'``: and segment) any proposals."""
     roi_head = getattr(model, 'roi_head', None)
-    for part in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
-        if not hasattr(roi_head, part):
-            raise refuse(model, f'it has no `roi_head.{part}`')
+    for name in ('bbox_roi_extractor', 'bbox_head', '_bbox_forward'):
+        if not hasattr(roi_head, name):
+            raise refuse(model, f'it has no `roi_head.{name}`')
+    kind = type(roi_head).__name__
     if is_sparse(model):
         raise refuse(
             model,
-            'the bbox heads of its SparseRoIHead score only its own learned '
-            'proposals, not those of another model (mmdist.QueryLogits compares it)',
+            f'the bbox heads of its {kind} score only its own learned proposals, not '
+            'those of another model (mmdist.QueryLogits compares it)',
         )
-
-
-def check_masks(model: nn.Module, refuse: Refuse = unreadable) -> None:
-    """Raise unless the model's mask head can segment any proposals."""
-    roi_head = getattr(model, 'roi_head', None)
+    if part == 'bbox':
+        return
     if getattr(roi_head, 'mask_head', None) is None:
         raise refuse(model, 'it has no `roi_head.mask_head`')
     if type(roi_head)._mask_forward.__qualname__ not in MASK_FORWARDS:
-        kind = type(roi_head).__name__
-        raise refuse(
-            model, f'the mask head of its {kind} needs more than features and proposals'
-        )
+        needs = 'needs more than features and proposals'
+        raise refuse(model, f'the mask head of its {kind} {needs}')
     if getattr(roi_head, 'share_roi_extractor', False):
         raise refuse(model, 'its mask head does not have its own extractor')
 
@@ -83,11 +79,9 @@ def is_cascade(model: nn.Module) -> bool:
     return isinstance(model.roi_head.bbox_head, nn.ModuleList)
 
 
-def modules(
-    model: nn.Module, refuse: Refuse = unreadable, part: str = 'bbox'
-) -> list[nn.Module]:
+def modules(model: nn.Module, refuse: Refuse, part: str = 'bbox') -> list[nn.Module]:
     """The extractors and heads of all stages."""
-    (check if part == 'bbox' else check_masks)(model, refuse)
+    check(model, refuse, part)
     extractors, heads = zip(*stages(model, part), strict=True)
     return [*extractors, *heads]
 
@@ -120,8 +114,11 @@ def record(step: Step, part: str = 'bbox') -> list[Proposals]:
         # Samplers that look for hard examples call the head before the loss does.
         call = step.calls(head)[-1]
         rois = sampled_rois(step.call_before(extractor, call))
-        outputs = call.output[:2] if part == 'bbox' else [call.output]
-        recorded.append(Proposals(stage, rois, *outputs))
+        if part == 'mask':
+            recorded.append(Proposals(stage, rois, call.output))
+        else:
+            logits, deltas = call.output[:2]
+            recorded.append(Proposals(stage, rois, _per_class(head, logits), deltas))
     return recorded
 
 
@@ -129,7 +126,6 @@ def places(step: Step) -> list[Places]:
     """The student's proposals, stage by stage."""
     found = []
     for stage, rois, logits, _ in record(step):
-        logits = per_class(step.student, stage, logits)
         scores = foreground(step.classes.select_student(logits), 'softmax')
         # CrowdDet predicts several times per proposal, TridentNet in several branches
         rois = rois.repeat_interleave(len(scores) // max(len(rois), 1), 0)
@@ -139,12 +135,8 @@ def places(step: Step) -> list[Places]:
     return found
 
 
-def per_class(model: nn.Module, stage: int, logits: Tensor) -> Tensor:
-    """Logits whose softmax is the probabilities of the classes and the background.
-
-    ``logits`` are what a stage of the model's bbox head returned, (rois, columns).
-    """
-    _, head = stages(model)[stage]
+def _per_class(head: nn.Module, logits: Tensor) -> Tensor:
+    """Convert what a bbox head returned, (rois, columns), to logits of a softmax."""
     if hasattr(head, 'num_instance'):  # CrowdDet: several predictions per proposal
         logits = logits.unflatten(1, (head.num_instance, -1)).flatten(0, 1)
     if getattr(head, 'custom_activation', False):
@@ -157,63 +149,69 @@ def per_class(model: nn.Module, stage: int, logits: Tensor) -> Tensor:
 # ---- the teacher's outputs for them ----------------------------------------------
 
 
-def check_stage(who: str, teacher: nn.Module, stage: int | str | None) -> None:
+def check_stage(teacher: nn.Module, stage: int | str | None) -> None:
     """Raise ValueError unless the teacher has the stage that a comparison wants."""
     number = len(stages(teacher))
     if isinstance(stage, int) and not -number <= stage < number:
         raise ValueError(
-            f'{who}: stage={stage} of the teacher is out of range: its '
-            f'{type(teacher).__name__} has {number} stage(s). Set `stage` to 0 to '
-            f'{number - 1}, or omit it.'
+            f'stage={stage} of the teacher is out of range: its {name_of(teacher)} has '
+            f'{number} stage(s). Set `stage` to 0 to {number - 1}, or omit it.'
         )
 
 
 def judge(
-    step: Step, recorded: Sequence[Proposals], stage: int | str | None
-) -> list[list[Judged]]:
-    """The outputs of the teacher's bbox head for any proposals, for each stage asked.
+    step: Step, recorded: list[Proposals], stage: int | str | None, part: str = 'bbox'
+) -> list[Judged]:
+    """What the teacher's heads say about proposals, computed once per step.
 
-    A cascade is asked one ``stage``, all for ``'mean'``, or for None the student's
-    stage, or the last one if the teacher has fewer.
+    Args:
+        step: The step.
+        recorded: What :func:`record` returned for ``part``, ``'bbox'`` or ``'mask'``.
+        stage: The stage of a cascade to ask; all for ``'mean'``; for None that of the
+            student, or the last one if the teacher has fewer.
+        part: For ``'mask'``, the mask head is asked too.
     """
-    roi_head, features = step.teacher_model.roi_head, step.teacher_features
+    key = f'{part} proposals, stage {stage}'
+    return step.shared(key, lambda: _judge(step, recorded, stage, part))
+
+
+def _judge(
+    step: Step, recorded: list[Proposals], stage: int | str | None, part: str
+) -> list[Judged]:
+    teacher, features = step.teacher_model, step.teacher_features
+    roi_head, heads = teacher.roi_head, [head for _, head in stages(teacher)]
     context = {}
     if getattr(roi_head, 'with_semantic', False):  # HTC, SCNet
         context['semantic_feat'] = roi_head.semantic_head(features)[1]
     if getattr(roi_head, 'with_glbctx', False):  # SCNet
         context['glbctx_feat'] = roi_head.glbctx_head(features)[1]
-    number, cascade = len(stages(step.teacher_model)), is_cascade(step.teacher_model)
     judged = []
     for proposals in recorded:
-        if not cascade:
+        if not is_cascade(teacher):
             asked = [0]
         elif stage == 'mean':
-            asked = range(number)
+            asked = range(len(heads))
         else:
-            asked = [min(proposals.stage, number - 1) if stage is None else stage]
+            asked = [min(proposals.stage, len(heads) - 1) if stage is None else stage]
         # TridentNet trains on a copy of the batch per branch, but tests on one copy
         rois = proposals.rois.clone()
         rois[:, 0] %= len(features[0])
-        outputs = []
-        for one in asked:
-            which = [one] if cascade else []
-            results = roi_head._bbox_forward(*which, features, rois, **context)
-            outputs.append(Judged(one, results['cls_score'], results['bbox_pred']))
-        judged.append(outputs)
+        results = []
+        for last in asked:
+            which = [last] if is_cascade(teacher) else []
+            results.append(roi_head._bbox_forward(*which, features, rois, **context))
+        logits = torch.stack([x['cls_score'] for x in results]).mean(0)
+        answer = last, _per_class(heads[last], logits), results[-1]['bbox_pred']
+        if part == 'mask':
+            which = [last] if isinstance(roi_head.mask_head, nn.ModuleList) else []
+            masks = roi_head._mask_forward(*which, features, rois)['mask_preds']
+            answer = *answer, masks
+        judged.append(Judged(*answer))
     return judged
 
 
-def judge_once(
-    step: Step, recorded: Sequence[Proposals], stage: int | str | None
-) -> list[list[Judged]]:
-    """Like :func:`judge`, for the student's own proposals, once a step."""
-    key = f'proposals, stage {stage}'
-    return step.shared(key, lambda: judge(step, recorded, stage))
-
-
-def judge_masks(step: Step, proposals: Proposals, stage: int) -> Tensor:
-    """The mask logits of proposals from a stage of the teacher's mask head."""
-    roi_head = step.teacher_model.roi_head
-    which = [stage] if isinstance(roi_head.mask_head, nn.ModuleList) else []
-    masks = roi_head._mask_forward(*which, step.teacher_features, proposals.rois)
-    return masks['mask_preds']
+def of_class(values: Tensor, classes: Tensor) -> Tensor:
+    """The values of each row's class: (rows, ...) of (rows, classes or 1, ...)."""
+    if values.shape[1] == 1:  # class-agnostic
+        return values[:, 0]
+    return values[torch.arange(len(values), device=values.device), classes]

@@ -81,21 +81,21 @@ class SegMap:
         return None
 
     def _read(self, size: tuple[int, int]) -> Tensor:
-        maps, queries = self.maps, self.queries
+        maps = self.maps
         if self.size != size:
             maps = F.interpolate(
                 maps, size, mode='bilinear', align_corners=self.align_corners
             )
-        if queries is None and not self.as_scores:
+        if self.queries is None and not self.as_scores:
             return maps
         maps = fp32(maps)
+        if self.queries is None:
+            return maps.sigmoid() if maps.shape[1] == 1 else maps.softmax(1)
         with torch.autocast(maps.device.type, enabled=False):
-            if queries is None:
-                return maps.sigmoid() if maps.shape[1] == 1 else maps.softmax(1)
             scores = torch.einsum(
-                'nqc,nq...->nc...', queries.to(maps.dtype), maps.sigmoid()
+                'nqc,nq...->nc...', self.queries.to(maps.dtype), maps.sigmoid()
             )
-            return scores if self.as_scores else scores.clamp_min(1e-7).log()
+        return scores if self.as_scores else scores.clamp_min(1e-7).log()
 
 
 @dataclass
@@ -110,17 +110,12 @@ class StoredMap(SegMap):
     placed: Sequence[Placed] = ()
 
     def _read(self, size: tuple[int, int]) -> Tensor:
-        found = [
-            F.grid_sample(
-                (x.probabilities[None] / 255),
-                self._tensor(2 * self._points(x, size) / x.views[0].size[::-1] - 1)[
-                    None
-                ],
-                padding_mode='border',
-                align_corners=False,
-            )
-            for x in self.placed
-        ]
+        found = []
+        for x in self.placed:
+            grid = self._tensor(2 * self._points(x, size) / x.views[0].size[::-1] - 1)
+            stored = x.probabilities[None] / 255
+            options = dict(padding_mode='border', align_corners=False)
+            found.append(F.grid_sample(stored, grid[None], **options))
         probabilities = torch.cat(found)
         if self.as_scores:
             return probabilities
@@ -134,25 +129,25 @@ class StoredMap(SegMap):
         for placed in self.placed:
             points, inside = self._points(placed, size), True
             for matrix, (height, width) in placed.views:
-                x, y = np.moveaxis(points @ matrix[:2, :2].T + matrix[:2, 2], -1, 0)
-                inside &= (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+                at = points @ matrix[:2, :2].T + matrix[:2, 2]
+                inside &= ((at >= 0) & (at <= (width, height))).all(-1)
             found.append(self._tensor(inside))
         return torch.stack(found)
 
     def _points(self, placed: Placed, size: tuple[int, int]) -> np.ndarray:
         """The centre of each cell in pixels of its file, (height, width, 2) as x, y."""
-        y, x = (self._centres(*both) for both in zip(size, self.size, strict=True))
+        y, x = (
+            np.linspace(0.5, pixels - 0.5, cells)
+            if self.align_corners
+            else (np.arange(cells) + 0.5) * pixels / cells
+            for cells, pixels in zip(size, self.size, strict=True)
+        )
         points, matrix = np.stack(np.meshgrid(x, y), -1), placed.views[-1].matrix
         return (points - matrix[:2, 2]) @ np.linalg.inv(matrix[:2, :2]).T
 
     def _tensor(self, x: np.ndarray) -> Tensor:
         x = torch.from_numpy(x)
         return (x.float() if x.is_floating_point() else x).to(self.maps.device)
-
-    def _centres(self, cells: int, pixels: int) -> np.ndarray:
-        if self.align_corners:
-            return np.linspace(0.5, pixels - 0.5, cells)
-        return (np.arange(cells) + 0.5) * pixels / cells
 
 
 # ---- heads -----------------------------------------------------------------------
@@ -215,10 +210,8 @@ def record(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
 
 def ask(step: Step, head: nn.Module, as_scores: bool) -> SegMap:
     """The prediction of a teacher's head, from the teacher's features."""
-    if head is head_of(step.teacher_model):
-        output = _decode(step, head)
-    else:
-        output = head.forward(step.teacher_features)
+    is_main = head is head_of(step.teacher_model)
+    output = _decode(step, head) if is_main else head.forward(step.teacher_features)
     return _map(step, head, output, as_scores)
 
 
@@ -238,31 +231,24 @@ def _align_corners(step: Step) -> bool:
 
 def _map(step: Step, head: nn.Module, output: Any, as_scores: bool) -> SegMap:
     """The head's prediction, from the output of its forward."""
-    queries = None
-    if is_a(head, *MASK_HEADS):
-        classes, masks = output[0][-1], output[1][-1]
-    elif is_a(head, SAN_HEAD):
-        masks, classes = output[0][-1], output[1][-1]
-    else:
-        masks, classes = output, None
-        if not isinstance(output, Tensor):
-            masks = output[_predicting_output(head, output)]
-    if classes is not None:
+    maps, queries = output, None
+    if is_mask_head(head):
+        classes, maps = (x[-1] for x in output[:2])
+        if is_a(head, SAN_HEAD):
+            classes, maps = maps, classes
         dtype = torch.promote_types(classes.dtype, torch.float32)
         queries = classes.softmax(dim=-1, dtype=dtype)[..., :-1]
-    return SegMap(masks, queries, as_scores, _align_corners(step))
-
-
-def _predicting_output(head: nn.Module, outputs: Sequence) -> int:
-    index = by_class_name(head, PREDICTING_OUTPUT)
-    if index is not None:
-        return index
-    name = type(head).__name__
-    raise ValueError(
-        f'{name} returns {len(outputs)} outputs, and mmdist does not know which one '
-        'predicts at inference. Set its index: '
-        f"`mmdist.families.seg.PREDICTING_OUTPUT['{name}'] = 0`."
-    )
+    elif not isinstance(output, Tensor):
+        index = by_class_name(head, PREDICTING_OUTPUT)
+        if index is None:
+            name = type(head).__name__
+            raise ValueError(
+                f'{name} returns {len(output)} outputs, and mmdist does not know which '
+                'one predicts at inference. Set its index: '
+                f"`mmdist.families.seg.PREDICTING_OUTPUT['{name}'] = 0`."
+            )
+        maps = output[index]
+    return SegMap(maps, queries, as_scores, _align_corners(step))
 
 
 def _decode(step: Step, head: nn.Module) -> Any:
