@@ -40,7 +40,7 @@ from train import load_distilling, seed_iterations
 from mmdist import DISTLoss
 from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
-from mmdist.teachers import MeanTeacher, Teacher
+from mmdist.teachers import MeanTeacher, StoredTeacher, Teacher
 
 STEPS = 3  # timed steps
 
@@ -71,7 +71,7 @@ class Preflight(Hook):
 
     def __init__(self, report: Report, images: int) -> None:
         self.report = report
-        self.images = images  # of the validation set, to score teachers on
+        self.images = images  # to score teachers on
         self.has_begun = False
 
     def before_train_iter(
@@ -81,13 +81,14 @@ class Preflight(Hook):
         self.has_begun = True
         report, model = self.report, runner.model
         model = model.module if is_model_wrapper(model) else model
+        dataset = runner.train_dataloader.dataset
+        classes, starts = dataset.metainfo.get('classes'), runner.cfg.get('load_from')
         schedules = [h for h in runner.hooks if isinstance(h, DistillScheduleHook)]
         first_factor = model.distill_factor
         model.distill_factor = max(schedules[0].factors) if schedules else 1.0
-        classes = runner.train_dataloader.dataset.metainfo.get('classes')
-        starts = runner.cfg.get('load_from')
         own_score = None
         if self.images and classes and runner.val_loop and starts:
+            # before a step, which changes the statistics of BN
             predict = model.eval().val_step
             own_score, _ = score(runner, self.images, predict, len(classes))
             model.train()
@@ -97,8 +98,7 @@ class Preflight(Hook):
         seen = watch(model, lambda: losses_of(runner, model, data))
         report_pair(report, model, classes, seen)
         for name, teacher in model.teachers.items():
-            if hasattr(teacher, 'store'):
-                dataset = runner.train_dataloader.dataset
+            if isinstance(teacher, StoredTeacher):
                 text = describe_storage(dataset, teacher.store)
                 report.line(with_name('stored', name), text)
         report.section('first step')
@@ -141,38 +141,36 @@ class Preflight(Hook):
         if asked or own_score:
             self.report.section(f'score on {self.images} validation images')
         for name, teacher in asked.items():
-            key, reason = with_name('teacher', name), cannot_score(teacher)
+            found = cannot_score(teacher)
             if not runner.val_loop:
-                reason = 'the config has no `val_dataloader`'
+                found = 'the config has no `val_dataloader`'
             elif not classes:
-                reason = 'the data set has no class names'
-            if reason:
-                self.report.line(key, f'not scored: {reason}')
-                continue
-            predict = predictor(model, teacher)
-            found = score(runner, self.images, predict, len(classes))
+                found = 'the data set has no class names'
+            elif not found:
+                predict = predictor(model, teacher)
+                found = score(runner, self.images, predict, len(classes))
             self._judge(name, teacher, classes, found)
         if own_score:
             self.report.line('student', as_text(own_score))
         if stored:
             self.report.section(f'score on {self.images} training images')
-        dataset = runner.train_dataloader.dataset
         for name, teacher in stored.items():
             predict, kind = predictor(model, teacher), teacher.store.kind
+            dataset = runner.train_dataloader.dataset
             found = score_stored(dataset, self.images, predict, kind, len(classes))
-            if found is None:
-                reason = 'not scored: no training image has labels'
-                self.report.line(with_name('teacher', name), reason)
-            else:
-                self._judge(name, teacher, classes, found)
+            found = found or 'no training image has labels'
+            self._judge(name, teacher, classes, found)
 
     def _judge(
-        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored
+        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored | str
     ) -> None:
+        """Report a score, or why there is none."""
+        key = with_name('teacher', name)
+        if isinstance(found, str):
+            self.report.line(key, f'not scored: {found}')
+            return
         metrics, confusion = found
-        self.report.line(
-            with_name('teacher', name), as_text(metrics) or 'nothing found'
-        )
+        self.report.line(key, as_text(metrics) or 'nothing found')
         ours = teacher.classes.student
         compared = range(len(classes)) if ours is None else [i for (i,) in ours]
         if verdict := judge(metrics, confusion, classes, compared):
@@ -218,18 +216,18 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
         named = model.named_parameters()
         gradients.append({n: p.grad for n, p in named if p.grad is not None})
     model.zero_grad(set_to_none=True)
-    both = [name for name in gradients[0] if name in gradients[1]]
-    backbone = [name for name in both if name.startswith('backbone.')]
+    names = [name for name in gradients[0] if name in gradients[1]]
+    backbone = [name for name in names if name.startswith('backbone.')]
+    names = backbone or names
     own, distilled = (
-        math.hypot(*(g[name].double().norm().item() for name in backbone or both))
+        math.hypot(*(g[name].double().norm().item() for name in names))
         for g in gradients
     )
     share = distilled / own if own else math.inf if distilled else 0.0
-    where = 'backbone' if backbone else 'student'
     report.line(
         'gradient',
         f"distillation has {share:.3g} times the norm of the student's own losses, "
-        f'over {len(backbone or both)} parameters of the {where}',
+        f'over {len(names)} parameters of the {"backbone" if backbone else "student"}',
     )
     return share
 
@@ -246,19 +244,17 @@ def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None
     times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
         report.reasons.append('No gradient of distillation reaches the student.')
-    elif ramp == 'balance' and share >= 0.01:
-        return
-    elif share > 10 and ramp:
+    elif share < 0.01:
+        report.warnings.append(f'{times}: it hardly counts. Use a larger weight.')
+    elif share > 10 and ramp == 'schedule':
         report.warnings.append(
             f'{times} at full weight. The ramp must last until it falls: watch whether '
             'the own losses fall too.'
         )
-    elif share > 10:
+    elif share > 10 and not ramp:
         report.cautions.append(
             f'{times}, so these hardly count. Leave `balance` at its default.'
         )
-    elif share < 0.01:
-        report.warnings.append(f'{times}: it hardly counts. Use a larger weight.')
     if fresh and not ramp and 0 < share <= 10:
         report.warnings.append(
             "The student's head starts at random, where DIST has its largest "
