@@ -19,9 +19,7 @@ Stored answers need the training images, which they are checked against:
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +28,18 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.utils import get_installed_path
-from pair_report import Report, Seen, as_text, report_pair, watch
+from pair_report import (
+    Report,
+    Seen,
+    as_text,
+    quiet,
+    report_pair,
+    tell_as_hooks,
+    watch,
+)
 from torch import nn
 
 from mmdist.data.answers import check_images, join
@@ -153,9 +158,7 @@ def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Modu
 
 def run_step(model: nn.Module, classes: Sequence[str], batch: dict) -> Seen:
     """Run one training step, backward included."""
-    # what training hooks tell the distiller and some heads
-    counters = dict(dataset_meta=dict(classes=classes), iter=0, epoch=0)
-    MessageHub.get_current_instance().update_info_dict(counters)
+    tell_as_hooks(dict(classes=classes))
     data = model.data_preprocessor(batch, training=True)
     seen = watch(model, lambda: model.loss(**data))
     total, losses = model.parse_losses(seen.losses)
@@ -201,9 +204,7 @@ def portable(path: str, folder: Path) -> str:
 
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings('ignore')
-    MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
-    logging.getLogger('mmengine').setLevel(logging.ERROR)
+    quiet()
     options = dict(class_map=args.class_map, class_match=args.class_match)
     options = {key: value for key, value in options.items() if value}
     try:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -26,9 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, RUNNERS
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import set_random_seed
 from mmengine.structures import BaseDataElement, InstanceData
-from pair_report import describe_comparison, parts
+from pair_report import describe_comparison, parts, quiet, tell_as_hooks
 from scipy.optimize import linear_sum_assignment
 from stored_score import in_its_pixels, labels_of
 from teacher_score import cannot_score, predictor
@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from train import load_distilling
 
-from mmdist import Comparison, Pair, comparisons
+from mmdist import MODELS, Comparison, Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
 from mmdist.data.answers import check_images, join
+from mmdist.data.labels import inner_datasets
 from mmdist.losses import as_rows
 from mmdist.losses.correlations.common import Settings, is_constant
 from mmdist.losses.correlations.plain import ACTIVATIONS, pearson
@@ -76,13 +77,13 @@ def parse_args() -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     """Build the distilled model with one comparison, its teacher, and the data set."""
-    cfg = copy.deepcopy(args.cfg)
-    cfg.merge_from_dict(dict(resume=False, load_from=None, log_level='ERROR'))
-    for name in ('visualizer', 'runner_type', 'strategy'):
-        cfg.pop(name, None)  # they may log in to a service, or shard the model
-    with tempfile.TemporaryDirectory() as cfg.work_dir:
-        runner = RUNNERS.build(cfg)
-    model, weights = runner.model, load_checkpoint(args.checkpoint)
+    cfg = args.cfg
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    set_random_seed(cfg.get('randomness', {}).get('seed'))
+    if cfg.get('data_preprocessor') is not None:  # as the Runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model).to(get_device())
+    weights = load_checkpoint(args.checkpoint)
     advice = 'Check that the student was trained with this config.'
     load_strictly(model, weights, args.checkpoint, args.config, advice)
     stored = [t for t in model.teachers.values() if isinstance(t, StoredTeacher)]
@@ -98,18 +99,19 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
         raise ValueError('The data set has no class names.')
-    # what training hooks tell the distiller and some heads
-    counters = dict(epoch=0, iter=0)
-    runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
+    tell_as_hooks(dataset.metainfo)
     model._load_teachers()
     model._match_classes()
-    found = model.distill
-    keys = [k for k in found if not isinstance(found[k], NO_CLASSES)]
-    # an RPN does not know the classes
-    keys = [k for k in keys if getattr(found[k], 'student_path', '') != 'rpn_head']
-    key = args.entry or next(iter(keys), None)
-    if key not in keys:
-        raise ValueError(f'Only {keys} of `distill` compare classes, not {key!r}.')
+    found = {
+        key: comparison
+        for key, comparison in model.distill.items()
+        if not isinstance(comparison, NO_CLASSES)
+        # an RPN does not know the classes
+        and getattr(comparison, 'student_path', '') != 'rpn_head'
+    }
+    key = args.entry or next(iter(found), None)
+    if key not in found:
+        raise ValueError(f'Only {[*found]} of `distill` compare classes, not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
     model.distill_terms = {key: model.distill_terms[key]}
     teacher = model.teachers[model.distill_terms[key].teacher]
@@ -132,9 +134,7 @@ def images_of(
 ) -> Iterator[Shown]:
     """The images of the page: files, or validation or training samples."""
     if args.images:
-        cfg = args.cfg.val_dataloader.dataset
-        while 'pipeline' not in cfg:  # a wrapper
-            cfg = cfg.get('dataset') or cfg['datasets'][0]
+        cfg = next(inner_datasets(args.cfg.val_dataloader.dataset))
         steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
         for i, path in enumerate(args.images):
             data = Compose(steps)(dict(img_path=path, img_id=i))
@@ -143,21 +143,18 @@ def images_of(
     for i in range(min(args.num, len(dataset))):
         data = dataset[i]
         sample = data['data_samples']
+        labels = sample.clone() if 'gt_sem_seg' in sample else None
         if is_stored:  # all that follows is in pixels of the augmented image
             in_its_pixels(sample)
             pixels = data['inputs'].flip(0).permute(1, 2, 0).byte().numpy()
-            labels = sample.clone()
-            if 'gt_instances' in labels:
+            if 'gt_instances' in sample:
+                labels = sample.clone()
                 labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
-            yield Shown(sample.img_path, pixels, pseudo_collate([data]), labels)
-            continue
-        info, labels = dataset.get_data_info(i), None
-        if 'gt_sem_seg' in sample:
-            labels = sample
-        if 'instances' in info:  # in pixels of the file; the sample's may not be
-            labels = type(sample)(gt_instances=labels_of(info))
-        path = sample.img_path
-        yield Shown(path, read(path), pseudo_collate([data]), labels)
+        else:
+            pixels, info = read(sample.img_path), dataset.get_data_info(i)
+            if 'instances' in info:  # in pixels of the file; the sample's may not be
+                labels = type(sample)(gt_instances=labels_of(info))
+        yield Shown(sample.img_path, pixels, pseudo_collate([data]), labels)
 
 
 def read(path: str) -> np.ndarray:
@@ -319,7 +316,7 @@ def table(
 
 def main() -> None:
     args = parse_args()
-    warnings.simplefilter('ignore')  # from the libraries
+    quiet()
     try:
         model, teacher, dataset = prepare(args)
     except (ValueError, RuntimeError, OSError) as error:
