@@ -29,9 +29,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 
 from . import mmcv_units
-from .progress import Plan, Progress, clock
+from .progress import Progress, clock
 
 ROOT = Path(__file__).resolve().parents[2]
 # stack: requirements, environment, the distribution with mmcv's ops
@@ -133,7 +134,7 @@ class Builder:
 
     def __init__(self, stack: str, cuda: bool) -> None:
         requirements, venv, self.mmcv = STACKS[stack]
-        self.plan, self.progress = Plan(SECONDS), Progress('env', len(SECONDS))
+        self.waiting, self.progress = dict(SECONDS), Progress('env', len(SECONDS))
         self.cuda, self.venv = cuda, ROOT / venv
         self.requirements = ROOT / requirements
         self.pins = pins(self.requirements.read_text())
@@ -159,7 +160,7 @@ class Builder:
     def build(self) -> None:
         self.stamp.unlink(missing_ok=True)
         if not self.cached_wheel('*'):
-            self.plan.waiting['mmcv'] += COMPILE_SECONDS / mmcv_units.jobs()
+            self.waiting['mmcv'] += COMPILE_SECONDS / mmcv_units.jobs()
         self.step('virtual environment', self.make_venv)
         self.step('torch and build tools', self.add_torch)
         try:
@@ -176,10 +177,19 @@ class Builder:
         self.progress.say(f'{self.venv.name} is ready, after {took}.')
 
     def step(self, title: str, action: Callable[[], None]) -> None:
-        self.plan.begin(title)
-        self.title = title
+        self.begin(title)
         action()
         self.progress.done(f'{title}: done')
+
+    def begin(self, title: str) -> None:
+        self.title, self.expected = title, self.waiting.pop(title)
+        self.began = monotonic()
+
+    def left(self) -> float:
+        """About how many seconds are left for all steps."""
+        spent = monotonic() - self.began
+        # assume that a step that takes longer than expected is nearly done
+        return max(self.expected - spent, spent / 10) + sum(self.waiting.values())
 
     # --- commands
 
@@ -216,7 +226,7 @@ class Builder:
         """Wait for a command; raise Stop with the end of its output if it fails."""
         try:
             while process.poll() is None:
-                self.progress.show(self.title, self.plan.left())
+                self.progress.show(self.title, self.left())
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.5)
         finally:  # a signal asks this process to end

@@ -18,7 +18,6 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import NamedTuple
 
 from tools.logs import read_log
 
@@ -119,29 +118,18 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class LoggedStep(NamedTuple):
-    """Progress of a training, read from its log."""
-
-    share: float
-    eta: float  # seconds
-
-
-def last_step(log: str, epochs: int = 1) -> LoggedStep | None:
-    """The last training step in a log; None before the first one.
+def share_done(log: str, epochs: int = 1) -> float:
+    """The share of a training that is done, by its log.
 
     Args:
         log: The text of the log.
         epochs: Number of epochs of the training, if it counts them.
     """
-    position = r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]'
-    steps = re.findall(rf'{position}.*? eta: (\d+):(\d\d):(\d\d)', log)
+    steps = re.findall(r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]', log)
     if not steps:
-        return None
-    epoch, step, of, hours, minutes, seconds = (int(n or 0) for n in steps[-1])
-    share = step / of
-    if epoch:
-        share = (epoch - 1 + share) / epochs
-    return LoggedStep(share, 3600 * hours + 60 * minutes + seconds)
+        return 0.0
+    epoch, step, of = (int(n or 0) for n in steps[-1])
+    return (epoch - 1 + step / of) / epochs if epoch else step / of
 
 
 def read_training(folder: Path, checkpoint: str, metric: str, percent: float) -> dict:

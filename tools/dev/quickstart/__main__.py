@@ -17,12 +17,9 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, redirect_stderr, redirect_stdout
-from typing import NamedTuple
-
-import numpy as np
 
 from tools.dev import runs
-from tools.dev.progress import Plan, Progress
+from tools.dev.progress import Progress
 from tools.dev.quickstart.report import Finished, write_report
 from tools.dev.quickstart.tasks import LAST, PARTS, TASKS, WORK_DIR, Part
 
@@ -32,30 +29,16 @@ from tools.dev.quickstart.tasks import LAST, PARTS, TASKS, WORK_DIR, Part
 REPORT_SECONDS = 20
 
 
-class State(NamedTuple):
-    """Progress of a training."""
-
-    text: str
-    left: float  # seconds
-    pace: float  # this machine's time over the expected time
-
-
-def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[State]:
-    """Train one part in its own process; yield its progress while it runs."""
+def train(part: Part, smoke: bool, progress: Progress) -> Iterator[float]:
+    """Train one part in its own process; yield the share that is done while it runs."""
     from mmengine.config import Config
 
     task, name, seed = part
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
     folder, mark = task.folder(name, seed), part.fingerprint(options)
-    # short: one line shows two of them
-    title = f'{task.name} {name.removeprefix("student ")}'
-    title += f' seed {seed}' if seed else ''
     if runs.finished(folder, mark):
-        progress.done(f'{title}: finished before, {folder}')
+        progress.done(f'{part.title}: finished before, {folder}')
         return
-    plan = Plan({name: 20 if smoke else part.seconds})
-    plan.pace = pace
-    plan.begin(name)
     shutil.rmtree(folder, ignore_errors=True)  # interrupted, or outdated
     folder.mkdir(parents=True)
     settings = [f'{key}={value}' for key, value in options.items()]
@@ -66,16 +49,14 @@ def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[
     log_file = folder / 'train.log'
     with runs.tool('train.py', arguments, log_file) as process:
         while process.is_alive():
-            step = runs.last_step(log_file.read_text(), epochs)
-            text = f'{title} {step.share:.0%}' if step else title
-            yield State(text, plan.left(step and step.eta), plan.pace)
+            yield runs.share_done(log_file.read_text(), epochs)
     found = runs.read_training(
         folder, str(folder / 'last.pth'), task.metric, task.percent
     )
     # mmdet logs no AP if nothing at all was detected
     score = found['curve'][-1][1] if found['curve'] else 0.0
     runs.save_result(folder, dict(fingerprint=mark, score=score, **found))
-    progress.done(f'{title}: {task.label} {score:.1f}')
+    progress.done(f'{part.title}: {task.label} {score:.1f}')
 
 
 def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
@@ -112,15 +93,15 @@ def train_all(seeds: list[int], smoke: bool, progress: Progress) -> Iterator[Fin
         (part for part in students if part.name != 'teacher'),
         key=lambda p: (p.name == LAST, tasks.index(p.task), -p.seconds),
     )
-    running: dict[Part, Iterator[State]] = {}
+    running: dict[Part, Iterator[float]] = {}
     finished: Finished = {}
-    pace = 1.0
+    done = 0.0  # seconds that the parts of this run should have taken
     try:
         while True:
             while len(running) < len(TASKS) and (part := next_part(waiting, running)):
                 waiting.remove(part)
-                training = train(part, smoke, pace, progress)
-                if next(training, None):  # else finished before
+                training = train(part, smoke, progress)
+                if next(training, None) is not None:  # else finished before
                     running[part] = training
             found = finished_of([*waiting, *running])
             if len(found) > len(finished) or not running:
@@ -128,15 +109,16 @@ def train_all(seeds: list[int], smoke: bool, progress: Progress) -> Iterator[Fin
                 yield finished
             if not running:
                 return
-            states = {part: next(training, None) for part, training in running.items()}
-            running = {part: running[part] for part, state in states.items() if state}
-            if shown := [state for state in states.values() if state]:
-                pace = float(np.mean([state.pace for state in shown]))
-                lefts = [state.left for state in shown]
-                rest = 0 if smoke else pace * sum(part.seconds for part in waiting)
-                left = max(*lefts, (sum(lefts) + rest) / len(TASKS))
-                text = ', '.join(state.text for state in shown)
-                progress.show(text, left + REPORT_SECONDS)
+            shares = {part: next(training, None) for part, training in running.items()}
+            done += sum(part.seconds for part in running if shares[part] is None)
+            running = {p: running[p] for p in running if shares[p] is not None}
+            if running:
+                text = ', '.join(f'{p.title} {shares[p]:.0%}' for p in running)
+                now = done + sum(shares[p] * p.seconds for p in running)
+                left = sum(p.seconds for p in [*waiting, *running]) + done - now
+                # as fast as so far, once that is known
+                pace = progress.elapsed() / now if now > 20 else 1 / len(TASKS)
+                progress.show(text, pace * left + REPORT_SECONDS)
             time.sleep(0.5)
     finally:
         for training in running.values():

@@ -82,6 +82,12 @@ class Part(NamedTuple):
     seed: int
 
     @property
+    def title(self) -> str:
+        """A short name: one line of progress shows two of them."""
+        title = f'{self.task.name} {self.name.removeprefix("student ")}'
+        return f'{title} seed {self.seed}' if self.seed else title
+
+    @property
     def teacher(self) -> Part | None:
         """The part that must be trained before it, if any."""
         alone = self.name in PARTS[:2]
