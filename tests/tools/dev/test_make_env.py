@@ -97,7 +97,7 @@ def builder(monkeypatch, tmp_path) -> make_env.Builder:
     builder.python = tmp_path / 'no-python'
     builder.stamp = tmp_path / 'stamp'
     builder.tree = tmp_path / 'src' / builder.release
-    builder.begin('mmcv')
+    builder.step('mmcv', lambda: None)
     builder.installed = []
     monkeypatch.setattr(builder, 'install', lambda *a: builder.installed.append(a))
     return builder
@@ -129,13 +129,13 @@ def test_the_estimate_follows_the_clock(builder, monkeypatch):
     time = 1000.0
     monkeypatch.setattr(make_env, 'monotonic', lambda: time)
     builder.waiting = {'torch': 60, 'libraries': 100, 'check': 20}
-    builder.begin('torch')
+    builder.step('torch', lambda: None)
     assert builder.left() == 180
     time += 20
     assert builder.left() == 160
     time += 180  # it takes longer than expected, by an unknown time
     assert builder.left() == 20 + 100 + 20
-    builder.begin('libraries')
+    builder.step('libraries', lambda: None)
     time += 30
     assert builder.left() == 70 + 20
 
