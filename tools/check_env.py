@@ -89,6 +89,7 @@ def check() -> list[Line]:
     """Check all requirements, in the order in which they should be fixed."""
     fork = any(version_of(STACKS[name]) for name in list(STACKS)[:2])
     engine, mmcv, mmdet, mmseg = STACKS.values() if fork else STACKS
+    sklearn = version_of('scikit-learn') or 'missing (optional)'
     checks = [
         check_python,
         check_torch,
@@ -103,7 +104,7 @@ def check() -> list[Line]:
         lambda: check_import('regex'),
         lambda: check_library('mmdet', mmdet),
         lambda: check_library('mmseg', mmseg),
-        check_sklearn,
+        lambda: Line('scikit-learn', sklearn, "for the quickstart, mmdet's PAA"),
         check_mmdist,
     ]
     # most of them wait for an interpreter that imports something
@@ -202,11 +203,6 @@ def check_library(module: str, requirement: str) -> Line:
     line = check_version(requirement, f'{major}.x', (major,), (major + 1,), fix)
     fix = f'fix the lines above; if it still fails: {fix} --force-reinstall --no-deps'
     return check_runs(line, f'import {module}.apis', f'{major}.x, imports', fix)
-
-
-def check_sklearn() -> Line:
-    found = version_of('scikit-learn') or 'missing (optional)'
-    return Line('scikit-learn', found, "for the quickstart, mmdet's PAA")
 
 
 def check_mmdist() -> Line:

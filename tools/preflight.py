@@ -103,20 +103,15 @@ class Preflight(Hook):
                 report.line(with_name('stored', name), text)
         report.section('first step')
         if schedules:
-            report.line(
-                'ramp',
-                f'distillation has the weight {first_factor:g} in the first step; the '
-                f'lines below are at its full weight, {model.distill_factor:g}',
-            )
+            text = f'distillation has the weight {first_factor:g} in the first step; '
+            text += f'the lines below are at its full weight, {model.distill_factor:g}'
+            report.line('ramp', text)
         report_losses(report, model, seen)
         share = report_gradient(report, model, seen)
         model.balance = balance
         if balance:
-            report.line(
-                'balance',
-                f'limits this to {balance.ratio:g} times their norm in training, at '
-                'each output that is compared',
-            )
+            text = f'limits this to {balance.ratio:g} times their norm in training, at '
+            report.line('balance', f'{text}each output that is compared')
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
             # a mean teacher equals the student in the first step
             is_dist = any(isinstance(c.loss, DISTLoss) for c in model.distill.values())
@@ -235,11 +230,9 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
 def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None:
     """Report a gradient of distillation that is far too large, or too small.
 
-    Args:
-        report: The report to add to.
-        share: Its norm over that of the student's own losses.
-        ramp: What bridges the first steps: ``'balance'``, ``'schedule'`` or nothing.
-        fresh: Whether DIST meets a head with random weights.
+    ``share`` is its norm over that of the student's own losses; ``ramp`` is what
+    bridges the first steps, ``'balance'``, ``'schedule'`` or nothing; ``fresh`` is
+    whether DIST meets a head with random weights.
     """
     times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
@@ -268,7 +261,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
     device = data['inputs'].device.type
     is_cuda = device == 'cuda'
     factors = model.distill_factor, 0.0
-    seconds, gib = ({factor: [] for factor in factors} for _ in range(2))
+    costs = {factor: [] for factor in factors}
     for model.distill_factor in factors * (1 + STEPS):
         model.zero_grad(set_to_none=True)
         if is_cuda:
@@ -278,10 +271,12 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         model.parse_losses(losses_of(runner, model, data))[0].backward()
         if is_cuda:
             torch.cuda.synchronize()
-            gib[model.distill_factor].append(torch.cuda.max_memory_allocated() / 2**30)
-        seconds[model.distill_factor].append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        gib = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0
+        costs[model.distill_factor].append((seconds, gib))
     # the first one is a warm-up
-    on, off = (median(seconds[factor][1:]) for factor in factors)
+    (on, on_gib), (off, off_gib) = (zip(*costs[f][1:], strict=True) for f in factors)
+    on, off = median(on), median(off)
     report.section('cost of a step')
     report.line(
         'time',
@@ -290,7 +285,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         f'{STEPS})',
     )
     if is_cuda:
-        on, off = (max(gib[factor][1:]) for factor in factors)
+        on, off = max(on_gib), max(off_gib)
         report.line(
             'memory',
             f'at most {on:.2f} GiB with the teacher, {off:.2f} GiB while it is paused; '

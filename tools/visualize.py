@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import mmcv
 import numpy as np
@@ -50,6 +50,7 @@ NO_CLASSES = comparisons.Features, comparisons.Boxes, comparisons.BoxDistributio
 MIN_IOU = 0.5  # of boxes that agree
 MOST_CLASSES = 40  # in a legend
 COLOURS = {'both': 'lime', 'only teacher': 'blue', 'only student': 'red'}
+read = partial(mmcv.imread, channel_order='rgb')
 
 
 def parse_args() -> argparse.Namespace:
@@ -120,25 +121,21 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     return model.eval(), teacher, dataset
 
 
-class Shown(NamedTuple):
-    """An image of the page."""
-
-    path: str
-    pixels: np.ndarray  # RGB, (height, width, 3)
-    batch: dict
-    labels: BaseDataElement | None  # in these pixels
-
-
 def images_of(
     args: argparse.Namespace, dataset: Dataset, is_stored: bool
-) -> Iterator[Shown]:
-    """The images of the page: files, or validation or training samples."""
+) -> Iterator[tuple[str, np.ndarray, dict, BaseDataElement | None]]:
+    """The images of the page: files, or validation or training samples.
+
+    Yields:
+        The path, the RGB pixels (height, width, 3), a batch of this image, and its
+        labels in these pixels, if any.
+    """
     if args.images:
         cfg = next(inner_datasets(args.cfg.val_dataloader.dataset))
         steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
         for i, path in enumerate(args.images):
             data = Compose(steps)(dict(img_path=path, img_id=i))
-            yield Shown(path, read(path), pseudo_collate([data]), None)
+            yield path, read(path), pseudo_collate([data]), None
         return
     for i in range(min(args.num, len(dataset))):
         data = dataset[i]
@@ -154,11 +151,7 @@ def images_of(
             pixels, info = read(sample.img_path), dataset.get_data_info(i)
             if 'instances' in info:  # in pixels of the file; the sample's may not be
                 labels = type(sample)(gt_instances=labels_of(info))
-        yield Shown(sample.img_path, pixels, pseudo_collate([data]), labels)
-
-
-def read(path: str) -> np.ndarray:
-    return mmcv.imread(path, channel_order='rgb')
+        yield sample.img_path, pixels, pseudo_collate([data]), labels
 
 
 @torch.no_grad()
@@ -245,11 +238,9 @@ def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, Instanc
 
 def palette_of(meta: dict) -> list:
     """A colour for each class, RGB from 0 to 255."""
-    if meta.get('palette'):
-        return meta['palette']  # mmseg's data sets have one
     from mmdet.visualization import get_palette
 
-    return get_palette('random', len(meta['classes']))
+    return meta.get('palette') or get_palette('random', len(meta['classes']))
 
 
 def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
@@ -264,10 +255,8 @@ def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
 def save(file: Path, panels: dict[str, tuple], legend: dict[str, tuple]) -> None:
     """Write the picture of an image.
 
-    Args:
-        file: The file to write.
-        panels: By title, an RGB image or correlations, and boxes with their colours.
-        legend: The colours of the classes.
+    ``panels`` has, by title, an RGB image or correlations, and boxes with their
+    colours; ``legend`` the colours of the classes.
     """
     height, width = next(iter(panels.values()))[0].shape[:2]
     figure = Figure((11, 11 * height / width + 1.5), layout='compressed')
@@ -324,32 +313,34 @@ def main() -> None:
     (comparison,) = model.distill.values()
     ask = predictor(model, teacher)
     is_seg = isinstance(comparison, comparisons.SegLogits)
+    is_stored = isinstance(teacher, StoredTeacher)
     names, palette = dataset.metainfo['classes'], palette_of(dataset.metainfo)
     classes = len(names)
     colours = {i: tuple(x / 255 for x in palette[i]) for i in range(classes)}
     index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
-    is_stored = isinstance(teacher, StoredTeacher)
-    for n, shown in enumerate(images_of(args, dataset, is_stored)):
+    for n, (path, pixels, batch, labels) in enumerate(
+        images_of(args, dataset, is_stored)
+    ):
         torch.manual_seed(n)  # proposals may be sampled
-        pairs, shares = pairs_of(model, shown.batch)
+        pairs, shares = pairs_of(model, batch)
         for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
             scores, activation = probabilities(comparison, model, pair)
             sums = sums + gram(scores, len(index), activation, pair.mask)
         with torch.no_grad():
-            found = model.val_step(copy.deepcopy(shown.batch)) + ask(shown.batch)
-        samples = dict(labels=shown.labels, student=found[0], teacher=found[1])
+            found = model.val_step(copy.deepcopy(batch)) + ask(batch)
+        samples = dict(labels=labels, student=found[0], teacher=found[1])
         panels: dict[str, tuple] = {}
         seen: set[int] = set()
         for name, sample in samples.items():
             kind = 'gt' if name == 'labels' else 'pred'
             if sample is None:
-                panels['image'] = shown.pixels, ()
+                panels['image'] = pixels, ()
             elif is_seg:
-                labels = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
-                panels[name] = tinted(shown.pixels, labels, palette), ()
-                seen.update(np.unique(labels).tolist())
+                label_map = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
+                panels[name] = tinted(pixels, label_map, palette), ()
+                seen.update(np.unique(label_map).tolist())
             else:
                 boxes = sample.get(f'{kind}_instances').cpu()
                 if kind == 'pred':
@@ -357,7 +348,7 @@ def main() -> None:
                     boxes = boxes[boxes.scores >= args.score_thr]
                     sample.pred_instances = boxes
                 each = list(zip(boxes.bboxes, boxes.labels.tolist(), strict=True))
-                panels[name] = shown.pixels, [(x, colours[i]) for x, i in each]
+                panels[name] = pixels, [(x, colours[i]) for x, i in each]
                 seen.update(i for _, i in each)
         if is_seg:
             values = inter_class(scores, activation, pair)
@@ -370,10 +361,10 @@ def main() -> None:
                 counts[name] += boxes.labels.bincount(minlength=classes)
             text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
             boxes = [(x, COLOURS[name]) for name in groups for x in groups[name].bboxes]
-            panels[', '.join(map(': '.join, COLOURS.items()))] = shown.pixels, boxes
+            panels[', '.join(map(': '.join, COLOURS.items()))] = pixels, boxes
         seen = sorted(seen & colours.keys())[:MOST_CLASSES]
         save(args.out / f'{n:03}.jpg', panels, {names[i]: colours[i] for i in seen})
-        text = escape(f'{Path(shown.path).name}. {text}')
+        text = escape(f'{Path(path).name}. {text}')
         images.append(f'<h3>{text}</h3><img src="{n:03}.jpg" alt="{text}">')
     index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]
