@@ -39,26 +39,24 @@ def tables() -> str:
 
 def row(model: dict) -> str:
     """The row of one config."""
-    student, teacher = map(_model, (model['Student'], model.get('Teacher', {})))
-    results = model.get('Results') or ()
+    results = model.get('Results')
+    config = f'[{model["Name"]}](../{model["Config"]})'
+    student, teacher = model['Student'], model.get('Teacher')
     cells = [
-        f'[{model["Name"]}](../{model["Config"]})',
-        student,
-        teacher,
-        '<br>'.join(map(_result, results)) or 'none yet',
-        '<br>'.join(map(_source, results)),
+        config,
+        f'`{student["Config"]}`{_metrics(student)}',
+        f'`{teacher["Config"]}`{_metrics(teacher)}, [weights]({teacher["Weights"]})'
+        if teacher
+        else '',
+        '<br>'.join(_result(result) for result in results or ()) or 'none yet',
+        '<br>'.join(_source(result) for result in results or ()),
     ]
     return f'| {" | ".join(cells)} |\n'
 
 
-def _model(entry: dict) -> str:
-    if not entry:
-        return ''
-    parts = [f'`{entry["Config"]}`']
-    parts += [f'{key} {value}' for key, value in entry.get('Metrics', {}).items()]
-    if 'Weights' in entry:
-        parts.append(f'[weights]({entry["Weights"]})')
-    return ', '.join(parts)
+def _metrics(entry: dict) -> str:
+    metrics = entry.get('Metrics', {})
+    return ''.join(f', {key} {value}' for key, value in metrics.items())
 
 
 def _result(result: dict) -> str:
