@@ -33,37 +33,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('--tasks', nargs='+', default=['camvid'], choices=list(TASKS))
-    parser.add_argument(
-        '--methods', nargs='+', default=list(METHODS), metavar='METHOD',
-        choices=('teacher', *METHODS), help=f'of {", ".join(METHODS)} (default: all)',
-    )  # fmt: skip
-    parser.add_argument('--teachers', nargs='+', default=['strong'], choices=TEACHERS)
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument(
-        '--scale', default='small', choices=('small', 'full'),
-        help='full: usual sizes and schedules, for a GPU',
-    )  # fmt: skip
-    parser.add_argument(
-        '--budget', type=float, metavar='MINUTES',
-        help='stop then; what is unfinished goes on when this is run again',
-    )  # fmt: skip
-    parser.add_argument(
-        '--test', action='store_true',
-        help='score the finished cells of this grid on the test images as well',
-    )  # fmt: skip
-    parser.add_argument(
-        '--data-root', type=Path, default=Path('data'),
-        help='the folder that holds camvid and bccd (default: data)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--weights', type=Path, help=f'a copy of {WEIGHTS} (default: downloaded)'
-    )
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/study'))
-    parser.add_argument(
-        '--out', type=Path, default=ROOT / 'docs',
-        help='where results.jsonl, results.md and results.png are (default: docs)',
-    )  # fmt: skip
+    add = parser.add_argument
+    add('--tasks', nargs='+', default=['camvid'], choices=list(TASKS))
+    text, names = f'of {", ".join(METHODS)} (default: all)', ('teacher', *METHODS)
+    options = dict(default=list(METHODS), choices=names, metavar='METHOD')
+    add('--methods', nargs='+', help=text, **options)
+    add('--teachers', nargs='+', default=['strong'], choices=TEACHERS)
+    add('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    text = 'full: usual sizes and schedules, for a GPU'
+    add('--scale', default='small', choices=('small', 'full'), help=text)
+    text = 'stop then; what is unfinished goes on when this is run again'
+    add('--budget', type=float, metavar='MINUTES', help=text)
+    text = 'score the finished cells of this grid on the test images as well'
+    add('--test', action='store_true', help=text)
+    text = 'the folder that holds camvid and bccd (default: data)'
+    add('--data-root', type=Path, default=Path('data'), help=text)
+    add('--weights', type=Path, help=f'a copy of {WEIGHTS} (default: downloaded)')
+    add('--work-dir', type=Path, default=Path('work_dirs/study'))
+    text = 'where results.jsonl, results.md and results.png are (default: docs)'
+    add('--out', type=Path, default=ROOT / 'docs', help=text)
     args = parser.parse_args(argv)
     for path in (args.data_root, args.weights):
         if path is not None and not path.exists():

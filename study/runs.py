@@ -15,10 +15,8 @@ from typing import Any
 from mmengine.config import Config
 
 from benchmarks.measure import processor
-from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 from tools.dev import runs
-from tools.logs import read_log
 
 from .grid import NO_LABELS, SINGLE, STORED, STORED_ONCE, TASKS, Cell
 
@@ -96,7 +94,7 @@ class Study:
         text = json.dumps(self.settings(cell)._cfg_dict.to_dict(), sort_keys=True)
         if cell.method not in SINGLE:
             text += ''.join(map(self.fingerprint, cell.its_teachers))
-        return runs.fingerprint(text)[:16]
+        return runs.fingerprint(text)
 
     def folder(self, cell: Cell) -> Path:
         return self.work_dir / cell.folder
@@ -129,7 +127,7 @@ class Study:
         """Store the answers of a cell's teachers unless done; returns the folder."""
         names = [one.task.replace('-', '_') for one in cell.its_teachers]
         teachers = dict(zip(names, map(self.trained, cell.its_teachers), strict=True))
-        mark = runs.fingerprint(''.join(map(self.fingerprint, cell.its_teachers)))[:16]
+        mark = runs.fingerprint(*map(self.fingerprint, cell.its_teachers))
         folder = self.work_dir / cell.scale / f'{cell.method}_{mark}'
         folder.mkdir(exist_ok=True)
         cfg = self.config(cell._replace(method='default'))
@@ -182,26 +180,15 @@ class Study:
     def read(self, cell: Cell) -> dict | None:
         """Read a finished run's log; None if it has no score of the last step."""
         task, folder = TASKS[cell.task], self.folder(cell)
-        entries = read_log(folder)
-        curve = {
-            entry['step']: round(task.percent * entry[task.metric], 3)
-            for entry in entries
-            if task.metric in entry
-        }
+        checkpoint, _ = last_whole_checkpoint(folder)
+        found = runs.read_training(folder, checkpoint, task.metric, task.percent)
         train_cfg = Config.fromfile(folder / 'config.py').train_cfg
         last = train_cfg.get('max_iters') or train_cfg.get('max_epochs')
-        if last not in curve:
+        score = dict(found['curve']).get(last)
+        if score is None:
             return None
-        checkpoint, _ = last_whole_checkpoint(folder)
-        state = load_checkpoint(checkpoint)['state_dict']
-        result = {
-            'score': curve[last],
-            'curve': sorted(curve.items()),
-            'parameters': runs.count_parameters(state),
-            'seconds': sum(map(int, (folder / 'seconds').read_text().split())),
-            'machine': processor(),
-        }
-        return result | runs.last_correlations(entries)
+        seconds = sum(map(int, (folder / 'seconds').read_text().split()))
+        return dict(score=score, seconds=seconds, machine=processor(), **found)
 
     def test(self, cell: Cell, deadline: float) -> float | None:
         """The score of a finished cell on the test images; None if time ran out."""

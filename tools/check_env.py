@@ -16,12 +16,12 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
 PIP = 'python -m pip install'
-BUILD_TOOLS = f'{PIP} "setuptools<81" wheel ninja'
+UNINSTALL = 'python -m pip uninstall -y'
+TOOLS = f'{PIP} "setuptools<81" wheel ninja'  # that build mmcv
 # pip's cache is not keyed on torch: a cached wheel may be the one that does not fit.
 BUILD = (
     'MMCV_WITH_OPS=1 '
@@ -40,17 +40,13 @@ RUN_CONFIGS = """
 from mmengine.config.utils import MODULE2PACKAGE
 assert 'mmdist' in MODULE2PACKAGE, 'mmengine does not know mmdist:: config paths'
 """
-# upstream and the fork: the module, and the requirement it comes from
-LIBRARIES = (
-    {'mmdet': 'mmdet==3.3.0', 'mmseg': 'mmsegmentation==1.2.2'},
-    {'mmdet': 'onedl-mmdetection==3.5.1', 'mmseg': 'onedl-mmsegmentation==1.4.2'},
-)
-FORKS = dict(
-    mmengine='mmengine',
-    mmcv='mmcv',
-    mmdet='mmdetection',
-    mmsegmentation='mmsegmentation',
-)  # by the name of the original
+# upstream: the fork that has the same modules
+STACKS = {
+    'mmengine==0.10.7': 'onedl-mmengine==0.10.12',
+    'mmcv==2.1.0': 'onedl-mmcv==2.3.6',
+    'mmdet==3.3.0': 'onedl-mmdetection==3.5.1',
+    'mmsegmentation==1.2.2': 'onedl-mmsegmentation==1.4.2',
+}
 
 
 class Line(NamedTuple):
@@ -62,12 +58,16 @@ class Line(NamedTuple):
     fix: str | None = None
 
 
-def version_of(distribution: str) -> str | None:
-    """The version installed for this interpreter."""
+def version_of(requirement: str) -> str | None:
+    """The installed version of a distribution, named with or without a pin."""
     try:
-        return metadata.version(distribution)
+        return metadata.version(name_of(requirement))
     except metadata.PackageNotFoundError:
         return None
+
+
+def name_of(requirement: str) -> str:
+    return requirement.partition('==')[0]
 
 
 def error_of(code: str) -> str:
@@ -76,7 +76,7 @@ def error_of(code: str) -> str:
     run = subprocess.run(command, capture_output=True, text=True, errors='replace')
     if run.returncode == 0:
         return ''
-    lines = [line for line in run.stderr.splitlines() if line.strip()]
+    lines = run.stderr.strip().splitlines()
     return lines[-1].strip() if lines else f'exit code {run.returncode}'
 
 
@@ -87,23 +87,24 @@ def numbers(version: str) -> tuple[int, ...]:
 
 def check() -> list[Line]:
     """Check all requirements, in the order in which they should be fixed."""
-    fork = any(version_of(f'onedl-{name}') for name in ('mmengine', 'mmcv'))
-    # from setuptools 81 on, every `mmdet::...` path in a config fails
-    setuptools = '< 81 (pkg_resources)'
-    engine = ('onedl-mmengine', '0.10.12') if fork else ('mmengine', '0.10.7')
+    fork = any(version_of(STACKS[name]) for name in list(STACKS)[:2])
+    engine, mmcv, mmdet, mmseg = STACKS.values() if fork else STACKS
+    sklearn = version_of('scikit-learn') or 'missing (optional)'
     checks = [
         check_python,
         check_torch,
-        partial(check_version, 'setuptools', setuptools, (), (81,), BUILD_TOOLS),
+        # from setuptools 81 on, every `mmdet::...` path in a config fails
+        lambda: check_version('setuptools', '< 81 (pkg_resources)', (), (81,), TOOLS),
         check_single,
-        partial(check_pinned, *engine, '>= 0.10, < 1', (0, 10), (1,)),
-        partial(check_mmcv, fork),
-        partial(check_ops, fork),
+        lambda: check_version(engine, '>= 0.10, < 1', (0, 10), (1,)),
+        lambda: check_mmcv(mmcv, fork),
+        lambda: check_ops(mmcv, fork),
         check_cv2,
-        partial(check_import, 'ftfy'),
-        partial(check_import, 'regex'),
-        *(partial(check_library, *library) for library in LIBRARIES[fork].items()),
-        check_sklearn,
+        lambda: check_import('ftfy'),
+        lambda: check_import('regex'),
+        lambda: check_library('mmdet', mmdet),
+        lambda: check_library('mmseg', mmseg),
+        lambda: Line('scikit-learn', sklearn, "for the quickstart, mmdet's PAA"),
         check_mmdist,
     ]
     # most of them wait for an interpreter that imports something
@@ -112,63 +113,61 @@ def check() -> list[Line]:
     return [line for line in lines if line is not None]
 
 
+def check_version(
+    requirement: str, wanted: str, low: tuple, high: tuple, fix: str = ''
+) -> Line:
+    """Check that a version from ``low`` to below ``high`` is installed."""
+    version, fix = version_of(requirement), fix or f'{PIP} {requirement}'
+    ok = version is not None and low <= numbers(version) < high
+    return Line(name_of(requirement), version or 'missing', wanted, None if ok else fix)
+
+
+def check_runs(line: Line, code: str, wanted: str, fix: str) -> Line:
+    """Check that the code of an installed distribution runs."""
+    if line.fix or not (error := error_of(code)):
+        return line
+    return Line(line.name, f'{line.found}, but: {error}', wanted, fix)
+
+
 def check_python() -> Line:
     ok = sys.version_info >= (3, 10)
     fix = None if ok else 'make a virtual environment with Python 3.10 or newer'
     return Line('python', platform.python_version(), '>= 3.10', fix)
 
 
-def check_version(name: str, wanted: str, low: tuple, high: tuple, fix: str) -> Line:
-    """Check that a version from ``low`` to below ``high`` is installed."""
-    version = version_of(name)
-    ok = version is not None and low <= numbers(version) < high
-    return Line(name, version or 'missing', wanted, None if ok else fix)
-
-
-def check_pinned(name: str, pin: str, wanted: str, low: tuple, high: tuple) -> Line:
-    return check_version(name, wanted, low, high, f'{PIP} {name}=={pin}')
-
-
 def check_torch() -> Line:
-    line = check_pinned('torch', '2.13.0', '>= 2.0', (2, 0), (99,))
-    if line.fix or not (error := error_of('import torch')):
-        return line
+    line = check_version('torch==2.13.0', '>= 2.0', (2, 0), (99,))
     fix = f'{PIP} --force-reinstall torch=={line.found.split("+")[0]}'
-    return Line('torch', f'{line.found}, but: {error}', 'imports', fix)
+    return check_runs(line, 'import torch', 'imports', fix)
 
 
 def check_single() -> Line | None:
     """Find originals next to their fork: their files overwrite each other."""
-    both = [(name, f'onedl-{fork}') for name, fork in FORKS.items()]
-    found = ' '.join(' '.join(p) for p in both if all(map(version_of, p)))
-    if not found:
+    both = [name_of(x) for p in STACKS.items() if all(map(version_of, p)) for x in p]
+    if not both:
         return None
-    fix = f'python -m pip uninstall -y {found}, then install one of each pair'
+    found = ' '.join(both)
+    fix = f'{UNINSTALL} {found}, then install one of each pair'
     return Line('one stack', f'both of: {found}', 'upstream or the onedl fork', fix)
 
 
-def check_mmcv(fork: bool) -> Line:
-    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert it on import.
-    name, pin, wanted, low, high = ('mmcv', '2.1.0', '>= 2.0, < 2.2', (2, 0), (2, 2))
-    if fork:
-        name, pin, wanted, low, high = 'onedl-mmcv', '2.3.6', '>= 2.3', (2, 3), (3,)
-    build = f'{BUILD_TOOLS} && {BUILD} {name}=={pin}'
-    if version_of('mmcv-lite'):
-        fix = f'python -m pip uninstall -y mmcv-lite && {build}'
-        return Line(name, 'mmcv-lite, which has no ops', wanted, fix)
-    return check_version(name, wanted, low, high, build)
+def check_mmcv(requirement: str, fork: bool) -> Line:
+    fix = f'{TOOLS} && {BUILD} {requirement}'
+    # mmdet 3.3.0 and mmsegmentation 1.2.2 assert the upper bound on import.
+    wanted = ('>= 2.3', (2, 3), (3,)) if fork else ('>= 2.0, < 2.2', (2, 0), (2, 2))
+    line = check_version(requirement, *wanted, fix)
+    if not version_of('mmcv-lite'):
+        return line
+    fix = f'{UNINSTALL} mmcv-lite && {fix}'
+    return line._replace(found='mmcv-lite, which has no ops', fix=fix)
 
 
-def check_ops(fork: bool) -> Line:
+def check_ops(requirement: str, fork: bool) -> Line:
     """Run one compiled op; its error tells how mmcv was built."""
     error, wanted = error_of(RUN_OPS), 'one op runs'
     if not error:
         return Line('mmcv.ops', 'nms runs', wanted)
-    name = 'onedl-mmcv' if fork else 'mmcv'
-    version = version_of(name) or ('2.3.6' if fork else '2.1.0')
-    if not fork and numbers(version) >= (2, 2):
-        version = '2.1.0'
-    found, fix = error, f'{BUILD_TOOLS} && {BUILD} {name}=={version}'
+    found, fix = error, f'{TOOLS} && {BUILD} {requirement}'
     if 'mmcv._ext' in error:
         found = 'built without ops'
     elif any(word in error for word in ('undefined symbol', 'libtorch', 'libc10')):
@@ -198,28 +197,19 @@ def check_import(name: str) -> Line:
 
 
 def check_library(module: str, requirement: str) -> Line:
-    name, _, pin = requirement.partition('==')
     # The fork's libraries are source only and import packaging during their build.
-    flag = '--no-build-isolation ' if 'onedl' in name else ''
-    fix, (major, *_) = f'{PIP} {flag}{requirement}', numbers(pin)
-    line = check_version(name, f'{major}.x', (major,), (major + 1,), fix)
-    if line.fix or not (error := error_of(f'import {module}.apis')):
-        return line
+    flag = '--no-build-isolation ' if 'onedl' in requirement else ''
+    fix, major = f'{PIP} {flag}{requirement}', int(requirement.split('==')[1][0])
+    line = check_version(requirement, f'{major}.x', (major,), (major + 1,), fix)
     fix = f'fix the lines above; if it still fails: {fix} --force-reinstall --no-deps'
-    return Line(name, f'{line.found}, but: {error}', f'{line.wanted}, imports', fix)
-
-
-def check_sklearn() -> Line:
-    found = version_of('scikit-learn') or 'missing (optional)'
-    return Line('scikit-learn', found, "for the quickstart, mmdet's PAA")
+    return check_runs(line, f'import {module}.apis', f'{major}.x, imports', fix)
 
 
 def check_mmdist() -> Line:
     version, wanted = version_of('mmdist'), 'mmdist:: paths resolve'
-    error = error_of(RUN_CONFIGS) if version else ''
-    found = f'{version}, but: {error}' if error else version or 'not installed'
     fix = f'{PIP} --no-deps . (in the checkout of mmdist)'
-    return Line('mmdist', found, wanted, fix if error or not version else None)
+    line = Line('mmdist', version or 'not installed', wanted, None if version else fix)
+    return check_runs(line, RUN_CONFIGS, wanted, fix)
 
 
 def report(lines: list[Line]) -> str:

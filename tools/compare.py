@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,11 +55,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder: Path) -> Run:
-    """Read the logs of a work dir, and the seed from the config next to them.
-
-    Raises:
-        SystemExit: There is no log, or it is broken.
-    """
+    """Read the logs of a work dir, and the seed from the config next to them."""
     try:
         entries = read_log(folder)
     except ValueError as error:
@@ -81,14 +78,7 @@ Methods = dict[str, list[Run]]
 
 
 def read(arguments: list[str]) -> Methods:
-    """The runs by method, in the order of the command line.
-
-    Args:
-        arguments: Work dirs, each as ``name=dir`` or as ``dir``.
-
-    Raises:
-        SystemExit: A run has no log, or two of a method have the same seed.
-    """
+    """The runs by method; ``arguments`` are work dirs, as ``name=dir`` or ``dir``."""
     methods: Methods = {}
     for argument in arguments:
         name, _, path = argument.rpartition('=')
@@ -96,26 +86,21 @@ def read(arguments: list[str]) -> Methods:
             name, path = '', argument
         run = read_run(Path(path))
         same = methods.setdefault(name or Path(path).resolve().name, [])
-        if twins := [other for other in same if other.seed == run.seed]:
-            raise SystemExit(
-                f'{twins[0].folder} and {run.folder} have the same name and seed '
-                f'({run.seed}). Name the methods: name={run.folder}'
-            )
+        for other in same:
+            if other.seed == run.seed:
+                raise SystemExit(
+                    f'{other.folder} and {run.folder} have the same name and seed '
+                    f'({run.seed}). Name the methods: name={run.folder}'
+                )
         same.append(run)
     return methods
 
 
-def choose_metric(methods: Methods, metric: str | None = None) -> str:
-    """The metric to compare by.
-
-    Raises:
-        SystemExit: No run has logged it, or, if None, any of the known ones.
-    """
+def choose_metric(methods: Methods, wanted: Sequence[str]) -> str:
+    """The first of the wanted metrics that a run has logged."""
     logged = {key for same in methods.values() for run in same for key in run.metrics}
-    wanted = METRICS if metric is None else (metric,)
-    for known in wanted:
-        if known in logged:
-            return known
+    if found := [metric for metric in wanted if metric in logged]:
+        return found[0]
     raise SystemExit(
         f'No run has logged any of {list(wanted)}. Choose one with --metric, of '
         f'{sorted(logged)}; a run without validation logs none.'
@@ -124,15 +109,14 @@ def choose_metric(methods: Methods, metric: str | None = None) -> str:
 
 def make_table(methods: Methods, metric: str) -> str:
     """A Markdown table, and notes on incomplete runs."""
-    scores: dict[str, dict] = {}
-    ends, lacking = {}, {}
-    for name, same in methods.items():
-        scores[name] = {}
-        for run in same:
-            if curve := run.curve(metric):
-                ends[run.folder], scores[name][run.seed] = list(curve.items())[-1]
-            else:
-                lacking[run.folder] = run.metrics or 'nothing'
+    scores: dict[str, dict] = {name: {} for name in methods}
+    ends, notes = {}, []
+    for name, run in [(name, run) for name, same in methods.items() for run in same]:
+        if curve := run.curve(metric):
+            ends[run.folder], scores[name][run.seed] = list(curve.items())[-1]
+        else:
+            has = run.metrics or 'nothing'
+            notes.append(f'{run.folder} has no {metric!r} yet; it has logged {has}.')
     values = [value for by_seed in scores.values() for value in by_seed.values()]
     digits = 2 if max(map(abs, values)) > 1 else 4  # mmdet's AP is a fraction
     first = next(iter(scores))
@@ -148,10 +132,8 @@ def make_table(methods: Methods, metric: str) -> str:
         lines.append(f'| {name} | {len(ours)} | {spread} | {against} |')
     if len(set(ends.values())) > 1:
         steps = ', '.join(f'{folder} at {step}' for folder, step in ends.items())
-        lines += ['', f'The last {metric} comes from different steps: {steps}.']
-    for folder, metrics in lacking.items():
-        lines += ['', f'{folder} has no {metric!r} yet; it has logged {metrics}.']
-    return '\n'.join(lines)
+        notes.insert(0, f'The last {metric} comes from different steps: {steps}.')
+    return '\n\n'.join(['\n'.join(lines), *notes])
 
 
 def draw(methods: Methods, metric: str, file: Path) -> None:
@@ -197,7 +179,7 @@ def main() -> None:
     text = '`dir` of a training, or `name=dir` with the name of its method (default: '
     add('work_dirs', nargs='+', metavar='WORK_DIR', help=f'{text}that of the folder)')
     text = f'key in the log (default: the first of {METRICS} that is logged)'
-    add('--metric', help=text)
+    add('--metric', nargs=1, default=METRICS, help=text)
     text = 'file of the plot (default: %(default)s)'
     add('--out', type=Path, default=Path('compare.png'), help=text)
     args = parser.parse_args()

@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 from collections import OrderedDict
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 
 from mmdist.checkpoint import check_finite, load_checkpoint
-from mmdist.registry import MODELS
-from mmdist.teachers.teacher import load_config
+from mmdist.teachers.teacher import build_model, load_config
 
 PREFIX = 'distill.'
 # Without the distillation config and file names of the machine it was trained on.
@@ -37,23 +34,16 @@ FOR_TESTING = (
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='path of the checkpoint')
-    parser.add_argument(
-        '--out',
-        help='path of the result, without the digits (default: '
-        '<checkpoint>_student.pth)',
-    )
-    parser.add_argument(
-        '--config',
-        help="the student's config, or the distillation config: checks that the result "
-        'loads strictly, and writes a config of the plain student beside it',
-    )
-    parser.add_argument(
-        '--weights-only',
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help='read the checkpoint safely; otherwise code in the file may run',
-    )
+    add = parser.add_argument
+    add('checkpoint', help='path of the checkpoint')
+    text = 'path of the result, without the digits (default: <checkpoint>_student.pth)'
+    add('--out', help=text)
+    text = "the student's config, or the distillation config: checks that the result "
+    text += 'loads strictly, and writes a config of the plain student beside it'
+    add('--config', help=text)
+    text = 'read the checkpoint safely; otherwise code in the file may run'
+    yes_or_no = argparse.BooleanOptionalAction
+    add('--weights-only', action=yes_or_no, default=True, help=text)
     return parser.parse_args()
 
 
@@ -81,13 +71,6 @@ def student_of(checkpoint: dict) -> dict:
     return dict(meta={k: meta[k] for k in META if k in meta}, state_dict=kept)
 
 
-def check(student: dict, cfg: Config) -> None:
-    """Load strictly into the config's model, or raise RuntimeError."""
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(deepcopy(cfg.model))  # mmdet adds to the config
-    model.load_state_dict(student['state_dict'], strict=True)
-
-
 def save(student: dict, out: Path) -> Path:
     """Save, with the first 8 digits of the file's sha256 in its name."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +81,6 @@ def save(student: dict, out: Path) -> Path:
     return unnamed.rename(out.with_name(f'{name}-{digits}.pth'))
 
 
-def for_testing(cfg: Config) -> Config:
-    """The part of a config that testing and inference read."""
-    whole = cfg.to_dict()
-    return Config({key: whole[key] for key in FOR_TESTING if key in whole})
-
-
 def main() -> None:
     args = parse_args()
     checkpoint = load_checkpoint(args.checkpoint, args.weights_only)
@@ -111,7 +88,7 @@ def main() -> None:
     check_finite(student['state_dict'], args.checkpoint)
     if args.config:
         cfg = load_config(args.config)  # its model is the plain student
-        check(student, cfg)
+        build_model(cfg).load_state_dict(student['state_dict'], strict=True)
     path = Path(args.checkpoint)
     out = Path(args.out) if args.out else path.with_name(f'{path.stem}_student.pth')
     file = save(student, out)
@@ -119,7 +96,8 @@ def main() -> None:
     loads = f', loads strictly into {args.config}' if args.config else ''
     print(f'{file}: {num} tensors of the student, {all_ - num} left out{loads}')
     if args.config:
-        for_testing(cfg).dump(file.with_suffix('.py'))
+        parts = {k: v for k, v in cfg.to_dict().items() if k in FOR_TESTING}
+        Config(parts).dump(file.with_suffix('.py'))
         print(f'{file.with_suffix(".py")}: the config for testing and inference')
 
 

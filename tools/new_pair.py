@@ -19,9 +19,7 @@ Stored answers need the training images, which they are checked against:
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,11 +28,18 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.config.utils import _get_cfg_metainfo, _get_package_and_cfg_path
 from mmengine.dataset import pseudo_collate
-from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.utils import get_installed_path
-from pair_report import Report, Seen, as_text, report_pair, watch
+from pair_report import (
+    Report,
+    Seen,
+    as_text,
+    quiet,
+    report_pair,
+    tell_as_hooks,
+    watch,
+)
 from torch import nn
 
 from mmdist.data.answers import check_images, join
@@ -121,41 +126,42 @@ def published_checkpoint(config: str) -> str | None:
         return None
 
 
-def build_pair(model: dict, student: Config, seen: list[dict] | None) -> nn.Module:
+def build_pair(model: dict, student: Config) -> tuple[nn.Module, list[dict]]:
     """Build a distilled model for a step on the CPU, with random weights on both sides.
 
     Args:
         model: Its config.
         student: The student's whole config.
-        seen: For stored answers, a list that gets two training images.
+
+    Returns:
+        The model, and two training images if its teacher is stored.
     """
-    model = without_pretrained(model)
-    preprocessor = model.student.get('data_preprocessor') or {}
-    if preprocessor.get('size') is not None and seen is None:
-        preprocessor['size'] = SIZE
-    if seen is None:
+    model, images = without_pretrained(model), []
+    is_stored = 'stored' in model.teacher
+    if not is_stored:
         model.teacher.update(checkpoint=None, allow_random=True)
+        preprocessor = model.student.get('data_preprocessor') or {}
+        if preprocessor.get('size') is not None:
+            preprocessor['size'] = SIZE
     with DefaultScope.overwrite_default_scope(student.get('default_scope')):
         pair = revert_sync_batchnorm(MODELS.build(model))
-        if seen is not None:
+        if is_stored:
             dataset = DATASETS.build(student.train_dataloader.dataset)
             join(dataset, pair.teacher.store.kind)
             check_images(dataset, pair.teacher.store)
-            seen += [dataset[0], dataset[len(dataset) - 1]]
+            images = [dataset[0], dataset[len(dataset) - 1]]
         pair.init_weights()
     # Random weights give low scores only.
     for module in pair.teacher.model.modules():
         test_cfg = getattr(module, 'test_cfg', None)
         if isinstance(test_cfg, dict) and 'score_thr' in test_cfg:
             test_cfg['score_thr'] = 0.0
-    return pair.train()
+    return pair.train(), images
 
 
 def run_step(model: nn.Module, classes: Sequence[str], batch: dict) -> Seen:
     """Run one training step, backward included."""
-    # what training hooks tell the distiller and some heads
-    counters = dict(dataset_meta=dict(classes=classes), iter=0, epoch=0)
-    MessageHub.get_current_instance().update_info_dict(counters)
+    tell_as_hooks(dict(classes=classes))
     data = model.data_preprocessor(batch, training=True)
     seen = watch(model, lambda: model.loss(**data))
     total, losses = model.parse_losses(seen.losses)
@@ -182,13 +188,12 @@ def random_batch(model: nn.Module, num_classes: int) -> dict:
 
     rng = np.random.default_rng(0)
     pack = PackSegInputs(meta_keys=('img_shape', 'ori_shape'))
-    found = dict(img_shape=SIZE, ori_shape=SIZE)
     samples = []
     for _ in range(2):
-        found['img'] = rng.integers(256, size=(*SIZE, 3), dtype=np.uint8)
-        found['gt_seg_map'] = rng.integers(num_classes, size=SIZE)
-        found['gt_edge_map'] = found['gt_seg_map'] % 2  # PIDNet's
-        samples.append(pack(found))
+        image = rng.integers(256, size=(*SIZE, 3), dtype=np.uint8)
+        labels = rng.integers(num_classes, size=SIZE)
+        maps = dict(gt_seg_map=labels, gt_edge_map=labels % 2)  # edges for PIDNet
+        samples.append(pack(dict(img=image, img_shape=SIZE, ori_shape=SIZE, **maps)))
     return pseudo_collate(samples)
 
 
@@ -201,11 +206,11 @@ def portable(path: str, folder: Path) -> str:
 
 def main() -> None:
     args = parse_args()
-    warnings.filterwarnings('ignore')
-    MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
-    logging.getLogger('mmengine').setLevel(logging.ERROR)
-    options = dict(class_map=args.class_map, class_match=args.class_match)
-    options = {key: value for key, value in options.items() if value}
+    quiet()
+    given = dict(class_map=args.class_map, class_match=args.class_match)
+    options = {key: value for key, value in given.items() if value}
+    kind = 'stored' if args.stored else 'config'
+    source = args.stored or args.teacher
     try:
         whole = read_config(args.student, '--student')
         student = load_config(whole, '--student')
@@ -214,15 +219,11 @@ def main() -> None:
         classes = class_names_of_config(student)
         if classes is None:
             raise ValueError(f'{args.student!r} has no data set with class names.')
-        if 'data_preprocessor' in student:  # as the Runner does
-            student.model.setdefault('data_preprocessor', student.data_preprocessor)
-        kind = 'stored' if args.stored else 'config'
-        teacher = {kind: args.stored or args.teacher, **options}
+        teacher = {kind: source, **options}
         pair = dict(type='mmdist.Distiller', student=student.model, teacher=teacher)
         if args.distill:
             pair['distill'] = args.distill
-        images = [] if args.stored else None
-        model = build_pair(Config(pair)._cfg_dict, student, images)
+        model, images = build_pair(Config(pair)._cfg_dict, student)
         check_heads(model.teacher.model, model.teacher.class_names, 'teacher')
         batch = pseudo_collate(images) if images else random_batch(model, len(classes))
         seen = run_step(model, classes, batch)
@@ -239,9 +240,7 @@ def main() -> None:
     report.line('losses', as_text(losses, 20))
 
     folder = Path(args.out or 'config.py').parent
-    entries = {kind: args.stored or args.teacher}
-    if isinstance(entries[kind], str):
-        entries[kind] = portable(entries[kind], folder)
+    entries = {kind: portable(source, folder) if isinstance(source, str) else source}
     if not isinstance(model.teacher.model, ForeignTeacher):  # it brings its weights
         checkpoint = args.checkpoint or published_checkpoint(args.teacher)
         if checkpoint is None:
@@ -254,15 +253,14 @@ def main() -> None:
         report.line('checkpoint', checkpoint + note)
         entries['checkpoint'] = portable(checkpoint, folder)
     lines = [f'{k}={v!r},' for k, v in (entries | options).items()]
-    base = args.student
+    base, others = args.student, '*_base_.custom_hooks, '
+    hooks = HOOK.format(others if whole.get('custom_hooks') else '')
     text = TEMPLATE.format(
         student=base if '::' in base else os.path.relpath(base, folder),
         inner='.student' if 'student' in whole.model else '',
         teacher='\n        '.join(lines),
         distill=f'\n    distill={args.distill},' if args.distill else '',
-        hooks=HOOK.format('*_base_.custom_hooks, ' * bool(whole.get('custom_hooks')))
-        if args.stored
-        else '',
+        hooks=hooks if args.stored else '',
     )
     if args.out is None:
         print(f'\n{text}', end='')

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from mmengine.logging import MessageHub, MMLogger
 from torch import Tensor, nn
 
 from mmdist import Comparison, DISTLoss, Pair
@@ -31,17 +34,15 @@ class Seen(NamedTuple):
 
 def watch(model: nn.Module, step: Callable[[], dict]) -> Seen:
     """Record a distilled model in a step, which returns its losses."""
-    comparisons = dict(model.distill.items())
     heads = [m for t in model.teachers.values() for m in parts(t.model)]
-    with Recorder(comparisons.values()) as recorder, Recorder(heads) as teachers:
+    with Recorder([*model.distill.values(), *heads]) as recorder:
         losses = step()
-    calls = {key: recorder.calls(c)[0] for key, c in comparisons.items()}
-    terms = {term for call in calls.values() for term in call.output}
+    calls = {key: recorder.calls(c)[0] for key, c in model.distill.items()}
+    terms = {x for call in calls.values() for x in call.output if x.startswith('loss_')}
     # the distiller renames a term that the student has as well
-    renamed = {f'{t}_distill' if f'{t}_distill' in losses else t for t in terms}
-    terms = {term for term in renamed if term.startswith('loss_')}
+    terms = {f'{x}_distill' if f'{x}_distill' in losses else x for x in terms}
     pairs = {key: call.args[1] for key, call in calls.items()}
-    return Seen(losses, pairs, terms, [m for m in heads if teachers.calls(m)])
+    return Seen(losses, pairs, terms, [m for m in heads if recorder.calls(m)])
 
 
 def parts(model: nn.Module) -> Iterator[nn.Module]:
@@ -59,6 +60,19 @@ def describe_comparison(comparison: Comparison, pairs: Sequence[Pair]) -> str:
     activation = pairs[0].activation or getattr(loss, 'activation', None)
     kinds = filter(None, (type(loss).__name__, activation))
     return f'{type(comparison).__name__} with {", ".join(kinds)}'
+
+
+def quiet() -> None:
+    """Drop the warnings and the log lines of the libraries."""
+    warnings.simplefilter('ignore')
+    MMLogger.get_instance('mmdist', logger_name='mmdist', log_level='ERROR')
+    logging.getLogger('mmengine').setLevel(logging.ERROR)
+
+
+def tell_as_hooks(dataset_meta: dict) -> None:
+    """Tell the distiller and some heads what hooks tell them in training."""
+    info = dict(dataset_meta=dataset_meta, iter=0, epoch=0)
+    MessageHub.get_current_instance().update_info_dict(info)
 
 
 def with_name(key: str, teacher: str) -> str:
@@ -108,7 +122,7 @@ class Report:
             self.section('better change this first', self.cautions)
         else:
             self.section('go on')
-        return 1 if self.reasons else 0
+        return int(bool(self.reasons))
 
 
 def report_pair(
@@ -134,8 +148,10 @@ def report_pair(
             report.line('  chosen', f'because {model.why_default[key]}')
         forward = 'what is stored' if hasattr(teacher, 'store') else 'its forward'
         report.line('  modules', f'{ours} (teacher: {theirs or forward})')
-        report.line('  pairs', f'{len(pairs)}: {"; ".join(map(_describe, pairs))}', 4)
-        _judge_rows(report, key, isinstance(comparison.loss, DISTLoss), pairs)
+        rows = [_counting(pair) for pair in pairs]
+        shapes = '; '.join(map(_describe, pairs, rows))
+        report.line('  pairs', f'{len(pairs)}: {shapes}', 4)
+        _judge_rows(report, key, isinstance(comparison.loss, DISTLoss), rows)
     report.section('classes and images')
     for name, teacher in model.teachers.items():
         names = classes if isinstance(teacher, MeanTeacher) else teacher.class_names
@@ -149,9 +165,8 @@ def report_pair(
                 'unknown: the two are assumed to have the same classes in the same '
                 'order.'
             )
-            report.warnings.append(
-                f'{text} `tools/preflight.py --images N` checks that.'
-            )
+            advice = '`tools/preflight.py --images N` checks that.'
+            report.warnings.append(f'{text} {advice}')
         report.line(with_name('classes', name), text, 5)
         report.line(with_name('images', name), _describe_images(model, teacher))
 
@@ -160,14 +175,15 @@ def _describe_images(model: nn.Module, teacher: Teacher) -> str:
     """How the student's batch is changed for a teacher."""
     if isinstance(teacher, StoredTeacher):
         return 'not shown to the teacher; its answers are moved like the images'
+    change = teacher.renormalize
     steps = {
-        'channels swapped': teacher.renormalize.flip,
-        'mean and std changed': teacher.renormalize.rescale,
-        'padding refilled': teacher.renormalize.refill,
+        'channels swapped': change.flip,
+        'mean and std changed': change.rescale,
+        'padding refilled': change.refill,
     }
     done = ', '.join(step for step, needed in steps.items() if needed)
     text = f'for the teacher: {done}' if done else 'the same'
-    if teacher.renormalize.flip or teacher.renormalize.rescale:
+    if change.flip or change.rescale:
         both = model.data_preprocessor, teacher.model.data_preprocessor
         text += '. Student: {}; teacher: {}'.format(*map(_normalisation, both))
     return text
@@ -190,10 +206,10 @@ def _normalisation(preprocessor: nn.Module) -> str:
     return f'{"RGB" if swaps_channels(preprocessor) else "BGR"}, mean {mean}, std {std}'
 
 
-def _describe(pair: Pair) -> str:
+def _describe(pair: Pair, counting: Tensor) -> str:
     """The shape of a pair, its rows and how many of them count."""
     shape, rows = 'x'.join(map(str, pair.student.shape)), len(as_rows(pair.student))
-    return f'{shape}, {rows} rows, {len(_counting(pair)) / max(rows, 1):.1%} count'
+    return f'{shape}, {rows} rows, {len(counting) / max(rows, 1):.1%} count'
 
 
 def _counting(pair: Pair) -> Tensor:
@@ -213,9 +229,13 @@ def _paths(modules: Sequence[nn.Module], model: nn.Module) -> str:
     return ', '.join(dict.fromkeys(names[id(module)] for module in modules))
 
 
-def _judge_rows(report: Report, key: str, is_dist: bool, pairs: Sequence[Pair]) -> None:
-    """Warn about too few rows or columns, and about a constant teacher."""
-    rows = [_counting(pair) for pair in pairs]
+def _judge_rows(
+    report: Report, key: str, is_dist: bool, rows: Sequence[Tensor]
+) -> None:
+    """Warn about too few rows or columns, and about a constant teacher.
+
+    ``rows`` are the teacher's scores of the rows that count, for each pair.
+    """
     constant = [_is_constant(x) for x in rows if len(x) > 1]
     same = f'`{key}`: the teacher gives all rows the same scores'
     if constant and all(constant):
@@ -223,7 +243,7 @@ def _judge_rows(report: Report, key: str, is_dist: bool, pairs: Sequence[Pair]) 
             f'{same}, so it has nothing to teach. Check its weights and its images.'
         )
     elif any(constant):
-        report.warnings.append(f'{same} in {sum(constant)} of {len(pairs)} pairs.')
+        report.warnings.append(f'{same} in {sum(constant)} of {len(rows)} pairs.')
     if is_dist and min(x.shape[1] for x in rows) <= 2:
         report.warnings.append(
             f'`{key}` compares fewer than three classes: the inter-class term is '
@@ -232,7 +252,7 @@ def _judge_rows(report: Report, key: str, is_dist: bool, pairs: Sequence[Pair]) 
     few = [len(x) for x in rows if len(x) < FEW_ROWS]
     if is_dist and few:
         report.warnings.append(
-            f'`{key}`: {len(few)} of {len(pairs)} pairs have few rows per process '
+            f'`{key}`: {len(few)} of {len(rows)} pairs have few rows per process '
             f'(fewest: {min(few)}), and a correlation of so few is mostly chance. Use '
             'a larger batch, `sync=True` of DISTLoss with several processes, or '
             "`levels='concat'` of DenseLogits."

@@ -40,7 +40,7 @@ from train import load_distilling, seed_iterations
 from mmdist import DISTLoss
 from mmdist.data.labels import check_class_lists, explain
 from mmdist.hooks import DistillScheduleHook
-from mmdist.teachers import MeanTeacher, Teacher
+from mmdist.teachers import MeanTeacher, StoredTeacher, Teacher
 
 STEPS = 3  # timed steps
 
@@ -71,7 +71,7 @@ class Preflight(Hook):
 
     def __init__(self, report: Report, images: int) -> None:
         self.report = report
-        self.images = images  # of the validation set, to score teachers on
+        self.images = images  # to score teachers on
         self.has_begun = False
 
     def before_train_iter(
@@ -81,13 +81,14 @@ class Preflight(Hook):
         self.has_begun = True
         report, model = self.report, runner.model
         model = model.module if is_model_wrapper(model) else model
+        dataset = runner.train_dataloader.dataset
+        classes, starts = dataset.metainfo.get('classes'), runner.cfg.get('load_from')
         schedules = [h for h in runner.hooks if isinstance(h, DistillScheduleHook)]
         first_factor = model.distill_factor
         model.distill_factor = max(schedules[0].factors) if schedules else 1.0
-        classes = runner.train_dataloader.dataset.metainfo.get('classes')
-        starts = runner.cfg.get('load_from')
         own_score = None
         if self.images and classes and runner.val_loop and starts:
+            # before a step, which changes the statistics of BN
             predict = model.eval().val_step
             own_score, _ = score(runner, self.images, predict, len(classes))
             model.train()
@@ -97,26 +98,20 @@ class Preflight(Hook):
         seen = watch(model, lambda: losses_of(runner, model, data))
         report_pair(report, model, classes, seen)
         for name, teacher in model.teachers.items():
-            if hasattr(teacher, 'store'):
-                dataset = runner.train_dataloader.dataset
+            if isinstance(teacher, StoredTeacher):
                 text = describe_storage(dataset, teacher.store)
                 report.line(with_name('stored', name), text)
         report.section('first step')
         if schedules:
-            report.line(
-                'ramp',
-                f'distillation has the weight {first_factor:g} in the first step; the '
-                f'lines below are at its full weight, {model.distill_factor:g}',
-            )
+            text = f'distillation has the weight {first_factor:g} in the first step; '
+            text += f'the lines below are at its full weight, {model.distill_factor:g}'
+            report.line('ramp', text)
         report_losses(report, model, seen)
         share = report_gradient(report, model, seen)
         model.balance = balance
         if balance:
-            report.line(
-                'balance',
-                f'limits this to {balance.ratio:g} times their norm in training, at '
-                'each output that is compared',
-            )
+            text = f'limits this to {balance.ratio:g} times their norm in training, at '
+            report.line('balance', f'{text}each output that is compared')
         if not all(isinstance(t, MeanTeacher) for t in model.teachers.values()):
             # a mean teacher equals the student in the first step
             is_dist = any(isinstance(c.loss, DISTLoss) for c in model.distill.values())
@@ -141,38 +136,36 @@ class Preflight(Hook):
         if asked or own_score:
             self.report.section(f'score on {self.images} validation images')
         for name, teacher in asked.items():
-            key, reason = with_name('teacher', name), cannot_score(teacher)
+            found = cannot_score(teacher)
             if not runner.val_loop:
-                reason = 'the config has no `val_dataloader`'
+                found = 'the config has no `val_dataloader`'
             elif not classes:
-                reason = 'the data set has no class names'
-            if reason:
-                self.report.line(key, f'not scored: {reason}')
-                continue
-            predict = predictor(model, teacher)
-            found = score(runner, self.images, predict, len(classes))
+                found = 'the data set has no class names'
+            elif not found:
+                predict = predictor(model, teacher)
+                found = score(runner, self.images, predict, len(classes))
             self._judge(name, teacher, classes, found)
         if own_score:
             self.report.line('student', as_text(own_score))
         if stored:
             self.report.section(f'score on {self.images} training images')
-        dataset = runner.train_dataloader.dataset
         for name, teacher in stored.items():
             predict, kind = predictor(model, teacher), teacher.store.kind
+            dataset = runner.train_dataloader.dataset
             found = score_stored(dataset, self.images, predict, kind, len(classes))
-            if found is None:
-                reason = 'not scored: no training image has labels'
-                self.report.line(with_name('teacher', name), reason)
-            else:
-                self._judge(name, teacher, classes, found)
+            found = found or 'no training image has labels'
+            self._judge(name, teacher, classes, found)
 
     def _judge(
-        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored
+        self, name: str, teacher: Teacher, classes: Sequence[str], found: Scored | str
     ) -> None:
+        """Report a score, or why there is none."""
+        key = with_name('teacher', name)
+        if isinstance(found, str):
+            self.report.line(key, f'not scored: {found}')
+            return
         metrics, confusion = found
-        self.report.line(
-            with_name('teacher', name), as_text(metrics) or 'nothing found'
-        )
+        self.report.line(key, as_text(metrics) or 'nothing found')
         ours = teacher.classes.student
         compared = range(len(classes)) if ours is None else [i for (i,) in ours]
         if verdict := judge(metrics, confusion, classes, compared):
@@ -218,18 +211,18 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
         named = model.named_parameters()
         gradients.append({n: p.grad for n, p in named if p.grad is not None})
     model.zero_grad(set_to_none=True)
-    both = [name for name in gradients[0] if name in gradients[1]]
-    backbone = [name for name in both if name.startswith('backbone.')]
+    names = [name for name in gradients[0] if name in gradients[1]]
+    backbone = [name for name in names if name.startswith('backbone.')]
+    names = backbone or names
     own, distilled = (
-        math.hypot(*(g[name].double().norm().item() for name in backbone or both))
+        math.hypot(*(g[name].double().norm().item() for name in names))
         for g in gradients
     )
     share = distilled / own if own else math.inf if distilled else 0.0
-    where = 'backbone' if backbone else 'student'
     report.line(
         'gradient',
         f"distillation has {share:.3g} times the norm of the student's own losses, "
-        f'over {len(backbone or both)} parameters of the {where}',
+        f'over {len(names)} parameters of the {"backbone" if backbone else "student"}',
     )
     return share
 
@@ -237,28 +230,24 @@ def report_gradient(report: Report, model: nn.Module, seen: Seen) -> float:
 def judge_gradient(report: Report, share: float, ramp: str, fresh: bool) -> None:
     """Report a gradient of distillation that is far too large, or too small.
 
-    Args:
-        report: The report to add to.
-        share: Its norm over that of the student's own losses.
-        ramp: What bridges the first steps: ``'balance'``, ``'schedule'`` or nothing.
-        fresh: Whether DIST meets a head with random weights.
+    ``share`` is its norm over that of the student's own losses; ``ramp`` is what
+    bridges the first steps, ``'balance'``, ``'schedule'`` or nothing; ``fresh`` is
+    whether DIST meets a head with random weights.
     """
     times = f'The gradient of distillation is {share:.3g} times that of the own losses'
     if not share:
         report.reasons.append('No gradient of distillation reaches the student.')
-    elif ramp == 'balance' and share >= 0.01:
-        return
-    elif share > 10 and ramp:
+    elif share < 0.01:
+        report.warnings.append(f'{times}: it hardly counts. Use a larger weight.')
+    elif share > 10 and ramp == 'schedule':
         report.warnings.append(
             f'{times} at full weight. The ramp must last until it falls: watch whether '
             'the own losses fall too.'
         )
-    elif share > 10:
+    elif share > 10 and not ramp:
         report.cautions.append(
             f'{times}, so these hardly count. Leave `balance` at its default.'
         )
-    elif share < 0.01:
-        report.warnings.append(f'{times}: it hardly counts. Use a larger weight.')
     if fresh and not ramp and 0 < share <= 10:
         report.warnings.append(
             "The student's head starts at random, where DIST has its largest "
@@ -272,7 +261,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
     device = data['inputs'].device.type
     is_cuda = device == 'cuda'
     factors = model.distill_factor, 0.0
-    seconds, gib = ({factor: [] for factor in factors} for _ in range(2))
+    costs = {factor: [] for factor in factors}
     for model.distill_factor in factors * (1 + STEPS):
         model.zero_grad(set_to_none=True)
         if is_cuda:
@@ -282,10 +271,12 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         model.parse_losses(losses_of(runner, model, data))[0].backward()
         if is_cuda:
             torch.cuda.synchronize()
-            gib[model.distill_factor].append(torch.cuda.max_memory_allocated() / 2**30)
-        seconds[model.distill_factor].append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        gib = torch.cuda.max_memory_allocated() / 2**30 if is_cuda else 0
+        costs[model.distill_factor].append((seconds, gib))
     # the first one is a warm-up
-    on, off = (median(seconds[factor][1:]) for factor in factors)
+    (on, on_gib), (off, off_gib) = (zip(*costs[f][1:], strict=True) for f in factors)
+    on, off = median(on), median(off)
     report.section('cost of a step')
     report.line(
         'time',
@@ -294,7 +285,7 @@ def report_cost(report: Report, runner: Runner, model: nn.Module, data: dict) ->
         f'{STEPS})',
     )
     if is_cuda:
-        on, off = (max(gib[factor][1:]) for factor in factors)
+        on, off = max(on_gib), max(off_gib)
         report.line(
             'memory',
             f'at most {on:.2f} GiB with the teacher, {off:.2f} GiB while it is paused; '

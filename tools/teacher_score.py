@@ -76,10 +76,11 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
     model = teacher.model
     gives = model.gives if isinstance(model, ForeignTeacher) else None
     activation = 'softmax' if gives == 'pixels' else 'identity'
-    if gives is None and family_of(model) == SEG:
-        activation = SegLogits().activation(model)
-    if gives is None and teacher.dtype is not None:
-        model = copy.deepcopy(model).float()  # NMS and metrics take no bf16
+    if gives is None:
+        if family_of(model) == SEG:
+            activation = SegLogits().activation(model)
+        if teacher.dtype is not None:
+            model = copy.deepcopy(model).float()  # NMS and metrics take no bf16
 
     def predict(batch: dict) -> list[BaseDataElement]:
         data = student.data_preprocessor(batch, training=False)
@@ -88,9 +89,8 @@ def predictor(student: nn.Module, teacher: Teacher) -> Predict:
         if gives is None:
             samples = model.predict(step.teacher_inputs, samples)
         elif gives in ('boxes', 'detections'):
-            for sample, found in zip(
-                samples, Detections().ask(step, None), strict=True
-            ):
+            detected = Detections().ask(step, None)
+            for sample, found in zip(samples, detected, strict=True):
                 # in pixels of the file
                 found.bboxes /= found.bboxes.new_tensor(sample.scale_factor).repeat(2)
                 sample.pred_instances = found

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import mmcv
 import numpy as np
@@ -26,9 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, RUNNERS
+from mmengine.device import get_device
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import set_random_seed
 from mmengine.structures import BaseDataElement, InstanceData
-from pair_report import describe_comparison, parts
+from pair_report import describe_comparison, parts, quiet, tell_as_hooks
 from scipy.optimize import linear_sum_assignment
 from stored_score import in_its_pixels, labels_of
 from teacher_score import cannot_score, predictor
@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from train import load_distilling
 
-from mmdist import Comparison, Pair, comparisons
+from mmdist import MODELS, Comparison, Pair, comparisons
 from mmdist.checkpoint import load_checkpoint, load_strictly
 from mmdist.data.answers import check_images, join
+from mmdist.data.labels import inner_datasets
 from mmdist.losses import as_rows
 from mmdist.losses.correlations.common import Settings, is_constant
 from mmdist.losses.correlations.plain import ACTIVATIONS, pearson
@@ -49,6 +50,7 @@ NO_CLASSES = comparisons.Features, comparisons.Boxes, comparisons.BoxDistributio
 MIN_IOU = 0.5  # of boxes that agree
 MOST_CLASSES = 40  # in a legend
 COLOURS = {'both': 'lime', 'only teacher': 'blue', 'only student': 'red'}
+read = partial(mmcv.imread, channel_order='rgb')
 
 
 def parse_args() -> argparse.Namespace:
@@ -76,13 +78,13 @@ def parse_args() -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     """Build the distilled model with one comparison, its teacher, and the data set."""
-    cfg = copy.deepcopy(args.cfg)
-    cfg.merge_from_dict(dict(resume=False, load_from=None, log_level='ERROR'))
-    for name in ('visualizer', 'runner_type', 'strategy'):
-        cfg.pop(name, None)  # they may log in to a service, or shard the model
-    with tempfile.TemporaryDirectory() as cfg.work_dir:
-        runner = RUNNERS.build(cfg)
-    model, weights = runner.model, load_checkpoint(args.checkpoint)
+    cfg = args.cfg
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    set_random_seed(cfg.get('randomness', {}).get('seed'))
+    if cfg.get('data_preprocessor') is not None:  # as the Runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(cfg.model).to(get_device())
+    weights = load_checkpoint(args.checkpoint)
     advice = 'Check that the student was trained with this config.'
     load_strictly(model, weights, args.checkpoint, args.config, advice)
     stored = [t for t in model.teachers.values() if isinstance(t, StoredTeacher)]
@@ -98,18 +100,19 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
         check_images(dataset, teacher.store)
     if not dataset.metainfo.get('classes'):
         raise ValueError('The data set has no class names.')
-    # what training hooks tell the distiller and some heads
-    counters = dict(epoch=0, iter=0)
-    runner.message_hub.update_info_dict(dict(counters, dataset_meta=dataset.metainfo))
+    tell_as_hooks(dataset.metainfo)
     model._load_teachers()
     model._match_classes()
-    found = model.distill
-    keys = [k for k in found if not isinstance(found[k], NO_CLASSES)]
-    # an RPN does not know the classes
-    keys = [k for k in keys if getattr(found[k], 'student_path', '') != 'rpn_head']
-    key = args.entry or next(iter(keys), None)
-    if key not in keys:
-        raise ValueError(f'Only {keys} of `distill` compare classes, not {key!r}.')
+    found = {
+        key: comparison
+        for key, comparison in model.distill.items()
+        if not isinstance(comparison, NO_CLASSES)
+        # an RPN does not know the classes
+        and getattr(comparison, 'student_path', '') != 'rpn_head'
+    }
+    key = args.entry or next(iter(found), None)
+    if key not in found:
+        raise ValueError(f'Only {[*found]} of `distill` compare classes, not {key!r}.')
     model.distill = nn.ModuleDict({key: found[key]})
     model.distill_terms = {key: model.distill_terms[key]}
     teacher = model.teachers[model.distill_terms[key].teacher]
@@ -118,50 +121,37 @@ def prepare(args: argparse.Namespace) -> tuple[nn.Module, Teacher, Dataset]:
     return model.eval(), teacher, dataset
 
 
-class Shown(NamedTuple):
-    """An image of the page."""
-
-    path: str
-    pixels: np.ndarray  # RGB, (height, width, 3)
-    batch: dict
-    labels: BaseDataElement | None  # in these pixels
-
-
 def images_of(
     args: argparse.Namespace, dataset: Dataset, is_stored: bool
-) -> Iterator[Shown]:
-    """The images of the page: files, or validation or training samples."""
+) -> Iterator[tuple[str, np.ndarray, dict, BaseDataElement | None]]:
+    """The images of the page: files, or validation or training samples.
+
+    Yields:
+        The path, the RGB pixels (height, width, 3), a batch of this image, and its
+        labels in these pixels, if any.
+    """
     if args.images:
-        cfg = args.cfg.val_dataloader.dataset
-        while 'pipeline' not in cfg:  # a wrapper
-            cfg = cfg.get('dataset') or cfg['datasets'][0]
+        cfg = next(inner_datasets(args.cfg.val_dataloader.dataset))
         steps = [s for s in cfg['pipeline'] if 'Annotations' not in str(s['type'])]
         for i, path in enumerate(args.images):
             data = Compose(steps)(dict(img_path=path, img_id=i))
-            yield Shown(path, read(path), pseudo_collate([data]), None)
+            yield path, read(path), pseudo_collate([data]), None
         return
     for i in range(min(args.num, len(dataset))):
         data = dataset[i]
         sample = data['data_samples']
+        labels = sample.clone() if 'gt_sem_seg' in sample else None
         if is_stored:  # all that follows is in pixels of the augmented image
             in_its_pixels(sample)
             pixels = data['inputs'].flip(0).permute(1, 2, 0).byte().numpy()
-            labels = sample.clone()
-            if 'gt_instances' in labels:
+            if 'gt_instances' in sample:
+                labels = sample.clone()
                 labels.gt_instances.bboxes = labels.gt_instances.bboxes.tensor
-            yield Shown(sample.img_path, pixels, pseudo_collate([data]), labels)
-            continue
-        info, labels = dataset.get_data_info(i), None
-        if 'gt_sem_seg' in sample:
-            labels = sample
-        if 'instances' in info:  # in pixels of the file; the sample's may not be
-            labels = type(sample)(gt_instances=labels_of(info))
-        path = sample.img_path
-        yield Shown(path, read(path), pseudo_collate([data]), labels)
-
-
-def read(path: str) -> np.ndarray:
-    return mmcv.imread(path, channel_order='rgb')
+        else:
+            pixels, info = read(sample.img_path), dataset.get_data_info(i)
+            if 'instances' in info:  # in pixels of the file; the sample's may not be
+                labels = type(sample)(gt_instances=labels_of(info))
+        yield sample.img_path, pixels, pseudo_collate([data]), labels
 
 
 @torch.no_grad()
@@ -248,11 +238,9 @@ def agreement(student: InstanceData, teacher: InstanceData) -> dict[str, Instanc
 
 def palette_of(meta: dict) -> list:
     """A colour for each class, RGB from 0 to 255."""
-    if meta.get('palette'):
-        return meta['palette']  # mmseg's data sets have one
     from mmdet.visualization import get_palette
 
-    return get_palette('random', len(meta['classes']))
+    return meta.get('palette') or get_palette('random', len(meta['classes']))
 
 
 def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
@@ -267,10 +255,8 @@ def tinted(image: np.ndarray, labels: np.ndarray, palette: list) -> np.ndarray:
 def save(file: Path, panels: dict[str, tuple], legend: dict[str, tuple]) -> None:
     """Write the picture of an image.
 
-    Args:
-        file: The file to write.
-        panels: By title, an RGB image or correlations, and boxes with their colours.
-        legend: The colours of the classes.
+    ``panels`` has, by title, an RGB image or correlations, and boxes with their
+    colours; ``legend`` the colours of the classes.
     """
     height, width = next(iter(panels.values()))[0].shape[:2]
     figure = Figure((11, 11 * height / width + 1.5), layout='compressed')
@@ -319,7 +305,7 @@ def table(
 
 def main() -> None:
     args = parse_args()
-    warnings.simplefilter('ignore')  # from the libraries
+    quiet()
     try:
         model, teacher, dataset = prepare(args)
     except (ValueError, RuntimeError, OSError) as error:
@@ -327,32 +313,34 @@ def main() -> None:
     (comparison,) = model.distill.values()
     ask = predictor(model, teacher)
     is_seg = isinstance(comparison, comparisons.SegLogits)
+    is_stored = isinstance(teacher, StoredTeacher)
     names, palette = dataset.metainfo['classes'], palette_of(dataset.metainfo)
     classes = len(names)
     colours = {i: tuple(x / 255 for x in palette[i]) for i in range(classes)}
     index = [i for (i,) in teacher.classes.student or zip(range(classes), strict=True)]
     args.out.mkdir(parents=True, exist_ok=True)
     sums, images, counts = 0, [], {name: torch.zeros(classes) for name in COLOURS}
-    is_stored = isinstance(teacher, StoredTeacher)
-    for n, shown in enumerate(images_of(args, dataset, is_stored)):
+    for n, (path, pixels, batch, labels) in enumerate(
+        images_of(args, dataset, is_stored)
+    ):
         torch.manual_seed(n)  # proposals may be sampled
-        pairs, shares = pairs_of(model, shown.batch)
+        pairs, shares = pairs_of(model, batch)
         for pair in pairs[:1] if is_seg else pairs:  # auxiliary heads follow
             scores, activation = probabilities(comparison, model, pair)
             sums = sums + gram(scores, len(index), activation, pair.mask)
         with torch.no_grad():
-            found = model.val_step(copy.deepcopy(shown.batch)) + ask(shown.batch)
-        samples = dict(labels=shown.labels, student=found[0], teacher=found[1])
+            found = model.val_step(copy.deepcopy(batch)) + ask(batch)
+        samples = dict(labels=labels, student=found[0], teacher=found[1])
         panels: dict[str, tuple] = {}
         seen: set[int] = set()
         for name, sample in samples.items():
             kind = 'gt' if name == 'labels' else 'pred'
             if sample is None:
-                panels['image'] = shown.pixels, ()
+                panels['image'] = pixels, ()
             elif is_seg:
-                labels = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
-                panels[name] = tinted(shown.pixels, labels, palette), ()
-                seen.update(np.unique(labels).tolist())
+                label_map = sample.get(f'{kind}_sem_seg').data[0].cpu().numpy()
+                panels[name] = tinted(pixels, label_map, palette), ()
+                seen.update(np.unique(label_map).tolist())
             else:
                 boxes = sample.get(f'{kind}_instances').cpu()
                 if kind == 'pred':
@@ -360,7 +348,7 @@ def main() -> None:
                     boxes = boxes[boxes.scores >= args.score_thr]
                     sample.pred_instances = boxes
                 each = list(zip(boxes.bboxes, boxes.labels.tolist(), strict=True))
-                panels[name] = shown.pixels, [(x, colours[i]) for x, i in each]
+                panels[name] = pixels, [(x, colours[i]) for x, i in each]
                 seen.update(i for _, i in each)
         if is_seg:
             values = inter_class(scores, activation, pair)
@@ -373,10 +361,10 @@ def main() -> None:
                 counts[name] += boxes.labels.bincount(minlength=classes)
             text = ', '.join(f'{name} {len(boxes)}' for name, boxes in groups.items())
             boxes = [(x, COLOURS[name]) for name in groups for x in groups[name].bboxes]
-            panels[', '.join(map(': '.join, COLOURS.items()))] = shown.pixels, boxes
+            panels[', '.join(map(': '.join, COLOURS.items()))] = pixels, boxes
         seen = sorted(seen & colours.keys())[:MOST_CLASSES]
         save(args.out / f'{n:03}.jpg', panels, {names[i]: colours[i] for i in seen})
-        text = escape(f'{Path(shown.path).name}. {text}')
+        text = escape(f'{Path(path).name}. {text}')
         images.append(f'<h3>{text}</h3><img src="{n:03}.jpg" alt="{text}">')
     index = index[-sums.shape[2] :]  # one channel scores the second class of two
     means = sums[0, 1:] / sums[0, 0]

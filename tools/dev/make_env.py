@@ -29,9 +29,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic
 
 from . import mmcv_units
-from .progress import Plan, Progress, clock
+from .progress import Progress, clock
 
 ROOT = Path(__file__).resolve().parents[2]
 # stack: requirements, environment, the distribution with mmcv's ops
@@ -133,7 +134,7 @@ class Builder:
 
     def __init__(self, stack: str, cuda: bool) -> None:
         requirements, venv, self.mmcv = STACKS[stack]
-        self.plan, self.progress = Plan(SECONDS), Progress('env', len(SECONDS))
+        self.waiting, self.progress = dict(SECONDS), Progress('env', len(SECONDS))
         self.cuda, self.venv = cuda, ROOT / venv
         self.requirements = ROOT / requirements
         self.pins = pins(self.requirements.read_text())
@@ -159,7 +160,7 @@ class Builder:
     def build(self) -> None:
         self.stamp.unlink(missing_ok=True)
         if not self.cached_wheel('*'):
-            self.plan.waiting['mmcv'] += COMPILE_SECONDS / mmcv_units.jobs()
+            self.waiting['mmcv'] += COMPILE_SECONDS / mmcv_units.jobs()
         self.step('virtual environment', self.make_venv)
         self.step('torch and build tools', self.add_torch)
         try:
@@ -176,10 +177,16 @@ class Builder:
         self.progress.say(f'{self.venv.name} is ready, after {took}.')
 
     def step(self, title: str, action: Callable[[], None]) -> None:
-        self.plan.begin(title)
-        self.title = title
+        self.title, self.expected = title, self.waiting.pop(title)
+        self.began = monotonic()
         action()
         self.progress.done(f'{title}: done')
+
+    def left(self) -> float:
+        """About how many seconds are left for all steps."""
+        spent = monotonic() - self.began
+        # assume that a step that takes longer than expected is nearly done
+        return max(self.expected - spent, spent / 10) + sum(self.waiting.values())
 
     # --- commands
 
@@ -202,13 +209,12 @@ class Builder:
         # torch finds ninja on the PATH; without it the build uses one core and restarts
         # from scratch after an interruption
         path = f'{self.venv / "bin"}:{os.environ["PATH"]}'
-        env = {**os.environ, 'PATH': path, **dict(environ)}
+        options |= dict(cwd=ROOT, env={**os.environ, 'PATH': path, **dict(environ)})
         command = [str(part) for part in command]
         with (self.venv / log).open('a') as file:
-            file.write(f'\n$ {" ".join(command)}\n')
-            file.flush()
+            print(f'\n$ {" ".join(command)}', file=file, flush=True)
             options |= dict(stdout=file, stderr=subprocess.STDOUT)
-            process = subprocess.Popen(command, cwd=ROOT, env=env, **options)
+            process = subprocess.Popen(command, **options)
             process.log, process.log_start = self.venv / log, file.tell()
         return process
 
@@ -216,7 +222,7 @@ class Builder:
         """Wait for a command; raise Stop with the end of its output if it fails."""
         try:
             while process.poll() is None:
-                self.progress.show(self.title, self.plan.left())
+                self.progress.show(self.title, self.left())
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=0.5)
         finally:  # a signal asks this process to end
@@ -237,10 +243,10 @@ class Builder:
         if output(self.python, '-c', code) != str(self.venv):
             # --clear: it is incomplete, or was copied here from another place
             command = [sys.executable, '-m', 'venv', '--clear', str(self.venv)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                printed = done.stdout + done.stderr
-                raise Stop(f'{printed}\nThis failed: {" ".join(command)}')
+                failed = ' '.join(command)
+                raise Stop(f'{done.stdout}{done.stderr}\nThis failed: {failed}')
 
     def add_torch(self) -> None:
         self.install(*self.pinned(*FOR_MMCV), '-c', self.requirements)
@@ -248,9 +254,8 @@ class Builder:
     def add_libraries(self) -> None:
         # mmcv may not be there yet: leave it out, and let nothing pull it in
         others = self.venv / 'requirements.txt'
-        lines = self.requirements.read_text().splitlines()
-        mmcv = self.pinned(self.mmcv)
-        others.write_text('\n'.join(x for x in lines if x not in mmcv))
+        (mmcv,) = self.pinned(self.mmcv)
+        others.write_text(self.requirements.read_text().replace(f'{mmcv}\n', ''))
         # --no-build-isolation: the fork's libraries are source only and import torch
         self.install('--no-build-isolation', '--no-deps', '-r', others)
         # replaces opencv-python, required by mmengine: it does not import without libGL
@@ -282,19 +287,18 @@ class Builder:
         return cache / 'mmdist' / f'torch-{torch}-{device}-build{BUILD}'
 
     def cached_wheel(self, torch: str | None = None) -> Path | None:
-        folder = self.wheels(torch)
-        tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+        folder, tag = self.wheels(torch), 'cp{}{}'.format(*sys.version_info)
         found = folder.parent.glob(f'{folder.name}/{self.release}-{tag}-*.whl')
-        return next(iter(sorted(found)), None)
+        return min(found, default=None)
 
     def begin_mmcv(self) -> None:
         """Start compiling mmcv, unless its wheel is cached."""
         if self.cached_wheel():
             return
         if not self.tree.exists():
-            flags = ('--no-build-isolation', '--no-binary', ':all:', '--no-deps')
-            flags += ('-d', self.tree.parent)
-            self.run(*self.pip('download', *flags, *self.pinned(self.mmcv)))
+            flags = ('--no-build-isolation', '--no-binary', ':all:', '--no-deps', '-d')
+            pinned = self.pinned(self.mmcv)
+            self.run(*self.pip('download', *flags, self.tree.parent, *pinned))
             unpacked = Path(f'{self.tree}.tmp')
             shutil.unpack_archive(f'{self.tree}.tar.gz', unpacked)
             mmcv_units.fix_setup(unpacked / self.release / 'setup.py')

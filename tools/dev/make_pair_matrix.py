@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmdist.comparisons.default import default_for_pair
@@ -34,14 +33,6 @@ FAMILIES = {
 }
 
 
-class Unloaded(Teacher):
-    """A teacher without weights; only its architecture counts."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f'mmdet::{path}')
-        self.model = self.build()
-
-
 def chosen(student: nn.Module, teacher: Teacher) -> str:
     """Name of the comparison of a pair; '-' if there is none."""
     try:
@@ -55,8 +46,9 @@ def chosen(student: nn.Module, teacher: Teacher) -> str:
 
 def matrix() -> str:
     """A row per student, a column per teacher."""
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        teachers = {name: Unloaded(path) for name, path in FAMILIES.items()}
+    teachers = {name: Teacher(f'mmdet::{path}') for name, path in FAMILIES.items()}
+    for teacher in teachers.values():
+        teacher.model = teacher.build()  # only the architecture counts
     text = f'\n| student \\ teacher | {" | ".join(FAMILIES)} |\n'
     text += '|---' * (len(FAMILIES) + 1) + '|\n'
     for name, student in teachers.items():

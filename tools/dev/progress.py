@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from time import monotonic
 from typing import TextIO
 
@@ -15,40 +14,6 @@ def clock(seconds: float) -> str:
     """Minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes}:{seconds:02}'
-
-
-class Plan:
-    """Estimate the seconds left for steps that run one after the other.
-
-    Args:
-        expected: The seconds of each step on the machine where they were measured.
-    """
-
-    def __init__(self, expected: Mapping[str, float]) -> None:
-        self.waiting = dict(expected)
-        self.pace = 1.0  # this machine's time over that machine's
-
-    def begin(self, step: str) -> None:
-        self.expected, self.began = self.waiting.pop(step), monotonic()
-
-    def spent(self) -> float:
-        """Seconds since the current step began."""
-        return monotonic() - self.began
-
-    def left(self, eta: float | None = None) -> float:
-        """Seconds left for all steps.
-
-        Args:
-            eta: Seconds left for the current step, if it reports them. The later steps
-                are then expected to be as fast or slow as this one.
-        """
-        spent = self.spent()
-        if eta is None:
-            # assume that a step that takes longer than expected is nearly done
-            eta = max(self.expected * self.pace - spent, spent / 10)
-        else:
-            self.pace = (spent + eta) / self.expected
-        return eta + self.pace * sum(self.waiting.values())
 
 
 class Progress:

@@ -12,16 +12,14 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # a tool's process need not wait for this import
-    from torch import Tensor
+from tools.logs import read_log
 
 TOOLS = Path(__file__).resolve().parents[1]
 LIBRARIES = ['mmdist'] + [
@@ -34,7 +32,7 @@ BUFFERS = ('running_mean', 'running_var', 'num_batches_tracked')
 
 def fingerprint(*parts: str) -> str:
     """Hash of everything that a result depends on."""
-    return hashlib.sha256(''.join(parts).encode()).hexdigest()
+    return hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]
 
 
 def finished(folder: Path, mark: str) -> dict | None:
@@ -120,49 +118,51 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class LoggedStep(NamedTuple):
-    """Progress of a training, read from its log."""
-
-    share: float
-    eta: float  # seconds
-
-
-def last_step(log: str, epochs: int = 1) -> LoggedStep | None:
-    """The last training step in a log; None before the first one.
+def share_done(log: str, epochs: int = 1) -> float:
+    """The share of a training that is done, by its log.
 
     Args:
         log: The text of the log.
         epochs: Number of epochs of the training, if it counts them.
     """
-    steps = re.findall(
-        r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\].*? eta: (\d+):(\d\d):(\d\d)', log
-    )
+    steps = re.findall(r'\(train\) +(?:\[ *(\d+)\])?\[ *(\d+)/(\d+)\]', log)
     if not steps:
-        return None
-    epoch, step, of, hours, minutes, seconds = (int(n or 0) for n in steps[-1])
-    share = step / of
-    if epoch:
-        share = (epoch - 1 + share) / epochs
-    return LoggedStep(share, 3600 * hours + 60 * minutes + seconds)
+        return 0.0
+    epoch, step, of = (int(n or 0) for n in steps[-1])
+    return (epoch - 1 + step / of) / epochs if epoch else step / of
 
 
-def last_correlations(entries: list[dict]) -> dict[str, float]:
-    """The last logged correlations with the teacher, if any."""
-    return {
+def read_training(folder: Path, checkpoint: str, metric: str, percent: float) -> dict:
+    """What both results of a finished training hold.
+
+    Args:
+        folder: Its work dir.
+        checkpoint: Its last checkpoint.
+        metric: The name of its score in the log.
+        percent: Factor from the log to percent.
+
+    Returns:
+        ``curve``, pairs of a step and its score; ``parameters``, the number of those
+        of the model, without those of `distill`; and ``inter`` and ``intra``, the last
+        logged correlations with the teacher, if any.
+    """
+    from mmdist.checkpoint import load_checkpoint  # imports torch
+
+    entries = read_log(folder)
+    scores = {e['step']: round(percent * e[metric], 3) for e in entries if metric in e}
+    state = load_checkpoint(checkpoint)['state_dict']
+    parameters = sum(
+        value.numel()
+        for key, value in state.items()
+        if not key.startswith('distill.') and not key.endswith(BUFFERS)
+    )
+    correlations = {
         relation: entry[f'dist_{relation}']
         for entry in entries
         for relation in ('inter', 'intra')
         if f'dist_{relation}' in entry
     }
-
-
-def count_parameters(state_dict: Mapping[str, Tensor]) -> int:
-    """Count the parameters of a checkpoint's model, without those of `distill`."""
-    return sum(
-        value.numel()
-        for key, value in state_dict.items()
-        if not key.startswith('distill.') and not key.endswith(BUFFERS)
-    )
+    return dict(curve=sorted(scores.items()), parameters=parameters, **correlations)
 
 
 def replace_between(page: str, begin: str, end: str, made: str) -> str:

@@ -141,6 +141,3 @@ def test_options_that_cannot_work_are_refused(capsys):
     with pytest.raises(SystemExit):
         tool.parse_args(['--train', '3', '--train-few', '4'])
     assert 'make it smaller or --train larger' in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        tool.parse_args(['--size', '40', '40'])
-    assert 'does not fit' in capsys.readouterr().err

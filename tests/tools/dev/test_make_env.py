@@ -97,8 +97,7 @@ def builder(monkeypatch, tmp_path) -> make_env.Builder:
     builder.python = tmp_path / 'no-python'
     builder.stamp = tmp_path / 'stamp'
     builder.tree = tmp_path / 'src' / builder.release
-    builder.title = 'mmcv'
-    builder.plan.begin('mmcv')
+    builder.step('mmcv', lambda: None)
     builder.installed = []
     monkeypatch.setattr(builder, 'install', lambda *a: builder.installed.append(a))
     return builder
@@ -109,7 +108,7 @@ def build(builder, monkeypatch, **steps) -> None:
     names = ('make_venv', 'add_torch', 'add_mmdist', 'check')
     for name, step in {**dict.fromkeys(names, lambda: None), **steps}.items():
         monkeypatch.setattr(builder, name, step)
-    builder.plan.waiting = dict(make_env.SECONDS)
+    builder.waiting = dict(make_env.SECONDS)
     builder.build()
 
 
@@ -124,6 +123,21 @@ def test_mmcv_is_compiled_while_the_libraries_are_installed(builder, monkeypatch
     assert builder.finished()
     builder.stamp.write_text('of other requirements')
     assert not builder.finished()
+
+
+def test_the_estimate_follows_the_clock(builder, monkeypatch):
+    time = 1000.0
+    monkeypatch.setattr(make_env, 'monotonic', lambda: time)
+    builder.waiting = {'torch': 60, 'libraries': 100, 'check': 20}
+    builder.step('torch', lambda: None)
+    assert builder.left() == 180
+    time += 20
+    assert builder.left() == 160
+    time += 180  # it takes longer than expected, by an unknown time
+    assert builder.left() == 20 + 100 + 20
+    builder.step('libraries', lambda: None)
+    time += 30
+    assert builder.left() == 70 + 20
 
 
 def test_what_mmcv_imports_is_there_before_it_and_the_libraries_do_without(builder):

@@ -13,9 +13,8 @@ import pytest
 
 from tools.dev import progress as module
 from tools.dev import runs
-from tools.dev.progress import Plan, Progress
+from tools.dev.progress import Progress
 
-STEPS = {'download': 60, 'compile': 100, 'check': 20}
 NAME = 'a step with a name that is far too long for the terminal ' * 3
 
 
@@ -109,29 +108,6 @@ def test_a_file_has_a_line_for_each_step_and_one_a_minute(clock):
     ]
 
 
-def test_the_estimate_follows_the_clock(clock):
-    plan = Plan(STEPS)
-    plan.begin('download')
-    assert plan.left() == 180
-    clock.time += 20
-    assert plan.left() == 160
-    clock.time += 180  # it takes longer than expected, by an unknown time
-    assert plan.left() == 20 + 100 + 20
-    plan.begin('compile')
-    clock.time += 30
-    assert plan.left() == 70 + 20
-
-
-def test_what_a_step_reports_also_counts_for_the_later_ones(clock):
-    plan = Plan(STEPS)
-    plan.begin('compile')
-    clock.time += 50
-    # 200 s in all: half as fast as expected, so later steps are too
-    assert plan.left(eta=150) == 150 + 2 * (60 + 20)
-    plan.begin('download')
-    assert plan.left() == 2 * (60 + 20)
-
-
 LOG = """\
 mmengine - INFO - Epoch(train)  [1][10/50]  lr: 1.0e-03  eta: 0:01:40  time: 0.5
 mmengine - INFO - Epoch(val)    [1][ 5/25]    eta: 0:00:07  time: 0.1
@@ -142,7 +118,7 @@ ITERATIONS = 'Iter(train) [ 50/400]  base_lr: 1e-2 lr: 1e-2  eta: 0:00:35  time:
 
 
 def test_the_log_of_a_training_tells_how_far_it_is():
-    assert runs.last_step('') is None
-    assert runs.last_step(LOG, 4) == (2.5 / 4, 3605)
-    assert runs.last_step(LOG[: LOG.index('Epoch(train)  [3]')], 4) == (0.05, 100)
-    assert runs.last_step(ITERATIONS) == (0.125, 35)
+    assert runs.share_done('') == 0
+    assert runs.share_done(LOG, 4) == 2.5 / 4
+    assert runs.share_done(LOG[: LOG.index('Epoch(train)  [3]')], 4) == 0.05
+    assert runs.share_done(ITERATIONS) == 0.125

@@ -17,15 +17,11 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, redirect_stderr, redirect_stdout
-from typing import NamedTuple
-
-import numpy as np
 
 from tools.dev import runs
-from tools.dev.progress import Plan, Progress
+from tools.dev.progress import Progress
 from tools.dev.quickstart.report import Finished, write_report
 from tools.dev.quickstart.tasks import LAST, PARTS, TASKS, WORK_DIR, Part
-from tools.logs import read_log
 
 # make_digits and mm* are imported where they are used: what they print on import goes
 # into the log
@@ -33,67 +29,34 @@ from tools.logs import read_log
 REPORT_SECONDS = 20
 
 
-class State(NamedTuple):
-    """Progress of a training."""
-
-    text: str
-    left: float  # seconds
-    pace: float  # this machine's time over the expected time
-
-
-def train(part: Part, smoke: bool, pace: float, progress: Progress) -> Iterator[State]:
-    """Train one part in its own process; yield its progress while it runs."""
+def train(part: Part, smoke: bool, progress: Progress) -> Iterator[float]:
+    """Train one part in its own process; yield the share that is done while it runs."""
     from mmengine.config import Config
-
-    from mmdist.checkpoint import load_checkpoint
 
     task, name, seed = part
     options = {'randomness.seed': seed, **(task.smoke if smoke else {})}
-    folder = task.folder(name, seed)
-    # short: one line shows two of them
-    title = f'{task.name} {name.removeprefix("student ")}'
-    title += f' seed {seed}' if seed else ''
-    plan = Plan({name: 20 if smoke else part.seconds})
-    plan.pace = pace
-    plan.begin(name)
-    mark = part.fingerprint(options)
+    folder, mark = task.folder(name, seed), part.fingerprint(options)
     if runs.finished(folder, mark):
-        progress.done(f'{title}: finished before, {folder}')
+        progress.done(f'{part.title}: finished before, {folder}')
         return
     shutil.rmtree(folder, ignore_errors=True)  # interrupted, or outdated
     folder.mkdir(parents=True)
-    arguments = [task.config(name), '--work-dir', folder, '--cfg-options']
-    arguments += [f'{key}={value}' for key, value in options.items()]
-    settings = Config.fromfile(task.config(name))
-    settings.merge_from_dict(options)
-    epochs = settings.train_cfg.get('max_epochs', 1)
+    settings = [f'{key}={value}' for key, value in options.items()]
+    arguments = [task.config(name), '--work-dir', folder, '--cfg-options', *settings]
+    cfg = Config.fromfile(task.config(name))
+    cfg.merge_from_dict(options)
+    epochs = cfg.train_cfg.get('max_epochs', 1)
     log_file = folder / 'train.log'
     with runs.tool('train.py', arguments, log_file) as process:
-        step, logged = None, 0.0
         while process.is_alive():
-            last = runs.last_step(log_file.read_text(), epochs)
-            if last != step:
-                step, logged = last, plan.spent()
-            if step is None:
-                yield State(title, plan.left(), plan.pace)
-            else:
-                eta = max(0, step.eta - (plan.spent() - logged))
-                left = plan.left(eta)
-                yield State(f'{title} {step.share:.0%}', left, plan.pace)
-    entries = read_log(folder)
-    scores = [entry for entry in entries if task.metric in entry]
-    state = load_checkpoint(str(folder / 'last.pth'))['state_dict']
-    result = {
-        'fingerprint': mark,
-        # mmdet logs no AP if nothing at all was detected
-        'score': task.scale * scores[-1][task.metric] if scores else 0.0,
-        'curve': [(e['step'], task.scale * e[task.metric]) for e in scores],
-        'parameters': runs.count_parameters(state),
-        'seconds': plan.spent(),
-        **runs.last_correlations(entries),
-    }
-    runs.save_result(folder, result)
-    progress.done(f'{title}: {task.label} {result["score"]:.1f}')
+            yield runs.share_done(log_file.read_text(), epochs)
+    found = runs.read_training(
+        folder, str(folder / 'last.pth'), task.metric, task.percent
+    )
+    # mmdet logs no AP if nothing at all was detected
+    score = found['curve'][-1][1] if found['curve'] else 0.0
+    runs.save_result(folder, dict(fingerprint=mark, score=score, **found))
+    progress.done(f'{part.title}: {task.label} {score:.1f}')
 
 
 def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
@@ -105,10 +68,9 @@ def next_part(waiting: list[Part], running: Iterable[Part]) -> Part | None:
 
 def finished_of(unfinished: Iterable[Part]) -> Finished:
     """The finished parts of each task that lacks nothing, or only KL."""
-    lacking = {(part.task.name, part.name) for part in unfinished}
+    lacking = {(part.task, part.name) for part in unfinished}
     finished = {
-        task: [name for name in PARTS if (task.name, name) not in lacking]
-        for task in TASKS
+        task: [name for name in PARTS if (task, name) not in lacking] for task in TASKS
     }
     return {
         task: parts for task, parts in finished.items() if {*PARTS} - {*parts} <= {LAST}
@@ -126,40 +88,37 @@ def train_all(seeds: list[int], smoke: bool, progress: Progress) -> Iterator[Fin
     """
     tasks = sorted(TASKS, key=lambda task: sum(task.seconds))
     waiting = [Part(task, 'teacher', 0) for task in tasks]
-    students = [
-        Part(task, name, seed) for task in tasks for seed in seeds for name in PARTS[1:]
-    ]
+    students = [Part(t, name, seed) for t in tasks for seed in seeds for name in PARTS]
     waiting += sorted(
-        students, key=lambda p: (p.name == LAST, tasks.index(p.task), -p.seconds)
+        (part for part in students if part.name != 'teacher'),
+        key=lambda p: (p.name == LAST, tasks.index(p.task), -p.seconds),
     )
-    running: dict[Part, Iterator[State]] = {}
+    running: dict[Part, Iterator[float]] = {}
     finished: Finished = {}
-    pace = 1.0
+    done = 0.0  # seconds that the parts of this run should have taken
     try:
         while True:
             while len(running) < len(TASKS) and (part := next_part(waiting, running)):
                 waiting.remove(part)
-                training = train(part, smoke, pace, progress)
-                running[part] = training
-                if not next(training, None):  # finished before
-                    del running[part]
-            unfinished = [*waiting, *running]
-            found = finished_of(unfinished)
-            if len(found) > len(finished) or not unfinished:
+                training = train(part, smoke, progress)
+                if next(training, None) is not None:  # else finished before
+                    running[part] = training
+            found = finished_of([*waiting, *running])
+            if len(found) > len(finished) or not running:
                 finished = found
                 yield finished
-            if not unfinished:
+            if not running:
                 return
-            states = {part: next(training, None) for part, training in running.items()}
-            running = {part: running[part] for part, state in states.items() if state}
+            shares = {part: next(training, None) for part, training in running.items()}
+            done += sum(part.seconds for part in running if shares[part] is None)
+            running = {p: running[p] for p in running if shares[p] is not None}
             if running:
-                shown = [states[part] for part in running]
-                pace = float(np.mean([state.pace for state in shown]))
-                lefts = [state.left for state in shown]
-                rest = 0 if smoke else pace * sum(part.seconds for part in waiting)
-                left = max(*lefts, (sum(lefts) + rest) / len(TASKS))
-                text = ', '.join(state.text for state in shown)
-                progress.show(text, left + REPORT_SECONDS)
+                text = ', '.join(f'{p.title} {shares[p]:.0%}' for p in running)
+                now = done + sum(shares[p] * p.seconds for p in running)
+                left = sum(p.seconds for p in [*waiting, *running]) + done - now
+                # as fast as so far, once that is known
+                pace = progress.elapsed() / now if now > 20 else 1 / len(TASKS)
+                progress.show(text, pace * left + REPORT_SECONDS)
             time.sleep(0.5)
     finally:
         for training in running.values():
@@ -170,6 +129,7 @@ def distil(seeds: list[int], smoke: bool) -> str:
     """Make the data, train, and write the report; return what to print."""
     WORK_DIR.mkdir(parents=True, exist_ok=True)
     steps = 2 + len(TASKS) * (1 + len(seeds) * len(PARTS[1:]))
+    files = f'{WORK_DIR}/report.md and report.png'
     with (
         Progress('quickstart', steps) as progress,
         # the libraries' output
@@ -192,10 +152,8 @@ def distil(seeds: list[int], smoke: bool) -> str:
                 report = write_report(finished, seeds)
                 if any(LAST not in parts for parts in finished.values()):
                     names = ' and '.join(task.name for task in finished)
-                    progress.say(
-                        f'{WORK_DIR}/report.md and report.png: {names}, KL follows'
-                    )
-        progress.done(f'report: {WORK_DIR}/report.md and report.png')
+                    progress.say(f'{files}: {names}, KL follows')
+        progress.done(f'report: {files}')
         progress.show('done')
     return report
 
@@ -206,14 +164,10 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        '--seeds', type=int, nargs='+', default=[0], help='of the students (default: 0)'
-    )
-    parser.add_argument(
-        '--smoke',
-        action='store_true',
-        help='a dry run: few scenes, hardly any training',
-    )
+    add = parser.add_argument
+    add('--seeds', type=int, nargs='+', default=[0], help='of students (default: 0)')
+    text = 'a dry run: few scenes, hardly any training'
+    add('--smoke', action='store_true', help=text)
     args = parser.parse_args()
     try:
         print(distil(args.seeds, args.smoke))

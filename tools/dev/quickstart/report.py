@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tools.logs import mean_and_spread
+
 from .tasks import PARTS, WORK_DIR, Task
 
 Finished = dict[Task, list[str]]  # the names of a task's finished parts
@@ -29,23 +31,23 @@ def make_table(finished: Finished, seeds: list[int]) -> str:
     ]
     for task, part in [(task, p) for task, parts in finished.items() for p in parts]:
         found = task.results(part, seeds)
-        scores = [result['score'] for result in found]
-        score = f'{np.mean(scores):.1f}'
-        if len(scores) > 1:
-            score += f' ± {np.std(scores, ddof=1):.1f}'
+        scores = dict(enumerate(result['score'] for result in found))
         inter, intra = (
             f'{np.mean([result[r] for result in found]):.3f}' if r in found[0] else '-'
             for r in ('inter', 'intra')
         )
         lines.append(
             f'| {task.name} | {part:14} | {found[0]["parameters"]:10,} '
-            f'| {task.label} {score} | {inter:>5} | {intra:>5} |'
+            f'| {task.label} {mean_and_spread(scores, 1)} | {inter:>5} | {intra:>5} |'
         )
     return '\n'.join(lines)
 
 
 def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
-    """Predict with a student, through the library's own API and the plain config."""
+    """Predict with a student, through the library's own API and the plain config.
+
+    Returns a label map for each image, or pairs of a box and its label.
+    """
     config = str(task.config('student alone'))
     checkpoint = str(task.folder(part, seed) / 'last.pth')
     if task.name == 'det':
@@ -53,25 +55,23 @@ def predict(task: Task, part: str, seed: int, images: list[str]) -> list:
 
         model = init_detector(config, checkpoint, device='cpu')
         found = [inference_detector(model, image).pred_instances for image in images]
+        found = [p[p.scores > 0.3] for p in found]
         return [
-            [(b.tolist(), int(c)) for b, c in zip(p.bboxes, p.labels, strict=True)]
-            for p in (p[p.scores > 0.3] for p in found)
+            list(zip(p.bboxes.tolist(), p.labels.tolist(), strict=True)) for p in found
         ]
     from mmseg.apis import inference_model, init_model
 
     model = init_model(config, checkpoint, device='cpu')
-    return [
-        inference_model(model, image).pred_sem_seg.data[0].numpy() for image in images
-    ]
+    found = [inference_model(model, image).pred_sem_seg for image in images]
+    return [labels.data[0].numpy() for labels in found]
 
 
 def draw_report(finished: Finished, seed: int, file: Path) -> None:
     """Draw the validation curves, and val images with labels and predictions."""
-    import matplotlib
-
-    matplotlib.use('Agg')
     import cv2
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     from mmengine.registry import DefaultScope
 
     names = [f'{i:06d}.png' for i in range(NUM_IMAGES)]
@@ -86,9 +86,9 @@ def draw_report(finished: Finished, seed: int, file: Path) -> None:
         cv2.imread(f'data/digits/ann_dir/val/{n}', cv2.IMREAD_UNCHANGED) for n in names
     ]
     truth = {'det': boxes, 'seg': [m.clip(1, 10) - 1 for m in maps]}
-    palette = plt.get_cmap('tab10')
+    palette = colormaps['tab10']
 
-    def draw_image(axes: plt.Axes, i: int, prediction) -> None:
+    def draw_image(axes, i: int, prediction) -> None:
         axes.axis('off')
         axes.imshow(cv2.imread(images[i])[..., ::-1])
         if isinstance(prediction, np.ndarray):
@@ -98,15 +98,13 @@ def draw_report(finished: Finished, seed: int, file: Path) -> None:
             axes.imshow(overlay)
             return
         for (x1, y1, x2, y2), label in prediction:
-            colour = palette(label)
-            box = plt.Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=2
-            )
+            ec = palette(label)
+            box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=ec, lw=2)
             axes.add_patch(box)
-            background = {'facecolor': colour, 'edgecolor': 'none', 'pad': 1}
+            background = {'facecolor': ec, 'edgecolor': 'none', 'pad': 1}
             axes.text(x1, y1, str(label), color='w', fontsize=9, bbox=background)
 
-    figure = plt.figure(figsize=(7.5 * len(finished), 12), layout='constrained')
+    figure = Figure(figsize=(7.5 * len(finished), 12), layout='constrained')
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 2))
     plots = top.subplots(1, len(finished), squeeze=False)[0]
     columns = bottom.subfigures(1, len(finished), squeeze=False)[0]
@@ -120,8 +118,8 @@ def draw_report(finished: Finished, seed: int, file: Path) -> None:
         axes.set_ylabel(f'val {task.label}')
         axes.grid(alpha=0.3)
         axes.legend()
+        shown = {'ground truth': truth[task.name]}
         with DefaultScope.overwrite_default_scope('mmdet'):
-            shown = {'ground truth': truth[task.name]}
             shown |= {p: predict(task, p, seed, images) for p in (PARTS[1], PARTS[3])}
         grid = column.subplots(NUM_IMAGES, len(shown))
         for j, (title, predictions) in enumerate(shown.items()):
@@ -150,12 +148,13 @@ def write_report(finished: Finished, seeds: list[int]) -> str:
     """Write report.md and report.png; return the lines to print."""
     table = make_table(finished, seeds)
     commands = '\n\n'.join(demo_command(task, seeds[0]) for task in finished)
+    students = 'The distilled students on an image:\n\n'
     draw_report(finished, seeds[0], WORK_DIR / 'report.png')
     (WORK_DIR / 'report.md').write_text(
         f'# Quickstart\n\n{table}\n\n{NOTE}\n\n![curves and val images](report.png)\n\n'
-        f'The distilled students on an image:\n\n```shell\n{commands}\n```\n'
+        f'{students}```shell\n{commands}\n```\n'
     )
     return (
         f'\n{table}\n\n{NOTE}\n\nReport: {WORK_DIR}/report.md and report.png\n'
-        f'The distilled students on an image:\n\n{commands}\n'
+        f'{students}{commands}\n'
     )

@@ -24,61 +24,54 @@ class Task:
     configs: tuple[str, ...]  # one per part
     metric: str  # in the log
     label: str
-    scale: float  # from the log to percent
+    percent: float  # factor from the log to percent
     smoke: dict  # settings of a dry run
     seconds: tuple[int, ...]  # of each part, on one core of two
 
     def config(self, part: str) -> Path:
         name = self.configs[PARTS.index(part)]
-        return ROOT / 'configs' / self.name / 'quickstart' / f'{name}.py'
+        return ROOT / 'configs' / self.name / 'quickstart' / f'{name}_digits.py'
 
     def folder(self, part: str, seed: int) -> Path:
         # the students of all seeds share a teacher
         suffix = f'_seed{seed}' if seed and part != 'teacher' else ''
         return WORK_DIR / f'{self.config(part).stem}{suffix}'
 
-    def result(self, part: str, seed: int) -> dict:
-        """The result of a finished part."""
-        return json.loads((self.folder(part, seed) / 'metrics.json').read_text())
-
     def results(self, part: str, seeds: list[int]) -> list[dict]:
-        """The results of a part, one per seed; a teacher has one seed."""
-        seeds = [0] if part == 'teacher' else seeds
-        return [self.result(part, seed) for seed in seeds]
+        """The results of a finished part, one per seed; a teacher has one seed."""
+        folders = [self.folder(part, seed) for seed in seeds]
+        files = [folder / 'metrics.json' for folder in dict.fromkeys(folders)]
+        return [json.loads(file.read_text()) for file in files]
 
 
 TASKS = (
     Task(
-        'det',
-        'Detection, RetinaNet',
-        (
-            'retinanet_w32_digits',
-            'retinanet_w16_digits',
-            'kl_retinanet_w32-w16_digits',
-            'dist_retinanet_w32-w16_digits',
+        name='det',
+        title='Detection, RetinaNet',
+        configs=(
+            'retinanet_w32', 'retinanet_w16',
+            'kl_retinanet_w32-w16', 'dist_retinanet_w32-w16',
         ),
-        'coco/bbox_mAP',
-        'AP',
-        100,
-        {'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1},
-        (140, 80, 110, 115),
+        metric='coco/bbox_mAP',
+        label='AP',
+        percent=100,
+        smoke={'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 1},
+        seconds=(140, 80, 110, 115),
     ),
     Task(
-        'seg',
-        'Segmentation, DeepLabV3',
-        (
-            'deeplabv3_w32_digits',
-            'deeplabv3_w8_digits',
-            'kl_deeplabv3_w32-w8_digits',
-            'dist_deeplabv3_w32-w8_digits',
+        name='seg',
+        title='Segmentation, DeepLabV3',
+        configs=(
+            'deeplabv3_w32', 'deeplabv3_w8',
+            'kl_deeplabv3_w32-w8', 'dist_deeplabv3_w32-w8',
         ),
-        'mIoU',
-        'mIoU',
-        1,
-        {'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
-        (110, 50, 70, 95),
+        metric='mIoU',
+        label='mIoU',
+        percent=1,
+        smoke={'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2},
+        seconds=(110, 50, 70, 95),
     ),
-)
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -87,6 +80,12 @@ class Part(NamedTuple):
     task: Task
     name: str  # of PARTS
     seed: int
+
+    @property
+    def title(self) -> str:
+        """A short name: one line of progress shows two of them."""
+        title = f'{self.task.name} {self.name.removeprefix("student ")}'
+        return f'{title} seed {self.seed}' if self.seed else title
 
     @property
     def teacher(self) -> Part | None:
@@ -109,5 +108,6 @@ class Part(NamedTuple):
             Path('data/digits/digits.json').read_text(),
         ]
         if self.teacher:
-            inputs.append(self.task.result('teacher', 0)['fingerprint'])
+            (teacher,) = self.task.results('teacher', [0])
+            inputs.append(teacher['fingerprint'])
         return runs.fingerprint(*inputs)
