@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from builders import Seen, assert_learns, slow
-from common import SIZES, centres, corners, overlaps, reversed_classes, step
 from det_zoo import FAMILIES, batch, build_pair
 from mmengine.structures import InstanceData
+from oracles import SIZES, centres, corners, overlaps, reversed_classes, step
 from scipy.special import softmax
 from torch import nn
 

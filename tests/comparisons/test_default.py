@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from common import SIZES
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import SIZES
 
 from mmdist.comparisons.default import default_for_pair
 from mmdist.registry import MODELS

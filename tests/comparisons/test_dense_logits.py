@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from builders import assert_learns, slow
-from common import dist, step
 from det_zoo import FAMILIES, SIZES, batch, build_pair, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
+from oracles import dist, step
 from scipy.special import expit, softmax
 from torch import nn
 from torch.utils._pytree import tree_map

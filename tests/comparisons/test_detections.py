@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from builders import Seen, assert_learns, slow
-from common import SIZES, centres, corners, overlaps, reversed_classes, step
 from det_zoo import FAMILIES, batch, build_pair
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.structures import InstanceData
+from oracles import SIZES, centres, corners, overlaps, reversed_classes, step
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.special import expit, rel_entr, softmax

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from builders import assert_learns, slow
-from common import SIZES, reversed_classes, step
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import SIZES, reversed_classes, step
 from scipy.special import expit
 
 from mmdist.record import Recorder

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from builders import Seen, assert_learns, build_distiller, slow
-from common import assert_terms, corners, correlations, overlaps
 from det_zoo import FAMILIES as ZOO
 from det_zoo import batch, model_config
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
+from oracles import assert_terms, corners, correlations, overlaps
 from scipy.optimize import linear_sum_assignment
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from builders import Seen, slow
-from common import dist
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import dist
 from scipy.special import softmax as softmax_over
 from test_det_zoo import few_proposals
 from torch import nn

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from builders import assert_learns, build_distiller, slow
-from common import correlations, dist, step
 from det_zoo import FAMILIES, model_config
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
+from oracles import correlations, dist, step
 from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 from segmentors import distilled, make_batch, zoo_model
