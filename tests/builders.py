@@ -103,6 +103,16 @@ def assert_learns(*modules: nn.Module, least: float = 0.0) -> None:
         assert norms.isfinite().all() and norms.norm() > least
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Turn dropout off, so that training and eval mode compute the same."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model
+
+
 class Seen:
     """Inputs and outputs of modules in each call, recorded by torch's own hooks."""
 

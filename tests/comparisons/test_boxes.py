@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import Seen, assert_learns, slow
+from builders import Seen, assert_learns, slow, without_dropout
 from det_zoo import FAMILIES, batch, build_pair
 from mmengine.structures import InstanceData
 from oracles import SIZES, centres, corners, overlaps, reversed_classes, step
@@ -42,11 +42,7 @@ def copy_of_the_student(path: str, **kwargs) -> nn.Module:
         if 'retina_reg' in name or 'fc_reg' in name:
             parameter.data *= 0.01  # box coders clip large changes, cascades explode
     model.teacher.model.load_state_dict(model.state_dict(), strict=False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
+    without_dropout(model)
     # these losses need outputs that their heads return only in training mode
     return model if 'vfnet' in path or hasattr(model, 'decoder') else model.eval()
 

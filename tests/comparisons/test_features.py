@@ -14,6 +14,7 @@ from builders import (
     build_distiller,
     dataset_batch,
     distilled_text,
+    without_dropout,
 )
 from det_zoo import FAMILIES, batch, model_config
 from mmengine.config import Config
@@ -209,10 +210,7 @@ def test_a_module_of_the_head_is_run_by_the_teachers_own_forward(seg_config, tmp
     mimic = FEATURES | dict(student='decode_head.bottleneck')
     model = build(config, config, mimic=mimic)
     model.teacher.model.load_state_dict(model.state_dict())
-    model.eval()  # BN uses running statistics, as in the teacher
-    for module in model.modules():
-        if isinstance(module, nn.Dropout2d):
-            module.p = 0.0
+    without_dropout(model.eval())  # BN uses running statistics, as in the teacher
     data = model.data_preprocessor(dataset_batch(config), True)
     losses = model(**data, mode='loss')
     assert losses['loss_mimic'].item() == pytest.approx(0, abs=1e-10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import Seen, assert_learns, build_distiller, slow
+from builders import Seen, assert_learns, build_distiller, slow, without_dropout
 from det_zoo import FAMILIES as ZOO
 from det_zoo import batch, model_config
 from mmengine.config import Config
@@ -74,12 +74,7 @@ def build(student: dict, teacher: dict, distill: dict | None = None):
                 parameter.data.zero_()
             elif 'query_embedding' in name:
                 parameter.data *= 10
-        # Without dropout, training and eval mode compute the same.
-        for module in side.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            elif isinstance(module, torch.nn.MultiheadAttention):
-                module.dropout = 0.0
+        without_dropout(side)
     return model
 
 
