@@ -69,8 +69,8 @@ PAIRS = {
 }
 # One for each way in which mmdist reads a head; the others are slow.
 QUICK = {
-    'danet', 'knet', 'maskformer', 'ocrnet', 'pidnet', 'point_rend', 'segmenter',
-    'stdc',
+    'danet', 'ddrnet', 'encnet', 'knet', 'maskformer', 'ocrnet', 'pidnet', 'point_rend',
+    'segmenter', 'stdc',
 }  # fmt: skip
 # Their backbones need mmpretrain, which mmdist does not install.
 PAIRS_OF_MMPRETRAIN = {
