@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ def slow(cases: Iterable) -> list:
     """Mark cases of a parametrised test as slow: only `make test-all` runs them."""
     cases = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+def quick_or_slow(quick: Collection[str], names: Iterable[str]) -> list:
+    """The names, marked as slow where they are not among the quick ones."""
+    return [name if name in quick else slow([name])[0] for name in names]
 
 
 @contextmanager
@@ -87,6 +93,43 @@ def distilled_config(folder: Path, student: str, **teacher) -> Config:
     itself = dict(config=str(folder / 'student.py'), allow_random=True)
     (folder / 'distilled.py').write_text(distilled_text(**(teacher or itself)))
     return Config.fromfile(folder / 'distilled.py')
+
+
+def assert_learns(*modules: nn.Module, least: float = 0.0) -> None:
+    """Check that each module has a finite gradient whose norm is above ``least``."""
+    for module in modules:
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        norms = torch.stack([grad.norm() for grad in grads])
+        assert norms.isfinite().all() and norms.norm() > least
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Turn dropout off, so that training and eval mode compute the same."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+    return model
+
+
+class Seen:
+    """Inputs and outputs of modules in each call, recorded by torch's own hooks."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        self.inputs = {name: [] for name in modules}
+        self.outputs = {name: [] for name in modules}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(self._see, name))
+
+    def _see(self, name: str, module: nn.Module, args: tuple, output) -> None:
+        self.inputs[name].append(args)
+        self.outputs[name].append(output)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often each module ran."""
+        return {name: len(outputs) for name, outputs in self.outputs.items()}
 
 
 class Waits(TorchDispatchMode):

@@ -27,6 +27,8 @@ CHANNELS = (
     'inplanes',
     'filters',
 )
+WITHOUT_CHANNELS = ('EfficientNet', 'MobileNetV2', 'RegNet')  # in their configs
+SINE_BOXES = ('ConditionalDETR', 'DDQDETR', 'DINO')  # boxes embedded in 512 channels
 AT_MOST = {'num_queries': 30, 'num_proposals': 30, 'num': 64, 'num_points': 400}
 
 # Short names for a config of each family in mmdet's zoo.
@@ -120,6 +122,8 @@ def _default_channels(type_: str | type | None) -> dict:
 def model_config(path: str, factor: int = 8, edit: Callable | None = None):
     """The model of a config of the zoo, its channels divided by ``factor``.
 
+    Random weights are sure of nothing, so the detections of any score are kept.
+
     Args:
         path: Path within the zoo.
         factor: Divisor of the channels.
@@ -127,19 +131,20 @@ def model_config(path: str, factor: int = 8, edit: Callable | None = None):
     """
     original = Config.fromfile(CONFIGS / path, import_custom_modules=False).model
     cfg = shrink(original, factor)
+    backbone = original.get('backbone', {}).get('type')
+    if original.type in SINE_BOXES or original.get('as_two_stage'):
+        _keep_transformer(cfg, original, factor)
+    elif backbone in WITHOUT_CHANNELS:
+        cfg.backbone = shrink(original.backbone, 1)
+        cfg.neck.in_channels = original.neck.in_channels
+    if cfg.get('test_cfg'):
+        cfg.test_cfg.get('rcnn', cfg.test_cfg).score_thr = 0.0
     if edit is not None:
         edit(cfg, original, factor)
     return cfg
 
 
-def keep_backbone(cfg, original, factor):
-    """Keep a backbone whose config has no channels to divide."""
-    cfg.backbone = shrink(original.backbone, 1)
-    cfg.neck.in_channels = original.neck.in_channels
-
-
-def keep_transformer(cfg, original, factor):
-    """Keep a transformer: its sine embedding of a box always has 512 channels."""
+def _keep_transformer(cfg, original, factor):
     for key in ('encoder', 'decoder', 'positional_encoding', 'bbox_head', 'dn_cfg'):
         if key in cfg:
             cfg[key] = shrink(original[key], 1)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 transformers = pytest.importorskip('transformers')
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 SIZE = 64
 NAMES = {0: 'road', 1: 'sky', 2: 'car'}

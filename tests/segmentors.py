@@ -8,8 +8,10 @@ import mmseg
 import torch
 from builders import build_distiller
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from mmseg.utils import register_all_modules
 from torch import nn
 
 ZOO = Path(mmseg.__file__).parent / '.mim' / 'configs'
@@ -102,13 +104,13 @@ def distilled(
         distill: What is compared; None takes SegLogits.
         comparison: Arguments of SegLogits.
     """
-    model = build_distiller(
-        student,
-        teacher=dict(
-            config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None
-        ),
-        distill=distill or dict(dist=dict(type='mmdist.SegLogits', **comparison)),
+    register_all_modules(init_default_scope=False)
+    teacher = dict(
+        config=teacher, checkpoint=checkpoint, allow_random=checkpoint is None
     )
+    distill = distill or dict(dist=dict(type='mmdist.SegLogits', **comparison))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = build_distiller(student, teacher=teacher, distill=distill)
     calibrate(model.teacher.model)
     return model
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import slow
-from common import centres, corners, overlaps, step
-from det_zoo import FAMILIES, batch, build_pair, keep_transformer
+from builders import Seen, assert_learns, slow, without_dropout
+from det_zoo import FAMILIES, batch, build_pair
 from mmengine.structures import InstanceData
+from oracles import SIZES, centres, corners, overlaps, reversed_classes, step
 from scipy.special import softmax
 from torch import nn
 
 from mmdist.families import dense
 from mmdist.families.box_codes import decode, encoded
-from mmdist.record import Recorder
-from mmdist.teachers import ClassMatch, match_classes
+from mmdist.teachers import ClassMatch
 
 RETINANET, ATSS, FASTER, CASCADE, DINO = (
     FAMILIES[name]
@@ -29,18 +28,12 @@ BOXES_OF = [
 NORMED_FCOS = (
     'fcos/fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou_1x_coco.py'
 )
-SIZES = ((96, 96), (72, 96))
-
-
-def for_its_family(cfg, original, factor):
-    if original.type == 'DINO':
-        keep_transformer(cfg, original, factor)
 
 
 def pair(student: str, teacher: str | None = None, factors=(8, 4), **kwargs):
     kwargs = dict(min_score=0.0) | kwargs
     distill = dict(box=dict(type='mmdist.Boxes', **kwargs))
-    return build_pair(student, teacher, distill, factors, for_its_family, SIZES)
+    return build_pair(student, teacher, distill, factors, sizes=SIZES)
 
 
 def copy_of_the_student(path: str, **kwargs) -> nn.Module:
@@ -49,11 +42,7 @@ def copy_of_the_student(path: str, **kwargs) -> nn.Module:
         if 'retina_reg' in name or 'fc_reg' in name:
             parameter.data *= 0.01  # box coders clip large changes, cascades explode
     model.teacher.model.load_state_dict(model.state_dict(), strict=False)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
+    without_dropout(model)
     # these losses need outputs that their heads return only in training mode
     return model if 'vfnet' in path or hasattr(model, 'decoder') else model.eval()
 
@@ -68,14 +57,12 @@ def copy_of_the_student(path: str, **kwargs) -> nn.Module:
 )
 def test_a_student_learns_boxes(name):
     model = pair(FAMILIES[name])
-    losses, _ = step(model, batch(model, SIZES))
+    losses, _ = step(model)
     terms = [v for k, v in losses.items() if k.startswith('loss_box')]
     assert len(terms) == (3 if name == 'Cascade R-CNN' else 1)
     assert all(0 < term.item() < 1e4 for term in terms)
     sum(terms).backward()
-    grads = [p.grad for p in model.backbone.parameters() if p.grad is not None]
-    assert any(grad.abs().max() > 0 for grad in grads)
-    assert all(grad.isfinite().all() for grad in grads)
+    assert_learns(model.backbone)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +76,7 @@ def test_a_student_learns_boxes(name):
 def test_a_copy_of_the_student_teaches_nothing(name):
     """Except FSAF, whose loss modifies what its head returned."""
     model = copy_of_the_student(FAMILIES[name])
-    losses, pairs = step(model, batch(model, SIZES))
+    losses, pairs = step(model)
     total = sum(v for k, v in losses.items() if k.startswith('loss_box'))
     assert total.item() == pytest.approx(0, abs=1e-4)
     assert all((p.row_weight > 0).any() for p in pairs)
@@ -145,17 +132,16 @@ def test_the_target_is_the_box_of_the_teachers_best_class(in_pixels):
     """Oracle: numpy. The teacher's classes are in another order."""
     loss = dict(type='mmdet.GIoULoss') if in_pixels else dict(type='mmdet.L1Loss')
     model = pair(FASTER, FASTER, loss=loss, min_score=0.2, weight=3.0)
-    student = [f'class {i}' for i in range(80)]
-    model.teacher.classes = match_classes(student, student[::-1])
+    model.teacher.classes = reversed_classes()
     ours, theirs = (m.roi_head for m in (model, model.teacher.model))
-    with Recorder(
-        [ours.bbox_roi_extractor, ours.bbox_head, theirs.bbox_head]
-    ) as recorder:
-        losses, (one,) = step(model, batch(model, SIZES))
-    rois = recorder.calls(ours.bbox_roi_extractor)[-1].args[1].double().numpy()[:, 1:]
+    seen = Seen(
+        rois=ours.bbox_roi_extractor, ours=ours.bbox_head, theirs=theirs.bbox_head
+    )
+    losses, (one,) = step(model)
+    rois = seen.inputs['rois'][-1][1].double().numpy()[:, 1:]
     (_, code), (logits, deltas) = (
-        [x.detach().double().numpy() for x in recorder.calls(head)[-1].output]
-        for head in (ours.bbox_head, theirs.bbox_head)
+        [x.detach().double().numpy() for x in seen.outputs[side][-1]]
+        for side in ('ours', 'theirs')
     )
     scores = softmax(logits, axis=1)[:, :-1]
     best, rows = scores.argmax(1), np.arange(len(scores))
@@ -177,10 +163,9 @@ def test_the_target_is_the_box_of_the_teachers_best_class(in_pixels):
 def test_two_entries_ask_the_teachers_head_once():
     distill = dict(dist=dict(type='mmdist.RoILogits'), box=dict(type='mmdist.Boxes'))
     model = build_pair(FASTER, FASTER, distill, (8, 8), sizes=SIZES)
-    head = model.teacher.model.roi_head.bbox_head
-    with Recorder([head]) as recorder:
-        losses = model(**batch(model, SIZES), mode='loss')
-    assert len(recorder.calls(head)) == 1
+    seen = Seen(head=model.teacher.model.roi_head.bbox_head)
+    losses = model(**batch(model, SIZES), mode='loss')
+    assert seen.calls == dict(head=1)
     assert {'loss_dist', 'loss_box', 'loss_bbox'} <= losses.keys()
 
 
@@ -224,21 +209,23 @@ def test_padding_and_what_the_teacher_is_unsure_of_do_not_count():
 
 @pytest.mark.parametrize('path', [FASTER, *slow([DINO])])
 def test_a_teacher_that_is_sure_of_nothing_teaches_nothing(path):
-    model = pair(path, min_score=0.99)
-    losses, _ = step(model, batch(model, SIZES))
+    losses, _ = step(pair(path, min_score=0.99))
     assert losses['loss_box'] == 0
 
 
-@pytest.mark.parametrize('in_pixels', [True, False])
-@pytest.mark.parametrize('path', [RETINANET, FASTER, DINO])
-def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
+@pytest.mark.parametrize(
+    ('path', 'loss'),
+    [
+        *((RETINANET, loss) for loss in ('GIoULoss', 'L1Loss')),
+        *((FASTER, loss) for loss in ('GIoULoss', 'L1Loss')),
+        (DINO, 'GIoULoss'),
+    ],
+)
+def test_a_teacher_of_another_family_teaches_what_it_detects(path, loss):
     """By hand: the best detection with IoU >= 0.5, or with its best IoU at this row."""
-    if path == DINO and not in_pixels:
-        return
-    name = 'GIoULoss' if in_pixels else 'L1Loss'
     teacher = RETINANET if path == FASTER else CASCADE
-    model = pair(path, teacher, loss=dict(type=f'mmdet.{name}'), min_score=0.4)
-    comparison, is_dense = model.distill['box'], path == RETINANET
+    model = pair(path, teacher, loss=dict(type=f'mmdet.{loss}'), min_score=0.4)
+    is_dense, in_pixels = path == RETINANET, loss == 'GIoULoss'
     rng = np.random.default_rng(0)
     data = batch(model, SIZES)
     boxes = data['data_samples'][0].gt_instances.bboxes.numpy()  # also proposals
@@ -250,7 +237,7 @@ def test_a_teacher_of_another_family_teaches_what_it_detects(path, in_pixels):
         scores=torch.tensor(scores).float(),
         labels=torch.tensor(labels),
     )
-    comparison.ask = lambda step, recorded: [found, found if is_dense else found[:0]]
+    model.distill['box'].ask = lambda *_: [found, found if is_dense else found[:0]]
     losses, (one,) = step(model, data)
     assert losses['loss_box'] > 0
     losses['loss_box'].backward()

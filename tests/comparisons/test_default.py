@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import SIZES
 
 from mmdist.comparisons.default import default_for_pair
 from mmdist.registry import MODELS
 
 WITH_INTER = ('DenseLogits', 'QueryLogits')
-SIZES = ((96, 96), (72, 96))
 
 
 @pytest.mark.parametrize(

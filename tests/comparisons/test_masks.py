@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from builders import slow
-from common import step
+from builders import assert_learns, slow
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import SIZES, reversed_classes, step
 from scipy.special import expit
 
 from mmdist.record import Recorder
-from mmdist.teachers import match_classes
 
 MASK, CASCADE = 'Mask R-CNN', 'Cascade Mask R-CNN'
-SIZES = ((96, 96), (72, 96))
 
 
 def pair(student: str, teacher: str | None = None, factors=(8, 4), **kwargs):
@@ -23,35 +21,27 @@ def pair(student: str, teacher: str | None = None, factors=(8, 4), **kwargs):
     return build_pair(*paths, distill, factors, sizes=SIZES)
 
 
-def one_step(*args, **kwargs) -> tuple[dict, list]:
-    model = pair(*args, **kwargs)
-    return step(model, batch(model, SIZES))
-
-
 @pytest.mark.parametrize(
     ('student', 'teacher'),
     [(MASK, CASCADE), (CASCADE, MASK), *slow([(MASK, MASK), (CASCADE, CASCADE)])],
 )
 def test_a_student_learns_masks(student, teacher):
     model = pair(student, teacher)
-    losses, pairs = step(model, batch(model, SIZES))
+    losses, pairs = step(model)
     terms = [v for k, v in losses.items() if k.startswith('loss_mask_distill')]
     terms += [v for k, v in losses.items() if k.startswith('loss_mask_s')]
     assert len(terms) == len(pairs) == (3 if student == CASCADE else 1)
     assert all(0 < term.item() < 2 for term in terms)
     assert all(p.student.shape[1] == 28 * 28 and len(p.student) for p in pairs)
     sum(terms).backward()
-    for part in (model.backbone, model.roi_head.mask_head):
-        grads = [p.grad for p in part.parameters() if p.grad is not None]
-        assert any(grad.abs().max() > 0 for grad in grads)
-        assert all(grad.isfinite().all() for grad in grads)
+    assert_learns(model.backbone, model.roi_head.mask_head)
 
 
 @pytest.mark.parametrize('name', [MASK, CASCADE])
 def test_a_copy_of_the_student_teaches_nothing(name):
     model = pair(name, factors=(8, 8)).eval()
     model.teacher.model.load_state_dict(model.state_dict(), strict=False)
-    losses, pairs = step(model, batch(model, SIZES))
+    losses, pairs = step(model)
     for one in pairs:
         torch.testing.assert_close(one.student, one.teacher)
     assert losses['mask_inter' if name == MASK else 'mask_s0_inter'] > 0.9999
@@ -59,7 +49,7 @@ def test_a_copy_of_the_student_teaches_nothing(name):
 
 def test_the_loss_is_one_minus_the_mean_correlation_of_a_mask():
     """Oracle: numpy, mask by mask."""
-    losses, (one,) = one_step(MASK)
+    losses, (one,) = step(pair(MASK))
     student, teacher = (
         expit(x.detach().numpy().astype(float)) for x in (one.student, one.teacher)
     )
@@ -71,11 +61,10 @@ def test_the_loss_is_one_minus_the_mean_correlation_of_a_mask():
 def test_the_mask_is_of_the_class_that_the_teacher_sees():
     """The teacher's classes are in another order; they are matched by name."""
     model = pair(MASK)
-    names = tuple(f'class {i}' for i in range(80))
-    model.teacher.classes = match_classes(names, names[::-1])
+    model.teacher.classes = reversed_classes()
     head, guest = model.roi_head.mask_head, model.teacher.model.roi_head
     with Recorder([head, guest.bbox_head, guest.mask_head]) as recorder:
-        _, (one,) = step(model, batch(model, SIZES))
+        _, (one,) = step(model)
     ours, scores, theirs = (
         recorder.calls(module)[-1].output
         for module in (head, guest.bbox_head, guest.mask_head)
@@ -88,7 +77,7 @@ def test_the_mask_is_of_the_class_that_the_teacher_sees():
 
 
 def test_what_the_teacher_is_not_sure_of_does_not_count():
-    _, (one,) = one_step(MASK, min_score=0.999)
+    _, (one,) = step(pair(MASK, min_score=0.999))
     assert not one.mask.any()
 
 
@@ -96,7 +85,7 @@ def test_masks_of_another_size_are_resized():
     model = pair(MASK)
     for layer in model.teacher.model.roi_head.mask_roi_extractor.roi_layers:
         layer.output_size = (7, 7)
-    losses, (one,) = step(model, batch(model, SIZES))
+    losses, (one,) = step(model)
     assert one.teacher.shape == one.student.shape
     assert losses['loss_mask_distill'].isfinite()
 

@@ -10,9 +10,8 @@ from collections import Counter
 import pytest
 import segmentors
 import torch
-from builders import Waits
-from det_zoo import batch, build_pair
-from mmengine.registry import init_default_scope
+from builders import Seen, Waits
+from det_zoo import FAMILIES, batch, build_pair
 
 from mmdist.losses import DISTLoss
 from mmdist.losses.correlations import Settings, gpu, plain
@@ -28,7 +27,6 @@ def as_on_a_gpu(model, monkeypatch):
 
 
 def deeplabv3():
-    init_default_scope('mmseg')
     name = 'deeplabv3/deeplabv3_r50-d8_4xb2-40k'
     student, teacher = (segmentors.zoo_model(name, width) for width in (1 / 8, 1 / 4))
     teacher.data_preprocessor.mean = [0.0, 0.0, 0.0]  # so that inputs are renormalised
@@ -36,21 +34,21 @@ def deeplabv3():
     return segmentors.distilled(student, teacher), data
 
 
-def detector(path):
+def detector(name):
     def other_mean(cfg, original, factor):
         if factor == 4:
             cfg.data_preprocessor.mean = [0.0, 0.0, 0.0]
 
-    model = build_pair(path, edit=other_mean)
+    model = build_pair(FAMILIES[name], edit=other_mean)
     return model, batch(model)
 
 
-def bare_teacher(model, rois):
+def bare_teacher(model, seen):
     """Run only the teacher's layers that compute what is compared."""
     teacher = model.teacher.model
     features = teacher.extract_feat(torch.rand(2, 3, 64, 64))
-    if rois is not None:
-        teacher.roi_head._bbox_forward(features, rois)
+    if seen is not None:
+        teacher.roi_head._bbox_forward(features, seen.inputs['extractor'][-1][1])
     elif hasattr(teacher, 'bbox_head'):
         teacher.bbox_head(features)
     else:
@@ -61,18 +59,16 @@ def bare_teacher(model, rois):
     ('build', 'num_classes'),
     [
         (deeplabv3, 19),
-        (lambda: detector('retinanet/retinanet_r50_fpn_1x_coco.py'), 80),
-        (lambda: detector('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'), 80),
+        (lambda: detector('RetinaNet'), 80),
+        (lambda: detector('Faster R-CNN'), 80),
     ],
     ids=['DeepLabV3', 'RetinaNet', 'Faster R-CNN'],
 )
 def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkeypatch):
     model, data = build()
-    rois = []
+    seen = None
     if hasattr(model, 'roi_head'):
-        model.roi_head.bbox_roi_extractor.register_forward_hook(
-            lambda module, args, output: rois.append(args[1])
-        )
+        seen = Seen(extractor=model.roi_head.bbox_roi_extractor)
     model(**data, mode='loss')  # the first step loads the teacher
     as_on_a_gpu(model, monkeypatch)
     backwards = [(i,) for i in range(num_classes)][::-1]
@@ -87,7 +83,7 @@ def test_a_distilled_step_waits_as_often_as_its_parts(build, num_classes, monkey
         assert ('dist_inter' in losses) == bool(factor)
         counts.append(waits.counts)
     with torch.no_grad(), Waits() as waits:
-        bare_teacher(model, rois[-1] if rois else None)
+        bare_teacher(model, seen)
     distilled, alone = counts
     assert distilled - alone - waits.counts == Counter()
 

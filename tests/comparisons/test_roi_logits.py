@@ -5,9 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from builders import slow
-from common import dist
+from builders import Seen, slow
 from det_zoo import FAMILIES, batch, build_pair
+from oracles import dist
 from scipy.special import softmax as softmax_over
 from test_det_zoo import few_proposals
 from torch import nn
@@ -34,20 +34,6 @@ def roi(**kwargs) -> dict:
     return dict(dist=dict(type='mmdist.RoILogits', **kwargs))
 
 
-class Seen:
-    """Records the inputs and outputs of modules with torch's own hooks."""
-
-    def __init__(self, **modules: nn.Module) -> None:
-        self.inputs = {name: [] for name in modules}
-        self.outputs = {name: [] for name in modules}
-        for name, module in modules.items():
-            module.register_forward_hook(partial(self._see, name))
-
-    def _see(self, name, module, args, output):
-        self.inputs[name].append(args)
-        self.outputs[name].append(output)
-
-
 def numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().double().numpy()
 
@@ -60,10 +46,6 @@ def teacher_logits(model, data, rois, stage) -> np.ndarray:
     with torch.no_grad():
         features = teacher.extract_feat(data['inputs'])
         return numpy(head(extractor(features[:4], rois))[0])
-
-
-def calls(seen: Seen) -> dict[str, int]:
-    return {name: len(outputs) for name, outputs in seen.outputs.items()}
 
 
 @pytest.mark.parametrize(
@@ -147,30 +129,25 @@ def test_a_mask_head_that_shares_the_extractor_does_not_change_the_rows():
     assert torch.equal(seen.inputs['asked'][0][1], given)
 
 
-def test_nothing_else_of_the_teacher_runs():
-    model = build_pair(FASTER, CASCADE_MASK, roi())
+@pytest.mark.parametrize(
+    ('more', 'rpn'), [({}, 0), (dict(type='mmdist.DenseLogits', student='rpn_head'), 1)]
+)
+def test_only_what_is_compared_of_the_teacher_runs_and_that_once(more, rpn):
+    distill = roi() | (dict(rpn=more) if more else {})
+    model = build_pair(FASTER, CASCADE_MASK, distill)
     teacher = model.teacher.model
+    head = teacher.roi_head
     seen = Seen(
         backbone=teacher.backbone,
         neck=teacher.neck,
         rpn=teacher.rpn_head,
-        stage0=teacher.roi_head.bbox_head[0],
-        stage1=teacher.roi_head.bbox_head[1],
-        mask0=teacher.roi_head.mask_head[0],
+        stage0=head.bbox_head[0],
+        stage1=head.bbox_head[1],
+        mask0=head.mask_head[0],
     )
-    model(**batch(model), mode='loss')
-    assert calls(seen) == dict(backbone=1, neck=1, rpn=0, stage0=1, stage1=0, mask0=0)
-
-
-def test_comparisons_share_one_teacher_forward():
-    distill = roi()
-    distill['rpn'] = dict(type='mmdist.DenseLogits', student='rpn_head')
-    model = build_pair(FASTER, CASCADE, distill)
-    teacher = model.teacher.model
-    seen = Seen(backbone=teacher.backbone, neck=teacher.neck, rpn=teacher.rpn_head)
     losses = model(**batch(model), mode='loss')
-    assert calls(seen) == dict(backbone=1, neck=1, rpn=1)
-    assert losses['loss_dist'] > 0 and losses['loss_rpn'] > 0
+    assert seen.calls == dict(backbone=1, neck=1, rpn=rpn, stage0=1, stage1=0, mask0=0)
+    assert all(losses[f'loss_{name}'] > 0 for name in distill)
 
 
 def test_the_semantic_features_of_htc_reach_its_bbox_head():

@@ -8,12 +8,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from builders import build_distiller, slow
-from common import correlations, dist
+from builders import assert_learns, build_distiller, slow
+from det_zoo import FAMILIES, model_config
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.registry import init_default_scope
-from scipy.special import softmax
+from oracles import correlations, dist, step
+from scipy.special import expit, softmax
 from scipy.stats import pearsonr
 from segmentors import distilled, make_batch, zoo_model
 from torch import nn
@@ -21,7 +23,9 @@ from torch import nn
 from mmdist.families.seg import SegMap, auxiliary_heads
 from mmdist.record import Recorder
 from mmdist.registry import MODELS
+from mmdist.teachers import ClassMatch, match_classes
 
+KL = dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=1)
 SIZE, VALID = (64, 96), (48, 56)  # of the batch, and of its second image
 
 
@@ -116,15 +120,6 @@ def loss_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
     return model.loss(data['inputs'], copy.deepcopy(data['data_samples']))
 
 
-def pair_of(model: nn.Module, data: dict):
-    """The only pair that the only comparison gets."""
-    comparison = model.distill.dist
-    with Recorder([comparison]) as recorder:
-        loss_of(model, data)
-    (pair,) = recorder.calls(comparison)[0].args[1]
-    return pair
-
-
 def make_pair(student: dict, teacher: dict, **comparison) -> nn.Module:
     model = distilled(student, teacher, **comparison)
     model.plain = student
@@ -208,8 +203,7 @@ def test_images_without_a_label_give_zero(pspnet, upernet):
     assert losses['loss_dist'] == 0
     assert losses['loss_dist_aux'] == 0
     (losses['loss_dist'] + losses['loss_dist_aux']).backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    assert grads and not any(grad.any() for grad in grads)
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize('ignore_index', [0, None])
@@ -223,7 +217,8 @@ def test_the_heads_own_ignore_index(pspnet, ignore_index):
     for sample, label in zip(data['data_samples'], labels, strict=True):
         sample.gt_sem_seg.data = label[None]
     counts = labels != 0 if ignore_index == 0 else torch.ones_like(labels, dtype=bool)
-    assert torch.equal(pair_of(model, data).mask, counts)
+    _, (pair,) = step(model, data)
+    assert torch.equal(pair.mask, counts)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +232,7 @@ def test_the_heads_own_ignore_index(pspnet, ignore_index):
 )
 def test_whose_size_is_compared(pspnet, upernet, resize, size):
     model = make_pair(pspnet, upernet, resize=resize, aux_weight=0)
-    pair = pair_of(model, make_batch(19, SIZE))
+    _, (pair,) = step(model, make_batch(19, SIZE))
     assert pair.student.shape == pair.teacher.shape == (2, 19, *size)
     assert pair.mask.shape == (2, *size)
 
@@ -251,10 +246,8 @@ def test_whose_size_is_compared(pspnet, upernet, resize, size):
         ((6, 8), (8, 6), (6, 8)),  # equally many pixels: the student's
     ],
 )
-def test_the_smaller_map_is_the_one_with_fewer_pixels(
-    pspnet, student, teacher, expected
-):
-    comparison = distilled(pspnet, pspnet).distill.dist
+def test_the_smaller_map_is_the_one_with_fewer_pixels(student, teacher, expected):
+    comparison = MODELS.build(dict(type='mmdist.SegLogits'))
     maps = [SegMap(torch.zeros(1, 2, *size)) for size in (student, teacher)]
     assert comparison._size(None, *maps) == expected
 
@@ -299,27 +292,6 @@ def test_the_coarse_head_of_pointrend_is_compared(pspnet):
     assert model.decode_head[1].fc_seg.weight.grad is None
 
 
-@pytest.mark.parametrize(
-    ('name', 'predicts', 'others'),
-    [
-        ('danet/danet_r50', 'conv_seg', ('pam_conv_seg', 'cam_conv_seg')),
-        ('encnet/encnet_r50', 'conv_seg', ('se_layer',)),
-        ('pidnet/pidnet-s', 'conv_seg', ('p_cls_seg', 'd_cls_seg')),
-        ('ddrnet/ddrnet_23-slim', 'conv_seg', ('aux_cls_seg',)),
-    ],
-)
-def test_only_the_output_that_predicts_is_compared(pspnet, name, predicts, others):
-    student = zoo_model(name, 1 if name.startswith(('pidnet', 'ddrnet')) else 1 / 8)
-    if name.startswith('pidnet'):  # mmseg 1.2.2 indexes them by label 255
-        student.decode_head.loss_decode[0].class_weight = None
-    model = make_pair(student, pspnet, aux_weight=0)
-    loss_of(model, make_batch(19))['loss_dist'].backward()
-    head = model.decode_head
-    assert getattr(head, predicts).weight.grad.abs().sum() > 0
-    for other in others:
-        assert getattr(head, other).weight.grad is None
-
-
 def test_a_head_with_unknown_outputs_is_an_error(pspnet):
     from mmseg.models.decode_heads import PSPHead
     from mmseg.registry import MODELS as MMSEG_MODELS
@@ -339,10 +311,9 @@ def test_a_head_with_unknown_outputs_is_an_error(pspnet):
 
 
 def test_a_model_without_a_decode_head_is_an_error(pspnet):
-    retinanet = Config.fromstring(
-        "_base_ = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'", '.py'
-    )
-    retinanet.model.backbone.init_cfg = None
+    register_all_modules(init_default_scope=False)
+    model = model_config(FAMILIES['RetinaNet'])
+    retinanet = Config(dict(model=model, default_scope='mmdet'))
     with pytest.raises(ValueError, match='SegLogits cannot compare a RetinaNet'):
         distilled(pspnet, retinanet)
 
@@ -388,27 +359,35 @@ def scores_of(model: nn.Module, data: dict) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ('student', 'teacher'),
-    [('segformer_mit-b0', 'maskformer'), *slow([('deeplabv3_r18-d8', 'mask2former')])],
+    ('student', 'teacher', 'options'),
+    [
+        ('segformer_mit-b0', 'maskformer', {}),
+        ('pspnet_r18-d8', 'mask2former', dict(loss=KL)),
+        *slow([('deeplabv3_r18-d8', 'mask2former', {})]),
+    ],
 )
-def test_per_pixel_student_of_a_mask_classification_teacher(student, teacher):
-    student = zoo_model(
-        f'{student.split("_")[0]}/{student}', 1 if 'mit' in student else 1 / 8
-    )
+def test_per_pixel_student_of_a_mask_classification_teacher(student, teacher, options):
+    """A loss other than DIST gets logits whose softmax are the scores."""
+    width = 1 if 'mit' in student else 1 / 8
+    student = zoo_model(f'{student.split("_")[0]}/{student}', width)
     teacher = zoo_model(f'{teacher}/{teacher}_r50')
     classes = teacher.decode_head.num_classes
     student.decode_head.num_classes = classes
     student.pop('auxiliary_head', None)
-    model = make_pair(student, teacher, resize='label')
+    model = make_pair(student, teacher, resize='label', **options)
     data = make_batch(classes)
     (raw,), losses = raw_outputs(model, data), loss_of(model, data)
     raw = bilinear(raw, (64, 64), student.decode_head.align_corners)
     ours = softmax(rows_that_count(raw, data), axis=1)
     theirs = rows_that_count(scores_of(model.teacher.model, data), data)
-    expected = dist(ours, theirs)
+    if options:
+        theirs /= theirs.sum(axis=1, keepdims=True)
+        expected = np.mean(theirs * np.log(theirs / ours))
+    else:
+        expected = dist(ours, theirs)
     assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
     losses['loss_dist'].backward()
-    assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
+    assert_learns(model.decode_head.conv_seg)
 
 
 def test_mask_classification_student_of_a_per_pixel_teacher(mask2former, pspnet):
@@ -420,21 +399,8 @@ def test_mask_classification_student_of_a_per_pixel_teacher(mask2former, pspnet)
     expected = dist(ours, theirs)
     assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
     losses['loss_dist'].backward()
-    head = model.decode_head
-    for module in (head.cls_embed, head.mask_embed):  # the classes, and the masks
-        assert all(p.grad.abs().sum() > 0 for p in module.parameters())
-
-
-def test_another_loss_gets_logits_whose_softmax_are_the_scores(pspnet, mask2former):
-    kl = dict(type='mmdet.KnowledgeDistillationKLDivLoss', T=1)
-    model = make_pair(pspnet, mask2former, resize='label', loss=kl)
-    data = make_batch(19)
-    (raw, _), losses = raw_outputs(model, data), loss_of(model, data)
-    ours = softmax(rows_that_count(bilinear(raw, (64, 64), False), data), axis=1)
-    theirs = rows_that_count(scores_of(model.teacher.model, data), data)
-    theirs /= theirs.sum(axis=1, keepdims=True)
-    expected = np.mean(theirs * np.log(theirs / ours))
-    assert losses['loss_dist'].item() == pytest.approx(expected, rel=1e-3)
+    # the classes, and the masks
+    assert_learns(model.decode_head.cls_embed, model.decode_head.mask_embed)
 
 
 # ---- two classes -----------------------------------------------------------------
@@ -461,7 +427,7 @@ def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
     assert len(said) == 1
     assert ('one channel' if ours == 1 else 'two classes') in said[0]
     foreground = [
-        1 / (1 + np.exp(-x[:, 0])) if x.shape[1] == 1 else softmax(x, axis=1)[:, 1]
+        expit(x[:, 0]) if x.shape[1] == 1 else softmax(x, axis=1)[:, 1]
         for x in (rows_that_count(raw, data), map_of_the_teacher(model, data))
     ]
     # The background is 1 - foreground: the same correlation.
@@ -469,6 +435,56 @@ def test_binary_segmentation_has_the_intra_class_term_only(ours, theirs):
     assert losses[0]['loss_dist'].item() == pytest.approx(expected, rel=1e-4)
     losses[0]['loss_dist'].backward()
     assert model.decode_head.conv_seg.weight.grad.abs().sum() > 0
+
+
+def other_classes(channels: int, match: ClassMatch) -> nn.Module:
+    """A binary student of a teacher with the classes of a match."""
+    teacher = zoo_model('pspnet/pspnet_r18-d8')
+    for head in (teacher.decode_head, teacher.auxiliary_head):
+        head.num_classes = match.num_teacher
+    model = distilled(binary(channels), teacher, aux_weight=0)
+    model.teacher.classes = match
+    return model
+
+
+@pytest.mark.parametrize(
+    ('channels', 'names', 'class_map'),
+    [
+        (1, ['tree', 'road', 'sky'], {'rest': ['sky', 'tree']}),
+        (2, ['tree', 'road', 'sky'], {'rest': ['sky', 'tree']}),
+        (1, ['road', 'rest'], None),
+        (2, ['lane', 'rest', 'sky'], {'road': 'lane'}),
+    ],
+)
+def test_a_binary_student_learns_from_other_classes(channels, names, class_map):
+    """With one channel or two, it learns the road's share, computed here in numpy."""
+    model = other_classes(channels, match_classes(['rest', 'road'], names, class_map))
+    data = make_batch(2)
+    with Recorder([model.decode_head]) as recorder:
+        losses, (pair,) = step(model, data)
+    losses['loss_dist'].backward()
+    assert_learns(model.decode_head.conv_seg)
+    own = recorder.calls(model.decode_head)[0].output.detach().numpy()
+    guest = model.teacher.model
+    with torch.no_grad():
+        logits = guest.decode_head(guest.extract_feat(data['inputs']))
+    p = dict(zip(names, softmax(logits.numpy(), 1).swapaxes(0, 1), strict=True))
+    rest = sum(p[x] for x in (class_map or {}).get('rest', ['rest']))
+    road = p['lane'] if 'lane' in names else p['road']
+    for found, expected in (
+        (pair.teacher, road / (rest + road)),
+        (pair.student, expit(own[:, 0]) if channels == 1 else softmax(own, 1)[:, 1]),
+    ):
+        found = found.detach().numpy()
+        assert found.shape[1] == channels
+        found = expit(found[:, 0]) if channels == 1 else softmax(found, 1)[:, 1]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_binary_student_needs_both_classes():
+    match = match_classes(['rest', 'road'], ['road', 'sky'], None, 'shared')
+    with pytest.raises(ValueError, match='map both of them'):
+        step(other_classes(1, match), make_batch(2))
 
 
 # ---- inference -------------------------------------------------------------------

@@ -7,10 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
-from det_zoo import FAMILIES, batch, build_pair, keep_backbone, keep_transformer
-from mmengine.registry import DefaultScope
+from builders import assert_learns, quick_or_slow, without_dropout
+from det_zoo import FAMILIES, batch, build_pair
 from mmengine.structures import InstanceData, PixelData
-from mmseg.utils import register_all_modules as register_mmseg
+from oracles import step
 from segmentors import distilled, make_batch, zoo_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -34,23 +34,8 @@ SEGMENTORS = {
     'STDC': 'stdc/stdc1_4xb12-80k_cityscapes-512x1024',
     'BiSeNetV2': 'bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024',
     'MaskFormer': 'maskformer/maskformer_r50-d32_8xb2-160k_ade20k-512x512',
-    'Mask2Former': 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024',
+    'Mask2Former of mmseg': 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024',
 }
-
-
-@pytest.fixture(autouse=True)
-def as_before():
-    register_mmseg(init_default_scope=False)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def as_it_is(cfg, original, factor):
-    """Undo what shrinking breaks."""
-    if original.type in ('DINO', 'DDQDETR'):
-        keep_transformer(cfg, original, factor)
-    elif original.type == 'YOLOV3':
-        keep_backbone(cfg, original, factor)
 
 
 def sizes_of(name: str) -> tuple:
@@ -58,31 +43,25 @@ def sizes_of(name: str) -> tuple:
 
 
 def detector(name: str) -> nn.Module:
-    return build_pair(FAMILIES[name], edit=as_it_is, sizes=sizes_of(name))
+    return build_pair(FAMILIES[name], sizes=sizes_of(name))
 
 
 def segmentor(name: str) -> nn.Module:
-    student = zoo_model(SEGMENTORS[name])
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        model = distilled(student, copy.deepcopy(student))
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        if isinstance(module, nn.MultiheadAttention):
-            module.dropout = 0.0
-    return model
+    return without_dropout(distilled(*(zoo_model(SEGMENTORS[name]) for _ in range(2))))
 
 
-def freeze_norms(model: nn.Module) -> nn.Module:
+def freeze_norms(model: nn.Module) -> None:
     """Make batch norm treat an image the same in any batch."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    return model
 
 
-def data_for(kind: str, name: str, model: nn.Module) -> dict:
-    return batch(model, sizes_of(name)) if kind == 'det' else make_batch(19)
+def model_and_data(name: str) -> tuple[nn.Module, dict]:
+    if name in SEGMENTORS:
+        return segmentor(name), make_batch(19)
+    model = detector(name)
+    return model, batch(model, sizes_of(name))
 
 
 def as_double(model: nn.Module, data: dict) -> None:
@@ -136,26 +115,23 @@ def assert_close(a: dict, b: dict, **tolerance) -> None:
 
 # One for each way in which mmdist splits a batch; the others are slow.
 QUICK = ('RetinaNet', 'PAA', 'Faster R-CNN', 'SOLO', 'DETR', 'PSPNet', 'MaskFormer')
-EVERY = [
-    pytest.param(kind, name, marks=() if name in QUICK else pytest.mark.slow)
-    for kind, names in (('det', DETECTORS), ('seg', SEGMENTORS))
-    for name in names
-]
+EVERY = quick_or_slow(QUICK, (*DETECTORS, *SEGMENTORS))
 
 
 @pytest.fixture
-def without_onednn():
+def exact():
     """Make convolutions round an image alike in any batch; proposals depend on it."""
     with torch.backends.mkldnn.flags(enabled=False):
         yield
+    torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.usefixtures('without_onednn')
-@pytest.mark.parametrize(('kind', 'name'), EVERY)
-def test_own_losses_are_those_of_the_labelled_images(kind, name):
+@pytest.mark.usefixtures('exact')
+@pytest.mark.parametrize('name', EVERY)
+def test_own_losses_are_those_of_the_labelled_images(name):
     """Whatever labels the other images have; those images are distilled."""
-    model = freeze_norms(detector(name) if kind == 'det' else segmentor(name))
-    data = data_for(kind, name, model)
+    model, data = model_and_data(name)
+    freeze_norms(model)
     if name == 'Sparse R-CNN':  # rounding grows from stage to stage
         as_double(model, data)
     other = name in ('RetinaNet', 'Faster R-CNN', 'Deformable DETR', 'PSPNet')
@@ -164,9 +140,7 @@ def test_own_losses_are_those_of_the_labelled_images(kind, name):
     own, added = split(mixed)
     terms = [k for k in added if k.startswith('loss')]
     sum(added[k] for k in terms).backward()
-    norms = [p.grad.norm() for p in model.backbone.parameters() if p.grad is not None]
-    assert torch.stack(norms).isfinite().all()
-    assert torch.stack(norms).norm() > 1e-6
+    assert_learns(model.backbone, least=1e-6)
 
     spoiled = losses_of(model, mark(data, unlabelled, garbage=True))
     assert_close(mixed, spoiled, rtol=0, atol=0)
@@ -181,22 +155,20 @@ def test_own_losses_are_those_of_the_labelled_images(kind, name):
     assert any(added[k].item() != without[k].item() for k in terms)
 
 
-@pytest.mark.parametrize(('kind', 'name'), EVERY)
-def test_without_any_label_only_distillation_learns(kind, name):
-    model = detector(name) if kind == 'det' else segmentor(name)
-    data = mark(data_for(kind, name, model), 0, 1, garbage=True)
-    losses = losses_of(model, data)
+@pytest.mark.parametrize('name', EVERY)
+def test_without_any_label_only_distillation_learns(name):
+    model, data = model_and_data(name)
+    losses = losses_of(model, mark(data, 0, 1, garbage=True))
     own, added = split(losses)
     assert own and all((leaf == 0).all() for leaf in tree_leaves(own))
     assert sum(v.item() for k, v in added.items() if k.startswith('loss')) > 0
     total, _ = model.parse_losses(losses)
     total.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert_learns(model)
     # all parameters that labels would train are in the graph: DDP waits for them
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    total, _ = model.parse_losses(losses_of(model, data_for(kind, name, model)))
+    total, _ = model.parse_losses(losses_of(model, data))
     total.backward()
     usual = {n for n, p in model.named_parameters() if p.grad is not None}
     assert usual <= with_gradient
@@ -264,12 +236,9 @@ def test_labelled_batches_are_as_they_were(monkeypatch):
 
 def test_void_pixels_of_an_unlabelled_image_count_and_its_padding_does_not():
     model = segmentor('PSPNet')
-    comparison = model.distill['dist']
 
     def mask(data: dict) -> torch.Tensor:
-        with Recorder([comparison]) as recorder:
-            losses_of(model, data)
-        pair = recorder.calls(comparison)[0].args[1][0]
+        _, (pair, _) = step(model, data)
         return torch.ones(2, 8, 8).bool() if pair.mask is None else pair.mask
 
     data, padded = make_batch(19), make_batch(19, valid=(48, 64))

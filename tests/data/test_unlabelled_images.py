@@ -16,7 +16,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmseg.structures import SegDataSample
@@ -196,13 +196,10 @@ def test_wrong_numbers_are_an_error():
 def test_the_page_trains(family, request, folder, tmp_path):
     """Its config on a tiny student and data, by iterations (seg) or epochs (det)."""
     distilled_config(tmp_path, request.getfixturevalue(f'{family}_config'))
-    size = {'det': 'scale=(1333, 800)', 'seg': 'scale=(2048, 1024)'}[family]
-    block = BLOCKS[family]
-    block = re.sub(r"_base_ = '.*'", "_base_ = './distilled.py'", block)
-    block = block.replace('data/unlabelled', str(folder)).replace(
-        size, 'scale=(128, 96)'
-    )
+    block = re.sub(r"_base_ = '.*'", "_base_ = './distilled.py'", BLOCKS[family])
+    block = re.sub(r'scale=\(\d+, \d+\)', 'scale=(128, 96)', block)
     block = block.replace('_base_.crop_size', '(96, 128)')
+    block = block.replace('data/unlabelled', str(folder))
     (tmp_path / 'config.py').write_text(block)
     config = Config.fromfile(tmp_path / 'config.py')
     config.work_dir = str(tmp_path / 'work')
@@ -224,10 +221,3 @@ def test_the_page_trains(family, request, folder, tmp_path):
     runner.train()
     assert len(marks) >= 2 and all(m == [False, False, True, True] for m in marks)
     assert all(found['loss_dist'].item() > 0 for found in losses)
-
-
-def test_blocks_are_as_the_page_says():
-    for scope, block in zip(('mmseg', 'mmdet'), BLOCKS.values(), strict=True):
-        assert len(block.strip().splitlines()) <= 20
-        with DefaultScope.overwrite_default_scope(scope):
-            assert DATASETS.get('mmdist.ImageFolder') is ImageFolder

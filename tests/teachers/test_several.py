@@ -7,17 +7,17 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import build_distiller
+from builders import Seen, build_distiller
 from det_zoo import batch, model_config
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.registry import DefaultScope
 from mmseg.utils import register_all_modules as register_mmseg
+from oracles import step
 from scipy.special import expit, softmax
 from segmentors import calibrate, make_batch, zoo_model
 from torch import nn
 
 from mmdist.families.probabilities import mean_probability
-from mmdist.record import Recorder
 
 PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
 MASK2FORMER = 'mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024'
@@ -35,9 +35,9 @@ def teacher(path: str, width: float = 1 / 8, **more) -> dict:
     return dict(config=zoo_model(path, width), allow_random=True, **more)
 
 
-def build(distill: dict | None = None, student: str = PSPNET, **teachers) -> nn.Module:
+def build(distill: dict | None = None, **teachers) -> nn.Module:
     with DefaultScope.overwrite_default_scope('mmseg'):
-        model = build_distiller(zoo_model(student), distill=distill, **teachers)
+        model = build_distiller(zoo_model(PSPNET), distill=distill, **teachers)
     for guest in model.teachers.values():
         calibrate(guest.model)
     return model
@@ -57,10 +57,8 @@ def seg(**options) -> dict:
 
 def two(weights=None) -> nn.Module:
     options = {} if weights is None else dict(from_teacher=weights)
-    return build(
-        seg(**options),
-        teachers=dict(a=teacher(PSPNET), b=teacher(PSPNET, 1 / 4)),
-    )
+    teachers = dict(a=teacher(PSPNET), b=teacher(PSPNET, 1 / 4))
+    return build(seg(**options), teachers=teachers)
 
 
 def test_the_term_is_the_weighted_mean_over_the_teachers():
@@ -94,10 +92,9 @@ def test_each_teacher_keeps_its_own_normalisation_and_classes():
     ):
         guest.class_names = theirs
         guest.classes = guest.match_classes(names)
-    backbones = [guest.model.backbone for guest in model.teachers.values()]
-    with Recorder(backbones) as recorder:
-        losses_of(model, data)
-    first, second = (recorder.calls(x)[0].args[0] for x in backbones)
+    seen = Seen(**{key: x.model.backbone for key, x in model.teachers.items()})
+    losses_of(model, data)
+    first, second = (seen.inputs[key][0][0] for key in 'ab')
     assert model.teachers['a'].classes.teacher is None
     assert other.classes.teacher == [(i,) for i in range(19)][::-1]
     preprocessor = model.data_preprocessor
@@ -142,13 +139,6 @@ def test_mistakes_stop_when_the_model_is_built(distill, teachers, message):
 # ---- views -----------------------------------------------------------------------
 
 
-def pair_of(model: nn.Module, data: dict):
-    comparison = model.distill['dist']
-    with Recorder([comparison]) as recorder:
-        losses_of(model, data)
-    return recorder.calls(comparison)[0].args[1][0]
-
-
 def test_probabilities_of_a_per_pixel_teacher_are_averaged():
     data = make_batch(19)
     twice = teacher(PSPNET, 1 / 4, views=['flip'])
@@ -160,8 +150,8 @@ def test_probabilities_of_a_per_pixel_teacher_are_averaged():
             for x in (data['inputs'], data['inputs'].flip(-1))
         )
     expected = (softmax(plain, 1) + softmax(mirrored[..., ::-1], 1)) / 2
-    found = pair_of(model, data).teacher
-    np.testing.assert_allclose(softmax(found.numpy(), 1), expected, atol=1e-5)
+    _, (found, _) = step(model, data)
+    np.testing.assert_allclose(softmax(found.teacher.numpy(), 1), expected, atol=1e-5)
     assert abs(softmax(plain, 1) - expected).max() > 1e-3
 
 
@@ -172,9 +162,10 @@ def test_class_scores_of_masks_are_averaged():
     once.teacher.model.load_state_dict(model.teacher.model.state_dict())
     scores = []
     for inputs in (data['inputs'], data['inputs'].flip(-1)):
-        scores.append(pair_of(once, dict(data, inputs=inputs)).teacher.double().numpy())
+        _, (one, *_) = step(once, dict(data, inputs=inputs))
+        scores.append(one.teacher.double().numpy())
     expected = (scores[0] + scores[1][..., ::-1]) / 2
-    np.testing.assert_allclose(pair_of(model, data).teacher, expected, atol=1e-5)
+    np.testing.assert_allclose(step(model, data)[1][0].teacher, expected, atol=1e-5)
 
 
 def test_probabilities_of_a_dense_detector_are_averaged():
@@ -183,7 +174,7 @@ def test_probabilities_of_a_dense_detector_are_averaged():
     guest = model.teacher.model
     nn.init.normal_(guest.bbox_head.retina_cls.weight, std=0.3)
     data = batch(model)
-    pair = pair_of(model, data)
+    pair = step(model, data)[1][0]
     with torch.no_grad():
         plain, mirrored = (
             guest.bbox_head(guest.extract_feat(x))[0][0].double().numpy()

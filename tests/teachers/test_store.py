@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,20 @@ def write(folder: Path, number: int = 4, kind: str = 'boxes') -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ('kind', 'expected'), dict(boxes=some_boxes, maps=some_map).items()
-)
-def test_answers_are_stored_to_the_bit(tmp_path, kind, expected):
+def assert_holds(store: Store, images: Iterable[int], kind: str = 'boxes') -> None:
+    """Check the answers that :func:`add` gave for these images, to the bit."""
+    expected = dict(boxes=some_boxes, maps=some_map)[kind]
+    for i in images:
+        assert torch.equal(store.answer(image(i)), expected(i))
+
+
+@pytest.mark.parametrize('kind', ['boxes', 'maps'])
+def test_answers_are_stored_to_the_bit(tmp_path, kind):
     store = Store(write(tmp_path, kind=kind))
     assert (store.kind, store.class_names, store.is_by_id) == (kind, CLASSES, False)
     assert 'a.pth' in store.origin
     store.check(images(4))
-    for i in range(4):
-        assert torch.equal(store.answer(image(i)), expected(i))
+    assert_holds(store, range(4), kind)
     assert store.key(image(5)) is None
 
 
@@ -127,6 +132,10 @@ LINES = 'part-0-0.jsonl'
             "damaged or not a .*version 2': store it again",
         ),
         'garbage': (damage('manifest.json', lambda x: x[:-9]), 'damaged'),
+        'other classes': (
+            damage('manifest.json', lambda x: x.replace(b'"cow"', b'"cow", "bee"')),
+            'is damaged',
+        ),
         'no JSON': (damage(LINES, lambda x: x[5:]), '0.jsonl is damaged'),
         'no answer': (damage(LINES, lambda x: b'{}\n' + x), "damaged: b'{}'... is not"),
         'shape': (damage(LINES, lambda x: x.replace(b'6]', b'5]')), 'jsonl is damaged'),
@@ -141,16 +150,8 @@ LINES = 'part-0-0.jsonl'
     }.values(),
 )  # fmt: skip
 def test_what_is_damaged_is_refused_in_words(tmp_path, harm, words):
-    harm(write(tmp_path))
+    harm(write(tmp_path, kind='maps' if words == 'is damaged' else 'boxes'))
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        Store(tmp_path)
-
-
-def test_a_map_of_other_classes_is_refused(tmp_path):
-    damage('manifest.json', lambda x: x.replace(b'"cow"', b'"cow", "bee"'))(
-        write(tmp_path, kind='maps')
-    )
-    with pytest.raises(ValueError, match='is damaged'):
         Store(tmp_path)
 
 
@@ -177,10 +178,7 @@ def test_what_is_cut_off_is_named_and_asked_again(tmp_path, kind, harm, lost):
     assert left == lost
     for i in left:
         add(writer, i, kind)
-    store = Store(tmp_path)
-    for i in range(4):
-        expected = some_boxes(i) if kind == 'boxes' else some_map(i)
-        assert torch.equal(store.answer(image(i)), expected)
+    assert_holds(Store(tmp_path), range(4), kind)
 
 
 def test_another_size_is_named(tmp_path):
@@ -229,9 +227,7 @@ def test_several_processes_write_one_store(tmp_path):
     writers = [StoreWriter(tmp_path, MANIFEST, i) for i in range(2)]
     for i in range(4):
         add(writers[i % 2], i)
-    store = Store(tmp_path)
-    for i in range(4):
-        assert torch.equal(store.answer(image(i)), some_boxes(i))
+    assert_holds(Store(tmp_path), range(4))
 
 
 def write_for_ever(folder: Path) -> None:
@@ -256,9 +252,7 @@ def test_a_killed_writer_loses_nothing_and_blocks_nobody(tmp_path):
     assert number > 20
     assert writer.done == {image(i)['img_path'] for i in range(number)}
     add(writer, number)
-    store = Store(tmp_path)
-    for i in range(number + 1):
-        assert torch.equal(store.answer(image(i)), some_boxes(i))
+    assert_holds(Store(tmp_path), range(number + 1))
 
 
 def write_until_it_is_full(folder: Path, kind: str) -> tuple[int, str]:
@@ -291,8 +285,7 @@ def test_a_writer_may_go_on_after_a_failure(tmp_path, monkeypatch):
             add(writer, 1)
     add(writer, 2)
     store = Store(tmp_path)
-    assert torch.equal(store.answer(image(0)), some_boxes(0))
-    assert torch.equal(store.answer(image(2)), some_boxes(2))
+    assert_holds(store, (0, 2))
     assert store.key(image(1)) is None
 
 
@@ -378,11 +371,6 @@ def test_unknown_category_ids_are_named(tmp_path):
 def test_no_results_of_boxes_are_refused_in_words(tmp_path, content, words):
     with pytest.raises(ValueError, match=words):
         Store(results(tmp_path, content))
-
-
-def test_a_path_that_is_not_there():
-    with pytest.raises(FileNotFoundError, match='nowhere has no manifest'):
-        Store('nowhere')
 
 
 def test_many_boxes_are_read_in_seconds(tmp_path):

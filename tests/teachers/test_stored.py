@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 import torch
 from builders import dataset_batch, distilled_text
-from det_zoo import FAMILIES, batch, build_pair, keep_transformer, model_config
+from det_zoo import FAMILIES, batch, build_pair, model_config
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, DefaultScope, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from scipy.ndimage import map_coordinates
 from segmentors import distilled, make_batch, zoo_model
 from tiny import DET_CLASSES, SEG_CLASSES, SIZE
 
-from mmdist import MODELS, ForeignTeacher
+from mmdist import MODELS
 from mmdist.comparisons.detections import detected
+from mmdist.data.answers import check_images, join
 from mmdist.families.seg import StoredMap
 from mmdist.hooks import StoredTeacherHook
 from mmdist.record import Recorder
@@ -54,42 +57,26 @@ def with_stored(model, path, **options):
     return model
 
 
-def note(data, names=('a', 'b')):
-    """Mark each image as showing a whole file."""
-    for sample, name in zip(data['data_samples'], names, strict=True):
+def note(data, *moves):
+    """Mark each image as showing a file, moved so; by default the whole file."""
+    for sample, name in zip(data['data_samples'], 'ab', strict=True):
         size = tuple(sample.img_shape[:2])
         file = dict(img_path=f'/images/{name}', height=size[0], width=size[1])
-        frame = Frame(file, ())
-        sample.set_metainfo({FRAMES: (frame,), NOTED: size})
+        sample.set_metainfo({FRAMES: (Frame(file, moves),), NOTED: size})
     return data
 
 
-def for_its_family(cfg, original, factor):
-    if original.type == 'DINO':
-        keep_transformer(cfg, original, factor)
-    cfg.test_cfg.get('rcnn', cfg.test_cfg).score_thr = 0.0
-    if 'rpn' in cfg.test_cfg:
-        cfg.test_cfg.rpn.min_bbox_size = 8
-
-
-def ask(model, data):
-    """Its teacher's detections in a batch."""
-    teacher = model.teachers['']
-    step = Step(model, teacher, ClassMatch(), data['inputs'], data['data_samples'])
-    with teacher.running():
-        return detected(step)
-
-
-def stored_detections(path: Path, found, names=('a', 'b')) -> str:
-    rows = [
-        torch.cat([x.bboxes, x.scores[:, None], x.labels[:, None].float()], 1)
-        for x in found
-    ]
-    answers = {f'/images/{n}': ((96, 96), r) for n, r in zip(names, rows, strict=True)}
-    return write(path, 'boxes', NAMES, answers)
+def of_files(size, answers) -> dict:
+    """The answers for the two images of a batch."""
+    return {f'/images/{x}': (size, y) for x, y in zip('ab', answers, strict=True)}
 
 
 # ---- as exact as the teacher itself --------------------------------------------------
+
+
+def no_tiny_proposals(cfg, *_):
+    if 'rpn' in cfg.test_cfg:
+        cfg.test_cfg.rpn.min_bbox_size = 8
 
 
 @pytest.mark.parametrize('student', ['RetinaNet', 'Faster R-CNN', 'DINO'])
@@ -99,13 +86,8 @@ def test_without_augmentation_the_losses_are_those_of_the_teacher(student, tmp_p
         dist=dict(type='mmdist.Detections'), box=dict(type='mmdist.Boxes', min_score=0)
     )
     teacher = 'RetinaNet' if student == 'Faster R-CNN' else 'Faster R-CNN'
-    model = build_pair(
-        *(FAMILIES[x] for x in (student, teacher)),
-        distill,
-        (8, 4),
-        for_its_family,
-        SIZES,
-    )
+    paths = FAMILIES[student], FAMILIES[teacher]
+    model = build_pair(*paths, distill, edit=no_tiny_proposals, sizes=SIZES)
     for name, parameter in model.teacher.model.named_parameters():
         if 'fc_reg' in name:
             parameter *= 1e-3  # boxes under a pixel are left out
@@ -115,9 +97,17 @@ def test_without_augmentation_the_losses_are_those_of_the_teacher(student, tmp_p
         torch.manual_seed(0)
         return model(**copy.deepcopy(data), mode='loss')
 
-    wanted, found = losses(), ask(model, data)
+    wanted, guest = losses(), model.teacher
+    step = Step(model, guest, ClassMatch(), data['inputs'], data['data_samples'])
+    with guest.running():
+        found = detected(step)
     assert all(len(x) > 5 for x in found)
-    with_stored(model, stored_detections(tmp_path / 'store', found))
+    rows = [
+        torch.cat([x.bboxes, x.scores[:, None], x.labels[:, None].float()], 1)
+        for x in found
+    ]
+    answers = of_files((96, 96), rows)
+    with_stored(model, write(tmp_path / 'store', 'boxes', NAMES, answers))
     got = losses()
     for name, value in wanted.items():
         if name.startswith(('loss_dist', 'loss_box', 'dist', 'box')):
@@ -130,110 +120,33 @@ def test_without_augmentation_the_losses_are_those_of_the_teacher(student, tmp_p
     assert sum(p.numel() for p in model.teacher.model.parameters()) == 0
 
 
-@MODELS.register_module()
-class Rectangles(ForeignTeacher):
-    """Finds a bright rectangle in each channel, to the pixel."""
-
-    gives, activation = 'boxes', 'identity'
-
-    def __init__(self):
-        super().__init__(NAMES[:3], mean=[0, 0, 0], std=[255, 255, 255], rgb=False)
-
-    def forward(self, images, sizes):
-        found = []
-        for image in images:
-            boxes = []
-            for channel in image > 0.5:
-                y, x = channel.nonzero(as_tuple=True)
-                boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
-            boxes = torch.tensor(boxes).float()
-            found.append((boxes, torch.eye(3) * torch.tensor([0.9, 0.8, 0.7])))
-        return found
-
-
-@pytest.fixture
-def rectangles(tmp_path) -> Path:
-    """COCO data of bright rectangles, and a results file with their boxes."""
-    import cv2
-
-    rng = np.random.default_rng(0)
-    images, annotations = [], []
-    for i in range(4):
-        image = np.zeros((*SIZE, 3), np.uint8)
-        for c in range(3):
-            x, y, w, h = (*rng.integers(5, 60, 2), *rng.integers(12, 30, 2))
-            image[y : y + h, x : x + w, c] = 255
-            box = [*map(int, (x, y, w, h))]
-            entry = dict(id=3 * i + c, image_id=i, category_id=c, bbox=box, area=w * h)
-            annotations.append(dict(entry, iscrowd=0, area=int(w * h)))
-        cv2.imwrite(str(tmp_path / f'{i}.png'), image)
-        images.append(dict(id=i, file_name=f'{i}.png', height=SIZE[0], width=SIZE[1]))
-    categories = [dict(id=c, name=name) for c, name in enumerate(NAMES[:3])]
-    text = dict(images=images, annotations=annotations, categories=categories)
-    (tmp_path / 'train.json').write_text(json.dumps(text))
-    results = [
-        dict(
-            {k: a[k] for k in ('image_id', 'category_id', 'bbox')},
-            score=(0.9, 0.8, 0.7)[a['category_id']],
-        )
-        for a in annotations
+def test_with_resize_and_flip_answers_move_as_labels_do(
+    det_config, coco_root, tmp_path
+):
+    """A results file that holds the labels. Oracle: mmdet's own labels."""
+    stored = results_of(coco_root, tmp_path / 'results.bbox.json')
+    config = make_config(det_config, tmp_path, stored).train_dataloader.dataset
+    config.pipeline = [
+        *MOSAIC[:2],
+        dict(type='Resize', scale=(256, 192), keep_ratio=True),
+        dict(type='RandomFlip', prob=0.7, direction=['horizontal', 'vertical']),
+        MOSAIC[-1],
     ]
-    (tmp_path / 'results.bbox.json').write_text(json.dumps(results))
-    return tmp_path
-
-
-def test_with_resize_and_flip_boxes_are_those_of_the_teacher_asked_then(rectangles):
-    """From a COCO results file that mmdist did not write."""
-    register()
-    model = build_pair(
-        FAMILIES['RetinaNet'], distill=dict(dist=dict(type='mmdist.Detections'))
-    )
-    online = build_teacher(dict(config=dict(type='mmdist.Rectangles')), {})
-    stored = StoredTeacher(rectangles / 'results.bbox.json')
-    data = dict(
-        type='CocoDataset',
-        ann_file=str(rectangles / 'train.json'),
-        data_prefix=dict(img=str(rectangles)),
-        metainfo=dict(classes=NAMES[:3]),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', with_bbox=True),
-            dict(type='Resize', scale=(256, 192), keep_ratio=True),
-            dict(type='RandomFlip', prob=0.7, direction=['horizontal', 'vertical']),
-            dict(type='PackDetInputs'),
-        ],
-    )
-    from mmengine.dataset import pseudo_collate
-    from mmengine.registry import DATASETS
-
-    from mmdist.data.answers import check_images, join
-
-    dataset = DATASETS.build(data)
-    check_images(dataset, stored.store)
+    np.random.seed(0)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        dataset = DATASETS.build(config)
+    teacher = StoredTeacher(stored)
+    check_images(dataset, teacher.store)
     join(dataset, 'boxes')
-    model.data_preprocessor.bgr_to_rgb = model.data_preprocessor._channel_conversion = (
-        False
-    )
-    packed = model.data_preprocessor(pseudo_collate([*dataset]), training=True)
-    flips = {sample.flip_direction for sample in packed['data_samples']}
-    assert len(flips) > 1
-    answers = []
-    for teacher in (online, stored):
-        teacher.load(model)
-        model.teachers = {'': teacher}
-        answers.append(ask(model, packed))
-    for wanted, found in zip(*answers, strict=True):
-        order = wanted.labels.argsort(), found.labels.argsort()
-        wanted, found = (x[i] for x, i in zip((wanted, found), order, strict=True))
-        assert (wanted.bboxes - found.bboxes).abs().max() < 0.01
-        assert torch.equal(wanted.labels, found.labels)
-        torch.testing.assert_close(wanted.scores, found.scores)
-
-
-def register():
-    from mmdet.utils import register_all_modules
-
-    register_all_modules()
+    teacher.load(None)
+    samples = pseudo_collate([*dataset])['data_samples']
+    assert len({sample.flip_direction for sample in samples}) > 1
+    found = teacher.model(torch.zeros(4, 3, 192, 256), samples)
+    for answer, sample in zip(found, samples, strict=True):
+        wanted = sample.gt_instances
+        torch.testing.assert_close(answer.bboxes, wanted.bboxes.tensor)
+        assert torch.equal(answer.labels, wanted.labels)
+        assert answer.scores.tolist() == pytest.approx([0.9] * 3)
 
 
 @pytest.mark.parametrize('as_scores', [True, False])
@@ -267,52 +180,36 @@ def test_a_map_is_read_bilinearly_at_the_centres_of_cells(as_scores):
     torch.testing.assert_close(got, wanted.clamp_min(0 if as_scores else 1e-4))
 
 
+PSPNET = 'pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024'
+
+
 def test_maps_teach_as_the_teacher_does_within_the_quantisation(tmp_path):
-    student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
-    teacher = zoo_model(
-        'deeplabv3/deeplabv3_r50-d8_4xb2-40k_cityscapes-512x1024', 1 / 4
-    )
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        model = distilled(student, teacher, aux_weight=0)
-    data = note(make_batch(19))
+    teacher = zoo_model('deeplabv3/deeplabv3_r50-d8_4xb2-40k', 1 / 4)
+    model = distilled(zoo_model(PSPNET), teacher, aux_weight=0).eval()
+    data = note(make_batch(19), View(np.eye(3), (64, 64)))
 
     def loss():
-        torch.manual_seed(0)
-        return model.eval()(**copy.deepcopy(data), mode='loss')['loss_dist']
+        return model(**copy.deepcopy(data), mode='loss')['loss_dist']
 
-    wanted = loss()
-    online = model.teachers['']
+    wanted, online = loss(), model.teacher
     with online.running():
         inputs = online.renormalize(data['inputs'], [(64, 64)] * 2)
         logits = online.model.decode_head.forward(online.model.extract_feat(inputs))
-    maps = logits.softmax(1)
-    answers = {f'/images/{n}': ((64, 64), m) for n, m in zip('ab', maps, strict=True)}
-    names = [f'class {i}' for i in range(19)]
-    for sample in data['data_samples']:
-        ((file, _),) = sample.metainfo[FRAMES]
-        frame = Frame(file, (View(np.eye(3), (64, 64)),))
-        sample.set_metainfo({FRAMES: (frame,)})
-    model.distill['dist'].aux_weight = 0
-    with_stored(model, write(tmp_path / 'store', 'maps', names, answers))
+    answers = of_files((64, 64), logits.softmax(1))
+    with_stored(model, write(tmp_path / 'store', 'maps', NAMES[:19], answers))
     got = loss()
     assert got.item() == pytest.approx(wanted.item(), abs=0.02)
     got.backward()
 
 
 def test_where_the_file_is_not_shown_no_pixel_counts(tmp_path):
-    student = zoo_model('pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024')
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        model = distilled(student, student, aux_weight=0)
-    rng, data = torch.Generator().manual_seed(0), note(make_batch(19))
-    maps = torch.rand(2, 19, 8, 8, generator=rng) / 19
-    answers = {f'/images/{n}': ((64, 64), m) for n, m in zip('ab', maps, strict=True)}
-    names = [f'class {i}' for i in range(19)]
-    with_stored(model, write(tmp_path / 'store', 'maps', names, answers))
+    model = distilled(zoo_model(PSPNET), zoo_model(PSPNET), aux_weight=0)
+    answers = of_files((64, 64), torch.rand(2, 19, 8, 8) / 19)
+    with_stored(model, write(tmp_path / 'store', 'maps', NAMES[:19], answers))
+    right = np.array([[1, 0, 32], [0, 1, 0], [0, 0, 1.0]])  # by half an image
+    moves = (View(np.eye(3), (64, 64)), View(right, (64, 64)))
+    data = note(make_batch(19), *moves)
     for sample in data['data_samples']:
-        ((file, _),) = sample.metainfo[FRAMES]
-        right = np.array([[1, 0, 32], [0, 1, 0], [0, 0, 1.0]])  # by half an image
-        frame = Frame(file, (View(np.eye(3), (64, 64)), View(right, (64, 64))))
-        sample.set_metainfo({FRAMES: (frame,)})
         sample.gt_sem_seg.data.fill_(0)  # no pixel is ignored
     with Recorder([model.distill['dist']]) as recorder:
         model.train()(**data, mode='loss')
@@ -511,10 +408,6 @@ def test_it_mixes_with_a_teacher_that_is_asked(det_config, coco_root, tmp_path):
             ),
             '`switch_pipeline` of a hook: `CopyPaste`',
         ),
-        (
-            lambda c: c.model.update(distill=dict(a=dict(type='mmdist.DenseLogits'))),
-            r'DenseLogits needs .* modules.* Use mmdist\.Detections',
-        ),
     ],
 )
 def test_what_cannot_work_stops_before_the_first_step(
@@ -591,7 +484,7 @@ def test_arguments_are_refused_in_words(cfg, message):
     ],
 )
 def test_what_asks_for_modules_says_what_to_take(student, kind):
-    register()
+    register_all_modules()
     model = dict(type='mmdist.Distiller', student=model_config(FAMILIES[student]))
     with pytest.raises(ValueError, match=r'Use mmdist\.Detections or mmdist\.Boxes'):
         MODELS.build(dict(model, teacher=dict(stored='answers'), distill=dict(a=kind)))

@@ -128,12 +128,6 @@ def test_a_config_that_does_not_exist_is_named_with_similar_ones(
     assert len(str(error.value)) < 600 and error.value.__context__ is None
 
 
-def test_a_config_without_a_model_is_refused(tmp_path):
-    (tmp_path / 'a.py').write_text('lr = 1')
-    with pytest.raises(ValueError, match='has no `model`'):
-        Teacher(str(tmp_path / 'a.py')).build()
-
-
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
@@ -141,6 +135,7 @@ def test_a_config_without_a_model_is_refused(tmp_path):
         (None, r'`teacher\.config` must be the path of a config, .* got None'),
         (dict(model='a.py'), r'`teacher\.config` has no `model`, which must be a dict'),
         ('hello.py', "is 'hello.py', which cannot be read: NameError: .*'hello'"),
+        ('lr.py', 'has no `model`'),
         (dict(type='mmdist.HFSegmenter'), "Did you mean 'mmdist.HFSegmentor'"),
         (dict(type='mmdet.RetinaNett'), "Did you mean 'RetinaNet'"),
         (dict(name='a'), 'No model is called None'),
@@ -148,6 +143,7 @@ def test_a_config_without_a_model_is_refused(tmp_path):
 )
 def test_what_is_no_config_is_refused(config, message, tmp_path, monkeypatch):
     (tmp_path / 'hello.py').write_text('hello')
+    (tmp_path / 'lr.py').write_text('lr = 1')
     monkeypatch.chdir(tmp_path)
     with (
         DefaultScope.overwrite_default_scope('mmdet'),
@@ -156,9 +152,11 @@ def test_what_is_no_config_is_refused(config, message, tmp_path, monkeypatch):
         Teacher(config, allow_random=True).load(nn.Linear(1, 1))
 
 
-def test_no_checkpoint_is_an_error_unless_random_is_meant():
+def test_no_weights_and_an_unknown_dtype_are_refused():
     with pytest.raises(ValueError, match='allow_random'):
         Teacher(RETINANET).load(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match='bf16'):
+        Teacher(RETINANET, dtype='int8')
 
 
 @pytest.mark.parametrize(
@@ -182,11 +180,6 @@ def test_building_a_teacher_touches_no_gpu(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, 'get_rng_state', refuse)
     Teacher(RETINANET).build()
-
-
-def test_an_unknown_dtype_is_refused():
-    with pytest.raises(ValueError, match='bf16'):
-        Teacher(RETINANET, dtype='int8')
 
 
 @pytest.mark.slow

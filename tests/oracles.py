@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from det_zoo import batch
 from scipy.stats import pearsonr
 from torch import nn
 
 from mmdist import Pair
 from mmdist.record import Recorder
+from mmdist.teachers import ClassMatch, match_classes
+
+SIZES = ((96, 96), (72, 96))  # the second image is padded
 
 
-def step(model: nn.Module, data: dict) -> tuple[dict, list[Pair]]:
+def step(model: nn.Module, data: dict | None = None) -> tuple[dict, list[Pair]]:
     """Run one loss pass; return its losses and the pairs of its only comparison."""
     (comparison,) = model.distill.values()
+    data = batch(model, SIZES) if data is None else data
     with Recorder([comparison]) as recorder:
         losses = model(**data, mode='loss')
     return losses, recorder.calls(comparison)[0].args[1]
+
+
+def reversed_classes() -> ClassMatch:
+    """The match of a teacher that has the student's 80 classes in reverse order."""
+    names = [f'class {i}' for i in range(80)]
+    return match_classes(names, names[::-1])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
