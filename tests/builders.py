@@ -57,6 +57,13 @@ def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
     return model  # LD's own `train` returns None
 
 
+def classifiers(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of a tiny RetinaNet or PSPNet that predict the classes."""
+    if hasattr(model, 'bbox_head'):
+        return [model.bbox_head.retina_cls]
+    return [model.decode_head.conv_seg, model.auxiliary_head.conv_seg]
+
+
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
     """Text of a config that distils the model of `student.py` in the same folder.
 

@@ -41,17 +41,11 @@ DISTRIBUTIONS = {
 MODULES = {
     'torch/__init__.py': FAKE_TORCH,
     'mmcv/ops/__init__.py': FAKE_OPS,
+    **dict.fromkeys(('cv2.py', 'ftfy.py', 'regex.py', 'mmdet/apis.py'), ''),
     **dict.fromkeys(
         (
-            'cv2.py',
-            'ftfy.py',
-            'regex.py',
-            'mmcv/__init__.py',
-            'mmdet/__init__.py',
-            'mmdet/apis.py',
-            'mmseg/__init__.py',
-            'mmengine/__init__.py',
-            'mmengine/config/__init__.py',
+            f'{package}/__init__.py'
+            for package in ('mmcv', 'mmdet', 'mmseg', 'mmengine', 'mmengine/config')
         ),
         '',
     ),
@@ -126,10 +120,7 @@ FAULTS = {
         {
             'mmcv.ops': ('built without ops', CPU_OPS),
             'setuptools': ('81.0.0', f'{PIP} "setuptools<81"'),
-            'opencv': (
-                'libGL.so.1',
-                '--no-deps opencv-python-headless',
-            ),
+            'opencv': ('libGL.so.1', '--no-deps opencv-python-headless'),
             'ftfy': ('', f'{PIP} ftfy'),
             'mmsegmentation': ('ftfy', ''),
             'mmdist': ('does not know mmdist::', f'{PIP} --no-deps .'),
