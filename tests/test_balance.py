@@ -20,15 +20,6 @@ from mmdist.record import Fork
 RATIO = 0.3  # so small that it binds
 
 
-@pytest.fixture(autouse=True)
-def hub() -> MessageHub:
-    """The message hub, without what another test left in it."""
-    hub = MessageHub.get_current_instance()
-    hub.runtime_info.pop(KEY, None)
-    yield hub
-    hub.runtime_info.pop(KEY, None)
-
-
 @pytest.fixture(params=['det', 'seg'])
 def config(request, tmp_path) -> Config:
     """The config of a plain student."""

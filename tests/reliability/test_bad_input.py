@@ -17,9 +17,6 @@ from watch import WatchHook
 from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 
-SCOPES = dict(det='mmdet', seg='mmseg')
-KINDS = dict(det='DenseLogits', seg='SegLogits')
-
 
 @pytest.fixture(params=['det', 'seg'])
 def family(request) -> str:
@@ -55,7 +52,7 @@ def assert_trains(model, data: dict) -> dict:
 
 def test_a_teacher_with_nan_in_its_weights(make_config, tmp_path, family):
     cfg = make_config(family, tmp_path)
-    init_default_scope(SCOPES[family])
+    init_default_scope(cfg.default_scope)
     state = MODELS.build(cfg.model.student).state_dict()
     state['backbone.layer1.0.conv1.weight'][0, 0] = float('nan')
     cfg.model.teacher.checkpoint = str(tmp_path / 'teacher.pth')

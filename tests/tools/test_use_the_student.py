@@ -15,7 +15,6 @@ import pytest
 import torch
 from builders import distilled_text
 from docs_blocks import code, only
-from mmengine.config import Config
 
 pytestmark = pytest.mark.slow
 
@@ -94,21 +93,6 @@ def run_block(words: str, more: str, folder: Path, no_mmdist: Path) -> str:
     check = '\nimport sys\nassert "mmdist" not in sys.modules\n'
     (folder / 'block.py').write_text(only(BLOCKS, words) + more + check)
     return run(['block.py'], folder, no_mmdist)
-
-
-@pytest.mark.parametrize('family', NAMES)
-def test_the_config_is_complete_and_knows_nothing_of_mmdist(family, request):
-    folder = request.getfixturevalue(family)
-    text = (folder / f'{NAMES[family]}.py').read_text()
-    assert 'mmdist' not in text
-    assert '_base_ =' not in text
-    cfg, student = (
-        Config.fromfile(folder / name) for name in (f'{NAMES[family]}.py', 'student.py')
-    )
-    for key in ('model', 'test_dataloader', 'test_evaluator', 'default_scope'):
-        assert cfg[key] == student[key], key
-    assert 'train_dataloader' not in cfg
-    assert 'custom_hooks' not in cfg
 
 
 def test_a_detector_predicts(det, no_mmdist):
