@@ -48,6 +48,11 @@ def hub():
     return hub
 
 
+@pytest.fixture(params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope='session')
 def group_of():
     """Returns a gloo group of a given size, shared by all tests."""

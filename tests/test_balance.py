@@ -20,13 +20,12 @@ from mmdist.record import Fork
 RATIO = 0.3  # so small that it binds
 
 
-@pytest.fixture(params=['det', 'seg'])
-def config(request, tmp_path) -> Config:
+@pytest.fixture
+def config(family, request) -> Config:
     """The config of a plain student."""
-    init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[request.param])
-    path = tmp_path / 'student.py'
-    path.write_text(request.getfixturevalue(f'{request.param}_config'))
-    return Config.fromfile(path)
+    config = Config.fromstring(request.getfixturevalue(f'{family}_config'), '.py')
+    init_default_scope(config.default_scope)
+    return config
 
 
 def distilled(config: Config, balance: float | None) -> nn.Module:

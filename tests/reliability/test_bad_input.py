@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import dataset_batch
+from builders import build, dataset_batch, losses_of
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -18,27 +18,10 @@ from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 
 
-@pytest.fixture(params=['det', 'seg'])
-def family(request) -> str:
-    return request.param
-
-
-def build(cfg: Config):
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    return model.train()
-
-
-def losses_of(model, data: dict) -> dict:
-    losses = model(**model.data_preprocessor(data, True), mode='loss')
-    return {k: sum(v) if isinstance(v, list) else v for k, v in losses.items()}
-
-
 def assert_trains(model, data: dict) -> dict:
     """Assert that losses and gradients of a step are finite; returns the losses."""
     losses = losses_of(model, data)
+    losses = {k: sum(v) if isinstance(v, list) else v for k, v in losses.items()}
     assert all(value.isfinite().all() for value in losses.values()), losses
     sum(v for k, v in losses.items() if 'loss' in k).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]

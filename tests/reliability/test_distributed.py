@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -19,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from processes import output_of
 from watch import Unlabel, WatchHook, student, watched
 
 REPO = Path(__file__).parents[2]
@@ -215,14 +215,9 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason='trains over gloo
 
 def launched(*command, **environ: str) -> str:
     """Run a launcher with this environment's programs on PATH; returns its output."""
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    environ = dict(os.environ, OMP_NUM_THREADS='1', PATH=path) | environ
-    environ['PATH'] = environ.pop('FIRST', '') + environ['PATH']
-    done = subprocess.run(
-        ['bash', *command], env=environ, capture_output=True, text=True
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-4000:]
+    first = environ.pop('FIRST', '')
+    path = f'{first}{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    output = output_of('bash', *command, cwd=REPO, PATH=path, **environ)
     assert 'GPU number: 2' in output  # mmengine's word for processes
     assert 'loss_dist' in output
     return output

@@ -48,11 +48,6 @@ def write_maps(
         writer.add(str(file), SIZE, torch.from_numpy(one_hot).float())
 
 
-@pytest.fixture(params=['det', 'seg'])
-def family(request) -> str:
-    return request.param
-
-
 @pytest.fixture
 def write(family, request, tmp_path):
     """Write answers with their classes in ``order``, a pair, and a checkpoint."""

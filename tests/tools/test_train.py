@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from pairs import SLOW, write_pair, write_weights
-from processes import run_script
+from processes import output_of, run_script
 from tiny import DET_CLASSES, SEG_CLASSES
 
 REPO = Path(__file__).parents[2]
@@ -29,19 +27,10 @@ TOOLS = dict(
 def run(script: Path, *args, cwd: Path, ok: bool = True, fresh: bool = False) -> str:
     """The output of a script; a ``fresh`` interpreter has not imported mmdist."""
     if fresh:
-        done = subprocess.run(
-            [sys.executable, script, *map(str, args)],
-            cwd=cwd,
-            env=dict(os.environ, OMP_NUM_THREADS='1'),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    else:
-        done = run_script(script, *args, cwd=cwd)
-    output = done.stdout
-    assert (done.returncode == 0) == ok, output[-4000:]
-    return output
+        return output_of(sys.executable, script, *args, cwd=cwd)
+    done = run_script(script, *args, cwd=cwd)
+    assert (done.returncode == 0) == ok, done.stdout[-4000:]
+    return done.stdout
 
 
 @pytest.fixture(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from builders import distilled_text
 from docs_blocks import code, only
+from processes import output_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,13 +30,8 @@ NAMES = dict(det='detector', seg='segmentor')
 
 def run(command: list, folder: Path, path: Path = ROOT) -> str:
     """Run a command in a folder, with ``path`` first on Python's path."""
-    environ = dict(os.environ, PYTHONPATH=str(path), OMP_NUM_THREADS='1')
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', *map(str, command)],
-        cwd=folder, env=environ, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
+    python = sys.executable, '-W', 'ignore'
+    return output_of(*python, *command, cwd=folder, PYTHONPATH=str(path))
 
 
 @pytest.fixture(scope='module')
@@ -45,11 +40,8 @@ def no_mmdist(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('no_mmdist')
     text = "raise ImportError('mmdist is not to be imported')\n"
     (folder / 'mmdist.py').write_text(text)
-    done = subprocess.run(
-        [sys.executable, '-c', 'import mmdist'], cwd=folder, text=True,
-        env=dict(os.environ, PYTHONPATH=str(folder)), capture_output=True,
-    )  # fmt: skip
-    assert 'mmdist is not to be imported' in done.stderr
+    with pytest.raises(AssertionError, match='mmdist is not to be imported'):
+        run(['-c', 'import mmdist'], folder, folder)
     return folder
 
 

@@ -77,6 +77,7 @@ def test_a_terminal_has_one_line_that_fits(clock):
         progress.done('mmcv: done')
         progress.show('check', 1)
         assert terminal.screen() == ['[env] 1/3 check; 1:01, about 0:01 left']
+        progress.show('check', 1)
         progress.say('file by file')  # it stays above the line
         progress.show('check', 1)
         stays, line = terminal.screen()
