@@ -165,6 +165,14 @@ def test_a_student_like_its_teacher_has_correlation_one(config):
     assert losses['loss_dist'].item() == pytest.approx(0, abs=1e-4)
 
 
+def test_inference_needs_no_teacher(config):
+    config.model.teacher = dict(config='nowhere.py', checkpoint='nowhere.pth')
+    model = MODELS.build(config.model)
+    model.eval()
+    model(torch.rand(1, 3, 96, 128), mode='tensor')
+    assert model.teacher.model is None
+
+
 def test_a_model_in_a_file_or_a_copy_trains_alike(config, tmp_path):
     """Pickled whole, as by `torch.save` and `spawn`, it holds no second model."""
     model, data = build(config), dataset_batch(config)
