@@ -63,6 +63,29 @@ def build_distiller(student: dict, init: bool = True, **options) -> nn.Module:
     return model  # LD's own `train` returns None
 
 
+def build(config: Config, distilled: bool = True) -> nn.Module:
+    """Build a complete config's model, or its plain student, in training mode."""
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        model = MODELS.build(config.model if distilled else config.model.student)
+        model.init_weights()
+    return model.train()
+
+
+def losses_of(model: nn.Module, data: dict) -> dict:
+    """The losses of a raw batch."""
+    data = model.data_preprocessor(copy.deepcopy(data), True)
+    torch.manual_seed(0)  # dropout
+    return model(**data, mode='loss')
+
+
+def classifiers(model: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of a tiny RetinaNet or PSPNet that predict the classes."""
+    if hasattr(model, 'bbox_head'):
+        return [model.bbox_head.retina_cls]
+    return [model.decode_head.conv_seg, model.auxiliary_head.conv_seg]
+
+
 def distilled_text(more: str = '', distill: str = '', **teacher) -> str:
     """Text of a config that distils the model of `student.py` in the same folder.
 

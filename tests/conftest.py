@@ -38,6 +38,21 @@ def in_a_hurry() -> None:
     hurry()
 
 
+@pytest.fixture(autouse=True)
+def hub():
+    """The message hub, without what a Runner of an earlier test left in it."""
+    from mmengine.logging import MessageHub
+
+    hub = MessageHub.get_current_instance()
+    hub.runtime_info.clear()
+    return hub
+
+
+@pytest.fixture(params=['det', 'seg'])
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope='session')
 def group_of():
     """Returns a gloo group of a given size, shared by all tests."""

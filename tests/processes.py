@@ -163,6 +163,20 @@ def _serve(pipe: Connection, group: tuple[int, int, int] | None) -> None:
             pipe.send_bytes(answer)
 
 
+def output_of(*command, cwd: Path, **environ: str) -> str:
+    """All that a command prints, which starts a process and must succeed."""
+    done = subprocess.run(
+        [*map(str, command)],
+        cwd=cwd,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
 def run_script(
     script: Path, *args, cwd: Path, **environ: str
 ) -> subprocess.CompletedProcess:

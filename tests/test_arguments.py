@@ -1,4 +1,7 @@
-"""Arguments of the Distiller in a config: accepted, or refused with a clear error."""
+"""Arguments of the Distiller in a config: accepted, or refused with a clear error.
+
+`reliability/test_mistakes.py` has the most common mistakes.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +45,7 @@ def several(*names, **entries) -> dict:
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        (dict(distil=dict(d=SEG)), r"EncoderDecoder has .* 'distil'\. .* 'distill'\?"),
         (dict(decode_heat={}), r"'decode_heat'\. Did you mean 'decode_head'\?"),
-        (dict(distill=SEG), r'name -> config, .* got .*SegLogits'),
         (dict(distill={}), '`distill` must be a dict of name -> config'),
         (dict(distill=dict(pop=SEG)), "entry name 'pop'.* not a method of a dict"),
         (dict(distill={'loss': SEG}), "`distill` .* entry name 'loss'"),
@@ -53,15 +54,6 @@ def several(*names, **entries) -> dict:
         (dict(distill={'': SEG}), "`distill` .* entry name ''"),
         (dict(student=None), 'such as `student=_base_.model`'),
         (dict(student=dict(num=1)), 'such as `student=_base_.model`'),
-        (
-            loss(type='mmdist.DISTLoss', betta=1),
-            r"`distill\.d\.loss`: unknown argument 'betta'\. Did you mean 'beta'\?",
-        ),
-        (
-            loss(type='DISTLoss'),
-            r"`distill\.d\.loss` has the unknown loss type 'DISTLoss'\. Did you mean "
-            r"'mmdist\.DISTLoss'\?",
-        ),
         (loss(beta=1), r'`distill\.d\.loss` has the unknown loss type None'),
         (entry(**SEG, loss='mmdist.DISTLoss'), r'`distill\.d\.loss` must be a dict w'),
         (entry(**SEG, aux_weight='1'), "'aux_weight' must be a number, got '1'"),
@@ -69,24 +61,15 @@ def several(*names, **entries) -> dict:
             several('b_c', 'c', a=SEG, a_b=SEG),
             "'a_b_c' is ambiguous: entry 'a' with teacher 'b_c', or entry 'a_b' with",
         ),
-        (
-            several('a', 'b', d=dict(**SEG, from_teacher=dict(a=0, b=0))),
-            'weights .* must be a finite number >= 0',
-        ),
-        (
-            several('a', 'b', d=dict(**SEG, from_teacher=dict(a='1'))),
-            'weights .* must be a finite number >= 0',
-        ),
-        (
-            several('a', 'b', d=dict(**SEG, from_teacher=dict(a=float('inf')))),
-            r"weights \{'a': inf\}: each must be a finite number",
+        *(
+            (several('a', 'b', d=dict(**SEG, from_teacher=weights)), 'weights .* must')
+            for weights in (dict(a=0, b=0), dict(a='1'), dict(a=float('inf')))
         ),
         (
             several('a', 'b', d=dict(**SEG, from_teacher=['a'])),
             r"the name of a teacher or a dict of name -> weight, got \['a'\]",
         ),
         (several(d=SEG), '`teachers` must be a dict of name'),
-        (entry(type='mmdist.SegLogit'), r"Did you mean 'mmdist\.SegLogits'\?"),
         (entry(type='DenseLogits'), r"'DenseLogits'\. .*mean 'mmdist\.DenseLogits'\?"),
         (entry(type='mmdist.Attention'), r"type 'mmdist\.Attention'\..* mmdist has "),
         (entry(type='mmdist.DISTLoss'), r"comparison type 'mmdist\.DISTLoss'"),
@@ -109,7 +92,6 @@ def test_a_mistake_ends_in_a_sentence(config, changes, message):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(point=[(0, 1)]), "'point'. Did you mean 'points'.* by_epoch"),
         (dict(points=5), 'increasing times'),
         (dict(points=[(5, 1.0), (2, 0.0)]), 'increasing times'),
         (dict(points=[(0, -1.0)]), 'increasing times'),

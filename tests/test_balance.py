@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from builders import dataset_batch
+from builders import build_distiller, classifiers, dataset_batch
 from det_zoo import FAMILIES, batch, build_pair
 from mmengine.config import Config
 from mmengine.logging import MessageHub
@@ -20,48 +20,23 @@ from mmdist.record import Fork
 RATIO = 0.3  # so small that it binds
 
 
-@pytest.fixture(autouse=True)
-def hub() -> MessageHub:
-    """The message hub, without what another test left in it."""
-    hub = MessageHub.get_current_instance()
-    hub.runtime_info.pop(KEY, None)
-    yield hub
-    hub.runtime_info.pop(KEY, None)
-
-
-@pytest.fixture(params=['det', 'seg'])
-def config(request, tmp_path) -> Config:
+@pytest.fixture
+def config(family, request) -> Config:
     """The config of a plain student."""
-    init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[request.param])
-    path = tmp_path / 'student.py'
-    path.write_text(request.getfixturevalue(f'{request.param}_config'))
-    return Config.fromfile(path)
+    config = Config.fromstring(request.getfixturevalue(f'{family}_config'), '.py')
+    init_default_scope(config.default_scope)
+    return config
 
 
-def distilled(config: Config, balance: float | None, distill=None) -> nn.Module:
+def distilled(config: Config, balance: float | None) -> nn.Module:
     """The student with a random teacher; the same weights in each call."""
-    torch.manual_seed(0)
-    model = MODELS.build(
-        dict(
-            type='mmdist.Distiller',
-            student=config.model,
-            teacher=dict(config=config.model, allow_random=True),
-            balance=balance,
-            **({} if distill is None else dict(distill=distill)),
-        )
-    )
-    model.init_weights()
+    teacher = dict(config=config.model, allow_random=True)
+    model = build_distiller(config.model, teacher=teacher, balance=balance)
     # so that no map is constant, and distillation's gradient is far from the labels'
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-    return model.train()
-
-
-def classifiers(model: nn.Module) -> list[nn.Module]:
-    if hasattr(model, 'bbox_head'):
-        return [model.bbox_head.retina_cls]
-    return [model.decode_head.conv_seg, model.auxiliary_head.conv_seg]
+    return model
 
 
 def step(model: nn.Module, data: dict, unit: float = 1.0) -> tuple[dict, list[Tensor]]:

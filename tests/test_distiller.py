@@ -7,7 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from builders import dataset_batch, distilled_config
+from builders import (
+    build,
+    classifiers,
+    dataset_batch,
+    distilled_config,
+    losses_of,
+)
 from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -17,11 +23,6 @@ from mmdist.record import Recorder
 
 SIZE = (96, 128)
 KINDS = dict(det='DenseLogits', seg='SegLogits')
-
-
-@pytest.fixture(params=['det', 'seg'])
-def family(request) -> str:
-    return request.param
 
 
 @pytest.fixture(scope='module')
@@ -44,15 +45,8 @@ def pairs(det_config, seg_config, tmp_path_factory) -> dict[str, Config]:
 
 @pytest.fixture
 def config(family, pairs) -> Config:
-    init_default_scope({'det': 'mmdet', 'seg': 'mmseg'}[family])
+    init_default_scope(pairs[family].default_scope)
     return copy.deepcopy(pairs[family])
-
-
-def classifiers(model: nn.Module) -> list[nn.Conv2d]:
-    """The convolutions that predict the classes."""
-    if hasattr(model, 'bbox_head'):
-        return [model.bbox_head.retina_cls]
-    return [model.decode_head.conv_seg, model.auxiliary_head.conv_seg]
 
 
 def spread_logits(model: nn.Module) -> None:
@@ -70,19 +64,6 @@ def spread_logits(model: nn.Module) -> None:
                 getattr(model, head).forward(features)
     for conv in layers:
         conv.weight.data /= 4 * recorder.calls(conv)[0].output.std()
-
-
-def build(config: Config, distilled: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    model = MODELS.build(config.model if distilled else config.model.student)
-    model.init_weights()
-    return model.train()
-
-
-def losses_of(model: nn.Module, data: dict, seed: int = 0) -> dict:
-    data = model.data_preprocessor(copy.deepcopy(data), True)
-    torch.manual_seed(seed)  # dropout
-    return model(**data, mode='loss')
 
 
 def total(value) -> torch.Tensor:

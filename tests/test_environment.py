@@ -41,17 +41,11 @@ DISTRIBUTIONS = {
 MODULES = {
     'torch/__init__.py': FAKE_TORCH,
     'mmcv/ops/__init__.py': FAKE_OPS,
+    **dict.fromkeys(('cv2.py', 'ftfy.py', 'regex.py', 'mmdet/apis.py'), ''),
     **dict.fromkeys(
         (
-            'cv2.py',
-            'ftfy.py',
-            'regex.py',
-            'mmcv/__init__.py',
-            'mmdet/__init__.py',
-            'mmdet/apis.py',
-            'mmseg/__init__.py',
-            'mmengine/__init__.py',
-            'mmengine/config/__init__.py',
+            f'{package}/__init__.py'
+            for package in ('mmcv', 'mmdet', 'mmseg', 'mmengine', 'mmengine/config')
         ),
         '',
     ),
@@ -126,10 +120,7 @@ FAULTS = {
         {
             'mmcv.ops': ('built without ops', CPU_OPS),
             'setuptools': ('81.0.0', f'{PIP} "setuptools<81"'),
-            'opencv': (
-                'libGL.so.1',
-                '--no-deps opencv-python-headless',
-            ),
+            'opencv': ('libGL.so.1', '--no-deps opencv-python-headless'),
             'ftfy': ('', f'{PIP} ftfy'),
             'mmsegmentation': ('ftfy', ''),
             'mmdist': ('does not know mmdist::', f'{PIP} --no-deps .'),
@@ -195,19 +186,3 @@ def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().splitlines()
     lines = [re.split('[#;]', line)[0].strip() for line in lines]
     return dict(line.split('==') for line in lines if line)  # all pinned exactly
-
-
-@pytest.mark.parametrize('name', ['requirements.txt', 'requirements-onedl.txt'])
-def test_pins(name):
-    pinned = pins(name)
-    assert pinned['opencv-python'] == pinned['opencv-python-headless']
-    assert int(pinned['setuptools'].split('.')[0]) < 81
-    # the fork has the same import names: installing both overwrites one
-    names = ['mmengine', 'mmcv', 'mmdet', 'mmsegmentation']
-    if 'onedl' in name:
-        fork = ['mmdetection' if x == 'mmdet' else x for x in names]
-        assert {f'onedl-{x}' for x in fork} <= pinned.keys()
-        assert not pinned.keys() & set(names)
-    else:
-        assert set(names) <= pinned.keys()
-        assert not any(x.startswith('onedl') for x in pinned)

@@ -11,6 +11,9 @@ RETINANET = 'retinanet/retinanet_r50_fpn_1x_coco.py'
 FASTER = 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
 DETR = 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 DENSE = dict(type='mmdist.DenseLogits')
+LAYER, NECK = (
+    dict(type='mmdist.Features', student=path) for path in ('backbone.layer1', 'neck')
+)
 
 
 def order_of(model) -> list[str]:
@@ -36,24 +39,19 @@ def order_of(model) -> list[str]:
     return order
 
 
-@pytest.mark.parametrize('path', [RETINANET, DETR])
-def test_teacher_answers_and_rests_before_the_student_runs(path):
-    assert order_of(build_pair(path)) == ['teacher', 'student']
-
-
-def test_of_the_features_those_that_are_compared_are_kept():
-    mimic = dict(type='mmdist.Features', student='backbone.layer1')
-    model = build_pair(RETINANET, distill=dict(mimic=mimic))
-    assert order_of(model) == ['teacher', 'student']
-
-
-@pytest.mark.parametrize('first', [True, False])
-def test_features_are_kept_for_who_asks_later(first):
-    other = dict(type='mmdist.Features', student='neck')
-    both = dict(dist=DENSE, mimic=other) if first else dict(mimic=other, dist=DENSE)
-    model = build_pair(RETINANET, distill=both)
-    assert order_of(model) == ['teacher', 'student', 'late']
-
-
-def test_teacher_of_proposals_waits_for_them():
-    assert order_of(build_pair(FASTER)) == ['student', 'teacher']
+@pytest.mark.parametrize(
+    ('path', 'distill', 'order'),
+    [
+        (RETINANET, None, ['teacher', 'student']),
+        (DETR, None, ['teacher', 'student']),
+        # of the features, those that are compared are kept
+        (RETINANET, dict(mimic=LAYER), ['teacher', 'student']),
+        # they are kept for who asks later
+        (RETINANET, dict(dist=DENSE, mimic=NECK), ['teacher', 'student', 'late']),
+        (RETINANET, dict(mimic=NECK, dist=DENSE), ['teacher', 'student', 'late']),
+        # a teacher of proposals waits for them
+        (FASTER, None, ['student', 'teacher']),
+    ],
+)
+def test_the_teacher_answers_and_rests_before_the_student_runs(path, distill, order):
+    assert order_of(build_pair(path, distill=distill)) == order

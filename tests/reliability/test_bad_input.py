@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import dataset_batch
+from builders import build, dataset_batch, losses_of
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -17,31 +17,11 @@ from watch import WatchHook
 from mmdist.checkpoint import load_checkpoint
 from mmdist.work_dir import last_whole_checkpoint
 
-SCOPES = dict(det='mmdet', seg='mmseg')
-KINDS = dict(det='DenseLogits', seg='SegLogits')
-
-
-@pytest.fixture(params=['det', 'seg'])
-def family(request) -> str:
-    return request.param
-
-
-def build(cfg: Config):
-    init_default_scope(cfg.default_scope)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    return model.train()
-
-
-def losses_of(model, data: dict) -> dict:
-    losses = model(**model.data_preprocessor(data, True), mode='loss')
-    return {k: sum(v) if isinstance(v, list) else v for k, v in losses.items()}
-
 
 def assert_trains(model, data: dict) -> dict:
     """Assert that losses and gradients of a step are finite; returns the losses."""
     losses = losses_of(model, data)
+    losses = {k: sum(v) if isinstance(v, list) else v for k, v in losses.items()}
     assert all(value.isfinite().all() for value in losses.values()), losses
     sum(v for k, v in losses.items() if 'loss' in k).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -55,7 +35,7 @@ def assert_trains(model, data: dict) -> dict:
 
 def test_a_teacher_with_nan_in_its_weights(make_config, tmp_path, family):
     cfg = make_config(family, tmp_path)
-    init_default_scope(SCOPES[family])
+    init_default_scope(cfg.default_scope)
     state = MODELS.build(cfg.model.student).state_dict()
     state['backbone.layer1.0.conv1.weight'][0, 0] = float('nan')
     cfg.model.teacher.checkpoint = str(tmp_path / 'teacher.pth')

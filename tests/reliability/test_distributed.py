@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -15,11 +14,12 @@ import torch
 from builders import slow
 from det_zoo import batch, build_pair
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.model import convert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from torch.nn.parallel import DistributedDataParallel
-from watch import Unlabel, WatchHook, student, unlabel, watched
+from processes import output_of
+from watch import Unlabel, WatchHook, student, watched
 
 REPO = Path(__file__).parents[2]
 # mmengine passes device_ids, which is wrong on CPUs
@@ -35,10 +35,12 @@ def first_weights(runner, _) -> torch.Tensor:
     return next(student(runner).parameters()).detach().clone()
 
 
-def train_and_tell(cfg: Config) -> dict:
-    """Train in each process; returns what DDP was given and what came out."""
+def train_and_tell(cfg: Config, *hooks: Hook) -> dict:
+    """Train in each process, where DDP must know the student alone."""
     calls = []
     runner = Runner.from_cfg(cfg)
+    for hook in hooks:
+        runner.register_hook(hook)
     model = student(runner)
     load = model.teacher.load
 
@@ -54,20 +56,26 @@ def train_and_tell(cfg: Config) -> dict:
         runner.train()
     watch = watched(runner)
     ddp = runner.model._get_ddp_logging_data()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert ddp['num_parameter_tensors'] == len(trained)
+    assert ddp['total_parameter_size_bytes'] == sum(p.nbytes for p in trained)
+    assert len(runner.model.modules_buffers) == len(list(model.buffers()))
+    assert list(model.teacher.model.parameters())
     return dict(
         weights={k: v.clone() for k, v in model.state_dict().items()},
         buffers=[name for name, _ in model.named_buffers()],
         losses=watch.losses,
         after_each=watch.seen,
         teacher_ran_at=calls[1:],
-        ddp_tensors=ddp['num_parameter_tensors'],
-        ddp_bytes=ddp['total_parameter_size_bytes'],
-        ddp_buffers=len(runner.model.modules_buffers),
-        own_tensors=sum(p.requires_grad for p in model.parameters()),
-        own_bytes=sum(p.nbytes for p in model.parameters() if p.requires_grad),
-        own_buffers=len(list(model.buffers())),
-        teacher_tensors=len(list(model.teacher.model.parameters())),
     )
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    """The processes saw different images and ended with the same weights."""
+    assert first['losses'] != second['losses']
+    for name in first['weights'].keys() - set(first['buffers']):
+        # (each process has its own buffers, or they are broadcast before a step)
+        assert torch.equal(first['weights'][name], second['weights'][name]), name
 
 
 @pytest.fixture
@@ -77,18 +85,9 @@ def train_in_two(pair, make_config, tmp_path):
     def train(**options) -> list[dict]:
         cfg = make_config('seg', tmp_path / 'work', launcher='pytorch', **options)
         first, second = results = pair(train_and_tell, cfg)
-        # the processes saw different images and ended with the same weights
-        assert first['losses'] != second['losses']
-        for name in first['weights'].keys() - set(first['buffers']):
-            # (each process has its own buffers, or they are broadcast before a step)
-            assert torch.equal(first['weights'][name], second['weights'][name]), name
-        # DDP knows the student's tensors and none of the teacher's
-        for result in results:
-            assert result['teacher_tensors'] > 0
-            for what in ('tensors', 'bytes', 'buffers'):
-                assert result[f'ddp_{what}'] == result[f'own_{what}']
+        assert_same_weights(first, second)
         # the checkpoint holds what each process has
-        (path,) = (tmp_path / 'work').glob('iter_4.pth')
+        path = tmp_path / 'work' / 'iter_4.pth'
         saved = torch.load(path, weights_only=False)['state_dict']
         assert saved.keys() == first['weights'].keys()
         assert all(torch.equal(saved[k], v) for k, v in first['weights'].items())
@@ -97,76 +96,25 @@ def train_in_two(pair, make_config, tmp_path):
     return train
 
 
-def train_without_labels(cfg: Config) -> dict:
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(Unlabel())
-    runner.train()
-    watch = watched(runner)
-    return dict(weights=dict(student(runner).named_parameters()), losses=watch.losses)
-
-
 @pytest.mark.parametrize('family', ['seg', *slow(['det'])])
 def test_processes_with_other_mixes_of_labels_do_not_wait(
     pair, make_config, tmp_path, family
 ):
     """All, some or no images are labelled; relations span both processes."""
-    last = {'seg': {'train_cfg.max_iters': 4}, 'det': {'train_cfg.max_epochs': 2}}
     loss = dict(type='mmdist.DISTLoss', sync=True)
-    kind = {'seg': 'mmdist.SegLogits', 'det': 'mmdist.DenseLogits'}[family]
-    cfg = make_config(
-        family,
-        tmp_path / 'work',
-        launcher='pytorch',
-        model_wrapper_cfg=WRAPPER,
-        **{'model.distill': dict(dist=dict(type=kind, loss=loss))},
-        **last[family],
-    )
-    first, second = results = pair(train_without_labels, cfg)
-    for name, value in first['weights'].items():
-        assert torch.equal(value, second['weights'][name]), name
-    of_the_student = {'seg': 'decode.loss_ce', 'det': 'loss_cls'}[family]
+    kind, own, options = {
+        'seg': ('SegLogits', 'decode.loss_ce', {'train_cfg.max_iters': 4}),
+        'det': ('DenseLogits', 'loss_cls', {'train_cfg.max_epochs': 2}),
+    }[family]
+    options['model.distill'] = dict(dist=dict(type=f'mmdist.{kind}', loss=loss))
+    options |= dict(launcher='pytorch', model_wrapper_cfg=WRAPPER)
+    cfg = make_config(family, tmp_path / 'work', **options)
+    results = pair(train_and_tell, cfg, Unlabel())
+    assert_same_weights(*results)
     for rank, result in enumerate(results):
         for i, losses in result['losses'].items():
             assert losses['loss_dist'] > 0
-            assert (losses[of_the_student] == 0) == ((i + rank) % 3 == 0)
-
-
-def steps_of_other_mixes(path: str, distill: dict) -> list[dict]:
-    """Three steps, each with another mix of labelled images than the other process."""
-    model = build_pair(path, distill=distill)
-    data = batch(model)
-    model = DistributedDataParallel(model)
-    gradients = []
-    for iteration in range(3):
-        unlabel(data['data_samples'], iteration)
-        model.zero_grad(set_to_none=True)
-        losses = model(**copy.deepcopy(data), mode='loss')
-        model.module.parse_losses(losses)[0].backward()
-        named = model.module.named_parameters()
-        gradients.append({k: p.grad.clone() for k, p in named if p.requires_grad})
-    return gradients
-
-
-@pytest.mark.parametrize(
-    ('path', 'kind'),
-    [
-        ('detr/detr_r50_8xb2-150e_coco.py', 'mmdist.QueryLogits'),
-        *slow(
-            [
-                ('faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', 'mmdist.RoILogits'),
-                ('atss/atss_r50_fpn_1x_coco.py', 'mmdist.DenseLogits'),
-            ]
-        ),
-    ],
-)
-def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, path, kind):
-    """DETR and ATSS divide by a number that is averaged over the processes."""
-    distill = dict(dist=dict(type=kind, loss=dict(type='mmdist.DISTLoss', sync=True)))
-    results = pair(steps_of_other_mixes, path, distill)
-    for first, second in zip(*results, strict=True):
-        for name, gradient in first.items():
-            assert gradient.isfinite().all()
-            assert torch.equal(gradient, second[name]), name
+            assert (losses[own] == 0) == ((i + rank) % 3 == 0)
 
 
 @pytest.mark.parametrize('find_unused', [False, *slow([True])])
@@ -267,14 +215,9 @@ on_cpus = pytest.mark.skipif(torch.cuda.is_available(), reason='trains over gloo
 
 def launched(*command, **environ: str) -> str:
     """Run a launcher with this environment's programs on PATH; returns its output."""
-    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
-    environ = dict(os.environ, OMP_NUM_THREADS='1', PATH=path) | environ
-    environ['PATH'] = environ.pop('FIRST', '') + environ['PATH']
-    done = subprocess.run(
-        ['bash', *command], env=environ, capture_output=True, text=True
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-4000:]
+    first = environ.pop('FIRST', '')
+    path = f'{first}{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    output = output_of('bash', *command, cwd=REPO, PATH=path, **environ)
     assert 'GPU number: 2' in output  # mmengine's word for processes
     assert 'loss_dist' in output
     return output

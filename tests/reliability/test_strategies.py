@@ -45,22 +45,6 @@ def train(cfg: Config, unlabelled: bool) -> dict:
     )
 
 
-def test_a_single_device(make_config, tmp_path):
-    """FlexibleRunner counts the steps as the Runner does."""
-    cfg = make_config(
-        'seg', tmp_path, runner_type='FlexibleRunner',
-        strategy=dict(type='SingleDeviceStrategy'),
-    )  # fmt: skip
-    runner = RUNNERS.build(cfg)
-    runner.train()
-    watch = watched(runner)
-    assert type(runner).__name__ == 'FlexibleRunner'
-    assert list(watch.losses) == [0, 1, 2, 3]
-    assert all(losses['loss_dist'] > 0 for losses in watch.losses.values())
-    saved = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
-    assert saved.keys() == runner.model.state_dict().keys()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('unlabelled', [False, True])
 def test_sharded_training_is_that_of_ddp(pair, make_config, tmp_path, unlabelled):

@@ -1,4 +1,4 @@
-"""Synchronised batch norm in two processes with different mixes of labelled images.
+"""Synchronised norms and losses, in two processes with other mixes of labelled images.
 
 Each call of such a norm waits for the other process. The norms of torch and mmcv need a
 GPU; those here decide as they do and exchange over gloo.
@@ -107,7 +107,10 @@ def with_norms(cfg, original, factor) -> None:
         cfg.bbox_head.norm_cfg = norm
 
 
-def model_and_batch(name: str) -> tuple[nn.Module, dict]:
+def model_and_batch(name: str, distill: dict | None) -> tuple[nn.Module, dict]:
+    if distill:
+        model = build_pair(FAMILIES[name], distill=distill)
+        return model, batch(model)
     if name not in SEGMENTORS:
         model = build_pair(FAMILIES[name], edit=with_norms)
         return model, batch(model)
@@ -118,10 +121,10 @@ def model_and_batch(name: str) -> tuple[nn.Module, dict]:
     return model, make_batch(19)
 
 
-def steps(name: str, kind: type[Norm]) -> dict:
+def steps(name: str, kind: type[Norm] | None, distill: dict | None = None) -> dict:
     """Three steps, each with another mix of labelled images than the other process."""
-    model, data = model_and_batch(name)
-    told = synchronise(model, kind)
+    model, data = model_and_batch(name, distill)
+    told = synchronise(model, kind) if kind else []
     model = DistributedDataParallel(model)
     for iteration in range(3):
         unlabel(data['data_samples'], iteration)
@@ -150,12 +153,30 @@ def test_processes_with_other_mixes_exchange_in_the_same_order(pair, name, kind)
     assert first['told'] == second['told']
     assert {name for _, name in first['told']} == first['means'].keys()
     assert {way for way, _ in first['told']} == {'forward', 'backward'}
-    for name, gradient in first['gradients'].items():
-        assert gradient.isfinite().all()
-        assert torch.equal(gradient, second['gradients'][name]), name
+    assert_same_gradients(first, second)
     # all images of both processes count, except in heads that run twice
     for name, mean in first['means'].items():
         assert torch.equal(mean, second['means'][name]) or 'head' in name, name
+
+
+def assert_same_gradients(first: dict, second: dict) -> None:
+    for name, gradient in first['gradients'].items():
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient, second['gradients'][name]), name
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        ('DETR', 'QueryLogits'),
+        *slow([('Faster R-CNN', 'RoILogits'), ('ATSS', 'DenseLogits')]),
+    ],
+)
+def test_a_process_with_two_passes_does_not_wait_for_one_with_one(pair, name, kind):
+    """DETR and ATSS divide by a number that is averaged over the processes."""
+    loss = dict(type='mmdist.DISTLoss', sync=True)
+    distill = dict(dist=dict(type=f'mmdist.{kind}', loss=loss))
+    assert_same_gradients(*pair(steps, name, None, distill))
 
 
 def norms_of_the_libraries() -> list[str]:

@@ -27,11 +27,11 @@ class Ran(NamedTuple):
 
 @pytest.fixture
 def run_tool(monkeypatch, capsys, tmp_path):
-    """Run a tool by its name in an empty directory."""
+    """Run a tool by its name in an empty directory; it must end with ``status``."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(TOOLS)
 
-    def run(name: str, *args: str) -> Ran:
+    def run(name: str, *args: str, status: int | None = 0) -> Ran:
         monkeypatch.setattr(sys, 'argv', [f'{name}.py', *args])
         capsys.readouterr()
         code = 0
@@ -42,6 +42,7 @@ def run_tool(monkeypatch, capsys, tmp_path):
         out, err = capsys.readouterr()
         if isinstance(code, str):
             code, err = 1, f'{code} {err}'
+        assert status in (None, code), f'{out}\n{err}'
         return Ran(code, out, ' '.join(err.split()))
 
     return run

@@ -94,6 +94,7 @@ def test_the_config_beside_it_is_the_plain_students_and_mmdets_own_api_runs_it(
     for key in ('model', 'test_dataloader', 'test_evaluator', 'default_scope'):
         assert written[key] == student[key], key
     assert 'mmdist' not in written.pretty_text
+    assert '_base_ =' not in weights.with_suffix('.py').read_text()
     unused = {'custom_hooks', 'train_cfg', 'train_dataloader', 'work_dir'}
     assert not unused & written.keys()
     model = init_detector(written, str(weights), device='cpu')
@@ -103,28 +104,23 @@ def test_the_config_beside_it_is_the_plain_students_and_mmdets_own_api_runs_it(
     assert result.pred_instances.bboxes.shape[1] == 4
 
 
-def test_a_config_that_does_not_fit_is_an_error(trained, export, det_config):
-    (trained / 'other.py').write_text(
-        det_config.replace('out_channels=16', 'out_channels=8')
-    )
-    args = ('work/epoch_1.pth', '--config', 'other.py', '--out', 'other.pth')
-    with pytest.raises(RuntimeError, match='size mismatch'):
-        export(*args)
-    assert not list(trained.glob('other-*.pth'))
-
-
-def test_weights_that_diverged_are_refused(trained, export):
+@pytest.mark.parametrize(
+    ('file', 'error', 'says'),
+    [
+        ('work/epoch_1.pth', RuntimeError, 'size mismatch'),
+        ('diverged.pth', RuntimeError, r'broken: 1 .*bbox_head\.retina_cls\.bias'),
+        ('odd.pth', ValueError, 'no `state_dict`'),
+        ('epoch_2.pth', FileNotFoundError, r'epoch_2\.pth.*does not exist'),
+    ],
+)
+def test_what_is_no_student_is_refused(trained, export, det_config, file, error, says):
+    text = det_config.replace('out_channels=16', 'out_channels=8')
+    (trained / 'other.py').write_text(text)
     diverged = torch.load(trained / 'work/epoch_1.pth', weights_only=False)
     diverged['state_dict']['bbox_head.retina_cls.bias'][0] = float('nan')
     torch.save(diverged, trained / 'diverged.pth')
-    with pytest.raises(RuntimeError, match=r'broken: 1 .*bbox_head\.retina_cls\.bias'):
-        export('diverged.pth', '--out', 'diverged.pth')
-    assert not list(trained.glob('diverged-*.pth'))
-
-
-def test_other_files_are_refused(trained, export):
     torch.save(dict(weights={}), trained / 'odd.pth')
-    with pytest.raises(ValueError, match='no `state_dict`'):
-        export('odd.pth')
-    with pytest.raises(FileNotFoundError, match=r'epoch_2\.pth.*does not exist'):
-        export('epoch_2.pth')
+    config = ['--config', 'other.py'] if 'work' in file else []
+    with pytest.raises(error, match=says):
+        export(file, *config, '--out', 'refused.pth')
+    assert not list(trained.glob('refused*'))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -42,8 +43,7 @@ def answers(store):
     """Run the tool to its end and read what it wrote."""
 
     def run(*args: str) -> Store:
-        ran = store(*args)
-        assert ran.status == 0, ran
+        store(*args)
         return Store('answers')
 
     return run
@@ -120,7 +120,6 @@ def images(root: Path) -> list[Path]:
 def test_boxes_are_those_of_mmdet(store, tmp_path, det_config, coco_root):
     write_pair(tmp_path, det_config, det_config.replace(PLAIN, TWICE))
     ran = store()
-    assert ran.status == 0, ran
     assert '4 images' in ran.out
     assert "teacher=dict(stored='answers')" in ran.out
     assert "dict(type='mmdist.StoredTeacherHook')" in ran.out
@@ -175,59 +174,6 @@ def published_fusion(rows: np.ndarray, models: int, min_iou: float = 0.55) -> li
     return sorted(fused, key=lambda row: -row[4])
 
 
-@pytest.mark.parametrize('number', [0, 1, 40, 200])
-def test_the_fusion_is_the_published_one(tools, number):
-    from teacher_answers import fused
-
-    rng = np.random.default_rng(number)
-    rows = rng.random((number, 6))
-    rows[:, 2:4] = rows[:, :2] + 0.3 + 0.2 * rows[:, 2:4]
-    rows[:, 5] = rng.integers(0, 3, number)
-    expected = np.array(published_fusion(rows, 4)).reshape(-1, 6)
-    assert len(expected) < number or number < 2
-    answers = [torch.from_numpy(part) for part in np.array_split(rows, 4)]
-    # boxes without an area or a score are ignored
-    answers[0] = torch.cat(
-        [torch.tensor([[1, 1, 1, 5, 0.5, 0], [1, 1, 5, 5, 0, 0]])] * 2 + [answers[0]]
-    )
-    np.testing.assert_allclose(fused(answers), expected, rtol=1e-5)
-
-
-def test_flipped_and_scaled_boxes_are_fused(answers, tmp_path, det_config, coco_root):
-    pad = "dict(type='Pad', size=(192, 160)),"  # below and on the right
-    write_pair(tmp_path, det_config, det_config.replace(PLAIN, PLAIN + pad))
-    stored = answers('--flip', '--scales', '1.5', '1')
-    for file in images(coco_root)[:2]:
-        padded = np.pad(cv2.imread(str(file)), [(0, 64), (0, 64), (0, 0)])
-        rows = []
-        for scale, flip in itertools.product((1, 1.5), (False, True)):
-            found = asked_of_mmdet(view_of(padded, scale, flip))
-            found[:, :4] /= scale
-            if flip:
-                found[:, [0, 2]] = padded.shape[1] - found[:, [2, 0]]
-            rows.append(found)
-        expected = np.array(published_fusion(np.concatenate(rows), 4))
-        expected = expected[expected[:, 4] >= 0.05][:100]
-        found = answer_of(stored, file)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
-
-
-def test_flipped_and_scaled_maps_are_their_mean(
-    answers, tmp_path, seg_config, seg_root
-):
-    write_pair(tmp_path, seg_config, seg_config)
-    stored = answers('--flip', '--scales', '2', '1')
-    for file in images(seg_root)[:2]:
-        maps = []
-        for scale, flip in itertools.product((1, 2), (False, True)):
-            found = asked_of_mmseg(view_of(cv2.imread(str(file)), scale, flip))
-            found = F.interpolate(found[None], (12, 16), mode='bilinear')[0]
-            maps.append(found.flip(-1) if flip else found)
-        found = answer_of(stored, file).float()
-        expected = 255 * sum(maps) / 4
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.51)
-
-
 def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
     root = tmp_path / 'coco'
     shutil.copytree(coco_root, root)
@@ -236,17 +182,14 @@ def test_a_run_that_stopped_goes_on(store, tmp_path, det_config, coco_root):
     file = images(root)[2]
     whole = file.read_bytes()
     file.write_bytes(b'no image')
-    ran = store()
-    assert ran.status == 1
+    ran = store(status=1)
     assert f'{file} cannot be read by the test pipeline' in ran.said
     begun = (tmp_path / 'answers/part-0-0.jsonl').read_text()
     assert begun.count('\n') == 2
     file.write_bytes(whole)
-    ran = store('--flip')
-    assert ran.status == 1
+    ran = store('--flip', status=1)
     assert "answers was started by another command: manifest['teachers']" in ran.said
     ran = store()
-    assert ran.status == 0, ran
     assert '4 images' in ran.out
     assert 'for 2 of them' in ran.out
     assert (tmp_path / 'answers/part-0-0.jsonl').read_text() == begun
@@ -275,19 +218,40 @@ def test_processes_share_the_images(tmp_path, det_config, coco_root, group_of):
         np.testing.assert_allclose(found, asked_of_mmdet(file), rtol=1e-5, atol=1e-4)
 
 
+BOTH = ('teacher', 'other')
+
+
 def write_two(folder: Path, text: str, classes: tuple, theirs: tuple) -> None:
     """Write a pair with two teachers; the second one has other classes."""
     write_pair(folder, text, text)
     other = text.replace(str(classes), str(theirs))
     assert other != text
     write_teacher(folder, other, 'other', seed=2)
-    pair = (folder / 'pair.py').read_text()
-    begin, end = pair.index('teacher={'), pair.index('}') + 1
     teachers = (
         "teachers=dict(a=dict(config='teacher.py', checkpoint='teacher.pth'), "
         "b=dict(config='other.py', checkpoint='other.pth', class_match='shared'))"
     )
-    (folder / 'pair.py').write_text(pair[:begin] + teachers + pair[end:])
+    pair = (folder / 'pair.py').read_text()
+    (folder / 'pair.py').write_text(re.sub('teacher={.*}', teachers, pair))
+
+
+def test_flipped_and_scaled_boxes_are_fused(answers, tmp_path, det_config, coco_root):
+    pad = "dict(type='Pad', size=(192, 160)),"  # below and on the right
+    write_pair(tmp_path, det_config, det_config.replace(PLAIN, PLAIN + pad))
+    stored = answers('--flip', '--scales', '1.5', '1')
+    for file in images(coco_root)[:2]:
+        padded = np.pad(cv2.imread(str(file)), [(0, 64), (0, 64), (0, 0)])
+        rows = []
+        for scale, flip in itertools.product((1, 1.5), (False, True)):
+            found = asked_of_mmdet(view_of(padded, scale, flip))
+            found[:, :4] /= scale
+            if flip:
+                found[:, [0, 2]] = padded.shape[1] - found[:, [2, 0]]
+            rows.append(found)
+        expected = np.array(published_fusion(np.concatenate(rows), 4))
+        expected = expected[expected[:, 4] >= 0.05][:100]
+        found = answer_of(stored, file)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_boxes_of_two_teachers_are_fused(answers, tmp_path, det_config, coco_root):
@@ -304,21 +268,37 @@ def test_boxes_of_two_teachers_are_fused(answers, tmp_path, det_config, coco_roo
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_boxes_without_an_area_or_a_score_are_not_fused(tools):
+    from teacher_answers import fused
+
+    bad = torch.tensor([[1, 1, 1, 5, 0.5, 0], [1, 1, 5, 5, 0, 0]])
+    good = torch.tensor([[1, 1, 5, 5, 0.5, 0]])
+    assert fused([bad, bad]).shape == (0, 6)
+    assert torch.equal(fused([torch.cat([bad, good])] * 2), good)
+
+
+def test_maps_of_teachers_and_views_are_their_mean(
+    answers, tmp_path, seg_config, seg_root
+):
+    write_two(tmp_path, seg_config, SEG_CLASSES, ('tree', 'sky', 'road'))
+    stored = answers('--flip', '--scales', '2', '1')
+    assert stored.class_names == SEG_CLASSES
+    for file in images(seg_root)[:2]:
+        maps = []
+        for name, scale, flip in itertools.product(BOTH, (1, 2), (False, True)):
+            found = asked_of_mmseg(view_of(cv2.imread(str(file)), scale, flip), name)
+            found = F.interpolate(found[None], (12, 16), mode='bilinear')[0]
+            found = found.flip(-1) if flip else found
+            maps.append(found[[1, 2, 0]] if name == 'other' else found)
+        found = answer_of(stored, file).float()
+        expected = 255 * sum(maps) / len(maps)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.51)
+
+
 def test_several_teachers_have_to_know_all_classes(store, tmp_path, det_config):
     write_two(tmp_path, det_config, DET_CLASSES, ('dog', 'cat', 'person'))
-    ran = store()
-    assert ran.status == 1
+    ran = store(status=1)
     assert 'of `teachers.b` and the other teachers cannot be combined' in ran.said
-
-
-def test_maps_of_two_teachers_are_their_mean(answers, tmp_path, seg_config, seg_root):
-    write_two(tmp_path, seg_config, SEG_CLASSES, ('tree', 'sky', 'road'))
-    stored = answers()
-    assert stored.class_names == SEG_CLASSES
-    file = images(seg_root)[0]
-    expected = (asked_of_mmseg(file) + asked_of_mmseg(file, 'other')[[1, 2, 0]]) / 2
-    found = answer_of(stored, file).float()
-    torch.testing.assert_close(found, expected * 255, rtol=0, atol=0.51)
 
 
 def test_maps_of_windows_are_put_together(answers, tmp_path, seg_config, seg_root):
@@ -356,7 +336,6 @@ def test_each_image_is_asked_about_once(store, tmp_path, seg_config, seg_root):
     shutil.rmtree(tmp_path / 'labels')
     (tmp_path / 'labels').mkdir()
     ran = store()
-    assert ran.status == 0, ran
     stored = Store('answers')
     assert '8 images' in ran.out
     for folder in ('images', 'unlabelled'):
@@ -411,7 +390,6 @@ def test_a_teacher_of_another_library(answers, tmp_path, det_config, coco_root):
 def test_what_cannot_be_stored_is_said(store, tmp_path, det_config, teacher, words):
     write_pair(tmp_path, det_config, det_config)
     (tmp_path / 'pair.py').write_text(distilled_text(**teacher))
-    ran = store()
-    assert ran.status == 1
+    ran = store(status=1)
     assert words in ran.said
     assert not (tmp_path / 'answers').exists()
