@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from det_zoo import model_config
-from docs_blocks import ROOT
+from det_zoo import FAMILIES, model_config
+from docs_blocks import code, only
 from mmdet.utils import register_all_modules as register_mmdet
 from mmengine.config import Config
 
@@ -15,12 +15,11 @@ from mmdist.registry import MODELS
 
 def test_what_fits_is_the_teachers_and_the_rest_is_initialised(tmp_path):
     register_mmdet()
-    teacher = MODELS.build(model_config('retinanet/retinanet_r50_fpn_1x_coco.py'))
+    teacher = MODELS.build(model_config(FAMILIES['RetinaNet']))
     teacher.init_weights()
     path = tmp_path / 'teacher.pth'
     torch.save(dict(state_dict=teacher.state_dict()), path)
-    text = (ROOT / 'docs/teachers.md').read_text().split('## Start from the teacher')[1]
-    text = text.split('```python')[1].split('```')[0]
+    text = only(code('docs/teachers.md'), 'retinanet_r50.pth')
     options = Config.fromstring(text.replace('retinanet_r50.pth', str(path)), '.py')
     config = model_config('retinanet/retinanet_r18_fpn_1x_coco.py')
     for part in ('neck', 'bbox_head'):

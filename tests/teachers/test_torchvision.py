@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from docs_blocks import code, only
 from foreign_pairs import (
     PSPNET,
     RETINANET,
@@ -28,7 +28,6 @@ from torchvision.models import detection, segmentation
 from torchvision.transforms._presets import SemanticSegmentation
 from torchvision.transforms.functional import to_tensor
 
-PAGE = Path(__file__).parents[2] / 'docs/teachers.md'
 SIZES = [(40, 64), (48, 40)]  # the shorter side is torchvision's `min_size` of 40
 
 
@@ -44,27 +43,26 @@ def forgotten():
             MODELS.module_dict[name] = cls
 
 
-def run_code(code: str, name: str) -> type:
+def run_code(text: str, name: str) -> type:
     """Run an example; returns its class of this name."""
     there = {'ForeignTeacher': ForeignTeacher, 'MODELS': MODELS, 'torch': torch}
-    exec(code, there)
+    exec(text, there)
     return there[name]
 
 
 def retinanet() -> type:
     """The example of the page."""
-    blocks = re.findall(r'```python\n(.*?)```', PAGE.read_text(), flags=re.S)
-    (code,) = [b for b in blocks if 'class TorchvisionRetinaNet' in b]
-    return run_code(code, 'TorchvisionRetinaNet')
+    example = only(code('docs/teachers.md'), 'class TorchvisionRetinaNet')
+    return run_code(example, 'TorchvisionRetinaNet')
 
 
 def lraspp() -> type:
     """The example of ForeignTeacher's docstring."""
     text = inspect.getdoc(ForeignTeacher)
-    code = text[text.index('@MODELS.register_module') :]
-    code = textwrap.dedent('        ' + code)
+    example = text[text.index('@MODELS.register_module') :]
+    example = textwrap.dedent('        ' + example)
     load = 'from torchvision.models.segmentation import lraspp_mobilenet_v3_large\n'
-    return run_code(load + code, 'LRASPP')
+    return run_code(load + example, 'LRASPP')
 
 
 def randomise(model: nn.Module) -> None:
