@@ -54,12 +54,15 @@ def check_overrides(overrides: Mapping[str, Any], student: dict, own: Any) -> No
         return  # building it raises the right error
     ours = list(inspect.signature(own).parameters)[:-1]
     takes = arguments_of(cls)
+    init = inspect.signature(cls.__init__).parameters.values()
+    is_open = any(p.kind is p.VAR_KEYWORD for p in init)
     for key in overrides.keys() - takes:
-        nearest = did_you_mean(key, [*ours, *takes])
-        raise ValueError(
-            f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
-            f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
-        )
+        nearest = did_you_mean(key, ours if is_open else [*ours, *takes])
+        if nearest or not is_open:
+            raise ValueError(
+                f'`model`: neither mmdist.Distiller nor {cls.__name__} has an argument '
+                f'{key!r}.{nearest} mmdist.Distiller takes {", ".join(ours)}.'
+            )
 
 
 def named_teachers(teacher: Any, teachers: Any) -> dict[str, Any]:

@@ -250,7 +250,8 @@ class Features(Comparison):
         return f"the {whose}'s `{self._path(whose)}`"
 
     def _module(self, model: nn.Module, whose: str) -> nn.Module:
-        path, modules = self._path(whose), dict(model.named_modules())
+        path = self._path(whose)
+        modules = dict(model.named_modules(remove_duplicate=False))
         if path in modules:
             return modules[path]
         close = difflib.get_close_matches(path, modules, n=3)
