@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,8 @@ class ForeignTeacher(nn.Module, ABC):
     Register it with ``mmdist.MODELS`` and name it in ``teacher.config``.
 
     Args:
-        class_names: Class names, in the order of the score columns.
+        class_names: Class names, in the order of the score columns. A name that repeats
+            gets the column's number appended: COCO's unused ids are all 'N/A'.
         mean: Mean of each input channel, in units of 0 to 255.
         std: Standard deviation of each channel, in the same units; 255 for a model
             that takes values from 0 to 1.
@@ -79,7 +81,10 @@ class ForeignTeacher(nn.Module, ABC):
                     f'{type(self).__name__}.{name} must be one of {known}, got '
                     f'{value!r}.'
                 )
-        self.class_names = tuple(class_names)
+        count = Counter(class_names)
+        self.class_names = tuple(
+            x if count[x] == 1 else f'{x} {i}' for i, x in enumerate(class_names)
+        )
         self.data_preprocessor = ImgDataPreprocessor(mean, std, bgr_to_rgb=rgb)
 
     def answer(self, step: Any) -> Any:

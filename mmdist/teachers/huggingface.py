@@ -6,7 +6,6 @@ transformers is only imported when such a teacher is built: ``pip install mmdist
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,7 +85,8 @@ class HFTeacher(ForeignTeacher):
         if processor.do_normalize:
             mean, std = processor.image_mean, processor.image_std
         mean, std = ([x / scale for x in values] for values in (mean, std))
-        super().__init__(class_names or _names_of_columns(config), mean, std)
+        names = [config.id2label[i] for i in range(len(config.id2label))]
+        super().__init__(class_names or names, mean, std)
         self.size = _fixed_size(name, config, processor) if resize else None
         self.model = _load_model(name, auto)
         # token ids, (1, tokens), by the argument of the model that takes them
@@ -231,16 +231,6 @@ def _as_tokens(
         spans.append((len(ids), len(ids) + len(tokens)))
         ids += [*tokens, dot]
     return torch.tensor([[*ids, tokenizer.sep_token_id]]), spans
-
-
-def _names_of_columns(config: Any) -> list[str]:
-    """Return the name of each class, plus its column number if the name repeats.
-
-    COCO's unused ids are all called 'N/A', but a name must identify a single column.
-    """
-    names = [config.id2label[i] for i in range(len(config.id2label))]
-    count = Counter(names)
-    return [x if count[x] == 1 else f'{x} {i}' for i, x in enumerate(names)]
 
 
 def _load(name: str, auto: str, **options) -> Any:
