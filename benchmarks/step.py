@@ -36,10 +36,8 @@ class Pair(NamedTuple):
     activation: str = 'sigmoid'
     size: tuple[int, int] = (320, 320)  # on a CPU
     full_size: tuple[int, int] = (800, 1333)  # on a GPU
-    goals: tuple[float, float | None] = (
-        1.10,
-        None,
-    )  # overhead at most, speedup at least
+    # at most this overhead, at least this speedup
+    goals: tuple[float, float | None] = (1.10, None)
 
 
 def bare_segmentor(teacher: nn.Module, inputs: torch.Tensor, samples: list) -> None:

@@ -151,8 +151,10 @@ class Preflight(Hook):
             self.report.section(f'score on {self.images} training images')
         for name, teacher in stored.items():
             predict, kind = predictor(model, teacher), teacher.store.kind
-            dataset = runner.train_dataloader.dataset
-            found = score_stored(dataset, self.images, predict, kind, len(classes))
+            found = 'the data set has no class names'
+            if classes:
+                dataset = runner.train_dataloader.dataset
+                found = score_stored(dataset, self.images, predict, kind, len(classes))
             found = found or 'no training image has labels'
             self._judge(name, teacher, classes, found)
 
