@@ -170,11 +170,12 @@ class DISTLoss(nn.Module):
             self.intra_corr = intra_corr.detach().to(dtype)
 
             scale = self.loss_weight * (self.tau**2 if self.scale_by_tau else 1.0)
-            scale = scale * any_row(student_logits, mask, group)
+            counts = any_row(student_logits, mask, group)
             terms = ((beta, inter_corr), (self.gamma, intra_corr))
             # with both terms left out, the loss is 0 but still in the graph
             terms = [term for term in terms if term[0] != 0] or terms
-            losses = [weight * scale * (1 - corr) for weight, corr in terms]
+            # `counts` last: a float times a bool tensor would be fp32
+            losses = [weight * scale * (1 - corr) * counts for weight, corr in terms]
             return Terms(
                 sum(losses[1:], losses[0]).to(dtype),
                 self.inter_corr if beta != 0 else None,

@@ -57,7 +57,9 @@ def test_textbook_of_the_benchmarks_is_the_published_formula(kwargs, eps):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('kwargs', [{}, dict(activation='sigmoid', tau=2.0)], ids=str)
+@pytest.mark.parametrize(
+    'kwargs', [{}, dict(activation='sigmoid', tau=2.0, loss_weight=0.1)], ids=str
+)
 def test_mask_removes_rows(make_loss, shape, kwargs):
     student, teacher = logits(shape)
     mask = np.random.default_rng(1).random((shape[0], *shape[2:])) < 0.6
