@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from unittest.mock import patch
 
@@ -17,13 +17,14 @@ from .record import Call, Recorder, swapped
 from .teachers import ClassMatch, ForeignTeacher, Teacher
 
 
-def shared_property(compute: Callable[[Step], Any]) -> property:
-    """A property that is computed once, by :meth:`Step.shared`."""
+def computed_once(compute: Callable[[Step], Any]) -> Callable[[Step], Any]:
+    """Decorate a method whose result :meth:`Step.shared` keeps."""
 
+    @wraps(compute)
     def get(step: Step) -> Any:
         return step.shared(compute.__name__, partial(compute, step))
 
-    return property(get, doc=compute.__doc__)
+    return get
 
 
 class Step:
@@ -121,12 +122,14 @@ class Step:
                 self._shared[key] = compute()
         return self._shared[key]
 
-    @shared_property
+    @property
+    @computed_once
     def teacher_inputs(self) -> Tensor:
         """The batch as the teacher's own data_preprocessor would have produced it."""
         return self._teacher.renormalize(self.inputs, self.valid_sizes)
 
-    @shared_property
+    @property
+    @computed_once
     def teacher_features(self) -> Any:
         """What the teacher's ``extract_feat``, backbone and neck, returns.
 
@@ -137,7 +140,8 @@ class Step:
                 return self.teacher_model.answer(self)
             return self.teacher_model.extract_feat(self.teacher_inputs)
 
-    @shared_property
+    @property
+    @computed_once
     def mirrored(self) -> Step:
         """The same batch, but the teacher sees it mirrored, left to right."""
         step = Step(
@@ -177,7 +181,8 @@ class Step:
         with swapped(model, 'extract_feat', lambda *args, **kwargs: features):
             return model(self.teacher_inputs, data_samples, mode=mode)
 
-    @shared_property
+    @property
+    @computed_once
     def teacher_predictions(self) -> list[BaseDataElement]:
         """The teacher's test-time predictions, in the geometry of the batch.
 
