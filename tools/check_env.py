@@ -199,7 +199,7 @@ def check_import(name: str) -> Line:
 def check_library(module: str, requirement: str) -> Line:
     # The fork's libraries are source only and import packaging during their build.
     flag = '--no-build-isolation ' if 'onedl' in requirement else ''
-    fix, major = f'{PIP} {flag}{requirement}', int(requirement.split('==')[1][0])
+    fix, (major, *_) = f'{PIP} {flag}{requirement}', numbers(requirement.split('==')[1])
     line = check_version(requirement, f'{major}.x', (major,), (major + 1,), fix)
     fix = f'fix the lines above; if it still fails: {fix} --force-reinstall --no-deps'
     return check_runs(line, f'import {module}.apis', f'{major}.x, imports', fix)

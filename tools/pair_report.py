@@ -146,7 +146,8 @@ def report_pair(
         report.line(key, describe_comparison(comparison, pairs))
         if key in model.why_default:
             report.line('  chosen', f'because {model.why_default[key]}')
-        forward = 'what is stored' if hasattr(teacher, 'store') else 'its forward'
+        is_stored = isinstance(teacher, StoredTeacher)
+        forward = 'what is stored' if is_stored else 'its forward'
         report.line('  modules', f'{ours} (teacher: {theirs or forward})')
         rows = [_counting(pair) for pair in pairs]
         shapes = '; '.join(map(_describe, pairs, rows))

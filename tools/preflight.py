@@ -131,8 +131,9 @@ class Preflight(Hook):
         own_score: dict | None,
     ) -> None:
         """Score teachers on validation images, stored answers on training images."""
-        stored = {k: t for k, t in model.teachers.items() if hasattr(t, 'store')}
-        asked = {k: t for k, t in model.teachers.items() if k not in stored}
+        teachers = model.teachers
+        stored = {k: t for k, t in teachers.items() if isinstance(t, StoredTeacher)}
+        asked = {k: t for k, t in teachers.items() if k not in stored}
         if asked or own_score:
             self.report.section(f'score on {self.images} validation images')
         for name, teacher in asked.items():

@@ -91,7 +91,8 @@ def default_for_pair(
     why = 'student and teacher are of the same family'
     if not has_recipe:
         return dict(dist=Chosen(comparison, why))
-    boxes, misfit = _built(dict(type='mmdist.Boxes'), student, teacher)
+    cfg, with_views = dict(type='mmdist.Boxes'), bool(teacher.views)
+    boxes, misfit = _built(cfg, student, teacher, with_views)
     if misfit:
         why += f'; boxes are left out: {str(misfit).split(". ")[0]}'
         return dict(dist=Chosen(comparison, why))
@@ -100,14 +101,14 @@ def default_for_pair(
 
 
 def _built(
-    cfg: dict, student: nn.Module, teacher: Teacher
+    cfg: dict, student: nn.Module, teacher: Teacher, with_views: bool = False
 ) -> tuple[Comparison | None, ValueError | None]:
     """A comparison of a pair, or the error that says why it cannot compare the two."""
     comparison = MODELS.build(cfg)
     try:
         comparison.bind(student, teacher)
         comparison.check_pair(student, teacher.model)
-        if teacher.views and cfg['type'] == 'mmdist.Boxes':  # may be left out
+        if with_views:
             comparison.check_views()
     except ValueError as error:
         return None, error

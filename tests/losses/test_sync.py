@@ -98,3 +98,19 @@ def test_one_process_needs_no_process_group():
     assert not dist.is_initialized()
     student, teacher = torch.randn(2, 8, 4)
     assert DISTLoss(sync=True)(student, teacher) == DISTLoss()(student, teacher)
+
+
+def second_derivative():
+    """What the error says, or None."""
+    student, teacher = torch.randn(2, 8, 4)
+    student.requires_grad_()
+    value = DISTLoss(sync=True)(student, teacher)
+    try:
+        torch.autograd.grad(value, student, create_graph=True)
+    except NotImplementedError as error:
+        return str(error)
+
+
+def test_a_second_derivative_over_processes_is_refused(group_of):
+    for error in group_of(2)(second_derivative):
+        assert 'Omit `create_graph=True` or `sync`.' in error

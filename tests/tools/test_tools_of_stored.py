@@ -99,6 +99,16 @@ def test_preflight_scores_classes_by_their_names(run_tool, write):
     assert 'mIoU 100, ' in found.text, found
 
 
+@pytest.mark.parametrize('family', ['seg'], indirect=True)
+def test_preflight_scores_nothing_without_class_names(run_tool, write, tmp_path):
+    write()
+    pair = (tmp_path / 'pair.py').read_text()
+    nameless = "_base_.train_dataloader['dataset'].pop('metainfo')\n"
+    (tmp_path / 'pair.py').write_text(f'{pair}{nameless}')
+    found = run_tool('preflight', 'pair.py', '--images', '3')
+    assert 'not scored: the data set has no class names' in found.text
+
+
 @pytest.mark.slow
 def test_preflight_names_images_without_an_answer(run_tool, family, write, tmp_path):
     write()
