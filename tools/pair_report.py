@@ -139,9 +139,10 @@ def report_pair(
         text = teacher.origin if is_stored else _describe_model(teacher.model)
         report.line(with_name('teacher', name), text)
     for key, comparison in model.distill.items():
-        teacher = model.teachers[model.distill_terms[key].teacher].model
-        ran = [module for module in parts(teacher) if module in seen.ran]
-        theirs = _paths(comparison.teacher_modules(teacher) or ran, teacher)
+        teacher = model.teachers[model.distill_terms[key].teacher]
+        its_model = teacher.model
+        ran = [module for module in parts(its_model) if module in seen.ran]
+        theirs = _paths(comparison.teacher_modules(its_model) or ran, its_model)
         ours, pairs = _paths(comparison.student_modules(model), model), seen.pairs[key]
         report.line(key, describe_comparison(comparison, pairs))
         if key in model.why_default:
