@@ -101,6 +101,6 @@ class Recorder:
             if isinstance(x, Tensor) and x.requires_grad:
                 slot = min(OF_MODULE * place + min(i, OF_MODULE - 1), SLOTS - 1)
                 kind = torch.promote_types(x.dtype, torch.float32)
-                own[i], recorded[i] = x.view_as(x), x.view_as(x).to(kind)
+                recorded[i], own[i] = x.view_as(x).to(kind), x.view_as(x)
                 self._forks.append(Fork(own[i], recorded[i], slot))
         return tree_unflatten(own, structure), tree_unflatten(recorded, structure)
